@@ -1,0 +1,229 @@
+"""mm-data: text to shards, and a look into them. Parses arguments, calls one function, prints what it returns."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import typer
+
+from minimind_data.build import SET_ASIDE_NAME, Summary, TokenizeOptions
+from minimind_data.build import tokenize as build_dataset
+from minimind_data.errors import UserError
+from minimind_data.progress import ByteProgress
+from minimind_data.shards import ShardSet
+from minimind_data.tokenizer import load_tokenizer
+from minimind_data.train_tokenizer import train_tokenizer as run_training
+from minimind_data.verify import dataset_bytes
+from minimind_data.verify import verify as verify_dataset
+from minimind_data.windows import IGNORED, Layout, open_windows
+from minimind_train.sampler import SampleOrder
+
+from .options import command, make_app
+
+app = make_app("Turn text into memory-mapped shards, and look into them.")
+
+_Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the dataset.")]
+_Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
+]
+
+
+@command(app)
+def tokenize(
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="INPUT...", help="JSON-lines files, in the order of the dataset.")
+    ],
+    options: TokenizeOptions,
+) -> None:
+    """Turn JSON lines into a dataset: memory-mapped shards and a manifest.
+
+    Interrupted at any moment, it makes only what is missing when the same command runs again.
+    """
+    bars: list[ByteProgress] = []
+
+    def progress(num_bytes: int) -> Any:
+        bars.append(ByteProgress("tokenize", num_bytes, "tokens"))
+        return bars[-1].add
+
+    try:
+        summary = build_dataset(inputs, options, announce=_say, progress=progress)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "interrupted; finished shards stay, the same command makes the rest"
+        ) from None
+    finally:
+        for bar in bars:
+            bar.close()
+    _print_summary(options.out, summary)
+
+
+def _print_summary(out: Path, summary: Summary) -> None:
+    manifest = summary.manifest
+    size = f"{manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens in {len(manifest.shards)} shards"
+    if summary.already_done:
+        print(f"{out}: already done, nothing to do ({size})")
+        return
+    rate = f"{summary.input_bytes / 1e6 / summary.seconds:.1f} MB/s" if summary.seconds else ""
+    print(f"{out}: {size} ({manifest.dtype})")
+    print(f"  read       {summary.input_bytes / 1e6:.1f} MB in {summary.seconds:.1f} s, {rate}")
+    if summary.backend:
+        print(
+            f"  encoder    {summary.backend.name}, {summary.compared} documents compared with tokenizers on the way"
+        )
+    if summary.kept_shards:
+        print(f"  kept       {summary.kept_shards} shards from the run before")
+    if manifest.empty_texts:
+        print(f"  empty      {manifest.empty_texts:,} records with an empty text make no document")
+    if manifest.set_aside:
+        print(
+            f"  set aside  {manifest.set_aside:,} bad records, with their reasons, in {out / SET_ASIDE_NAME}"
+        )
+    for difference in summary.differences:
+        print(f"  different  {difference}: redone with tokenizers")
+
+
+@command(app, "train-tokenizer")
+def train_tokenizer(
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="JSON-lines files.")],
+    out: Annotated[Path, typer.Option(help="The tokenizer.json to write, or a folder for it.")],
+    vocab_size: Annotated[int, typer.Option(help="Entries, the 36 special tokens included.")] = 6400,
+    field: Annotated[str, typer.Option(help="Field of the record that holds the text.")] = "text",
+) -> None:
+    """Train a byte-level BPE tokenizer with MiniMind's special tokens."""
+    size = run_training(inputs, out, vocab_size=vocab_size, field=field)
+    print(f"{out}: {size:,} entries")
+
+
+@command(app)
+def info(folder: _Folder, as_json: _Json = False) -> None:
+    """Say what a dataset holds."""
+    manifest = ShardSet.open(folder).manifest
+    num_bytes = sum(entry.bytes for entry in manifest.shards)
+    told = {
+        "kind": manifest.kind,
+        "documents": manifest.num_documents,
+        "tokens": manifest.num_tokens,
+        "shards": len(manifest.shards),
+        "dtype": manifest.dtype,
+        "bytes": num_bytes,
+        "empty_texts": manifest.empty_texts,
+        "set_aside": manifest.set_aside,
+        "tokenizer": asdict(manifest.tokenizer),
+        "options": manifest.options,
+        "inputs": [asdict(entry) for entry in manifest.inputs],
+        "fingerprint": manifest.fingerprint,
+    }
+    if as_json:
+        _print_json(told)
+        return
+    print(
+        f"{folder}: {manifest.kind} dataset, {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens"
+    )
+    print(f"  shards       {len(manifest.shards)} of {manifest.dtype}, {num_bytes / 1e6:,.1f} MB")
+    ids = manifest.tokenizer
+    print(
+        f"  tokenizer    {ids.vocab_size:,} entries, BOS {ids.bos_id}, EOS {ids.eos_id}, PAD {ids.pad_id}, {ids.sha256[:12]}…"
+    )
+    print(f"  options      {', '.join(f'{name} {value}' for name, value in manifest.options.items())}")
+    print(f"  left out     {manifest.empty_texts:,} empty texts, {manifest.set_aside:,} bad records")
+    print(f"  fingerprint  {manifest.fingerprint[:16]}…")
+    for entry in manifest.inputs:
+        print(f"  input        {entry.path}, {entry.bytes / 1e6:,.1f} MB, {entry.sha256[:12]}…")
+
+
+@command(app)
+def verify(folder: _Folder, as_json: _Json = False) -> None:
+    """Recompute every checksum; find any flipped byte."""
+    with ByteProgress("verify", dataset_bytes(folder)) as bar:
+        verdict = verify_dataset(folder, bar.add)
+    if as_json:
+        _print_json({"ok": not verdict.problems, **asdict(verdict)})
+    elif not verdict.problems:
+        print(f"{folder}: whole ({verdict.files} files, {verdict.bytes / 1e6:,.1f} MB, every checksum fits)")
+    if verdict.problems:
+        raise UserError("; ".join(verdict.problems))
+
+
+@command(app)
+def window(
+    folder: _Folder,
+    number: Annotated[int, typer.Argument(metavar="K", help="Number of the window, from 0.")],
+    seq_len: Annotated[int, typer.Option(help="Tokens of input_ids in a window.")],
+    layout: Annotated[Layout, typer.Option(help="How windows are cut.")] = "concat",
+    labels: Annotated[
+        bool, typer.Option("--labels", help="Unshifted labels in place of shifted targets.")
+    ] = False,
+    as_json: _Json = False,
+) -> None:
+    """Show one window: its ids, its targets and its text."""
+    windows = open_windows(ShardSet.open(folder), layout=layout, seq_len=seq_len, labels=labels)
+    if not 0 <= number < len(windows):
+        raise UserError(
+            f"{folder}: there are windows 0 to {len(windows) - 1} of {seq_len} tokens, not {number}"
+        )
+    sample = {name: row[0].tolist() for name, row in windows.fetch(np.array([number])).items()}
+    shard, offset = windows.locate(number)
+    text = load_tokenizer(folder).decode(sample["input_ids"])
+    document_ids = windows.document_ids(number).tolist()
+    if as_json:
+        _print_json({**sample, "document_ids": document_ids, "shard": shard, "offset": offset, "text": text})
+        return
+    learned = sum(target != IGNORED for target in sample["labels" if labels else "targets"])
+    documents = sorted({document for document in document_ids if document >= 0})
+    print(
+        f"window {number} of {len(windows):,}: shard {shard}, offset {offset:,}, {learned} of {seq_len} positions learned"
+    )
+    print(
+        f"documents {documents[0]} to {documents[-1]}; {windows.unused_tokens:,} tokens of the dataset stand in no window"
+    )
+    for name, ids in sample.items():
+        print(f"{name} {' '.join(map(str, ids))}")
+    print(text)
+
+
+@command(app)
+def locate(
+    folder: _Folder,
+    seq_len: Annotated[int, typer.Option(help="Tokens of input_ids in a window.")],
+    position: Annotated[int, typer.Option(help="Samples consumed since the run began.")],
+    layout: Annotated[Layout, typer.Option(help="How windows are cut.")] = "concat",
+    order: Annotated[
+        Literal["shuffled", "sequential"], typer.Option(help="The order of the windows.")
+    ] = "shuffled",
+    seed: Annotated[int, typer.Option(help="Seed of the order.")] = 42,
+    as_json: _Json = False,
+) -> None:
+    """Say which window a run reads at a position, and where it lies."""
+    if position < 0:
+        raise UserError(f"--position counts samples from 0, not {position}")
+    windows = open_windows(ShardSet.open(folder), layout=layout, seq_len=seq_len)
+    epoch, number = SampleOrder(num_windows=len(windows), seed=seed, kind=order).window(position)
+    shard, offset = windows.locate(number)
+    if as_json:
+        _print_json(
+            {"position": position, "epoch": epoch, "window": number, "shard": shard, "offset": offset}
+        )
+    else:
+        print(
+            f"position {position:,}: epoch {epoch}, window {number:,} of {len(windows):,}, shard {shard}, offset {offset:,}"
+        )
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
+
+
+def _print_json(told: dict[str, Any]) -> None:
+    print(json.dumps(told, ensure_ascii=False))
+
+
+def main() -> None:
+    """Run `mm-data`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""From options to flags: a command whose parameter is a dataclass of options gets one flag for each of its fields.
+
+    @command(app)
+    def tokenize(inputs: Annotated[list[str], typer.Argument()], options: TokenizeOptions, given: Given) -> None: ...
+
+A parameter annotated `Given` receives the names of the options that stood on the command line, as against defaults. The
+wrapper is also the border where a `UserError` becomes one sentence and exit status 1, and an interrupt status 130.
+"""
+
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, is_dataclass
+from typing import Annotated, Any, NewType, get_args, get_origin, get_type_hints
+
+import typer
+
+from minimind_data.errors import UserError
+from minimind_data.options import build, format_size, leaves, parse_size
+
+Given = NewType("Given", frozenset[str])
+
+_CONTEXT = "typer_context"
+
+
+def make_app(help_text: str) -> typer.Typer:
+    """Return an empty application in the house style: plain help, no traceback painting, nothing to install."""
+    return typer.Typer(
+        help=help_text,
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+
+
+def command(
+    app: typer.Typer, name: str | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as a command of `app`, its option dataclasses spread out into flags."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(function, include_extras=True)
+        parameters = [inspect.Parameter(_CONTEXT, inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+        for parameter in inspect.signature(function).parameters.values():
+            kind = hints[parameter.name]
+            if is_dataclass(kind):
+                assert isinstance(kind, type)
+                parameters += [_flag(*leaf) for leaf in leaves(kind)]
+            elif kind is not Given:
+                parameters.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
+
+        @functools.wraps(function)
+        def run(**values: Any) -> None:
+            context = values.pop(_CONTEXT)
+            arguments = {
+                name: _argument(hints[name], name, values, context) for name in hints if name != "return"
+            }
+            with _Border():
+                function(**arguments)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        app.command(name)(run)
+        return function
+
+    return register
+
+
+def _flag(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    extras = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
+    kind = get_args(annotation)[0] if extras else annotation
+    text = next((extra for extra in extras if isinstance(extra, str)), "")
+    parser = next((extra for extra in extras if callable(extra)), None)
+    settings: dict[str, Any] = {"help": text}
+    if parser:
+        settings |= {"parser": parser, "metavar": parser.__name__.removeprefix("parse_").upper()}
+    if parser is parse_size and isinstance(default, int):
+        settings["show_default"] = format_size(default)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if default is MISSING else default,
+        annotation=Annotated[kind, typer.Option(**settings)],
+    )
+
+
+def _argument(kind: Any, name: str, values: dict[str, Any], context: typer.Context) -> Any:
+    if kind is Given:
+        sources = {key: context.get_parameter_source(key) for key in values}
+        return frozenset(key for key, source in sources.items() if source and source.name == "COMMANDLINE")
+    if not is_dataclass(kind):
+        return values[name]
+    assert isinstance(kind, type)
+    try:
+        return build(kind, values)
+    except ValueError as error:  # a value that the dataclass itself refuses is wrong usage
+        raise typer.BadParameter(str(error)) from None
+
+
+class _Border:
+    """Turns what a user can cause into one sentence on stderr and the exit status of the contract."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, BrokenPipeError):  # `mm-data info | head`: the reader has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0)
+        if isinstance(error, UserError):
+            _fail(str(error), 1)
+        if isinstance(error, OSError):
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{error.strerror or error}", 1)
+        if isinstance(error, KeyboardInterrupt):
+            _fail(str(error) or "interrupted", 130)
+
+
+def _fail(sentence: str, status: int) -> None:
+    print(f"error: {sentence}", file=sys.stderr)
+    raise typer.Exit(status) from None

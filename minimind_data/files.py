@@ -1,0 +1,129 @@
+"""Files that are whole or absent: atomic writes, durable renames, and a lock that dies with its process.
+
+Every file that this toolkit commits is written under a temporary name beside its place, flushed to the disk and renamed;
+after a crash at any moment the name leads to all of the bytes or to none. Nothing here knows what the bytes mean.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from minimind_data.errors import UserError
+
+PARTIAL_SUFFIX = ".partial"
+_HASH_BLOCK_BYTES = 4 * 2**20
+
+
+def partial_name(path: Path) -> Path:
+    """Return the temporary name for `path`: of this process alone, so that a dying twin cannot write into our file."""
+    return path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+
+
+def remove_partials(folder: Path) -> None:
+    """Delete what killed processes left half-written in `folder`. The caller holds the folder's lock."""
+    for path in folder.glob(f"*{PARTIAL_SUFFIX}"):
+        path.unlink(missing_ok=True)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` (renames, new files) durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a whole file or nothing: beside its place, fsync, rename, fsync of the folder."""
+    partial = partial_name(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Tell whether an error says that no more can be written: a full disk or a full quota."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def disk_full_is_plain(folder: Path) -> Iterator[None]:
+    """Turn a full disk, wherever it shows inside the block, into a sentence about `folder`."""
+    try:
+        yield
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise UserError(
+            f"{folder}: the disk is full; what was whole before stays, so free some space and run the same command again"
+        ) from None
+
+
+def sha256_of(path: Path, start: int = 0, stop: int | None = None) -> str:
+    """Return the hexadecimal SHA-256 of the bytes [start, stop) of a file, the whole file by default."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        left = (path.stat().st_size if stop is None else stop) - start
+        while left > 0 and (block := file.read(min(left, _HASH_BLOCK_BYTES))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
+class FolderLock:
+    """A lock file that one process at a time can hold, released by the kernel when that process ends in whatever way.
+
+    Args:
+        path: the lock file; it is created, and removed on the way out.
+        busy: the sentence for the user who comes second.
+
+    Raises:
+        UserError: another process holds the lock (at once, without waiting).
+    """
+
+    def __init__(self, path: Path, busy: str) -> None:
+        self._path = path
+        self._busy = busy
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> Self:
+        while True:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                raise UserError(self._busy) from None
+            if self._is_still_there(descriptor):
+                self._descriptor = descriptor
+                return self
+            os.close(descriptor)  # the holder before us removed this file between our open and our lock
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._descriptor is not None
+        self._path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+        self._descriptor = None
+
+    def _is_still_there(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.stat(descriptor), self._path.stat())
+        except FileNotFoundError:
+            return False

@@ -1,0 +1,267 @@
+r"""The on-disk contract: what a dataset folder holds, byte by byte. This docstring is the specification.
+
+A *dataset* is a folder with shards, a copy of `tokenizer.json`, and one `manifest.json`, which is written last: a folder
+without a manifest is no dataset. All numbers are little-endian.
+
+A *shard* `NAME` is two files in the layout of Megatron-Core's `IndexedDataset`:
+
+    NAME.bin    the tokens of all sequences end to end, nothing else
+    NAME.idx    9 bytes   magic "MMIDIDX\0\0"
+                u64       version, 1
+                u8        dtype code: 8 = uint16 (vocabularies of at most 65,536 entries), 4 = int32
+                u64       S, the number of sequences
+                u64       D + 1, where D is the number of documents
+                S x i32   length of each sequence, in tokens
+                S x i64   byte offset of each sequence in NAME.bin
+                (D+1) x i64   the sequence index at which each document starts; begins with 0, ends with S
+
+A pre-training document is one sequence: BOS + the tokens of its text + EOS.
+
+`manifest.json` (see `Manifest`) names the tokenizer, the options that shaped the tokens, the inputs, and every shard in
+order with its checksums and the bytes of input that it came from. Its *fingerprint* is a hash of what determines the
+tokens: two datasets with one fingerprint hold the same tokens in the same order, wherever and however they were built.
+
+Source of the shard layout: Megatron-LM, megatron/core/datasets/indexed_dataset.py (`_IndexWriter`, `_IndexReader`).
+"""
+
+import hashlib
+import json
+import struct
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minimind_data.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.json"
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_VERSION = 1
+MAX_UINT16_VOCABULARY = 65_536
+
+TokenDtype = Literal["uint16", "int32"]
+DTYPE_CODES: dict[TokenDtype, int] = {"uint16": 8, "int32": 4}
+DTYPES_BY_CODE: dict[int, TokenDtype] = {code: name for name, code in DTYPE_CODES.items()}
+TokenArray = NDArray[Any]
+"""Tokens as they are on disk: uint16 or int32."""
+
+_INDEX_HEADER = struct.Struct("<9sQBQQ")
+INDEX_HEADER_BYTES = _INDEX_HEADER.size
+
+
+class FormatError(UserError):
+    """Something on disk is not what this format says; the message names the file and what to do."""
+
+
+def dtype_for(vocab_size: int) -> TokenDtype:
+    """Return the narrowest token dtype of the format that holds ids below `vocab_size`."""
+    return "uint16" if vocab_size <= MAX_UINT16_VOCABULARY else "int32"
+
+
+def numpy_dtype(dtype: TokenDtype) -> np.dtype[Any]:
+    """Return the little-endian numpy dtype of tokens on disk."""
+    return np.dtype(dtype).newbyteorder("<")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexHeader:
+    """The fixed first 34 bytes of an `.idx` file."""
+
+    dtype: TokenDtype
+    num_sequences: int
+    num_documents: int
+
+    @property
+    def file_bytes(self) -> int:
+        """Size that the whole `.idx` file has."""
+        return INDEX_HEADER_BYTES + self.num_sequences * 12 + (self.num_documents + 1) * 8
+
+    def pack(self) -> bytes:
+        """Return the header as it stands on disk."""
+        code = DTYPE_CODES[self.dtype]
+        return _INDEX_HEADER.pack(
+            INDEX_MAGIC, INDEX_VERSION, code, self.num_sequences, self.num_documents + 1
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes, path: Path) -> Self:
+        """Read a header; `path` is for the error.
+
+        Raises:
+            FormatError: the bytes are no header that this version knows.
+        """
+        if len(data) < INDEX_HEADER_BYTES or not data.startswith(INDEX_MAGIC):
+            raise FormatError(f"{path}: no shard index (it should begin with {INDEX_MAGIC!r}); {REMAKE}")
+        _, version, code, num_sequences, num_starts = _INDEX_HEADER.unpack(data[:INDEX_HEADER_BYTES])
+        if version != INDEX_VERSION or code not in DTYPES_BY_CODE or num_starts < 1:
+            raise FormatError(
+                f"{path}: the index header says version {version}, dtype code {code}, {num_starts} document starts; "
+                f"known are version {INDEX_VERSION} and dtype codes {sorted(DTYPES_BY_CODE)}; {REMAKE}"
+            )
+        return cls(dtype=DTYPES_BY_CODE[code], num_sequences=num_sequences, num_documents=num_starts - 1)
+
+
+REMAKE = "delete the shard's .bin and .idx and run the same `mm-data tokenize` again: it makes only what is missing"
+_REMAKE_MANIFEST = "delete it and run the same `mm-data tokenize` again"
+
+
+def index_bytes(header: IndexHeader, lengths: NDArray[np.int64], document_starts: NDArray[np.int64]) -> bytes:
+    """Return a whole `.idx` file.
+
+    Args:
+        header: dtype and counts.
+        lengths: int64 [S], tokens of each sequence.
+        document_starts: int64 [D+1], the sequence at which each document starts, ending with S.
+    """
+    offsets = np.zeros(len(lengths), "<i8")
+    np.cumsum(lengths[:-1] * np.dtype(header.dtype).itemsize, out=offsets[1:])
+    return b"".join(
+        (
+            header.pack(),
+            lengths.astype("<i4").tobytes(),
+            offsets.tobytes(),
+            document_starts.astype("<i8").tobytes(),
+        )
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerInfo:
+    """The vocabulary that gives the ids of a dataset their meaning."""
+
+    sha256: str
+    """Of the bytes of tokenizer.json."""
+    vocab_size: int
+    """The largest id plus one; the height of an embedding table."""
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputEntry:
+    """One input file of a dataset."""
+
+    path: str
+    """As it was given on the command line."""
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """One shard, and what it was made of."""
+
+    name: str
+    documents: int
+    sequences: int
+    tokens: int
+    bytes: int
+    """Size of the .bin file."""
+    sha256: str
+    """Of the .bin file."""
+    index_sha256: str
+    """Of the .idx file."""
+    input: int
+    """Which of the manifest's inputs the documents came from."""
+    input_start: int
+    """First byte of that input that belongs to this shard."""
+    input_stop: int
+    """The byte after its last one."""
+    input_sha256: str
+    """Of those bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What `manifest.json` says."""
+
+    kind: Literal["pretrain", "sft", "dpo"]
+    dtype: TokenDtype
+    tokenizer: TokenizerInfo
+    options: dict[str, Any]
+    """The options that shaped the tokens (such as the field the text was in) or the cut into shards."""
+    inputs: tuple[InputEntry, ...]
+    shards: tuple[ShardEntry, ...]
+    empty_texts: int = 0
+    """Records whose text was empty; they made no document."""
+    set_aside: int = 0
+    """Bad records that were set aside."""
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what determines the tokens and their order; neither paths nor the cut into shards are part of it."""
+        told = {
+            "format": self.format_version,
+            "kind": self.kind,
+            "dtype": self.dtype,
+            "tokenizer": asdict(self.tokenizer),
+            "options": {name: value for name, value in self.options.items() if name != "split_bytes"},
+            "inputs": [{"bytes": entry.bytes, "sha256": entry.sha256} for entry in self.inputs],
+        }
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all shards."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of all shards."""
+        return sum(shard.documents for shard in self.shards)
+
+    def to_json(self) -> str:
+        """Return the text of `manifest.json`."""
+        told = {"format_version": self.format_version, "fingerprint": self.fingerprint, **asdict(self)}
+        return json.dumps({**told, "checksum": _checksum(told)}, ensure_ascii=False, indent=1) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read the manifest of a dataset.
+
+        Raises:
+            FormatError: the folder is no dataset, or its manifest is damaged or of another version.
+        """
+        path = folder / MANIFEST_NAME
+        try:
+            told = json.loads(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            raise FormatError(
+                f"{folder}: no dataset (no {MANIFEST_NAME}); make one with `mm-data tokenize`"
+            ) from None
+        except ValueError as error:
+            raise FormatError(f"{path}: damaged ({error}); {_REMAKE_MANIFEST}") from None
+        try:
+            if told["format_version"] != FORMAT_VERSION:
+                raise FormatError(
+                    f"{path}: format version {told['format_version']}; this program reads version {FORMAT_VERSION}"
+                )
+            checksum, fingerprint = told.pop("checksum"), told.pop("fingerprint")
+            if checksum != _checksum({**told, "fingerprint": fingerprint}):
+                raise FormatError(f"{path}: damaged (its checksum does not fit); {_REMAKE_MANIFEST}")
+            manifest = cls(
+                **{
+                    **told,
+                    "tokenizer": TokenizerInfo(**told["tokenizer"]),
+                    "inputs": tuple(InputEntry(**entry) for entry in told["inputs"]),
+                    "shards": tuple(ShardEntry(**entry) for entry in told["shards"]),
+                }
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FormatError(
+                f"{path}: not a manifest of this program ({error!r}); {_REMAKE_MANIFEST}"
+            ) from None
+        if manifest.fingerprint != fingerprint or manifest.dtype not in DTYPE_CODES:
+            raise FormatError(f"{path}: its fingerprint does not fit its content; {_REMAKE_MANIFEST}")
+        return manifest
+
+
+def _checksum(told: dict[str, Any]) -> str:
+    """Return the SHA-256 of everything else in a manifest, so that a flipped byte anywhere in it shows."""
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

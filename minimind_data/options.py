@@ -1,0 +1,90 @@
+"""How an option is declared: once, in the frozen dataclass that reads it.
+
+A field's help, and its parser where the type alone does not say how to read a flag, stand in its annotation:
+
+    split_bytes: Annotated[int, "Bytes of input that make one shard.", parse_size] = 64 * 2**20
+
+The command line makes its flags from these dataclasses, so a default or a help text is never written twice.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_T = TypeVar("_T")
+
+_UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_size(text: str | int) -> int:
+    """Read a number of bytes such as `64MiB`, `1.5GB` or `4096`.
+
+    Raises:
+        ValueError: the text is no size; the message says what one looks like.
+    """
+    written = str(text).strip().lower()
+    digits = written.rstrip("abcdefghijklmnopqrstuvwxyz ")
+    unit = written[len(digits) :].strip()
+    try:
+        return int(float(digits) * _UNITS[unit])
+    except (KeyError, ValueError, OverflowError):
+        raise ValueError(f"{text!r} is no size; write one like 64MiB, 1.5GB or 4096") from None
+
+
+def format_size(size: int) -> str:
+    """Write a number of bytes as `parse_size` reads it: 64MiB where it comes out even, else plain bytes."""
+    for unit, worth in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size and size % worth == 0:
+            return f"{size // worth}{unit}"
+    return str(size)
+
+
+def leaves(cls: type) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (name, annotation with extras, default) for every option of a dataclass, nested dataclasses flattened."""
+    hints = get_type_hints(cls, include_extras=True)
+    for field in fields(cls):
+        kind = hints[field.name]
+        if is_dataclass(kind):
+            assert isinstance(kind, type)
+            yield from leaves(kind)
+        elif field.metadata.get("flag", True):
+            yield field.name, kind, field.default
+
+
+def build(cls: type[_T], values: dict[str, Any]) -> _T:
+    """Make `cls` from flat option values, filling nested dataclasses; names that it does not know are left alone."""
+    hints = get_type_hints(cls)
+    made: dict[str, Any] = {}
+    for field in fields(cls):  # type: ignore[arg-type]
+        kind = hints[field.name]
+        if is_dataclass(kind):
+            assert isinstance(kind, type)
+            made[field.name] = build(kind, values)
+        elif field.name in values:
+            made[field.name] = values[field.name]
+    return cls(**made)
+
+
+def flatten(options: "DataclassInstance") -> dict[str, Any]:
+    """Return every option of a dataclass by its flat name: the inverse of `build`."""
+    flat: dict[str, Any] = {}
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if is_dataclass(value) and not isinstance(value, type):
+            flat |= flatten(value)
+        else:
+            flat[field.name] = value
+    return flat
+
+
+def differences(there: dict[str, Any], here: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """Say, for each of `names` in which two sets of options differ, what stands on either side."""
+    return [
+        f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+        for name in names
+        if there.get(name) != here.get(name)
+    ]

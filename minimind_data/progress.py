@@ -1,0 +1,69 @@
+"""One progress bar on a terminal, a line now and then elsewhere; always on stderr.
+
+A bar counts bytes and shows their rate and the time left; what else is worth seeing stands behind it.
+"""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+class ByteProgress:
+    """Progress over a known number of bytes.
+
+    Args:
+        title: what is going on, one word.
+        total_bytes: all of it.
+        count_name: what the second number that `add` takes counts, such as `tokens`; empty for none.
+    """
+
+    def __init__(self, title: str, total_bytes: int, count_name: str = "") -> None:
+        self._title = title
+        self._total = total_bytes
+        self._count_name = count_name
+        self._count = 0
+        self._done = 0
+        self._start = self._last_line = time.monotonic()
+        self._bar: tqdm | None = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total_bytes, desc=title, unit="B", unit_scale=True, dynamic_ncols=True, leave=False
+            )
+
+    def add(self, num_bytes: int, count: int = 0) -> None:
+        """Tell that this much more is done (less, where work is done over)."""
+        self._done += num_bytes
+        self._count += count
+        if self._bar is not None:
+            if self._count_name:
+                self._bar.set_postfix_str(f"{self._count / 1e6:.1f}M {self._count_name}", refresh=False)
+            self._bar.update(num_bytes)
+        elif (now := time.monotonic()) - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self._print_line(now - self._start)
+
+    def _print_line(self, seconds: float) -> None:
+        rate = self._done / seconds
+        left = (self._total - self._done) / rate if rate > 0 else float("inf")
+        counted = f", {self._count / 1e6:.1f}M {self._count_name}" if self._count_name else ""
+        share = 100 * self._done // max(1, self._total)
+        text = f"{self._title}: {share}% of {self._total / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s{counted}, {left:.0f} s left"
+        print(text, file=sys.stderr, flush=True)  # noqa: T201 - progress is this module's purpose
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

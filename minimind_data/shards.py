@@ -1,0 +1,328 @@
+"""Shard and ShardSet: open a dataset, check it, and read token rows out of its memory maps.
+
+Opening a dataset reads the manifest and hashes the tokenizer, nothing else; a shard is mapped, and held against the
+manifest, when its first token is wanted. `verify.py` is what reads every byte.
+
+All shards together are one stream of tokens and one list of documents; both are addressed by global numbers (int64).
+"""
+
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minimind_data.errors import UserError
+from minimind_data.files import sha256_of
+from minimind_data.format import (
+    INDEX_HEADER_BYTES,
+    REMAKE,
+    TOKENIZER_NAME,
+    FormatError,
+    IndexHeader,
+    Manifest,
+    ShardEntry,
+    TokenArray,
+    TokenDtype,
+    numpy_dtype,
+)
+
+
+def _map(path: Path, expected_bytes: int) -> NDArray[np.uint8]:
+    """Map a whole file read-only; the array keeps its map alive."""
+    try:
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno()).st_size
+            if found != expected_bytes:
+                raise FormatError(
+                    f"{path}: {found:,} bytes, where the manifest wants {expected_bytes:,}; {REMAKE}"
+                )
+            if not found:
+                return np.empty(0, np.uint8)
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except FileNotFoundError:
+        raise FormatError(f"{path}: missing; {REMAKE}") from None
+
+
+class Shard:
+    """One shard, mapped. Nothing is read beyond the header of its index.
+
+    Attributes:
+        entry: what the manifest says of it.
+        tokens: uint16 or int32 [tokens], the sequences end to end.
+        index: uint8, the whole `.idx` file; the next three are views of it.
+        lengths: int32 [sequences], tokens of each sequence.
+        offsets: int64 [sequences], byte offset of each sequence in the `.bin` file.
+        document_starts: int64 [documents + 1], the sequence at which each document starts.
+
+    Raises:
+        FormatError: a file is missing, shorter or longer than the manifest says, or has a wrong header.
+    """
+
+    def __init__(self, folder: Path, entry: ShardEntry, dtype: TokenDtype) -> None:
+        self.entry = entry
+        wanted = IndexHeader(dtype=dtype, num_sequences=entry.sequences, num_documents=entry.documents)
+        index_path = folder / f"{entry.name}.idx"
+        index = _map(index_path, wanted.file_bytes)
+        header = IndexHeader.unpack(index[:INDEX_HEADER_BYTES].tobytes(), index_path)
+        if header != wanted:
+            raise FormatError(
+                f"{index_path}: its header says {header}, where the manifest wants {wanted}; {REMAKE}"
+            )
+        self.index = index
+        lengths_stop = INDEX_HEADER_BYTES + 4 * entry.sequences
+        offsets_stop = lengths_stop + 8 * entry.sequences
+        self.lengths: NDArray[np.int32] = index[INDEX_HEADER_BYTES:lengths_stop].view("<i4")
+        self.offsets: NDArray[np.int64] = index[lengths_stop:offsets_stop].view("<i8")
+        self.document_starts: NDArray[np.int64] = index[offsets_stop:].view("<i8")
+        self.tokens: TokenArray = _map(folder / f"{entry.name}.bin", entry.bytes).view(numpy_dtype(dtype))
+
+    def sequence_of(self, token: int) -> int:
+        """Return the sequence that holds the token at this offset of the shard."""
+        return int(np.searchsorted(self.offsets, token * self.tokens.itemsize, side="right")) - 1
+
+
+class _RowGather:
+    """Copies rows of equal length that begin at any element of any of many maps, in one numpy call.
+
+    Every map lies somewhere in this process's address space, at a multiple of the page size. So one array that spans the
+    addresses from the lowest map to the highest, with a stride of one element, has a row for every element, and indexing it
+    with row numbers copies what a loop over the maps would copy, whether there is one or three hundred. Only rows that lie
+    inside a map may be asked for: the caller checks, in whole vectors.
+    """
+
+    def __init__(self, dtype: np.dtype[Any], num_maps: int) -> None:
+        self._dtype = dtype
+        self._maps: dict[int, NDArray[Any]] = {}
+        self._first_rows = np.zeros(num_maps, np.int64)
+        self._low = 0
+        self._views: dict[int, NDArray[Any]] = {}
+
+    def add(self, index: int, array: NDArray[Any]) -> None:
+        """Take in the map with this number."""
+        self._maps[index] = array
+        addresses = {key: int(mapped.__array_interface__["data"][0]) for key, mapped in self._maps.items()}
+        low = min(addresses.values())
+        if low == self._low:
+            self._first_rows[index] = (addresses[index] - low) // self._dtype.itemsize
+        else:
+            self._low = low
+            for key, address in addresses.items():
+                self._first_rows[key] = (address - low) // self._dtype.itemsize
+        self._views.clear()
+
+    def rows(self, owners: NDArray[np.intp], offsets: NDArray[np.int64], width: int) -> NDArray[Any]:
+        """Return [B, width], copied: row b is `width` elements of map owners[b], from its element offsets[b] on."""
+        view = self._views.get(width)
+        if view is None:
+            view = self._views[width] = self._strided(width)
+        gathered: NDArray[Any] = view[self._first_rows[owners] + offsets]
+        return gathered
+
+    def _strided(self, width: int) -> NDArray[Any]:
+        high = max(
+            int(mapped.__array_interface__["data"][0]) + mapped.nbytes for mapped in self._maps.values()
+        )
+
+        class _Span:
+            def __init__(self, address: int, num_elements: int, dtype: np.dtype[Any]) -> None:
+                self.__array_interface__ = {
+                    "version": 3,
+                    "data": (address, True),
+                    "typestr": dtype.str,
+                    "shape": (num_elements, width),
+                    "strides": (dtype.itemsize, dtype.itemsize),
+                }
+
+        return np.asarray(_Span(self._low, (high - self._low) // self._dtype.itemsize, self._dtype))
+
+
+class ShardSet:
+    """All shards of a dataset as one token stream and one document list.
+
+    Attributes:
+        folder: the dataset folder.
+        manifest: its manifest.
+        token_starts: int64 [shards + 1], the global number of each shard's first token, ending with the number of tokens.
+        document_starts: int64 [shards + 1], likewise for documents.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.dtype = numpy_dtype(manifest.dtype)
+        counts = [(entry.tokens, entry.documents) for entry in manifest.shards]
+        totals = np.cumsum(np.array([(0, 0), *counts], np.int64), axis=0)
+        self.token_starts: NDArray[np.int64] = np.ascontiguousarray(totals[:, 0])
+        self.document_starts: NDArray[np.int64] = np.ascontiguousarray(totals[:, 1])
+        self._num_sequences = np.array([entry.sequences for entry in manifest.shards], np.int64)
+        self._index_by_name = {entry.name: index for index, entry in enumerate(manifest.shards)}
+        self._shards: dict[int, Shard] = {}
+        self._tokens = _RowGather(self.dtype, len(manifest.shards))
+        self._indexes = _RowGather(np.dtype(np.uint8), len(manifest.shards))
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Self:
+        """Open a dataset.
+
+        Raises:
+            FormatError: the folder is no dataset, or its tokenizer is not the one that made the shards.
+        """
+        folder = Path(folder)
+        manifest = Manifest.read(folder)
+        path = folder / TOKENIZER_NAME
+        if not path.is_file():
+            raise FormatError(f"{path}: missing; run the same `mm-data tokenize` again to restore it")
+        found = sha256_of(path)
+        if found != manifest.tokenizer.sha256:
+            raise FormatError(
+                f"{path}: its SHA-256 is {found[:12]}…, but the shards were made with {manifest.tokenizer.sha256[:12]}…; "
+                "put the right tokenizer back or tokenize into another folder"
+            )
+        return cls(folder, manifest)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as a folder name: the process that unpickles maps the files itself."""
+        return (type(self), (self.folder, self.manifest))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all shards."""
+        return int(self.token_starts[-1])
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of all shards."""
+        return int(self.document_starts[-1])
+
+    def __len__(self) -> int:
+        """Return the number of shards."""
+        return len(self.manifest.shards)
+
+    def __iter__(self) -> Iterator[Shard]:
+        """Iterate over the shards in order, mapping each."""
+        return (self.shard(index) for index in range(len(self)))
+
+    def shard(self, index: int) -> Shard:
+        """Return a shard by its place in the manifest, mapping it when it is first asked for."""
+        shard = self._shards.get(index)
+        if shard is None:
+            shard = Shard(self.folder, self.manifest.shards[index], self.manifest.dtype)
+            if len(shard.tokens):
+                self._check_ends(shard)
+                self._tokens.add(index, shard.tokens)
+                self._indexes.add(index, shard.index)
+            self._shards[index] = shard
+        return shard
+
+    def rows(self, starts: NDArray[np.int64], width: int) -> TokenArray:
+        """Copy rows of the token stream; a row may reach across any number of shards.
+
+        Args:
+            starts: int64 [B], global number of each row's first token.
+            width: tokens in a row.
+
+        Returns:
+            uint16 or int32 [B, width].
+
+        Raises:
+            IndexError: a row begins before the first token or ends after the last.
+        """
+        if len(starts) and (starts.min() < 0 or starts.max() + width > self.num_tokens):
+            raise IndexError(
+                f"rows of {width} tokens at {starts.min()}…{starts.max()} in a stream of {self.num_tokens}"
+            )
+        owners = self.owners(starts)
+        self._map_all(owners)
+        offsets = starts - self.token_starts[owners]
+        inside = starts + width <= self.token_starts[owners + 1]
+        if inside.all():
+            return self._tokens.rows(owners, offsets, width)
+        rows = np.empty((len(starts), width), self.dtype)
+        rows[inside] = self._tokens.rows(owners[inside], offsets[inside], width)
+        for place in np.flatnonzero(~inside):
+            rows[place] = self.slice(int(starts[place]), int(starts[place]) + width)
+        return rows
+
+    def sequence_spans(
+        self, owners: NDArray[np.intp], sequences: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Look sequences up in the indexes of their shards.
+
+        Args:
+            owners: intp [B], the index of each sequence's shard.
+            sequences: int64 [B], its number in that shard.
+
+        Returns:
+            (global number of its first token, its length in tokens), both int64 [B].
+        """
+        self._map_all(owners)
+        lengths = self._indexes.rows(owners, INDEX_HEADER_BYTES + 4 * sequences, 4).view("<i4")[:, 0]
+        offsets_start = INDEX_HEADER_BYTES + 4 * self._num_sequences[owners]
+        offsets = self._indexes.rows(owners, offsets_start + 8 * sequences, 8).view("<i8")[:, 0]
+        return offsets // self.dtype.itemsize + self.token_starts[owners], lengths.astype(np.int64)
+
+    def slice(self, start: int, stop: int) -> TokenArray:
+        """Return the tokens [start, stop) of the stream: a view where one shard holds them all, else a copy."""
+        first, last = (int(index) for index in self.owners(np.array([start, max(start, stop - 1)])))
+        parts = [
+            self.shard(index).tokens[
+                max(0, start - int(self.token_starts[index])) : stop - int(self.token_starts[index])
+            ]
+            for index in range(first, last + 1)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def owners(self, tokens: NDArray[np.int64]) -> NDArray[np.intp]:
+        """Return the index of the shard that holds each of these tokens, intp of the same shape."""
+        return np.searchsorted(self.token_starts, tokens, side="right") - 1
+
+    def name_and_offset(self, token: int) -> tuple[str, int]:
+        """Return (shard name, token offset in that shard) of a global token number."""
+        owner = min(int(self.owners(np.array([token]))[0]), len(self) - 1)
+        return self.manifest.shards[owner].name, token - int(self.token_starts[owner])
+
+    def index_of(self, name: str) -> int:
+        """Return the place of a shard in the manifest.
+
+        Raises:
+            UserError: there is no such shard.
+        """
+        index = self._index_by_name.get(name)
+        if index is None:
+            names = list(self._index_by_name)
+            some = ", ".join(names[:3]) + (f", … {names[-1]}" if len(names) > 3 else "")
+            raise UserError(f"{self.folder}: no shard named {name!r}; its {len(names)} shards are {some}")
+        return index
+
+    def token_at(self, name: str, offset: int) -> int:
+        """Return the global number of the token at `offset` of the shard `name`: the inverse of `name_and_offset`.
+
+        Raises:
+            UserError: there is no such shard, or it is shorter.
+        """
+        index = self.index_of(name)
+        num_tokens = self.manifest.shards[index].tokens
+        if not 0 <= offset < num_tokens:
+            raise UserError(
+                f"{self.folder}: shard {name} holds tokens 0 to {num_tokens - 1}, there is none at {offset}"
+            )
+        return int(self.token_starts[index]) + offset
+
+    def _map_all(self, owners: NDArray[np.intp]) -> None:
+        """Map the shards that are asked for here for the first time."""
+        if len(self._shards) < len(self):
+            for index in np.unique(owners):
+                self.shard(int(index))
+
+    def _check_ends(self, shard: Shard) -> None:
+        """A shard begins with BOS and ends with EOS; one that a different tokenizer made seldom does."""
+        info = self.manifest.tokenizer
+        if (int(shard.tokens[0]), int(shard.tokens[-1])) != (info.bos_id, info.eos_id):
+            raise FormatError(
+                f"{self.folder / shard.entry.name}.bin: begins with token {shard.tokens[0]} and ends with {shard.tokens[-1]}, "
+                f"where this dataset's tokenizer has BOS {info.bos_id} and EOS {info.eos_id}; it is another dataset's. {REMAKE}"
+            )

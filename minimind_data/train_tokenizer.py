@@ -1,0 +1,106 @@
+"""train_tokenizer(): a byte-level BPE vocabulary from JSON lines, with MiniMind's special tokens at MiniMind's ids.
+
+Training itself is the `tokenizers` library's; what is decided here is the form: GPT-2's byte-level splitting, all 256
+bytes in the alphabet so that any text can be written, and the 36 special tokens of minimind-3 first.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from minimind_data.errors import UserError
+from minimind_data.files import write_atomic
+from minimind_data.format import TOKENIZER_NAME
+from minimind_data.records import LineReader, plan_splits, read_blocks
+from minimind_data.tokenizer import CONFIG_NAME
+
+PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+_CONTROL_TOKENS = [
+    PAD, BOS, EOS,
+    *(f"<|{name}|>" for name in (
+        "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start", "quad_end", "vision_start", "vision_end",
+        "vision_pad", "image_pad", "video_pad", "audio_start", "audio_end", "audio_pad",
+    )),
+    "<tts_pad>", "<tts_text_bos>", "<tts_text_eod>", "<tts_text_bos_single>",
+]  # fmt: skip
+# Seen in the text that a model writes and reads, so a decoder that leaves out special tokens keeps them.
+_VISIBLE_TOKENS = [
+    "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>",
+    *(f"<|buffer{number}|>" for number in range(1, 10)),
+]  # fmt: skip
+SPECIAL_TOKENS = [*_CONTROL_TOKENS, *_VISIBLE_TOKENS]
+_MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+_BYTES_AT_A_TIME = 16 * 2**20
+
+
+def train_tokenizer(inputs: Sequence[Path], out: Path, *, vocab_size: int = 6400, field: str = "text") -> int:
+    """Train a tokenizer and write it with its `tokenizer_config.json` beside it.
+
+    Args:
+        inputs: JSON-lines files.
+        out: the tokenizer.json to write, or a folder for it.
+        vocab_size: entries, special tokens included.
+        field: the field that holds the text.
+
+    Returns:
+        The number of entries, which is below `vocab_size` where the text has too few pairs to merge.
+
+    Raises:
+        UserError: an input or a record cannot be read, or `vocab_size` is too small.
+    """
+    if vocab_size < _MIN_VOCAB_SIZE:
+        raise UserError(
+            f"--vocab-size {vocab_size}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens need {_MIN_VOCAB_SIZE}"
+        )
+    file = out if out.suffix == ".json" else out / TOKENIZER_NAME
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[tokenizers.AddedToken(token, normalized=False) for token in SPECIAL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_pieces(inputs, field), trainer)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    config = {
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    write_atomic(file.with_name(CONFIG_NAME), json.dumps(config, indent=1) + "\n")
+    write_atomic(file, _with_visible_tokens(tokenizer) + "\n")
+    size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+    return size
+
+
+def _with_visible_tokens(tokenizer: tokenizers.Tokenizer) -> str:
+    """Return the tokenizer's JSON; its trainer marks every token it was given as special, which hides it when decoding."""
+    told = json.loads(tokenizer.to_str())
+    for token in told["added_tokens"]:
+        token["special"] = token["content"] in _CONTROL_TOKENS
+    return json.dumps(told, ensure_ascii=False, indent=1)
+
+
+def _pieces(inputs: Sequence[Path], field: str) -> Iterator[str]:
+    """Yield the texts without the special tokens in them, which must not become merges."""
+    special = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+    for path in inputs:
+        line = 0
+        for split in plan_splits(path, _BYTES_AT_A_TIME):
+            reader = LineReader(split)
+            for block in read_blocks(reader, field=field, max_word_chars=1_000_000):
+                if block.bad:
+                    raise UserError(f"{path}:{line + block.bad[0].line}: {block.bad[0].reason}")
+                for text in block.texts:
+                    yield from filter(None, special.split(text))
+            line += reader.num_lines

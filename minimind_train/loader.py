@@ -1,0 +1,387 @@
+"""From windows and an order to batches: for our own loop, and for anybody's DataLoader.
+
+`StepLoader` is what the training loop uses: one thread reads ahead, there are no worker processes (a batch is one gather from
+mapped files; handing it from process to process would cost more), and what it yields is an optimizer step.
+
+`WindowDataset` and `ResumableBatchSampler` are the same data and the same order for a loop that brings its own
+`torch.utils.data.DataLoader`, or torchdata's `StatefulDataLoader`.
+
+All count in positions (see `minimind_train.sampler`). No loader decides what has been learned: each batch says which positions it
+holds, and the loop that completes a step moves the cursor.
+"""
+
+import weakref
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from minimind_data.errors import UserError
+from minimind_data.windows import IGNORED, Windows
+from minimind_train.sampler import SampleOrder, rank_positions
+
+__all__ = ["ResumableBatchSampler", "StepBatch", "StepLoader", "WindowDataset"]
+
+
+class WindowDataset(Dataset[dict[str, Tensor]]):
+    """Windows as a map-style dataset; a sample is a dict of int64 tensors [seq_len].
+
+    A `ShardSet` pickles as its folder's name, so a worker started by `spawn` maps the files for itself.
+    """
+
+    def __init__(self, windows: Windows) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        """Return the number of windows."""
+        return len(self.windows)
+
+    def __getitem__(self, window: int) -> dict[str, Tensor]:
+        """Return one window."""
+        return self.__getitems__([window])[0]
+
+    def __getitems__(self, windows: list[int]) -> list[dict[str, Tensor]]:
+        """Return many windows, read in one gather; this is what a DataLoader calls for a batch."""
+        if not windows:
+            return []
+        if min(windows) < 0 or max(windows) >= len(self.windows):
+            raise IndexError(
+                f"windows {min(windows)} to {max(windows)} asked for, there are {len(self.windows)}"
+            )
+        batch = self.windows.fetch(np.array(windows, np.int64))
+        rows = zip(*(torch.from_numpy(array).unbind() for array in batch.values()), strict=True)
+        return [dict(zip(batch, row, strict=True)) for row in rows]
+
+
+class ResumableBatchSampler(Sampler[list[int]]):
+    """A batch sampler whose place is one number: `DataLoader(WindowDataset(windows), batch_sampler=sampler)`.
+
+    An iteration runs from the sampler's place to the end of the epoch, and the next one through the next epoch, in another order;
+    there is no `set_epoch`. With `stop` it runs to that position instead, through as many epochs as that takes. An iteration
+    that is broken off does not count: the next begins where it began. (Unless a loader with workers had already taken its last
+    batch. To go on after breaking off, load a state.)
+
+    The place is a position: it counts samples, so it means the same with another `global_batch` or `world_size`. At the end of
+    an epoch it is the beginning of the next, so a loop over epochs goes on with `for epoch in range(sampler.epoch, …)`.
+
+    To save the place:
+
+    - torchdata's `StatefulDataLoader` does it by itself, with any number of workers.
+    - A `DataLoader` with workers asks for batches long before it hands them out, and the sampler cannot know how long. Count the
+      batches that your loop has consumed since the iteration began, and save `state_after(batches_consumed)`.
+    - `state_dict()` is the place after the last batch that the *loader* took. That is exact where nothing reads ahead
+      (`num_workers=0`), and at the end of an epoch. Anywhere else it is too far, and a resume from it would leave samples out.
+
+    Args:
+        order: the order of the windows.
+        global_batch: samples in a batch, over all ranks.
+        rank: which of the ranks this is; it gets every `world_size`-th sample of each batch.
+        world_size: how many ranks share a batch.
+        start: the position to begin at.
+        stop: the position to end at; without it each iteration ends with its epoch.
+        drop_last: leave out a last batch that is shorter than the others.
+    """
+
+    def __init__(
+        self,
+        order: SampleOrder,
+        global_batch: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        stop: int | None = None,
+        drop_last: bool = False,
+    ) -> None:
+        _check_shares(global_batch, rank, world_size)
+        _check_range(start, start if stop is None else stop)
+        self.order = order
+        self.global_batch = global_batch
+        self.rank = rank
+        self.world_size = world_size
+        self.drop_last = drop_last
+        self.stop = stop
+        self._latest = self._iteration(start)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in which the next iteration begins."""
+        return self._next_start // self.order.num_windows
+
+    def __len__(self) -> int:
+        """Return the number of batches of the next iteration."""
+        return len(self._iteration(self._next_start))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Begin at the place.
+
+        Raises:
+            UserError: the last batch would leave a rank without a sample, where every rank must take part.
+        """
+        iteration = self._iteration(self._next_start)
+        rest = (iteration.stop - iteration.start) % self.global_batch
+        if not self.drop_last and 0 < rest < self.world_size:
+            raise UserError(
+                f"the last batch before position {iteration.stop} would have {rest} samples for {self.world_size} ranks; "
+                "take another global_batch, or drop_last=True to leave them out"
+            )
+        self._latest = iteration
+        return iteration
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place after the last batch that was taken from this sampler."""
+        return self._state(self._latest.position)
+
+    def state_after(self, batches_consumed: int) -> dict[str, Any]:
+        """Return the place after so many batches of the present iteration, however far a loader has read ahead."""
+        if not 0 <= batches_consumed <= len(self._latest):
+            raise ValueError(
+                f"the iteration has {len(self._latest)} batches, so {batches_consumed} cannot have been consumed"
+            )
+        return self._state(
+            self._latest.place_after(self._latest.start + batches_consumed * self.global_batch)
+        )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved place.
+
+        Raises:
+            UserError: the place belongs to another order of samples, or lies behind the end.
+        """
+        here = self._state(0)
+        different = [name for name in here if name != "position" and state.get(name) != here[name]]
+        if different:
+            sides = "; ".join(
+                f"{name} is {state.get(name)} in the saved state, {here[name]} here" for name in different
+            )
+            raise UserError(f"the saved place belongs to another order of samples: {sides}")
+        position = int(state["position"])
+        if self.stop is not None and position > self.stop:
+            raise UserError(
+                f"the saved place, position {position}, lies behind the end of this run at {self.stop}"
+            )
+        self._latest = self._iteration(position)
+
+    @property
+    def _next_start(self) -> int:
+        return self._latest.stop if self._latest.finished else self._latest.start
+
+    def _iteration(self, start: int) -> "_Iteration":
+        n = self.order.num_windows
+        return _Iteration(self, start, (start // n + 1) * n if self.stop is None else self.stop)
+
+    def _state(self, position: int) -> dict[str, Any]:
+        return {
+            "position": position,
+            "num_windows": self.order.num_windows,
+            "seed": self.order.seed,
+            "order": self.order.kind,
+        }
+
+
+class _Iteration(Iterator[list[int]]):
+    """One iteration of a `ResumableBatchSampler`, over the positions [start, stop).
+
+    It has a state of its own because torchdata asks iterators for one. It differs from the sampler's where an epoch has just
+    ended: what is left of this iteration is nothing, while the sampler's next one is the next epoch.
+    """
+
+    def __init__(self, sampler: ResumableBatchSampler, start: int, stop: int) -> None:
+        self.sampler = sampler
+        self.start = start
+        self.stop = stop
+        self.position = self.place_after(start)
+        self.finished = False
+
+    def __len__(self) -> int:
+        """Return the number of its batches."""
+        whole, rest = divmod(self.stop - self.start, self.sampler.global_batch)
+        return whole + (rest > 0 and not self.sampler.drop_last)
+
+    def __next__(self) -> list[int]:
+        sampler = self.sampler
+        if self.position >= self.stop:
+            self.finished = True
+            raise StopIteration
+        end = min(self.position + sampler.global_batch, self.stop)
+        positions = rank_positions(self.position, end, sampler.rank, sampler.world_size)
+        self.position = self.place_after(end)
+        windows: list[int] = sampler.order.windows(positions).tolist()
+        return windows
+
+    def place_after(self, end: int) -> int:
+        """Where the place is when everything before `end` is done: a remainder that is dropped is passed over."""
+        needed = self.sampler.global_batch if self.sampler.drop_last else 0
+        return self.stop if end + needed > self.stop else end
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position, "stop": self.stop}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = self.position = state["position"]
+        self.stop = state["stop"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """What one rank learns in one optimizer step.
+
+    Attributes:
+        start: the first position of the global batch.
+        stop: the position behind its last; the cursor after the step.
+        micro_batches: this rank's share, cut into tensors [micro_batch or less, seq_len]. Where the global batch is short a
+            rank may have one fewer than another, or none.
+        num_targets: how many of this rank's targets are learned.
+    """
+
+    start: int
+    stop: int
+    micro_batches: list[dict[str, Tensor]]
+    num_targets: int
+
+
+class StepLoader:
+    """The steps of a run, read ahead by one thread.
+
+    Every iteration begins at `start` and ends at `stop`; the last global batch may be short, so that no sample is lost. Which samples
+    a step has depends on nothing but the order, `start` and `global_batch`. Leaving the loop ends the thread; a `with` block does so
+    at once and for certain, also when the loop is left by an exception.
+
+    Args:
+        windows: where samples are read.
+        order: which sample comes when.
+        start: the position to begin at: the cursor.
+        stop: the position to end at.
+        global_batch: samples in a step over all ranks.
+        micro_batch: the most samples of a rank in one forward pass.
+        rank: which of the ranks this is.
+        world_size: how many ranks share a step.
+        device: where the tensors go. For CUDA they go by way of pinned memory, without waiting.
+        prefetch: how many steps are kept ready.
+    """
+
+    def __init__(
+        self,
+        windows: Windows,
+        order: SampleOrder,
+        *,
+        start: int,
+        stop: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        prefetch: int = 2,
+    ) -> None:
+        _check_shares(global_batch, rank, world_size)
+        _check_range(start, stop)
+        if micro_batch < 1 or prefetch < 1:
+            raise ValueError(f"micro_batch and prefetch must be at least 1, not {micro_batch} and {prefetch}")
+        if len(windows) != order.num_windows:
+            raise ValueError(
+                f"the order is one of {order.num_windows} windows, the dataset has {len(windows)}"
+            )
+        if windows.labels:
+            raise ValueError("a step needs targets; open the windows with labels=False")
+        self.windows = windows
+        self.order = order
+        self.start = start
+        self.stop = stop
+        self.global_batch = global_batch
+        self.micro_batch = micro_batch
+        self.rank = rank
+        self.world_size = world_size
+        self.device = torch.device(device)
+        self.prefetch = prefetch
+        # Weak, so that an iteration ends as soon as its loop has dropped it.
+        self._iteration: weakref.ref[Generator[StepBatch, None, None]] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return len(range(self.start, self.stop, self.global_batch))
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        """Begin at `start`; an earlier iteration of this loader ends."""
+        self.close()
+        iteration = self._iterate()
+        self._iteration = weakref.ref(iteration)
+        return iteration
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the thread, if one is running; the batch that it is reading is finished first."""
+        iteration = self._iteration() if self._iteration else None
+        if iteration is not None:
+            iteration.close()
+        self._iteration = None
+
+    def _iterate(self) -> Generator[StepBatch, None, None]:
+        starts = iter(range(self.start, self.stop, self.global_batch))
+        # One thread, so the steps are read one after the other. A future carries an exception to where the step is consumed.
+        thread = ThreadPoolExecutor(1, thread_name_prefix="step-loader")
+        try:
+            steps = deque(thread.submit(self._read, start) for start in islice(starts, self.prefetch))
+            while steps:
+                step = steps.popleft()
+                steps.extend(thread.submit(self._read, start) for start in islice(starts, 1))
+                yield self._on_device(step.result())
+        finally:
+            thread.shutdown(cancel_futures=True)
+
+    def _read(self, start: int) -> StepBatch:
+        """Read one step; runs in the thread."""
+        stop = min(start + self.global_batch, self.stop)
+        positions = rank_positions(start, stop, self.rank, self.world_size)
+        if not positions.size:
+            return StepBatch(start=start, stop=stop, micro_batches=[], num_targets=0)
+        arrays = self.windows.fetch(self.order.windows(positions))
+        share = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if self.device.type == "cuda":
+            share = {name: tensor.pin_memory() for name, tensor in share.items()}
+        micro_batches = zip(
+            *(torch.split(tensor, self.micro_batch) for tensor in share.values()), strict=True
+        )
+        return StepBatch(
+            start=start,
+            stop=stop,
+            micro_batches=[dict(zip(share, tensors, strict=True)) for tensors in micro_batches],
+            num_targets=int(np.count_nonzero(arrays["targets"] != IGNORED)),
+        )
+
+    def _on_device(self, step: StepBatch) -> StepBatch:
+        """Send a step to the device; called by the consumer, so that the kernels on its stream wait for the copies."""
+        micro_batches = [
+            {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+            for batch in step.micro_batches
+        ]
+        return replace(step, micro_batches=micro_batches)
+
+
+def _check_shares(global_batch: int, rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be from 0 to world_size - 1, not {rank} of {world_size}")
+    if global_batch < world_size:
+        raise ValueError(
+            f"global_batch must be at least one sample for each of {world_size} ranks, not {global_batch}"
+        )
+
+
+def _check_range(start: int, stop: int) -> None:
+    if not 0 <= start <= stop:
+        raise ValueError(f"positions count from 0 and a run goes forward, not from {start} to {stop}")
