@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import typer
 
-from minimind_data.build import SET_ASIDE_NAME, Summary, TokenizeOptions
+from minimind_data.build import SET_ASIDE_NAME, Summary
 from minimind_data.build import tokenize as build_dataset
 from minimind_data.errors import UserError
+from minimind_data.plan import TokenizeOptions
 from minimind_data.progress import ByteProgress
 from minimind_data.shards import ShardSet
 from minimind_data.tokenizer import load_tokenizer

@@ -17,6 +17,7 @@ from typing import Any
 from minimind_data.errors import UserError
 from minimind_data.split import Job, Report, SplitResult, SplitTask, build_split
 
+_CORES_PER_PROCESS = 4  # above, one Python thread that reads and parses JSON is what costs
 _ENCODER_THREADS = ("RAYON_NUM_THREADS",)  # both encoders read it, once, at their first batch
 
 
@@ -28,18 +29,19 @@ def num_cores() -> int:
 def run_local(job: Job, tasks: list[SplitTask], workers: int, report: Report) -> Iterator[SplitResult]:
     """Run tasks on this machine with at most `workers` cores busy.
 
-    Few tasks run in this process, whose encoder then uses several threads: starting processes would take longer. Otherwise
-    each worker is a process with a single-threaded encoder, and no two of them share a lock or a cache.
+    A process keeps a few cores busy: its encoder has threads, and reading, parsing and writing hide behind them until Python
+    itself becomes the limit. Beyond that there are several such processes. A job that one process can do runs in this one.
 
     Raises:
         UserError: a task met something that the user must mend, or a worker process died.
     """
-    if workers == 1 or len(tasks) < 2:
-        with _encoder_threads(workers):
+    num_processes = min(-(-workers // _CORES_PER_PROCESS), len(tasks))
+    with _encoder_threads(-(-workers // num_processes)):
+        if num_processes == 1:
             for task in tasks:
                 yield build_split(job, task, report)
-    else:
-        yield from _run_in_processes(job, tasks, min(workers, len(tasks)), report)
+        else:
+            yield from _run_in_processes(job, tasks, num_processes, report)
 
 
 class _Worker:
@@ -89,10 +91,9 @@ def _run_in_processes(
     waiting = iter(tasks)
     workers: list[_Worker] = []
     try:
-        with _encoder_threads(1):
-            for task in itertools.islice(waiting, num_workers):
-                workers.append(_Worker(job))
-                workers[-1].give(task)
+        for task in itertools.islice(waiting, num_workers):
+            workers.append(_Worker(job))
+            workers[-1].give(task)
         busy = {worker.pipe: worker for worker in workers}
         while busy:
             for pipe in connection.wait(list(busy)):

@@ -66,7 +66,8 @@ def test_documents_are_bos_ids_eos_in_order(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"workers": 3}, {"backend": "tokenizers"}, {"workers": 2, "backend": "tokenizers"}]
+    "changes",
+    [{"workers": 2}, {"workers": 12}, {"backend": "tokenizers"}, {"workers": 8, "backend": "tokenizers"}],
 )
 def test_the_bytes_depend_on_the_input_alone(source, tmp_path, changes):
     tokenize([source], options(tmp_path / "a"))
@@ -166,7 +167,7 @@ def test_nothing_to_tokenize(tmp_path, write_jsonl, texts):
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, 8])
 def test_a_bad_record_stops_with_its_line_and_leaves_no_dataset(source, tmp_path, workers):
     with source.open("ab") as file:
         file.write(b'{"text": 5}\n')
@@ -188,7 +189,7 @@ def test_bad_records_set_aside_can_be_had_back(tmp_path):
     ]
     source = tmp_path / "x.jsonl"
     source.write_bytes(b"\n".join(lines) + b"\n")
-    for workers in (1, 2):
+    for workers in (1, 8):
         out = tmp_path / f"out{workers}"
         summary = tokenize(
             [source], options(out, split_bytes=2000, on_bad_record="set-aside", workers=workers)
@@ -199,7 +200,7 @@ def test_bad_records_set_aside_can_be_had_back(tmp_path):
         assert [one.get("data") for one in told] == ['{"text": 5}', "not json", None]
         assert told[2]["data_base64"]
         assert "not a string" in told[0]["reason"]
-    assert tree(tmp_path / "out1") == tree(tmp_path / "out2")
+    assert tree(tmp_path / "out1") == tree(tmp_path / "out8")
 
 
 def test_after_a_stop_the_rest_can_be_had_by_mending_or_setting_aside(tmp_path, source):
@@ -372,7 +373,7 @@ def test_death_between_any_two_system_calls_loses_nothing(tmp_path, write_jsonl)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [(1, 2), (2, 1), (2, 3)])
+@pytest.mark.parametrize("workers", [(1, 2), (8, 1), (8, 12)])
 def test_kill_9_at_random_moments(tmp_path, write_jsonl, workers):
     source = write_jsonl(TEXTS * 30)
     tokenize([source], options(tmp_path / "whole", split_bytes=2**15))

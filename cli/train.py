@@ -1,0 +1,113 @@
+"""`mm-train`: train a model on a dataset, and try it out.
+
+Each command is made only when it is asked for, because its options live beside code that imports torch, which takes seconds;
+`mm-train --help` does not.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Given, command, make_app
+
+
+def _pretrain(app: typer.Typer) -> None:
+    """Train a model, or go on with a stopped run."""
+    from minimind_data.options import flatten  # noqa: PLC0415 - see the module's docstring
+    from minimind_train.pretrain import (  # noqa: PLC0415
+        CHANGEABLE,
+        NEEDS_SEQUENTIAL,
+        PretrainConfig,
+        pretrain,
+        resume,
+    )
+
+    def run_command(
+        config: PretrainConfig,
+        given: Given,
+        go_on: Annotated[
+            bool,
+            typer.Option("--resume", help="Go on with the run in the folder --run, with its own options."),
+        ] = False,
+        allow_change: Annotated[
+            list[str] | None,
+            typer.Option(
+                metavar="NAME", help="With --resume: an option that may differ from here on. Repeatable."
+            ),
+        ] = None,
+    ) -> None:
+        allowed = {name.lstrip("-").replace("-", "_") for name in allow_change or ()}
+        if unknown := allowed - CHANGEABLE:
+            raise typer.BadParameter(
+                f"--allow-change {min(unknown)}: the names are {', '.join(sorted(CHANGEABLE))}"
+            )
+        if allowed and not go_on:
+            raise typer.BadParameter(
+                "--allow-change goes with --resume; a new run has no options to differ from"
+            )
+        if config.data.resume_from and config.data.order != "sequential" and not go_on:
+            raise typer.BadParameter(NEEDS_SEQUENTIAL)
+        run = config.training.run
+        if go_on:
+            values = {name: value for name, value in flatten(config).items() if name in given}
+            outcome = resume(run, values, allow_change=allowed)
+        else:
+            outcome = pretrain(config)
+        if outcome.stopped_by:
+            print(
+                f"stopped by {outcome.stopped_by.name} after step {outcome.step} of {outcome.total_steps}, which is saved; "
+                f"go on with: mm-train pretrain --run {run} --resume",
+                file=sys.stderr,
+            )
+            raise typer.Exit(128 + outcome.stopped_by)
+        if outcome.loss is not None:
+            print(f"{run}: done, {outcome.step} steps, last loss {outcome.loss:.4f}", file=sys.stderr)
+
+    run_command.__doc__ = _pretrain.__doc__
+    command(app, "pretrain")(run_command)
+
+
+def _generate(app: typer.Typer) -> None:
+    """Print what a trained model writes."""
+    from minimind_train.completion import complete  # noqa: PLC0415 - see the module's docstring
+    from minimind_train.generate import GenerateOptions  # noqa: PLC0415
+
+    def run_command(
+        run: Annotated[Path, typer.Option(help="Folder of the run.")],
+        prompt: Annotated[str, typer.Option(help="Text to go on from.")],
+        options: GenerateOptions,
+        checkpoint: Annotated[
+            int | None, typer.Option(metavar="STEP", help="Step of the checkpoint; the newest by default.")
+        ] = None,
+        device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    ) -> None:
+        for text in complete(run, prompt, options, step=checkpoint, device=device):
+            print(text, end="", flush=True)
+        print()
+
+    run_command.__doc__ = _generate.__doc__
+    command(app, "generate")(run_command)
+
+
+_COMMANDS: dict[str, Callable[[typer.Typer], None]] = {"pretrain": _pretrain, "generate": _generate}
+
+
+def make(arguments: Sequence[str]) -> typer.Typer:
+    """Return the application for a command line: whole where it asks for a command, else enough to list them."""
+    app = make_app("Train small language models on datasets made by mm-data.")
+    app.callback()(lambda: None)
+    wanted = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for name, register in _COMMANDS.items():
+        if name == wanted:
+            register(app)
+        else:
+            app.command(name, help=register.__doc__)(lambda: None)
+    return app
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    make(sys.argv[1:])()

@@ -1,0 +1,279 @@
+"""Checkpoints: all that a run needs to go on exactly, whole or absent, and no pickle.
+
+    checkpoints/step-000001000/
+        model.safetensors       every weight under its parameter name, in full precision
+        optimizer.safetensors   the optimizer's tensors as KEY.PARAMETER, such as `exp_avg.model.norm.weight`
+        state.json              step, cursor, options, the dataset's fingerprint, size and SHA-256 of the two files, and of itself
+
+A checkpoint is written under a temporary name beside its own, flushed to the disk and renamed; old ones are renamed away
+before they are deleted. So whatever carries a checkpoint's name was once complete, and one that has been damaged since is
+found by its checksums. What can be derived (learning rate, order of samples, random states) is not stored.
+
+This module does not know what a run folder holds besides; the caller holds the folder's lock.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from minimind_data.errors import UserError
+from minimind_data.files import PARTIAL_SUFFIX, fsync_folder, partial_name, sha256_of
+
+FORMAT_VERSION = 1
+FOLDER_NAME = "checkpoints"
+MODEL_NAME = "model.safetensors"
+OPTIMIZER_NAME = "optimizer.safetensors"
+STATE_NAME = "state.json"
+
+_NAME = re.compile(r"step-(\d{9,})")
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint is not what was written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointState:
+    """What a checkpoint says besides its tensors."""
+
+    step: int
+    """Completed optimizer steps."""
+    cursor: int
+    """Samples consumed by them: the position of the next sample."""
+    config: dict[str, Any]
+    """The run's options, resolved."""
+    dataset: str
+    """Fingerprint of the dataset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint on disk whose every byte has just been found right."""
+
+    folder: Path
+    state: CheckpointState
+
+    def restore(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+        """Put the weights, and the optimizer's state where one is given, in place, bit for bit.
+
+        Raises:
+            UserError: the model is not the one that was saved.
+        """
+        weights = load_file(self.folder / MODEL_NAME)
+        _refuse_other_shapes(self.folder, weights, model.state_dict())
+        model.load_state_dict(weights)
+        if optimizer is not None:
+            _fill(optimizer, model, load_file(self.folder / OPTIMIZER_NAME))
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Return where the checkpoint of a step has its place."""
+    return run / FOLDER_NAME / f"step-{step:09d}"
+
+
+def steps_of(run: Path) -> list[int]:
+    """Return the steps of which a run folder has checkpoints, whole or damaged, oldest first."""
+    folder = run / FOLDER_NAME
+    if not folder.is_dir():
+        return []
+    return sorted(int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)))
+
+
+def save(run: Path, state: CheckpointState, model: nn.Module, optimizer: Optimizer, *, keep: int = 3) -> Path:
+    """Write a checkpoint and delete old ones.
+
+    Args:
+        run: the run folder.
+        state: step, cursor and what they belong to.
+        model: its `state_dict` is saved as it is, so a shared tensor must have one name in it.
+        optimizer: its state for every parameter of the model.
+        keep: how many checkpoints stay, the new one included; 0 keeps all.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        UserError: it could not be written; the checkpoints before it are as they were.
+    """
+    final = folder_of(run, state.step)
+    partial = partial_name(final)
+    try:
+        final.parent.mkdir(exist_ok=True)
+        remove_leftovers(run)
+        partial.mkdir()
+        _write(partial, state, model, optimizer)
+        if final.exists():  # damaged, else the run would have gone on from it
+            _delete(final)
+        partial.rename(final)
+        fsync_folder(final.parent)
+        fsync_folder(run)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(_sentence(final, error)) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    # Anything newer was passed over as damaged, so it must not count among those that stay.
+    old = [step for step in steps_of(run) if step <= state.step]
+    for step in old[:-keep] if keep else []:
+        _delete(folder_of(run, step))
+    return final
+
+
+def remove_leftovers(run: Path) -> None:
+    """Delete what a killed process left half-written or half-deleted."""
+    for path in (run / FOLDER_NAME).glob(f"*{PARTIAL_SUFFIX}"):
+        shutil.rmtree(path)
+
+
+def load(run: Path, step: int) -> Checkpoint:
+    """Check the checkpoint of one step and return it.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    folder = folder_of(run, step)
+    if not folder.is_dir():
+        there = ", ".join(map(str, steps_of(run))) or "none"
+        raise UserError(f"{run}: no checkpoint of step {step}; there are: {there}")
+    return Checkpoint(folder=folder, state=_checked(folder))
+
+
+def load_latest(run: Path, on_damaged: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest whole checkpoint, or None where there has never been one.
+
+    Args:
+        run: the run folder.
+        on_damaged: is told, in one sentence, of every damaged checkpoint that is passed over.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
+    """
+    steps = steps_of(run)
+    for step in reversed(steps):
+        try:
+            return load(run, step)
+        except DamagedCheckpointError as error:
+            on_damaged(f"{error}; trying the one before it")
+    if steps:
+        raise UserError(
+            f"{run / FOLDER_NAME}: every checkpoint is damaged; bring one back from a backup, or delete the folder "
+            f"{FOLDER_NAME} and resume, which starts the run again from its first step"
+        )
+    return None
+
+
+def _write(folder: Path, state: CheckpointState, model: nn.Module, optimizer: Optimizer) -> None:
+    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    files = {}
+    for name, tensors in ((MODEL_NAME, weights), (OPTIMIZER_NAME, _flat_state(optimizer, model))):
+        path = folder / name
+        save_file(tensors, path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    told = {"format_version": FORMAT_VERSION, **asdict(state), "files": files}
+    with (folder / STATE_NAME).open("w", encoding="utf-8") as file:
+        json.dump({**told, "sha256": _digest(told)}, file, ensure_ascii=False, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    for name in files:  # safetensors lets nobody else read what it writes; the user's umask shall decide
+        shutil.copymode(folder / STATE_NAME, folder / name)
+    fsync_folder(folder)
+
+
+def _checked(folder: Path) -> CheckpointState:
+    """Read state.json and hold both files against it."""
+    try:
+        told = json.loads((folder / STATE_NAME).read_bytes())
+        problem = _problem(folder, told)
+        if problem:
+            raise DamagedCheckpointError(f"checkpoint {folder} is damaged ({problem})")
+        if told["format_version"] != FORMAT_VERSION:
+            raise UserError(
+                f"checkpoint {folder} is of format {told['format_version']}; this program reads format {FORMAT_VERSION}"
+            )
+        return CheckpointState(**{field.name: told[field.name] for field in fields(CheckpointState)})
+    except OSError as error:
+        problem = f"{Path(error.filename or folder).name}: {error.strerror}"
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError):
+        problem = f"{STATE_NAME} cannot be read"
+    raise DamagedCheckpointError(f"checkpoint {folder} is damaged ({problem})")
+
+
+def _problem(folder: Path, told: dict[str, Any]) -> str | None:
+    """Say in what way a checkpoint is not what was written, or None."""
+    checksum = told.pop("sha256")
+    if checksum != _digest(told):
+        return f"{STATE_NAME} does not fit its own checksum"
+    for name, entry in told["files"].items():
+        num_bytes = (folder / name).stat().st_size
+        if num_bytes != entry["bytes"]:
+            return f"{name} has {num_bytes} bytes instead of {entry['bytes']}"
+        if sha256_of(folder / name) != entry["sha256"]:
+            return f"{name} does not fit its checksum"
+    return None
+
+
+def _digest(told: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _flat_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{key}.{name}": torch.as_tensor(value).detach().contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _fill(optimizer: Optimizer, model: nn.Module, flat: dict[str, Tensor]) -> None:
+    """Give an optimizer the state that `_flat_state` took from another one over the same parameters."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key_and_name, value in flat.items():
+        key, name = key_and_name.split(".", 1)
+        # A copy, because what was loaded is a map of the file, and aligned otherwise than the allocator's own tensors.
+        by_name.setdefault(name, {})[key] = value.clone()
+    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    state = {index: by_name[name] for index, name in enumerate(ordered) if name in by_name}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _refuse_other_shapes(folder: Path, there: dict[str, Tensor], here: dict[str, Tensor]) -> None:
+    for name in sorted(there.keys() | here.keys()):
+        sides = [list(tensors[name].shape) if name in tensors else "absent" for tensors in (there, here)]
+        if sides[0] != sides[1]:
+            raise UserError(
+                f"{folder}: the checkpoint is of another model: {name} is {sides[0]} in the checkpoint and {sides[1]} in this "
+                "model; give the model the options of its run, or start a new one in another --run"
+            )
+
+
+def _delete(folder: Path) -> None:
+    """Take a checkpoint's name away first, so that one that is half deleted never looks whole."""
+    doomed = partial_name(folder.with_name(f"{folder.name}.deleted"))
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _sentence(folder: Path, error: Exception) -> str:
+    code = getattr(error, "errno", None)
+    full = code in {errno.ENOSPC, errno.EDQUOT} or "os error 28" in str(error)
+    remedy = "make room on the disk" if full else "mend that"
+    why = getattr(error, "strerror", None) or str(error)
+    return f"{folder}: the checkpoint could not be written ({why}); {remedy} and go on with --resume; earlier checkpoints are intact"

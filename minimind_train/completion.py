@@ -1,0 +1,49 @@
+"""Text from a run: its newest whole checkpoint, its tokenizer, and a prompt."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from minimind_data.errors import UserError
+from minimind_data.options import build
+from minimind_train import checkpoint
+from minimind_train.devices import resolve_device
+from minimind_train.generate import GenerateOptions, generate, stream_text
+from minimind_train.model import MiniMind, ModelConfig
+from minimind_train.progress import Say, say_on_stderr
+from minimind_train.runs import RunRecord, load_run_tokenizer
+
+
+def complete(
+    run: Path,
+    prompt: str,
+    options: GenerateOptions,
+    *,
+    step: int | None = None,
+    device: str = "auto",
+    say: Say = say_on_stderr,
+) -> Iterator[str]:
+    """Yield what the model of a run writes after BOS and `prompt`, piece by piece.
+
+    Args:
+        run: the run folder; a run that is still training may be asked too.
+        prompt: special tokens in it are recognised.
+        options: how tokens are chosen.
+        step: whose checkpoint; the newest whole one by default.
+        device: where to compute.
+        say: is told of damaged checkpoints.
+
+    Raises:
+        UserError: there is no such run or checkpoint.
+    """
+    info = RunRecord.read(run).tokenizer
+    found = checkpoint.load_latest(run, say) if step is None else checkpoint.load(run, step)
+    if found is None:
+        raise UserError(
+            f"{run}: no checkpoint yet; the first comes after --save-every steps, or when the run ends"
+        )
+    model = MiniMind(build(ModelConfig, found.state.config)).eval()
+    found.restore(model)
+    model.to(resolve_device(device))
+    tokenizer = load_run_tokenizer(run, info).reference
+    prompt_ids = [info.bos_id, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    return stream_text(tokenizer, generate(model, prompt_ids, options=options, eos_id=info.eos_id))

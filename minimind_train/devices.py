@@ -1,0 +1,54 @@
+"""Where a run computes and in what precision: what `auto` means on this machine."""
+
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+
+from minimind_data.errors import UserError
+
+Dtype = Literal["auto", "bf16", "fp32"]
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that `auto`, `cpu`, `cuda`, `cuda:1`, `mps` … means here.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ):  # what torch raises differs from backend to backend
+        raise UserError(
+            f"--device {name}: this machine, or this build of torch, has none; try --device auto"
+        ) from None
+    return device
+
+
+def resolve_dtype(name: Dtype, device: torch.device) -> Literal["bf16", "fp32"]:
+    """Return the dtype of the matrix products: bf16 under `auto` where the device multiplies it natively, else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if device.type == "cpu" and _cpu_multiplies_bf16() else "fp32"
+
+
+def autocast(dtype: str, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context of a forward pass: weights stay float32, matrix products are in `dtype`."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16")
+
+
+def _cpu_multiplies_bf16() -> bool:
+    # Private in torch, so they may go; without them fp32 is right, if slower.
+    probes = (
+        getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+    return any(probe() for probe in probes if probe is not None)

@@ -1,0 +1,208 @@
+"""The only training loop: batches in, weights moved, metrics and checkpoints out.
+
+A phase (pre-training, …) brings the model, its summed loss and the batches; what a step *is* stands here once. The loss of a
+step is the sum over all valid targets of the global batch divided by their number, so cutting the batch into micro-batches
+changes nothing but rounding. Nothing random is carried from step to step, so a run that begins again at step s does what the
+first one did.
+"""
+
+import hashlib
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from minimind_data.errors import UserError
+from minimind_train.devices import Dtype, autocast
+from minimind_train.interrupt import StopRequest
+from minimind_train.loader import StepBatch, StepLoader
+from minimind_train.metrics import MetricsLog
+from minimind_train.optim import OptimConfig, clip_gradients, learning_rate
+from minimind_train.progress import Progress, Say
+from minimind_train.sampler import SampleCursor
+
+SummedLoss = Callable[[Mapping[str, Tensor]], Tensor]
+"""From a micro-batch, through the model, to the sum of the losses at its valid targets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long, how large, how often: what every phase asks of the loop."""
+
+    run: Annotated[Path, "Folder of the run: its options, metrics and checkpoints."] = Path("runs/pretrain")
+    epochs: Annotated[int | None, "Times through the dataset; 2 where --steps says nothing."] = None
+    steps: Annotated[int | None, "Optimizer steps of the whole run, in place of --epochs."] = None
+    global_batch: Annotated[int, "Windows in an optimizer step, over all devices."] = 256
+    micro_batch: Annotated[int, "Windows that go through the model at once; less takes less memory."] = 32
+    seed: Annotated[int, "Seed of the first weights, of the order and of dropout."] = 42
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, …"] = "auto"
+    dtype: Annotated[Dtype, "Of matrix products; auto is bf16 where the device has it natively."] = "auto"
+    threads: Annotated[int, "CPU threads of torch; 0 leaves the choice to torch."] = 0
+    save_every: Annotated[int, "Steps from checkpoint to checkpoint; 0 saves only when the run ends."] = 1000
+    keep: Annotated[int, "Newest checkpoints that stay; 0 keeps all."] = 3
+    log_every: Annotated[int, "Steps from one line of metrics to the next."] = 10
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("--epochs and --steps both say when the run ends; pass one of them")
+        for name in ("epochs", "steps", "global_batch", "micro_batch", "log_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        for name in ("threads", "save_every", "keep"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended."""
+
+    step: int
+    total_steps: int
+    cursor: int
+    loss: float | None
+    """Of the last step; None where there was none to do."""
+    stopped_by: signal.Signals | None = None
+    """The signal that ended it before its time."""
+
+
+def run(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: StepLoader,
+    summed_loss: SummedLoss,
+    *,
+    step: int,
+    cursor: SampleCursor,
+    total_steps: int,
+    config: RunConfig,
+    optim: OptimConfig,
+    device: torch.device,
+    metrics: MetricsLog,
+    save: Callable[[int, int], None],
+    describe: Callable[[int], dict[str, Any]],
+    say: Say,
+) -> Outcome:
+    """Train until the batches end or a signal asks to stop.
+
+    Args:
+        model: moved in place.
+        optimizer: over the model's parameters.
+        batches: the global batches from the cursor on.
+        summed_loss: the phase's loss, over this model.
+        step: optimizer steps that are already done.
+        cursor: samples that they consumed; advanced after each step.
+        total_steps: steps of the whole run, for the schedule.
+        config: with `dtype` resolved.
+        optim: the schedule and the clipping.
+        device: where the model is.
+        metrics: takes a line for each logged step.
+        save: called with (step, cursor) when a checkpoint is due.
+        describe: what metrics say of a cursor besides its position: epoch, perhaps shard and offset.
+        say: takes lines for the user.
+
+    Raises:
+        UserError: the loss or the gradient is no longer finite. The weights are those of the step before.
+    """
+    model.train()
+    forward = autocast(config.dtype, device)
+    loss, num_tokens, seconds = None, 0, 0.0
+    with StopRequest() as stop, Progress(step=step, total_steps=total_steps, say=say) as progress:
+        then = time.perf_counter()
+        for batch in batches:
+            step += 1
+            rate = learning_rate(step, total_steps, optim)
+            # Before each step, from nothing but its number: dropout after a resume is what it would have been.
+            torch.manual_seed(_mix(config.seed, step, batches.rank))
+            loss, norm = _step(
+                model,
+                optimizer,
+                batch,
+                summed_loss,
+                step=step,
+                rate=rate,
+                grad_clip=optim.grad_clip,
+                forward=forward,
+            )
+            cursor.advance(batch.stop - batch.start)
+            num_tokens += sum(micro_batch["input_ids"].numel() for micro_batch in batch.micro_batches)
+            seconds += time.perf_counter() - then
+            record = {
+                "step": step,
+                "position": cursor.position,
+                **describe(cursor.position),
+                "loss": loss,
+                "lr": rate,
+                "grad_norm": norm,
+                "targets": batch.num_targets,
+                "tokens_per_second": round(num_tokens / seconds, 1),
+            }
+            logged = step % config.log_every == 0 or step in {1, total_steps}
+            if logged:
+                metrics.write(record)
+                num_tokens, seconds = 0, 0.0
+            progress.update(record, logged=logged)
+            if stop.signal or step == total_steps or (config.save_every and step % config.save_every == 0):
+                metrics.sync()
+                save(step, cursor.position)
+            then = time.perf_counter()  # saving is not counted as training
+            if stop.signal:
+                break
+    stopped_by = stop.signal if step < total_steps else None
+    return Outcome(
+        step=step, total_steps=total_steps, cursor=cursor.position, loss=loss, stopped_by=stopped_by
+    )
+
+
+def _step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batch: StepBatch,
+    summed_loss: SummedLoss,
+    *,
+    step: int,
+    rate: float,
+    grad_clip: float,
+    forward: AbstractContextManager[object],
+) -> tuple[float, float]:
+    """Move the weights by one global batch; return its loss and the norm of its gradient."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    num_targets = max(batch.num_targets, 1)  # a batch of nothing but padding has loss 0, not 0/0
+    loss_sum = torch.zeros((), device=next(model.parameters()).device)
+    for micro_batch in batch.micro_batches:
+        with forward:
+            loss = summed_loss(micro_batch) / num_targets
+        loss.backward()  # type: ignore[no-untyped-call]
+        loss_sum += loss.detach()
+    norm = clip_gradients(model.parameters(), grad_clip)
+    # Both numbers come to the host together, because each such trip waits for the device.
+    loss_here, norm_here = torch.stack((loss_sum, norm)).tolist()
+    if not (math.isfinite(loss_here) and math.isfinite(norm_here)):
+        what = (
+            f"the loss is {loss_here}"
+            if not math.isfinite(loss_here)
+            else f"the gradient's norm is {norm_here}"
+        )
+        raise UserError(
+            f"{what} at step {step} (positions {batch.start} to {batch.stop - 1}); the weights before it are in the last "
+            "checkpoint; look at these windows with `mm-data locate`, or start a new run with a lower --learning-rate, a "
+            "--warmup-steps or --dtype fp32"
+        )
+    optimizer.step()
+    return loss_here, norm_here
+
+
+def _mix(seed: int, step: int, rank: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")

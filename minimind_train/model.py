@@ -1,0 +1,310 @@
+"""MiniMind's dense language model: a stack of pre-norm transformer layers under tied embeddings.
+
+RMSNorm in float32, rotary positions in the rotate-half convention with position = index, grouped-query attention,
+SwiGLU, an optional norm of queries and keys. Parameters have the names that MiniMind and Hugging Face give them, so
+weights pass between the three by name. The module holds parameters and nothing else: no buffers, no state between
+calls; what decoding must remember is a `KVCache` that the caller passes in.
+
+Shapes: B batch, L new positions, T all positions, H hidden size, V vocabulary, D size of a head. Attention keeps the
+heads in the third place, [B, L, heads, D], because that is how the projections lay them out in memory.
+
+Works in float32, under bf16 autocast, and with all weights in bf16. Under autocast the residual stream stays float32
+and the norms hand out bf16, so that the projections after a norm do not each cast the same tensor.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of the model, under MiniMind's names; the defaults are minimind-3 (64 million parameters)."""
+
+    hidden_size: Annotated[int, "Width of the residual stream."] = 768
+    num_hidden_layers: Annotated[int, "Transformer layers."] = 8
+    num_attention_heads: Annotated[int, "Query heads in each layer."] = 8
+    num_key_value_heads: Annotated[int, "Key and value heads; each serves an equal group of query heads."] = 4
+    head_dim: Annotated[int | None, "Size of one head; by default hidden_size / num_attention_heads."] = None
+    intermediate_size: Annotated[
+        int | None, "Width inside the MLP; by default hidden_size times pi, rounded up to a multiple of 64."
+    ] = None
+    vocab_size: Annotated[int, "Entries of the vocabulary; the dataset sets it."] = field(
+        default=6400, metadata={"flag": False}
+    )
+    max_position_embeddings: Annotated[int, "Longest sequence that the model may be given, in tokens."] = (
+        32768
+    )
+    rms_norm_eps: Annotated[float, "Added to the mean square in every norm."] = 1e-6
+    rope_theta: Annotated[float, "Base of the rotary wavelengths."] = 1e6
+    tie_word_embeddings: Annotated[bool, "Use the embedding matrix as the output matrix too."] = True
+    dropout: Annotated[float, "Chance of dropping an activation in training."] = 0.0
+    qk_norm: Annotated[bool, "Norm queries and keys before their rotation, as minimind-3 does."] = True
+
+    def __post_init__(self) -> None:
+        for name in (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "intermediate_size",
+            "vocab_size",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} attention heads; "
+                "change one of them, or set head_dim"
+            )
+        if self.head_size % 2:
+            raise ValueError(f"head_dim must be even for the rotary positions, not {self.head_size}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+        for name in ("rms_norm_eps", "rope_theta"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
+
+    @property
+    def head_size(self) -> int:
+        """`head_dim`, or what it is by default."""
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def mlp_size(self) -> int:
+        """`intermediate_size`, or what it is by default."""
+        if self.intermediate_size is None:
+            return math.ceil(self.hidden_size * math.pi / 64) * 64
+        return self.intermediate_size
+
+    def resolved(self) -> "ModelConfig":
+        """The same shape with nothing left to a default: what a run records, and what other programs read."""
+        return replace(self, head_dim=self.head_size, intermediate_size=self.mlp_size)
+
+
+class KVCache:
+    """Keys and values of the positions that were already read: the memory of one decoding, without gradients.
+
+    Room is made as it is needed, by doubling, so a short answer does not pay for the longest one.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one layer's [B, L, heads, D] behind what is there, and return all of it as [B, T, heads, D].
+
+        Every layer of one pass appends at the same place; `advance` moves it when the pass is over.
+        """
+        end = self.length + keys.shape[1]
+        stored = self._layers.get(layer)
+        if stored is None or stored[0].shape[1] < end:
+            room = max(64, 1 << (end - 1).bit_length())
+            grown = keys.new_empty((2, keys.shape[0], room, *keys.shape[2:]))
+            if stored is not None:
+                for new, old in zip(grown, stored, strict=True):
+                    new[:, : self.length] = old[:, : self.length]
+            stored = self._layers[layer] = (grown[0], grown[1])
+        for room_for, new in zip(stored, (keys, values), strict=True):
+            room_for[:, self.length : end] = new
+        return stored[0][:, :end], stored[1][:, :end]
+
+    def advance(self, num_positions: int) -> None:
+        """Count the positions of a finished pass."""
+        self.length += num_positions
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square and scale, computed in float32 whatever comes in."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norm the last axis."""
+        normed = functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+        device = x.device.type
+        return normed.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+
+
+def rotary_tables(start: int, stop: int, config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines of the positions [start, stop), each float32 [L, 1, D/2].
+
+    They are made anew in every pass: half a head of angles costs nothing beside a layer, and a table that is not kept
+    can neither be too short nor be stored in a checkpoint.
+    """
+    size = config.head_size
+    frequencies = 1.0 / (config.rope_theta ** (torch.arange(0, size, 2, device=device).float() / size))
+    angles = torch.arange(start, stop, device=device).float()[:, None, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pair (x[i], x[i + D/2]) of every head by its position's i-th angle."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, size = config.hidden_size, config.head_size
+        self.head_size = size
+        self.dropout = config.dropout
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * size, bias=False)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * size, bias=False)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * size, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * size, hidden, bias=False)
+        self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None, layer: int) -> Tensor:
+        """Let each position of [B, L, H] read those up to its own."""
+        queries, keys, values = (
+            project(x).unflatten(-1, (-1, self.head_size))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries, keys = rotate(queries, *rotary), rotate(keys, *rotary)
+        if cache is not None:
+            keys, values = cache.append(layer, keys, values)
+        num_new, num_all = queries.shape[1], keys.shape[1]
+        # `is_causal` would align the first new position with the first of all; a single new one sees everything.
+        mask = None
+        if 1 < num_new < num_all:
+            mask = queries.new_ones((num_new, num_all), dtype=torch.bool).tril(num_all - num_new)
+        mixed = functional.scaled_dot_product_attention(
+            queries.transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=num_new == num_all > 1,
+            enable_gqa=queries.shape[2] != keys.shape[2],
+        )
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return functional.dropout(out, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """SwiGLU: one projection gates another."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
+        self.down_proj = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix the last axis."""
+        out: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each after a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None, layer: int) -> Tensor:
+        """Take [B, L, H] to [B, L, H]."""
+        x = x + self.self_attn(self.input_layernorm(x), rotary, cache, layer)
+        mixed: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return mixed
+
+
+class Decoder(nn.Module):
+    """The model without its output matrix; a module of its own only for the `model.` in the parameter names."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class MiniMind(nn.Module):
+    """The language model. Its weights are torch's until `initialize` or `load_state_dict` sets them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output matrix [V, H]: the embedding's own where they are tied."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, input_ids: Tensor, *, cache: KVCache | None = None) -> Tensor:
+        """Return the hidden states [B, L, H] after the last norm.
+
+        With a cache, `input_ids` continues what the cache has read, and is read into it.
+
+        Raises:
+            ValueError: the sequence would be longer than `max_position_embeddings`.
+        """
+        start = 0 if cache is None else cache.length
+        stop = start + input_ids.shape[1]
+        if stop > self.config.max_position_embeddings:
+            raise ValueError(
+                f"a sequence of {stop} tokens is longer than max_position_embeddings, which is "
+                f"{self.config.max_position_embeddings}"
+            )
+        rotary = rotary_tables(start, stop, self.config, input_ids.device)
+        x = functional.dropout(self.model.embed_tokens(input_ids), self.config.dropout, self.training)
+        for number, layer in enumerate(self.model.layers):
+            x = layer(x, rotary, cache, number)
+        if cache is not None:
+            cache.advance(stop - start)
+        hidden: Tensor = self.model.norm(x)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the scores [..., V] of the next token for hidden states [..., H]."""
+        return functional.linear(hidden, self.head_weight)
+
+
+def initialize(model: MiniMind, seed: int) -> None:
+    """Set every weight from `seed` alone: normal(0, 0.02) for matrices, ones for norms, as MiniMind starts.
+
+    The numbers are drawn on the CPU in the order of the parameters, so neither the device nor the state of the
+    global generator has a say.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of weights, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,360 @@
+"""Pre-training: its options, its windows, its loss, and one call to the loop; and what `--resume` may change.
+
+A run is what `config.json` says, from the first step to the last. `resume` holds the options that the user wrote against it:
+what cannot change the result (devices, micro-batch, logging) is taken over, what can is refused with both sides shown,
+unless the user allows that change by name, in which case it is noted in `config.json`.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from minimind_data.errors import UserError
+from minimind_data.format import FormatError
+from minimind_data.options import build, flatten
+from minimind_data.shards import ShardSet
+from minimind_data.windows import Layout, Windows, open_windows
+from minimind_train import checkpoint, loop, runs
+from minimind_train.checkpoint import Checkpoint, CheckpointState
+from minimind_train.devices import resolve_device, resolve_dtype
+from minimind_train.loader import StepLoader
+from minimind_train.losses import summed_cross_entropy
+from minimind_train.metrics import FILE_NAME, MetricsLog
+from minimind_train.model import MiniMind, ModelConfig, count_parameters, initialize
+from minimind_train.optim import OptimConfig, make_optimizer
+from minimind_train.progress import Say, say_on_stderr
+from minimind_train.runs import Change, RunRecord, moved_cursor
+from minimind_train.sampler import OrderKind, SampleCursor, SampleOrder
+
+COMMAND = "pretrain"
+DEFAULT_EPOCHS = 2
+
+_HARMLESS = frozenset({"shards", "device", "micro_batch", "threads", "save_every", "keep", "log_every"})
+_NOT_RECORDED = frozenset({"run"})  # a run is where it is, also when its folder has been moved
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is learned, cut in which windows, in which order."""
+
+    shards: Annotated[Path, "Dataset made by mm-data tokenize."] = Path("data")
+    layout: Annotated[Layout, "concat: windows of the token stream; pad: one document a window."] = "concat"
+    seq_len: Annotated[int, "Tokens in a window."] = 340
+    order: Annotated[OrderKind, "shuffled anew in each epoch, or sequential as in the shards."] = "shuffled"
+    resume_from: Annotated[
+        str | None, "SHARD:OFFSET, a token; begin at the window that holds it. Needs --order sequential."
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 1:
+            raise ValueError(f"seq_len must be at least 1, not {self.seq_len}")
+        if self.resume_from is not None:
+            shard, _, offset = self.resume_from.rpartition(":")
+            if not shard or not offset.isdecimal():
+                raise ValueError(
+                    f"resume_from must be SHARD:OFFSET, such as text-00000:4096, not {self.resume_from!r}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Everything that a pre-training run can be told."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    training: loop.RunConfig = field(default_factory=loop.RunConfig)
+
+
+NEEDS_SEQUENTIAL = (
+    "--resume-from needs --order sequential: in a shuffled order no place of a shard is a place of the run"
+)
+
+CHANGEABLE = (
+    frozenset({"dataset", "tokenizer", *flatten(PretrainConfig())})
+    - _HARMLESS
+    - _NOT_RECORDED
+    - {
+        "resume_from",
+        "vocab_size",
+    }
+)
+"""The names that `--allow-change` takes."""
+
+
+def pretrain(config: PretrainConfig, say: Say = say_on_stderr) -> loop.Outcome:
+    """Begin a run and train until it ends or a signal stops it.
+
+    Raises:
+        UserError: the run cannot be made or cannot go on; the message says why and what to do.
+    """
+    run = config.training.run
+    runs.refuse_occupied(run)
+    shards = ShardSet.open(config.data.shards)
+    config = _resolved(config, shards)
+    job = _Job(run, config, shards, say)
+    cursor = job.position_of(config.data.resume_from, epoch=0) if config.data.resume_from else 0
+    run.mkdir(parents=True, exist_ok=True)
+    with runs.lock(run):
+        runs.refuse_occupied(run)
+        runs.create(run, _record(config, shards), shards.folder)
+        return job.train(None, step=0, cursor=cursor)
+
+
+def resume(
+    run: Path,
+    given: Mapping[str, Any],
+    *,
+    allow_change: Collection[str] = (),
+    say: Say = say_on_stderr,
+) -> loop.Outcome:
+    """Go on with a run from its newest whole checkpoint.
+
+    Args:
+        run: its folder.
+        given: the options that the user wrote, by flat name; `resume_from` moves the cursor.
+        allow_change: names of options that may differ from what the run was begun with.
+        say: takes lines for the user.
+
+    Raises:
+        UserError: there is no run, or an option differs that must not; the message shows both sides.
+    """
+    RunRecord.read(run)  # before the lock, which would leave its file in any folder
+    with runs.lock(run):
+        record = RunRecord.read(run)
+        if record.command != COMMAND:
+            raise UserError(
+                f"{run}: a run of `mm-train {record.command}`, not of {COMMAND}; resume it with that command"
+            )
+        found = checkpoint.load_latest(run, say)
+        step = found.state.step if found else 0
+        shards = _open_shards(given.get("shards", record.options["shards"]))
+        config, new_record = _reconciled(run, record, given, shards, step=step, allow_change=allow_change)
+        job = _Job(run, config, shards, say)
+        start = job.position_of(config.data.resume_from, epoch=0) if config.data.resume_from else 0
+        cursor = record.cursor_at(step, found.state.cursor if found else start)
+        if "resume_from" in given:
+            moved = job.position_of(given["resume_from"], epoch=cursor // len(job.windows))
+            new_record = new_record.changed([moved_cursor(step, cursor, moved)])
+            cursor = moved
+        runs.update(run, record, new_record, shards.folder)
+        return job.train(found, step=step, cursor=cursor)
+
+
+class _Job:
+    """A run with its options resolved and its data open, from wherever it begins."""
+
+    def __init__(self, run: Path, config: PretrainConfig, shards: ShardSet, say: Say) -> None:
+        _refuse_unfit(config, shards)
+        self.run = run
+        self.config = config
+        self.shards = shards
+        self.say = say
+        self.windows: Windows = open_windows(shards, layout=config.data.layout, seq_len=config.data.seq_len)
+        self.order = SampleOrder(
+            num_windows=len(self.windows), seed=config.training.seed, kind=config.data.order
+        )
+
+    def position_of(self, place: str, *, epoch: int) -> int:
+        """Return the position of the window that holds the token SHARD:OFFSET."""
+        if self.config.data.order != "sequential":
+            raise UserError(NEEDS_SEQUENTIAL)
+        shard, _, offset = place.rpartition(":")
+        window = self.windows.window_of(shard, int(offset))
+        begin_shard, begin = self.windows.locate(window)
+        self.say(f"beginning at window {window}, which begins at {begin_shard}:{begin} and holds {place}")
+        return self.order.position_of(window, epoch)
+
+    def train(self, found: Checkpoint | None, *, step: int, cursor: int) -> loop.Outcome:
+        """Build the model, put the checkpoint into it, and hand all to the loop."""
+        training = self.config.training
+        end, total_steps = self._course(step, cursor)
+        if step >= total_steps:
+            self.say(f"{self.run}: finished already, {step} steps; nothing to do")
+            return loop.Outcome(step=step, total_steps=total_steps, cursor=cursor, loss=None)
+        torch.set_num_threads(training.threads)
+        device = resolve_device(training.device)
+        model = MiniMind(self.config.model)
+        initialize(model, training.seed)
+        model.to(device)
+        optimizer = make_optimizer(model, self.config.optim)
+        if found:
+            found.restore(model, optimizer)
+        self._introduce(model, device, step, total_steps, cursor)
+        place = SampleCursor(cursor)
+        options = _recorded(self.config)
+
+        def save(step: int, cursor: int) -> None:
+            state = CheckpointState(
+                step=step, cursor=cursor, config=options, dataset=self.shards.manifest.fingerprint
+            )
+            checkpoint.save(self.run, state, model, optimizer, keep=training.keep)
+
+        with (
+            MetricsLog(self.run / FILE_NAME, last_step=step) as metrics,
+            StepLoader(
+                self.windows,
+                self.order,
+                start=cursor,
+                stop=end,
+                global_batch=training.global_batch,
+                micro_batch=training.micro_batch,
+                device=device,
+            ) as batches,
+        ):
+            return loop.run(
+                model,
+                optimizer,
+                batches,
+                partial(_summed_loss, model),
+                step=step,
+                cursor=place,
+                total_steps=total_steps,
+                config=training,
+                optim=self.config.optim,
+                device=device,
+                metrics=metrics,
+                save=save,
+                describe=self._describe,
+                say=self.say,
+            )
+
+    def _course(self, step: int, cursor: int) -> tuple[int, int]:
+        """Return the position at which the run ends and the steps of the whole run, as seen from here."""
+        training = self.config.training
+        if training.steps is not None:
+            left = max(0, training.steps - step)
+            return cursor + left * training.global_batch, training.steps
+        end = (training.epochs or DEFAULT_EPOCHS) * len(self.windows)
+        return end, step + math.ceil(max(0, end - cursor) / training.global_batch)
+
+    def _describe(self, position: int) -> dict[str, Any]:
+        """Say of a cursor which epoch its last sample was in and, in sequential order, where the next one begins."""
+        told: dict[str, Any] = {"epoch": max(0, position - 1) // len(self.windows)}
+        if self.config.data.order == "sequential":
+            _, window = self.order.window(position)
+            told["shard"], told["offset"] = self.windows.locate(window)
+        return told
+
+    def _introduce(
+        self, model: MiniMind, device: torch.device, step: int, total_steps: int, cursor: int
+    ) -> None:
+        training = self.config.training
+        self.say(
+            f"{self.run}: {count_parameters(model) / 1e6:.1f} M parameters on {device.type} in {training.dtype}, "
+            f"{len(self.windows):,} windows of {self.windows.seq_len} tokens"
+        )
+        again = f"going on after step {step} of {total_steps}" if step else f"step 1 of {total_steps}"
+        place = "".join(f", {name} {value}" for name, value in self._describe(cursor).items())
+        self.say(f"{again} at position {cursor}{place}")
+
+
+def _summed_loss(model: MiniMind, micro_batch: Mapping[str, Tensor]) -> Tensor:
+    return summed_cross_entropy(model(micro_batch["input_ids"]), model.head_weight, micro_batch["targets"])
+
+
+def _resolved(config: PretrainConfig, shards: ShardSet) -> PretrainConfig:
+    """Return the options with nothing left to this machine, to the dataset or to a default."""
+    training = config.training
+    epochs = DEFAULT_EPOCHS if training.epochs is None and training.steps is None else training.epochs
+    return replace(
+        config,
+        data=replace(config.data, shards=shards.folder.resolve()),
+        model=replace(config.model, vocab_size=shards.manifest.tokenizer.vocab_size).resolved(),
+        training=replace(
+            training,
+            epochs=epochs,
+            micro_batch=min(training.micro_batch, training.global_batch),
+            dtype=resolve_dtype(training.dtype, resolve_device(training.device)),
+            threads=training.threads or torch.get_num_threads(),
+        ),
+    )
+
+
+def _recorded(config: PretrainConfig) -> dict[str, Any]:
+    """Return the options as `config.json` holds them."""
+    flat = {name: value for name, value in flatten(config).items() if name not in _NOT_RECORDED}
+    return flat | {"shards": str(config.data.shards)}
+
+
+def _record(config: PretrainConfig, shards: ShardSet) -> RunRecord:
+    return RunRecord(
+        command=COMMAND,
+        options=_recorded(config),
+        dataset=shards.manifest.fingerprint,
+        tokenizer=shards.manifest.tokenizer,
+    )
+
+
+def _reconciled(
+    run: Path,
+    record: RunRecord,
+    given: Mapping[str, Any],
+    shards: ShardSet,
+    *,
+    step: int,
+    allow_change: Collection[str],
+) -> tuple[PretrainConfig, RunRecord]:
+    """Hold what the user wrote against what the run is; return the options that hold from here on, and their record.
+
+    Raises:
+        UserError: something differs that must not.
+    """
+    given = {name: value for name, value in given.items() if name not in {"resume_from", *_NOT_RECORDED}}
+    options = record.options | given
+    if "steps" in given or "epochs" in given:  # either one says alone when the run ends
+        options |= {"epochs": given.get("epochs"), "steps": given.get("steps")}
+    try:
+        config = _from_options(options, run)
+    except ValueError as error:
+        raise UserError(f"{run}: with these options the run cannot go on: {error}") from None
+    model = config.model
+    config = _resolved(config, shards)
+    config = replace(config, model=replace(config.model, vocab_size=model.vocab_size))
+    new = replace(_record(config, shards), changes=record.changes)
+    sides = {name: (record.options.get(name), new.options[name]) for name in sorted(given)}
+    sides["dataset"] = (record.dataset[:12], new.dataset[:12])
+    sides["tokenizer"] = (record.tokenizer.sha256[:12], new.tokenizer.sha256[:12])
+    different = {name: pair for name, pair in sides.items() if name not in _HARMLESS and pair[0] != pair[1]}
+    refused = different.keys() - set(allow_change)
+    if refused:
+        shown = "; ".join(
+            f"{name} (in the run: {different[name][0]}, on the command line: {different[name][1]})"
+            for name in sorted(refused)
+        )
+        flags = " ".join(f"--allow-change {name}" for name in sorted(refused))
+        raise UserError(
+            f"{run}: this would be another run: {shown}; leave that out, or pass {flags} to change it from step {step + 1} on"
+        )
+    changes = [Change(step=step, name=name, old=old, new=now) for name, (old, now) in different.items()]
+    return config, new.changed(changes)
+
+
+def _from_options(options: Mapping[str, Any], run: Path) -> PretrainConfig:
+    return build(PretrainConfig, {**options, "shards": Path(options["shards"]), "run": run})
+
+
+def _open_shards(folder: Path | str) -> ShardSet:
+    try:
+        return ShardSet.open(folder)
+    except FormatError as error:
+        raise UserError(f"{error}; if the dataset has moved, say where by --shards") from None
+
+
+def _refuse_unfit(config: PretrainConfig, shards: ShardSet) -> None:
+    vocab_size, room = shards.manifest.tokenizer.vocab_size, config.model.vocab_size
+    if vocab_size > room:
+        raise UserError(
+            f"{shards.folder}: a vocabulary of {vocab_size} entries does not fit a model of {room}; start a new run"
+        )
+    if config.data.seq_len > config.model.max_position_embeddings:
+        raise UserError(
+            f"--seq-len {config.data.seq_len} is longer than the model's --max-position-embeddings "
+            f"{config.model.max_position_embeddings}; change one of them"
+        )

@@ -1,0 +1,80 @@
+"""What a user sees of a run: a progress line on a terminal, a plain line now and then elsewhere.
+
+Everything goes to stderr; what must be kept goes to metrics.jsonl.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+Say = Callable[[str], None]
+
+_MAX_COLUMNS = 80
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+def say_on_stderr(line: str) -> None:
+    """Print a line, above the progress line if there is one."""
+    tqdm.write(line, file=sys.stderr)
+
+
+class Progress:
+    """The line of one run; a context manager.
+
+    Args:
+        step: steps that are already done.
+        total_steps: steps of the whole run.
+        say: takes the plain lines.
+    """
+
+    def __init__(self, *, step: int, total_steps: int, say: Say) -> None:
+        self._say = say
+        self._total_steps = total_steps
+        self._shard: str | None = None
+        self._last_line = -math.inf
+        self._bar = (
+            tqdm(
+                total=total_steps,
+                initial=step,
+                file=sys.stderr,
+                ncols=_MAX_COLUMNS,
+                bar_format="{n_fmt}/{total_fmt}{postfix} {remaining} left {bar}",
+            )
+            if sys.stderr.isatty()
+            else None
+        )
+
+    def update(self, record: dict[str, Any], *, logged: bool) -> None:
+        """Show one finished step, whose line of metrics is `record`; `logged` where that line was written."""
+        numbers = (
+            f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tok/s"
+        )
+        shard = record.get("shard")
+        place = f"  next {shard}:{record['offset']}" if shard else ""
+        if self._bar is None:
+            now = time.monotonic()
+            if logged and (
+                record["step"] == self._total_steps or now - self._last_line >= _SECONDS_BETWEEN_LINES
+            ):
+                self._last_line = now
+                self._say(f"step {record['step']}/{self._total_steps}  {numbers}{place}")
+            return
+        self._bar.postfix = numbers.replace("  ", " ")
+        self._bar.update()
+        if shard != self._shard:  # the line has no room for a name that seldom changes
+            self._say(f"step {record['step']}:{place}".replace("  ", " "))
+            self._shard = shard
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,151 @@
+"""The run folder: whose options, dataset and tokenizer a run has, and that one process at a time works in it.
+
+    runs/NAME/
+        config.json       the options, resolved; the dataset's fingerprint; the tokenizer; what was changed on the way
+        tokenizer.json    a copy, so that the weights are never separated from their vocabulary
+        metrics.jsonl     see `metrics`
+        checkpoints/      see `checkpoint`
+
+`config.json` is written last when a run begins, so a folder that has one has all of it. What the options mean is the
+phase's business; here they are names and values.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+from minimind_data.errors import UserError
+from minimind_data.files import FolderLock, remove_partials, sha256_of, write_atomic
+from minimind_data.format import TOKENIZER_NAME, TokenizerInfo
+from minimind_data.tokenizer import Tokenizer, cached_tokenizer
+from minimind_train import checkpoint, metrics
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "config.json"
+_LOCK_NAME = ".lock"
+_CURSOR = "cursor"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A setting of the run that was changed on purpose, or the cursor where it was moved by hand."""
+
+    step: int
+    """Optimizer steps that were done before it."""
+    name: str
+    old: Any
+    new: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What `config.json` says."""
+
+    command: str
+    """The phase that made the run, such as `pretrain`."""
+    options: dict[str, Any]
+    """Every option by its flat name, as JSON holds it."""
+    dataset: str
+    """Fingerprint of the dataset."""
+    tokenizer: TokenizerInfo
+    changes: tuple[Change, ...] = field(default=())
+
+    @classmethod
+    def read(cls, run: Path) -> Self:
+        """Read the record of a run folder.
+
+        Raises:
+            UserError: the folder holds no run, or its record is damaged.
+        """
+        path = run / CONFIG_NAME
+        try:
+            told = json.loads(path.read_bytes())
+            version = told.pop("format_version")
+            if version == FORMAT_VERSION:
+                tokenizer = TokenizerInfo(**told.pop("tokenizer"))
+                changes = tuple(Change(**change) for change in told.pop("changes"))
+                return cls(**told, tokenizer=tokenizer, changes=changes)
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"{run}: no run (no {CONFIG_NAME}); start one there by leaving out --resume"
+            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: damaged ({error!r}); bring it back from a backup") from None
+        raise UserError(f"{path}: format version {version}; this program reads version {FORMAT_VERSION}")
+
+    def write(self, run: Path) -> None:
+        """Write the record, whole or not at all."""
+        told = {"format_version": FORMAT_VERSION, **asdict(self)}
+        write_atomic(run / CONFIG_NAME, json.dumps(told, ensure_ascii=False, indent=1) + "\n")
+
+    def changed(self, changes: Iterable[Change]) -> Self:
+        """Return the record with more changes noted."""
+        return replace(self, changes=(*self.changes, *changes))
+
+    def cursor_at(self, step: int, cursor: int) -> int:
+        """Return the cursor from which a checkpoint of `step` goes on: its own, or where it was moved since."""
+        moves = [change.new for change in self.changes if change.name == _CURSOR and change.step == step]
+        return moves[-1] if moves else cursor
+
+
+def moved_cursor(step: int, old: int, new: int) -> Change:
+    """Return the note that a run goes on elsewhere in the data than its checkpoint says."""
+    return Change(step=step, name=_CURSOR, old=old, new=new)
+
+
+def lock(run: Path) -> FolderLock:
+    """Return the lock of a run folder; it is held as long as a process works on the run."""
+    return FolderLock(
+        run / _LOCK_NAME, f"{run}: another process is working on this run; wait for it, or take another --run"
+    )
+
+
+def refuse_occupied(run: Path) -> None:
+    """Refuse to begin a run where there is one.
+
+    Raises:
+        UserError: the folder holds a run, or what is left of one.
+    """
+    if (run / CONFIG_NAME).exists():
+        raise UserError(f"{run}: holds a run already; go on with it by --resume, or take another --run")
+    for name in (metrics.FILE_NAME, checkpoint.FOLDER_NAME):
+        if (run / name).exists():
+            raise UserError(
+                f"{run}: holds {name} of a run whose {CONFIG_NAME} is gone; bring that back, or take another --run"
+            )
+
+
+def create(run: Path, record: RunRecord, dataset: Path) -> None:
+    """Fill a new run folder; the caller holds its lock."""
+    remove_partials(run)
+    _copy_tokenizer(run, dataset)
+    record.write(run)
+
+
+def update(run: Path, old: RunRecord, new: RunRecord, dataset: Path) -> None:
+    """Bring a run folder up to date with what was changed; the caller holds its lock."""
+    remove_partials(run)
+    if new.tokenizer != old.tokenizer:
+        _copy_tokenizer(run, dataset)
+    if new != old:
+        new.write(run)
+
+
+def _copy_tokenizer(run: Path, dataset: Path) -> None:
+    write_atomic(run / TOKENIZER_NAME, (dataset / TOKENIZER_NAME).read_bytes())
+
+
+def load_run_tokenizer(run: Path, info: TokenizerInfo) -> Tokenizer:
+    """Return the tokenizer of a run.
+
+    Raises:
+        UserError: the file is missing or is another one.
+    """
+    path = run / TOKENIZER_NAME
+    if not path.is_file() or sha256_of(path) != info.sha256:
+        raise UserError(
+            f"{path}: missing, or not the tokenizer that the run was trained with; copy it from the dataset"
+        )
+    return cached_tokenizer(path.read_bytes().decode(), info)

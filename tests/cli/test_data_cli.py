@@ -1,0 +1,219 @@
+"""mm-data as scripts see it: exit statuses, one sentence on stderr, JSON alone on stdout."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from minimind_cli.data import app
+from minimind_data import writer
+from minimind_data.options import format_size, parse_size
+
+TEXTS = [f"Question {i}? Answer {i}。<|im_end|>" for i in range(200)]
+
+
+@pytest.fixture
+def run():
+    def call(*arguments):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    return call
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+@pytest.fixture
+def dataset(run, source, tmp_path):
+    result = run("tokenize", source, "--out", tmp_path / "data", "--workers", 1, "--split-bytes", "2KiB")
+    assert result.exit_code == 0, result.stderr
+    return tmp_path / "data"
+
+
+def sentence(result, status=1):
+    """Return the one line of an error, after checking that it is one and that nothing else was said."""
+    assert result.exit_code == status, (result.exit_code, result.stderr)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+def test_tokenize_says_what_it_made_and_that_it_is_done(run, source, tmp_path):
+    first = run("tokenize", source, "--out", tmp_path / "data", "--workers", 1)
+    assert first.exit_code == 0
+    assert "200 documents" in first.stdout
+    assert "encoding with fastokens: agrees with tokenizers" in first.stderr
+    second = run("tokenize", source, "--out", tmp_path / "data")
+    assert second.exit_code == 0
+    assert "already done, nothing to do" in second.stdout
+
+
+def test_info(run, dataset, source):
+    told = json.loads(run("info", dataset, "--json").stdout)
+    assert (told["documents"], told["kind"], told["dtype"]) == (200, "pretrain", "uint16")
+    assert told["inputs"][0]["path"] == str(source)
+    assert "200 documents" in run("info", dataset).stdout
+
+
+def test_window_speaks_json_and_text(run, dataset):
+    told = json.loads(run("window", dataset, 3, "--seq-len", 16, "--json").stdout)
+    assert set(told) == {"input_ids", "targets", "document_ids", "shard", "offset", "text"}
+    assert told["input_ids"][1:] == told["targets"][:-1]
+    assert told["offset"] == 48
+    labels = json.loads(
+        run("window", dataset, 3, "--seq-len", 64, "--layout", "pad", "--labels", "--json").stdout
+    )
+    assert set(labels) == {"input_ids", "labels", "document_ids", "shard", "offset", "text"}
+    assert labels["text"].startswith("<|im_start|>Question 3?")
+    assert "window 3 of" in run("window", dataset, 3, "--seq-len", 16).stdout
+    assert "there are windows 0 to" in sentence(run("window", dataset, 10**6, "--seq-len", 16))
+
+
+def test_locate_agrees_with_window(run, dataset):
+    told = json.loads(run("locate", dataset, "--seq-len", 16, "--position", 10**9, "--json").stdout)
+    assert set(told) == {"position", "epoch", "window", "shard", "offset"}
+    window = json.loads(run("window", dataset, told["window"], "--seq-len", 16, "--json").stdout)
+    assert (window["shard"], window["offset"]) == (told["shard"], told["offset"])
+    straight = json.loads(
+        run("locate", dataset, "--seq-len", 16, "--position", 5, "--order", "sequential", "--json").stdout
+    )
+    assert (straight["epoch"], straight["window"]) == (0, 5)
+    assert "position 5: epoch 0" in run("locate", dataset, "--seq-len", 16, "--position", 5).stdout
+
+
+def test_verify_finds_every_flipped_byte(run, dataset):
+    assert run("verify", dataset).exit_code == 0
+    assert json.loads(run("verify", dataset, "--json").stdout)["ok"] is True
+    for path in sorted(dataset.iterdir()):
+        good = path.read_bytes()
+        for at in range(0, len(good), max(1, len(good) // 5)):
+            bad = bytearray(good)
+            bad[at] ^= 1
+            path.write_bytes(bad)
+            assert path.name in sentence(run("verify", dataset)), (path, at)
+        path.write_bytes(good)
+    assert run("verify", dataset).exit_code == 0
+
+
+def test_verify_as_json_tells_the_problems_and_fails(run, dataset):
+    (dataset / "text-00001.bin").unlink()
+    result = run("verify", dataset, "--json")
+    told = json.loads(result.stdout)
+    assert told["ok"] is False
+    assert "text-00001.bin: missing" in told["problems"][0]
+    sentence(result)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["tokenize", "nope.jsonl"], "nope.jsonl: no such file"),
+        (["tokenize", "SOURCE", "--tokenizer", "nope"], "nope: no such file"),
+        (["info", "nope"], "nope: no dataset"),
+        (["verify", "nope"], "nope: no dataset"),
+        (["window", "nope", "0", "--seq-len", "8"], "nope: no dataset"),
+        (["locate", "nope", "--seq-len", "8", "--position", "0"], "nope: no dataset"),
+        (["locate", "DATASET", "--seq-len", "8", "--position", "-1"], "--position counts samples from 0"),
+        (["window", "DATASET", "0", "--seq-len", "0"], "seq_len must be at least 1"),
+        (["train-tokenizer", "SOURCE", "--out", "x.json", "--vocab-size", "5"], "--vocab-size 5"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(
+    run, source, dataset, arguments, complaint, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    places = {"SOURCE": source, "DATASET": dataset}
+    assert complaint in sentence(run(*(places.get(argument, argument) for argument in arguments)))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tokenize"],
+        ["tokenize", "x", "--split-bytes", "many"],
+        ["tokenize", "x", "--split-bytes", "5"],
+        ["tokenize", "x", "--workers", "-1"],
+        ["tokenize", "x", "--backend", "magic"],
+        ["tokenize", "x", "--wrokers", "1"],
+        ["window", "x", "zero", "--seq-len", "8"],
+        ["nonsense"],
+    ],
+)
+def test_wrong_usage_is_status_2(run, arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.stderr
+
+
+def test_a_full_disk_is_named_and_the_run_can_go_on(run, source, tmp_path, monkeypatch):
+    real = writer.ShardWriter.append
+    calls = []
+
+    def full(self, tokens, lengths):
+        calls.append(1)
+        if len(calls) > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, tokens, lengths)
+
+    arguments = ["tokenize", source, "--out", tmp_path / "data", "--workers", 1, "--split-bytes", "2KiB"]
+    monkeypatch.setattr(writer.ShardWriter, "append", full)
+    assert "data: the disk is full; what was whole before stays" in sentence(run(*arguments))
+    assert not list((tmp_path / "data").rglob("*.partial"))
+    monkeypatch.undo()
+    result = run(*arguments)
+    assert result.exit_code == 0
+    assert "kept       3 shards" in result.stdout
+
+
+def test_train_tokenizer_makes_one_that_tokenize_takes(run, source, tmp_path):
+    result = run("train-tokenizer", source, "--out", tmp_path / "tok" / "tokenizer.json", "--vocab-size", 300)
+    assert "300 entries" in result.stdout
+    made = run("tokenize", source, "--out", tmp_path / "data", "--tokenizer", tmp_path / "tok")
+    assert made.exit_code == 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    source = tmp_path / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 200))
+    command = [sys.executable, "-m", "minimind_cli.data", "tokenize", source, "--out", tmp_path / "data"]
+    command += ["--split-bytes", "16KiB", "--backend", "tokenizers", "--workers", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        while not list(tmp_path.glob("data/*.idx")):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted; finished shards stay, the same command makes the rest" in told
+    assert "Traceback" not in told
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "kept" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("64MiB", 2**26), ("1.5GB", 15 * 10**8), ("4096", 4096), (" 2 kib ", 2048), ("7b", 7)]
+)
+def test_sizes_are_read(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "1XiB", "-", "nan", "inf", "1e400"])
+def test_no_sizes_are_refused(text):
+    with pytest.raises(ValueError, match="is no size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1023, 1024, 2**20, 3 * 2**30])
+def test_sizes_are_written_as_they_are_read(size):
+    assert parse_size(format_size(size)) == size

@@ -1,0 +1,206 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from minimind_cli.train import make
+from minimind_data.build import TokenizeOptions, tokenize
+from minimind_train.metrics import read_metrics
+
+TINY = [
+    *("--seq-len", "32", "--hidden-size", "16", "--num-hidden-layers", "1", "--num-attention-heads", "2"),
+    *("--num-key-value-heads", "1", "--global-batch", "4", "--threads", "1", "--device", "cpu"),
+]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dataset")
+    lines = [
+        json.dumps({"text": f"问题{i}的答案是{i * i}。 The answer is {i * i}.<|im_end|>"}) for i in range(99)
+    ]
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    tokenize([folder / "text.jsonl"], TokenizeOptions(out=folder / "data", workers=1))
+    return folder / "data"
+
+
+@pytest.fixture(autouse=True)
+def _threads_are_put_back():
+    former = torch.get_num_threads()
+    yield
+    torch.set_num_threads(former)
+
+
+def mm_train(*arguments):
+    arguments = list(map(str, arguments))
+    return CliRunner().invoke(make(arguments), arguments)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, dataset):
+    run = tmp_path_factory.mktemp("runs") / "small"
+    result = mm_train(
+        "pretrain",
+        "--shards",
+        dataset,
+        "--run",
+        run,
+        *TINY,
+        "--steps",
+        4,
+        "--log-every",
+        2,
+        "--save-every",
+        2,
+    )
+    assert result.exit_code == 0, result.stderr
+    return run
+
+
+def test_help_lists_the_commands_without_importing_torch():
+    program = "import sys; from minimind_cli.train import make; make(['--help'])(standalone_mode=False); assert 'torch' not in sys.modules"
+    result = subprocess.run(
+        [sys.executable, "-c", program, "--help"], capture_output=True, text=True, check=True
+    )
+    assert "pretrain" in result.stdout
+    assert "generate" in result.stdout
+
+
+def test_every_option_of_the_contract_is_there():
+    said = mm_train("pretrain", "--help").stdout
+    for flag in [
+        "shards",
+        "run",
+        "resume",
+        "allow-change",
+        "resume-from",
+        "order",
+        "seq-len",
+        "layout",
+        "global-batch",
+        "micro-batch",
+        "epochs",
+        "steps",
+        "device",
+        "dtype",
+        "seed",
+        "learning-rate",
+        "warmup-steps",
+        "save-every",
+        "log-every",
+        "hidden-size",
+        "num-hidden-layers",
+        "num-attention-heads",
+        "num-key-value-heads",
+        "keep",
+        "threads",
+        "tie-word-embeddings",
+        "dropout",
+        "qk-norm",
+    ]:
+        assert re.search(rf"--{flag}\b", said), flag
+    assert "--vocab-size" not in said
+
+
+def test_a_run_says_what_it_does_on_stderr_and_nothing_on_stdout(dataset, tmp_path):
+    run = tmp_path / "run"
+    result = mm_train("pretrain", "--shards", dataset, "--run", run, *TINY, "--steps", 2)
+    assert result.exit_code == 0
+    assert result.stdout == ""
+    assert "step 2/2  loss" in result.stderr
+    assert "done, 2 steps, last loss" in result.stderr
+    assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_second_start_is_refused_and_a_second_resume_does_nothing(run, dataset):
+    result = mm_train("pretrain", "--shards", dataset, "--run", run, *TINY, "--steps", 4)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert "--resume" in result.stderr
+    result = mm_train("pretrain", "--run", run, "--resume")
+    assert result.exit_code == 0
+    assert "finished already, 4 steps" in result.stderr
+
+
+def test_only_what_stands_on_the_command_line_is_held_against_the_run(run, dataset):
+    assert mm_train("pretrain", "--run", run, "--resume", *TINY, "--steps", 4).exit_code == 0
+    result = mm_train("pretrain", "--run", run, "--resume", "--learning-rate", 1, "--seed", 7)
+    assert result.exit_code == 1
+    assert "learning_rate (in the run: 0.0005, on the command line: 1.0)" in result.stderr
+    assert "--allow-change learning_rate --allow-change seed" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_allowed_change_goes_on(dataset, tmp_path):
+    begin = ["pretrain", "--shards", dataset, "--run", tmp_path / "run"]
+    assert mm_train(*begin, *TINY, "--steps", 2).exit_code == 0
+    result = mm_train(
+        "pretrain", "--run", tmp_path / "run", "--resume", "--steps", 3, "--allow-change", "steps"
+    )
+    assert result.exit_code == 0
+    assert "done, 3 steps" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--epochs", "1", "--steps", "1"], "pass one of them"),
+        (["--resume-from", "text-00000:1"], "needs --order sequential"),
+        (["--resume-from", "text-00000"], "must be SHARD:OFFSET"),
+        (["--allow-change", "seed"], "goes with --resume"),
+        (["--resume", "--allow-change", "sed"], "the names are"),
+        (["--hidden-size", "7"], "does not divide"),
+        (["--layout", "heap"], "concat"),
+        (["--seq-len", "0"], "seq_len"),
+    ],
+)
+def test_wrong_usage_is_status_2(arguments, complaint, tmp_path):
+    result = mm_train("pretrain", "--run", tmp_path / "run", *arguments)
+    assert result.exit_code == 2
+    assert complaint in " ".join(result.stderr.split())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--shards", "nowhere"], ["--resume"]])
+def test_what_cannot_be_done_is_status_1_and_one_sentence(arguments, tmp_path):
+    result = mm_train("pretrain", "--run", tmp_path / "run", *arguments)
+    assert result.exit_code == 1
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_writes_after_a_prompt(run):
+    arguments = ["generate", "--run", run, "--prompt", "问题", "--max-new-tokens", 8, "--device", "cpu"]
+    result = mm_train(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.endswith("\n")
+    assert len(result.stdout) > 1
+    assert mm_train(*arguments).stdout == result.stdout
+    assert mm_train(*arguments, "--seed", 1).stdout != result.stdout
+    assert mm_train(*arguments, "--temperature", 0).exit_code == 0
+    earlier = mm_train(*arguments, "--checkpoint", 2)
+    assert earlier.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "complaint"),
+    [
+        (["--checkpoint", "3"], 1, "no checkpoint of step 3; there are: 2, 4"),
+        (["--top-p", "2"], 2, "top_p"),
+        (["--run", "nowhere"], 1, "nowhere: no run"),
+    ],
+)
+def test_what_generate_cannot_do(run, arguments, status, complaint):
+    result = mm_train("generate", "--run", run, "--prompt", "x", *arguments)
+    assert result.exit_code == status
+    assert complaint in result.stderr
+
+
+def test_an_unknown_command_is_named():
+    result = mm_train("pretain")
+    assert result.exit_code == 2
+    assert "pretain" in result.stderr

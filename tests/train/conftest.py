@@ -1,0 +1,74 @@
+"""A small dataset on disk, with a tokenizer of single bytes."""
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from minimind_data.format import InputEntry, Manifest, ShardEntry, TokenizerInfo
+from minimind_data.writer import ShardWriter
+
+_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+_SHARDS = (30, 34)
+
+
+def _tokenizer() -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*_SPECIAL, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(_SPECIAL)
+    return tokenizer
+
+
+def make_dataset(folder: Path, seed: int = 0) -> Path:
+    """Write 64 documents of 6 to 60 tokens in two shards; another seed, another dataset."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    tokenizer = _tokenizer()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    data = (folder / "tokenizer.json").read_bytes()
+    info = TokenizerInfo(
+        sha256=hashlib.sha256(data).hexdigest(),
+        vocab_size=tokenizer.get_vocab_size(),
+        bos_id=1,
+        eos_id=2,
+        pad_id=0,
+    )
+    entries = []
+    for number, num_documents in enumerate(_SHARDS):
+        name = f"text-{number:05d}"
+        with ShardWriter(folder, name, "uint16") as writer:
+            for _ in range(num_documents):
+                text = "".join(generator.choice(list("北京abc ,.\n"), generator.integers(4, 30)))
+                ids = [1, *tokenizer.encode(text, add_special_tokens=False).ids, 2]
+                writer.append(np.array(ids, np.uint16), np.array([len(ids)]))
+            written = writer.commit()
+        source = {"input": 0, "input_start": number, "input_stop": number + 1, "input_sha256": ""}
+        entries.append(ShardEntry(name=name, **source, **asdict(written)))
+    manifest = Manifest(
+        kind="pretrain",
+        dtype="uint16",
+        tokenizer=info,
+        options={"field": "text"},
+        inputs=(InputEntry(path="text.jsonl", bytes=2, sha256=f"{seed:064d}"),),
+        shards=tuple(entries),
+    )
+    (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a dataset with two shards, text-00000 and text-00001; read only."""
+    return make_dataset(tmp_path_factory.mktemp("dataset") / "data")
+
+
+@pytest.fixture(scope="session")
+def other_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of another dataset with the same tokenizer."""
+    return make_dataset(tmp_path_factory.mktemp("dataset") / "other", seed=1)

@@ -1,0 +1,159 @@
+import pytest
+import torch
+from torch.nn import functional
+
+from minimind_train import losses
+from minimind_train.losses import IGNORED, summed_cross_entropy
+
+HIDDEN, VOCAB = 16, 37
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[1, 7, 4096], ids=lambda tokens: f"chunks of {tokens}")
+def chunk(request, monkeypatch):
+    monkeypatch.setattr(losses, "_CHUNK_LOGITS", 0)
+    monkeypatch.setattr(losses, "_MIN_CHUNK_TOKENS", request.param)
+
+
+def make(num_tokens, ignored=0.3, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(1, num_tokens, HIDDEN, generator=generator).to(dtype)
+    weight = torch.randn(VOCAB, HIDDEN, generator=generator).to(dtype)
+    targets = torch.randint(0, VOCAB, (1, num_tokens), generator=generator)
+    targets[torch.rand(1, num_tokens, generator=generator) < ignored] = IGNORED
+    return hidden.requires_grad_(), weight.requires_grad_(), targets
+
+
+def plain(hidden, weight, targets):
+    logits = functional.linear(hidden, weight).float().flatten(0, -2)
+    return functional.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=IGNORED)
+
+
+def on_all_tokens(hidden, weight, targets):
+    """The road of devices that do not look for the padding first."""
+    return losses._ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), hidden.dtype)
+
+
+def results(loss_function, hidden, weight, targets, scale=1.0):
+    hidden, weight = (tensor.detach().clone().requires_grad_() for tensor in (hidden, weight))
+    loss = loss_function(hidden, weight, targets)
+    (loss * scale).backward()
+    return loss.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("road", [summed_cross_entropy, on_all_tokens])
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 31, 64])
+@pytest.mark.usefixtures("chunk")
+def test_loss_and_gradients_are_those_of_cross_entropy(num_tokens, road):
+    inputs = make(num_tokens)
+    for ours, expected in zip(results(road, *inputs, 0.37), results(plain, *inputs, 0.37), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("road", [summed_cross_entropy, on_all_tokens])
+@pytest.mark.usefixtures("chunk")
+def test_nothing_to_learn_gives_zero_loss_and_zero_gradients(road):
+    hidden, weight, targets = make(9, ignored=2.0)
+    assert (targets == IGNORED).all()
+    loss, grad_hidden, grad_weight = results(road, hidden, weight, targets)
+    assert loss == 0
+    assert torch.equal(grad_hidden, torch.zeros_like(hidden))
+    assert torch.equal(grad_weight, torch.zeros_like(weight))
+
+
+@pytest.mark.usefixtures("chunk")
+def test_bf16_autocast_keeps_the_sum_in_float32():
+    hidden, weight, targets = make(64)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, *gradients = results(summed_cross_entropy, hidden, weight, targets)
+        expected_loss, *expected = results(plain, hidden, weight, targets)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=0.03, atol=0.03)
+
+
+def test_bf16_hidden_states_and_weights_get_bf16_gradients():
+    hidden, weight, targets = make(64, dtype=torch.bfloat16)
+    loss, grad_hidden, grad_weight = results(summed_cross_entropy, hidden, weight, targets)
+    assert (loss.dtype, grad_hidden.dtype, grad_weight.dtype) == (
+        torch.float32,
+        torch.bfloat16,
+        torch.bfloat16,
+    )
+    torch.testing.assert_close(loss, plain(hidden, weight, targets).detach(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.usefixtures("chunk")
+def test_repeated_calls_agree_bit_for_bit(autocast):
+    inputs = make(200)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        first = results(summed_cross_entropy, *inputs)
+        for _ in range(3):
+            assert all(
+                torch.equal(a, b) for a, b in zip(first, results(summed_cross_entropy, *inputs), strict=True)
+            )
+
+
+def test_without_gradients_the_loss_is_the_same():
+    hidden, weight, targets = make(50)
+    with torch.no_grad():
+        loss = summed_cross_entropy(hidden, weight, targets)
+    assert not loss.requires_grad
+    assert torch.equal(loss, summed_cross_entropy(hidden, weight, targets).detach())
+    frozen = summed_cross_entropy(hidden.detach(), weight, targets)
+    frozen.backward()
+    assert hidden.grad is None
+    assert weight.grad is not None
+
+
+def test_the_sum_over_parts_is_the_sum():
+    hidden, weight, targets = make(60)
+    whole = results(summed_cross_entropy, hidden, weight, targets)
+    parts = [
+        results(summed_cross_entropy, hidden[:, part], weight, targets[:, part])
+        for part in (slice(0, 11), slice(11, 60))
+    ]
+    torch.testing.assert_close(whole[0], parts[0][0] + parts[1][0])
+    torch.testing.assert_close(whole[1], torch.cat([parts[0][1], parts[1][1]], dim=1))
+    torch.testing.assert_close(whole[2], parts[0][2] + parts[1][2], rtol=1e-5, atol=1e-5)
+
+
+def test_no_tensor_as_large_as_all_logits_is_made():
+    num_tokens, vocab = 3000, 2**13
+    hidden = torch.zeros(1, num_tokens, 8, requires_grad=True)
+    weight = torch.zeros(vocab, 8, requires_grad=True)
+    targets = torch.zeros(1, num_tokens, dtype=torch.int64)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch():
+        summed_cross_entropy(hidden, weight, targets).backward()
+    assert 0 < largest <= losses._CHUNK_LOGITS < num_tokens * vocab / 5
+
+
+def test_huge_logits_do_not_overflow():
+    hidden, weight, targets = make(8, ignored=0)
+    with torch.no_grad():
+        hidden.mul_(1e4)
+    loss, grad_hidden, grad_weight = results(summed_cross_entropy, hidden, weight, targets)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(grad_hidden).all()
+    assert torch.isfinite(grad_weight).all()
