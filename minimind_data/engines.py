@@ -18,7 +18,8 @@ from minimind_data.errors import UserError
 from minimind_data.split import Job, Report, SplitResult, SplitTask, build_split
 
 _CORES_PER_PROCESS = 4  # above, one Python thread that reads and parses JSON is what costs
-_ENCODER_THREADS = ("RAYON_NUM_THREADS",)  # both encoders read it, once, at their first batch
+_ENCODER_THREADS = ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS")  # read once, at an encoder's first batch
+_NO_SPINNING = {"FASTOKENS_SPIN_US": "0"}  # idle encoder threads would take the cores that parse and write
 
 
 def num_cores() -> int:
@@ -142,8 +143,9 @@ def _cause_of_death(exit_code: int | None) -> str:
 
 @contextlib.contextmanager
 def _encoder_threads(count: int) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in _ENCODER_THREADS}
-    os.environ.update(dict.fromkeys(_ENCODER_THREADS, str(count)))
+    settings = {**dict.fromkeys(_ENCODER_THREADS, str(count)), **_NO_SPINNING}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     try:
         yield
     finally:

@@ -1,0 +1,36 @@
+"""Characters per token of tokenizers, side by side.
+
+    python benchmarks/compression.py TEXT.jsonl… --tokenizer DIR [--tokenizer DIR …]
+
+The default tokenizer is always the first column. Give text that no tokenizer was trained on.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from minimind_data.tokenizer import ReferenceEncoder, load_tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("texts", type=Path, nargs="+")
+    parser.add_argument("--tokenizer", type=Path, action="append", default=[])
+    arguments = parser.parse_args()
+    tokenizers = {"default": load_tokenizer()} | {
+        path.name: load_tokenizer(path) for path in arguments.tokenizer
+    }
+    print(f"{'characters per token':28} {'characters':>10} " + " ".join(f"{name:>10}" for name in tokenizers))
+    for path in arguments.texts:
+        texts = [json.loads(line)["text"] for line in path.open(encoding="utf-8")]
+        characters = sum(map(len, texts))
+        ratios = [
+            characters / len(ReferenceEncoder(one).encode_batch(texts)[0]) for one in tokenizers.values()
+        ]
+        print(f"{path.stem:28} {characters:10,} " + " ".join(f"{ratio:10.3f}" for ratio in ratios))
+
+
+if __name__ == "__main__":
+    main()
