@@ -1,8 +1,8 @@
 """tokenize(): plan the splits, run them on an engine, commit the manifest.
 
-While a build is under way the folder holds `.build/`: the lock, the plan, and one result for every shard that is whole. A
+While a build is under way the folder holds `.mm-build/`: the lock, the plan, and one result for every shard that is whole. A
 run that starts and finds results from a killed one checks them against the input's bytes and makes only what is missing;
-the last step writes the manifest and removes `.build/`. So the finished folder is the same whatever happened on the way.
+the last step writes the manifest and removes `.mm-build/`. So the finished folder is the same whatever happened on the way.
 """
 
 import contextlib
@@ -43,11 +43,12 @@ from minimind_data.plan import (
     sample_texts,
     settings_of,
 )
-from minimind_data.split import Job, Report, SplitResult, SplitTask, set_aside_path
+from minimind_data.records import line_range
+from minimind_data.split import SET_ASIDE_SUFFIX, Job, Report, SplitResult, SplitTask, set_aside_path
 from minimind_data.tokenizer import Choice, SpecialTokens, Tokenizer, choose_backend, load_tokenizer
 from minimind_data.writer import WrittenShard
 
-WORK_FOLDER_NAME = ".build"
+WORK_FOLDER_NAME = ".mm-build"
 SET_ASIDE_NAME = "set-aside.jsonl"
 _PLAN_NAME = "plan.json"
 _LOCK_NAME = "lock"
@@ -122,8 +123,9 @@ class _Build:
     def run(self, announce: Callable[[str], None], progress: Callable[[int], Report]) -> Summary:
         start = time.monotonic()
         out = self._options.out
-        remove_partials(out)
         remove_partials(self._work)
+        shard_files = {f"{task.name}{suffix}" for task in self._tasks for suffix in (".bin", ".idx")}
+        remove_partials(out, shard_files | {TOKENIZER_NAME, SET_ASIDE_NAME, MANIFEST_NAME})
         hashes = InputHashes(self._inputs)
         manifest = self._existing_manifest()
         if manifest is not None:
@@ -219,8 +221,8 @@ class _Build:
 
     def _clean(self) -> None:
         """Remove what only an unfinished build needs; the lock goes last, when it is released."""
-        for path in self._work.iterdir():
-            if path.name != _LOCK_NAME:
+        for pattern in (_PLAN_NAME, f"*{_RESULT_SUFFIX}", f"*{SET_ASIDE_SUFFIX}"):
+            for path in self._work.glob(pattern):
                 path.unlink()
 
     def _set_aside(self, results: list[SplitResult]) -> bytes:
@@ -288,7 +290,11 @@ class _Build:
             if result.set_aside and self._options.on_bad_record == "stop":
                 continue
             source = task.split.path
-            if sha256_of(source, result.input_start, result.input_stop) != result.input_sha256:
+            here = line_range(task.split)
+            if (
+                here != (result.input_start, result.input_stop)
+                or sha256_of(source, *here) != result.input_sha256
+            ):
                 announce(f"{source}: changed since {task.name} was made; that split is made again")
             elif result.shard is None or _is_there(self._options.out, _entry_of(result)):
                 results[task.name] = result
@@ -373,7 +379,7 @@ def _locked(out: Path, work_folder: Path) -> Iterator[None]:
 
 
 def _remove_if_idle(work_folder: Path) -> None:
-    """Leave no empty `.build/` behind."""
+    """Leave no empty work folder behind."""
     try:
         if work_folder.is_dir() and not any(work_folder.iterdir()):
             work_folder.rmdir()

@@ -9,7 +9,7 @@ import errno
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,10 +25,15 @@ def partial_name(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
 
 
-def remove_partials(folder: Path) -> None:
-    """Delete what killed processes left half-written in `folder`. The caller holds the folder's lock."""
-    for path in folder.glob(f"*{PARTIAL_SUFFIX}"):
-        path.unlink(missing_ok=True)
+def remove_partials(folder: Path, names: Container[str] | None = None) -> None:
+    """Delete what killed processes left half-written of the files with these names, or of any where the folder is ours.
+
+    The caller holds the folder's lock.
+    """
+    for path in folder.glob(f"*.*{PARTIAL_SUFFIX}"):
+        name, process, _ = path.name.rsplit(".", 2)
+        if process.isdecimal() and (names is None or name in names):
+            path.unlink(missing_ok=True)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -4,6 +4,7 @@ Everything here follows from the inputs and the options alone, so any number of 
 """
 
 import dataclasses
+import itertools
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -62,9 +63,8 @@ class InputHashes:
         self._inputs = inputs
         self._stamps = [self._stamp(path) for path in inputs]
         self._digests: list[str] = []
-        self._thread = threading.Thread(
-            target=lambda: self._digests.extend(map(sha256_of, inputs)), daemon=True
-        )
+        self._failure: OSError | None = None
+        self._thread = threading.Thread(target=self._hash, daemon=True)
         self._thread.start()
 
     def entries(self) -> tuple[InputEntry, ...]:
@@ -74,6 +74,8 @@ class InputHashes:
             UserError: an input changed since this was made.
         """
         self._thread.join()
+        if self._failure is not None:
+            raise self._failure
         for path, stamp in zip(self._inputs, self._stamps, strict=True):
             if self._stamp(path) != stamp:
                 raise UserError(f"{path}: was changed while it was being read; run the same command again")
@@ -81,6 +83,12 @@ class InputHashes:
             InputEntry(path=str(path), bytes=stamp[0], sha256=digest)
             for path, stamp, digest in zip(self._inputs, self._stamps, self._digests, strict=True)
         )
+
+    def _hash(self) -> None:
+        try:
+            self._digests.extend(map(sha256_of, self._inputs))
+        except OSError as error:
+            self._failure = error
 
     @staticmethod
     def _stamp(path: Path) -> tuple[int, int]:
@@ -91,11 +99,14 @@ class InputHashes:
 def plan_tasks(inputs: Sequence[Path], split_bytes: int) -> list[SplitTask]:
     """Name every split of every input: by the input's name, numbered where two inputs share one."""
     tasks: list[SplitTask] = []
-    seen: dict[str, int] = {}
-    for number, path in enumerate(inputs):
-        stem = path.name.removesuffix(".jsonl")
-        seen[stem] = seen.get(stem, 0) + 1
-        prefix = stem if seen[stem] == 1 else f"{stem}~{seen[stem]}"
+    stems = [path.name.removesuffix(".jsonl") for path in inputs]
+    taken: set[str] = set()
+    for number, (path, stem) in enumerate(zip(inputs, stems, strict=True)):
+        free = (
+            f"{stem}~{count}" for count in itertools.count(2) if f"{stem}~{count}" not in taken.union(stems)
+        )
+        prefix = next(free) if stem in taken else stem
+        taken.add(prefix)
         for index, split in enumerate(plan_splits(path, split_bytes)):
             tasks.append(SplitTask(name=f"{prefix}-{index:05d}", input=number, split=split))
     return tasks

@@ -10,7 +10,7 @@ import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 
@@ -83,6 +83,21 @@ def plan_splits(path: Path, split_bytes: int) -> list[Split]:
     ]
 
 
+def line_range(split: Split) -> tuple[int, int]:
+    """Return (first byte, byte after the last) of the lines that begin in a split; the two are equal where none does."""
+    with split.path.open("rb") as file:
+        begin = _line_start(file, split.start)
+        return begin, max(begin, _line_start(file, split.stop))
+
+
+def _line_start(file: BinaryIO, at: int) -> int:
+    """Return where the first line begins that does not begin before byte `at`; the file is left there."""
+    if at:
+        file.seek(at - 1)
+        file.readline()
+    return file.tell()
+
+
 class LineReader:
     """The lines that begin in a split, in blocks of a few megabytes.
 
@@ -101,10 +116,7 @@ class LineReader:
     def __iter__(self) -> Iterator[list[bytes]]:
         """Yield lists of whole lines, each with its line end."""
         with self._split.path.open("rb") as file:
-            if self._split.start:
-                file.seek(self._split.start - 1)
-                file.readline()  # the rest of the line that began in the split before
-                self.begin = self.end = file.tell()
+            self.begin = self.end = _line_start(file, self._split.start)
             while (left := self._split.stop - self.end) > 0:
                 # `readlines` stops once it has read more than its hint, and takes 0 for no bound. So the last line of a call
                 # begins before the split's end.

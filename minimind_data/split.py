@@ -28,6 +28,7 @@ from minimind_data.writer import ShardWriter, WrittenShard
 _COMPARE_ONE_IN = 1024
 _COMPARE_MAX_CHARS = 2**17
 _STAGE_DEPTH = 2
+SET_ASIDE_SUFFIX = ".set-aside.jsonl"
 
 _T = TypeVar("_T")
 Report = Callable[[int, int], None]
@@ -176,7 +177,7 @@ def frame(
 
 def set_aside_path(work_folder: Path, name: str) -> Path:
     """Return where the bad records of a split wait."""
-    return work_folder / f"{name}.set-aside.jsonl"
+    return work_folder / f"{name}{SET_ASIDE_SUFFIX}"
 
 
 def _encoder(job: Job, backend: str) -> Encoder:

@@ -219,6 +219,51 @@ def test_after_a_stop_the_rest_can_be_had_by_mending_or_setting_aside(tmp_path, 
     assert documents(tmp_path / "aside") == documents(tmp_path / "fresh")
 
 
+def test_an_input_that_grew_or_moved_a_line_border_is_made_again(tmp_path, write_jsonl):
+    """What an interrupted run did is kept only where the lines of each split are still the same ones."""
+    bad = tmp_path / "bad.jsonl"
+    short, cross = {"text": "x" * 950}, '{"text": "' + "y" * 100 + '"}'
+    tail = "".join(json.dumps({"text": f"z {i}"}) + "\n" for i in range(100))
+    before = json.dumps(short) + "\n" + cross + " " * 100 + "\n" + tail
+    hidden = json.dumps(short) + "\n" + cross + '\n{"text": "hidden"}'.ljust(100) + "\n" + tail
+    assert len(before) == len(hidden)
+    for name, after in {
+        "grown": before + tail,
+        "grown by no newline": before[:-1] + " \n" + tail,
+        "moved": hidden,
+        "cut": before[:1500],
+    }.items():
+        source = tmp_path / f"{name}.jsonl"
+        source.write_text(before[:-1] if "no newline" in name else before)
+        bad.write_text("bad\n")
+        with pytest.raises(UserError, match="not JSON"):
+            tokenize([source, bad], options(tmp_path / name, split_bytes=1024))
+        source.write_text(after[: after.rindex("\n") + 1])
+        bad.write_text('{"text": "good"}\n')
+        tokenize([source, bad], options(tmp_path / name, split_bytes=1024))
+        tokenize([source, bad], options(tmp_path / f"{name} fresh", split_bytes=1024))
+        kept, fresh = tree(tmp_path / name), tree(tmp_path / f"{name} fresh")
+        assert {path: data for path, data in kept.items() if path in fresh} == fresh
+
+
+def test_names_do_not_collide_and_nobody_elses_files_are_touched(tmp_path, write_jsonl):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+    inputs = [
+        write_jsonl(["one"], "x/a.jsonl"),
+        write_jsonl(["two"], "y/a.jsonl"),
+        write_jsonl(["three"], "a~2.jsonl"),
+    ]
+    out = tmp_path / "out"
+    (out / ".mm-build" / "sub").mkdir(parents=True)
+    for name in ("movie.partial", "x.7.partial", ".mm-build/mine.txt", ".mm-build/sub/mine.txt"):
+        (out / name).write_text("mine")
+    manifest = tokenize(inputs, options(out)).manifest
+    assert [entry.name for entry in manifest.shards] == ["a-00000", "a~3-00000", "a~2-00000"]
+    assert [REFERENCE.decode(document) for document in documents(out)] == ["one", "two", "three"]
+    assert len([data for data in tree(out).values() if data == b"mine"]) == 4
+
+
 def test_an_unfinished_build_goes_on_only_as_it_was_begun(tmp_path, source):
     source.write_bytes(source.read_bytes() + b"oops\n")
     with pytest.raises(UserError, match="not JSON"):
@@ -397,7 +442,7 @@ def test_kill_9_at_random_moments(tmp_path, write_jsonl, workers):
         with subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         ) as process:
-            while process.poll() is None and not (out / ".build").exists():
+            while process.poll() is None and not (out / ".mm-build").exists():
                 time.sleep(0.01)
             time.sleep(chance.uniform(0.05, 0.5))
             kills += process.poll() is None
