@@ -20,9 +20,11 @@ _WORK = Path("runs/demo")
 _RUN = _WORK / "model"
 _SHARDS = _WORK / "data"
 _SAMPLE = Path("data/sample.jsonl")
-_STEPS = 240
-_SAVE_EVERY = 40
-_KILL_AFTER_STEP = 110
+_STEPS = 300
+_SEQ_LEN = 128
+_BATCH = 16
+_SAVE_EVERY = 50
+_KILL_AFTER_STEP = 130
 _MODEL = [
     "--hidden-size",
     "256",
@@ -34,7 +36,16 @@ _MODEL = [
     "4",
 ]
 _TRAIN = [
-    *("--seq-len", "256", "--global-batch", "16", "--micro-batch", "16", "--steps", str(_STEPS)),
+    *(
+        "--seq-len",
+        str(_SEQ_LEN),
+        "--global-batch",
+        str(_BATCH),
+        "--micro-batch",
+        str(_BATCH),
+        "--steps",
+        str(_STEPS),
+    ),
     *(
         "--learning-rate",
         "2e-3",
@@ -97,7 +108,7 @@ def main() -> None:
     dataset = json.loads((_SHARDS / "manifest.json").read_bytes())
     print(f"  tokens on disk   {sum(shard['tokens'] for shard in dataset['shards']):,}")
     print(
-        f"  tokens trained   {_STEPS * 16 * 256:,} in {_STEPS} steps, {speeds[len(speeds) // 2]:,.0f} a second"
+        f"  tokens trained   {_STEPS * _BATCH * _SEQ_LEN:,} in {_STEPS} steps, {speeds[len(speeds) // 2]:,.0f} a second"
     )
     print(f"  loss             {first['loss']:.2f} at step 1, {last['loss']:.2f} at step {last['step']}")
     print(
