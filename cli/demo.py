@@ -20,7 +20,7 @@ _WORK = Path("runs/demo")
 _RUN = _WORK / "model"
 _SHARDS = _WORK / "data"
 _SAMPLE = Path("data/sample.jsonl")
-_STEPS = 300
+_STEPS = 400
 _SEQ_LEN = 128
 _BATCH = 16
 _SAVE_EVERY = 50
@@ -103,14 +103,16 @@ def main() -> None:
         )
 
     _title("What happened")
-    first, last = metrics[0], metrics[-1]
+    first, last = metrics[0], [line["loss"] for line in metrics[-20:]]
     speeds = sorted(line["tokens_per_second"] for line in metrics)
     dataset = json.loads((_SHARDS / "manifest.json").read_bytes())
     print(f"  tokens on disk   {sum(shard['tokens'] for shard in dataset['shards']):,}")
     print(
         f"  tokens trained   {_STEPS * _BATCH * _SEQ_LEN:,} in {_STEPS} steps, {speeds[len(speeds) // 2]:,.0f} a second"
     )
-    print(f"  loss             {first['loss']:.2f} at step 1, {last['loss']:.2f} at step {last['step']}")
+    print(
+        f"  loss             {first['loss']:.2f} at step 1, {sum(last) / len(last):.2f} over the last {len(last)} steps"
+    )
     print(
         f"  killed           after step {killed_at}; resumed from the checkpoint of step {killed_at // _SAVE_EVERY * _SAVE_EVERY}"
     )
