@@ -70,6 +70,10 @@ def plan_splits(path: Path, split_bytes: int) -> list[Split]:
     try:
         if path.is_dir():
             raise UserError(f"{path}: a folder; name the .jsonl files in it")
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+            raise UserError(
+                f"{path}: a pipe or a device, which cannot be read twice; save it to a file first"
+            )
         with path.open("rb") as file:
             size = file.seek(0, 2)
     except FileNotFoundError:

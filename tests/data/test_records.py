@@ -1,5 +1,7 @@
 """Records: splits hold every line once, and a line that makes no document says why."""
 
+import os
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -99,7 +101,9 @@ def test_what_is_not_bad(tmp_path):
 
 def test_inputs_that_are_none(tmp_path):
     (tmp_path / "empty.jsonl").touch()
+    os.mkfifo(tmp_path / "pipe")
     for name, complaint in (
+        ("pipe", "a pipe or a device"),
         ("nope.jsonl", "no such file"),
         ("empty.jsonl", "the file is empty"),
         (".", "a folder"),
