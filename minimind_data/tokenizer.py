@@ -30,7 +30,7 @@ Backend = Literal["auto", "fastokens", "tokenizers"]
 CONFIG_NAME = "tokenizer_config.json"
 DEFAULT_TOKENIZER = Path(__file__).with_name("default_tokenizer")
 # The encoder's caches grow with the text it has seen; a fresh one now and then bounds them and costs 0.1 s a time.
-_FASTOKENS_RENEWAL_BYTES = 128 * 2**20
+_FASTOKENS_RENEWAL_TOKENS = 128 * 2**20
 
 Ids = NDArray[np.uint32]
 Offsets = NDArray[np.int64]
@@ -196,15 +196,15 @@ class FastokensEncoder:
 
         self._make: Callable[[], Any] = make
         self._encoder = make()
-        self._num_bytes = 0
+        self._num_tokens = 0
 
     def encode_batch(self, texts: list[str]) -> tuple[Ids, Offsets]:
         """Encode; see `Encoder`."""
-        if self._num_bytes > _FASTOKENS_RENEWAL_BYTES:
+        if self._num_tokens > _FASTOKENS_RENEWAL_TOKENS:
             self._encoder = self._make()
-            self._num_bytes = 0
+            self._num_tokens = 0
         ids, offsets = self._encoder.encode_batch_flat(texts)
-        self._num_bytes += 2 * len(ids)  # at least one byte of text a token; uint32 ids
+        self._num_tokens += len(ids) // 4
         return np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<u8").astype(np.int64)
 
 
