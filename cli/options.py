@@ -9,6 +9,7 @@ wrapper is also the border where a `UserError` becomes one sentence and exit sta
 
 import functools
 import inspect
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -104,7 +105,11 @@ def _argument(kind: Any, name: str, values: dict[str, Any], context: typer.Conte
 class _Border:
     """Turns what a user can cause into one sentence on stderr and the exit status of the contract."""
 
-    def __enter__(self) -> None: ...
+    def __enter__(self) -> None:
+        """Let a terminal that cannot show a character show its escape: the work is worth more than the glyph."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, BrokenPipeError):  # `mm-data info | head`: the reader has seen enough
