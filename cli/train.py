@@ -5,6 +5,7 @@ Each command is made only when it is asked for, because its options live beside 
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ def _pretrain(app: typer.Typer) -> None:
         if outcome.stopped_by:
             print(
                 f"stopped by {outcome.stopped_by.name} after step {outcome.step} of {outcome.total_steps}, which is saved; "
-                f"go on with: mm-train pretrain --run {run} --resume",
+                f"go on with: mm-train pretrain --run {shlex.quote(str(run))} --resume",
                 file=sys.stderr,
             )
             raise typer.Exit(128 + outcome.stopped_by)
@@ -123,4 +124,8 @@ def make(arguments: Sequence[str]) -> typer.Typer:
 def main() -> None:
     """Run the command line of this process."""
     _share_cores()
-    make(sys.argv[1:])()
+    try:
+        make(sys.argv[1:])()
+    except KeyboardInterrupt:  # while torch was still being imported
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -89,7 +89,9 @@ def steps_of(run: Path) -> list[int]:
     folder = run / FOLDER_NAME
     if not folder.is_dir():
         return []
-    return sorted(int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)))
+    return sorted(
+        int(match[1]) for path in folder.iterdir() if path.is_dir() and (match := _NAME.fullmatch(path.name))
+    )
 
 
 def save(run: Path, state: CheckpointState, model: nn.Module, optimizer: Optimizer, *, keep: int = 3) -> Path:
@@ -136,7 +138,10 @@ def save(run: Path, state: CheckpointState, model: nn.Module, optimizer: Optimiz
 def remove_leftovers(run: Path) -> None:
     """Delete what a killed process left half-written or half-deleted."""
     for path in (run / FOLDER_NAME).glob(f"*{PARTIAL_SUFFIX}"):
-        shutil.rmtree(path)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def load(run: Path, step: int) -> Checkpoint:
@@ -167,6 +172,10 @@ def load_latest(run: Path, on_damaged: Callable[[str], None]) -> Checkpoint | No
         try:
             return load(run, step)
         except DamagedCheckpointError as error:
+            if not folder_of(
+                run, step
+            ).exists():  # a run that is still training has just deleted it, and has newer ones
+                return load_latest(run, on_damaged)
             on_damaged(f"{error}; trying the one before it")
     if steps:
         raise UserError(

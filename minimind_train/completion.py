@@ -35,6 +35,12 @@ def complete(
     Raises:
         UserError: there is no such run or checkpoint.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            "--prompt: holds bytes that are no text in this terminal's encoding; pass UTF-8"
+        ) from None
     info = RunRecord.read(run).tokenizer
     found = checkpoint.load_latest(run, say) if step is None else checkpoint.load(run, step)
     if found is None:

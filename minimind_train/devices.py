@@ -7,6 +7,8 @@ import torch
 
 from minimind_data.errors import UserError
 
+_DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
+
 Dtype = Literal["auto", "bf16", "fp32"]
 
 
@@ -18,6 +20,9 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    refusal = UserError(f"--device {name}: this machine, or this build of torch, has none; try --device auto")
+    if name.partition(":")[0] not in _DEVICE_TYPES:
+        raise refusal
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -26,9 +31,7 @@ def resolve_device(name: str) -> torch.device:
         AssertionError,
         NotImplementedError,
     ):  # what torch raises differs from backend to backend
-        raise UserError(
-            f"--device {name}: this machine, or this build of torch, has none; try --device auto"
-        ) from None
+        raise refusal from None
     return device
 
 

@@ -29,6 +29,8 @@ from minimind_train.optim import OptimConfig, clip_gradients, learning_rate
 from minimind_train.progress import Progress, Say
 from minimind_train.sampler import SampleCursor
 
+_MAX_THREADS = 1024  # far above any machine; torch itself crashes on far more
+
 SummedLoss = Callable[[Mapping[str, Tensor]], Tensor]
 """From a micro-batch, through the model, to the sum of the losses at its valid targets."""
 
@@ -57,6 +59,10 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be from 0 to 2^64 - 1, not {self.seed}")
+        if self.threads > _MAX_THREADS:
+            raise ValueError(f"threads must be at most {_MAX_THREADS}, not {self.threads}")
         for name in ("threads", "save_every", "keep"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
@@ -116,6 +122,7 @@ def run(
     model.train()
     forward = autocast(config.dtype, device)
     loss, num_tokens, seconds = None, 0, 0.0
+    stopping: signal.Signals | None = None
     with StopRequest() as stop, Progress(step=step, total_steps=total_steps, say=say) as progress:
         then = time.perf_counter()
         for batch in batches:
@@ -151,13 +158,16 @@ def run(
                 metrics.write(record)
                 num_tokens, seconds = 0, 0.0
             progress.update(record, logged=logged)
-            if stop.signal or step == total_steps or (config.save_every and step % config.save_every == 0):
+            stopping = (
+                stop.signal
+            )  # read once: a signal that comes after this line ends the next step, saved like this one
+            if stopping or step == total_steps or (config.save_every and step % config.save_every == 0):
                 metrics.sync()
                 save(step, cursor.position)
             then = time.perf_counter()  # saving is not counted as training
-            if stop.signal:
+            if stopping:
                 break
-    stopped_by = stop.signal if step < total_steps else None
+    stopped_by = stopping if step < total_steps else None
     return Outcome(
         step=step, total_steps=total_steps, cursor=cursor.position, loss=loss, stopped_by=stopped_by
     )

@@ -6,7 +6,7 @@ unless the user allows that change by name, in which case it is noted in `config
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -76,14 +76,19 @@ NEEDS_SEQUENTIAL = (
     "--resume-from needs --order sequential: in a shuffled order no place of a shard is a place of the run"
 )
 
+_SHAPES = frozenset(flatten(ModelConfig())) - {
+    "dropout",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+}
+
 CHANGEABLE = (
     frozenset({"dataset", "tokenizer", *flatten(PretrainConfig())})
     - _HARMLESS
     - _NOT_RECORDED
-    - {
-        "resume_from",
-        "vocab_size",
-    }
+    - _SHAPES
+    - {"resume_from"}
 )
 """The names that `--allow-change` takes."""
 
@@ -99,7 +104,7 @@ def pretrain(config: PretrainConfig, say: Say = say_on_stderr) -> loop.Outcome:
     shards = ShardSet.open(config.data.shards)
     config = _resolved(config, shards)
     job = _Job(run, config, shards, say)
-    cursor = job.position_of(config.data.resume_from, epoch=0) if config.data.resume_from else 0
+    cursor = job.first_position()
     run.mkdir(parents=True, exist_ok=True)
     with runs.lock(run):
         runs.refuse_occupied(run)
@@ -135,16 +140,16 @@ def resume(
         found = checkpoint.load_latest(run, say)
         step = found.state.step if found else 0
         shards = _open_shards(given.get("shards", record.options["shards"]))
-        config, new_record = _reconciled(run, record, given, shards, step=step, allow_change=allow_change)
+        kept = record.without_moves_after(step)
+        config, new_record = _reconciled(run, kept, given, shards, step=step, allow_change=allow_change)
         job = _Job(run, config, shards, say)
-        start = job.position_of(config.data.resume_from, epoch=0) if config.data.resume_from else 0
-        cursor = record.cursor_at(step, found.state.cursor if found else start)
+        cursor = kept.cursor_at(step, found.state.cursor if found else job.first_position())
         if "resume_from" in given:
             moved = job.position_of(given["resume_from"], epoch=cursor // len(job.windows))
             new_record = new_record.changed([moved_cursor(step, cursor, moved)])
             cursor = moved
-        runs.update(run, record, new_record, shards.folder)
-        return job.train(found, step=step, cursor=cursor)
+        update = partial(runs.update, run, record, new_record, shards.folder)
+        return job.train(found, step=step, cursor=cursor, before_steps=update)
 
 
 class _Job:
@@ -161,6 +166,11 @@ class _Job:
             num_windows=len(self.windows), seed=config.training.seed, kind=config.data.order
         )
 
+    def first_position(self) -> int:
+        """Return where the run begins in the data."""
+        place = self.config.data.resume_from
+        return self.position_of(place, epoch=0) if place else 0
+
     def position_of(self, place: str, *, epoch: int) -> int:
         """Return the position of the window that holds the token SHARD:OFFSET."""
         if self.config.data.order != "sequential":
@@ -171,8 +181,15 @@ class _Job:
         self.say(f"beginning at window {window}, which begins at {begin_shard}:{begin} and holds {place}")
         return self.order.position_of(window, epoch)
 
-    def train(self, found: Checkpoint | None, *, step: int, cursor: int) -> loop.Outcome:
-        """Build the model, put the checkpoint into it, and hand all to the loop."""
+    def train(
+        self,
+        found: Checkpoint | None,
+        *,
+        step: int,
+        cursor: int,
+        before_steps: Callable[[], None] = lambda: None,
+    ) -> loop.Outcome:
+        """Build the model, put the checkpoint into it, and hand all to the loop; `before_steps` runs once that fits."""
         training = self.config.training
         end, total_steps = self._course(step, cursor)
         if step >= total_steps:
@@ -186,6 +203,7 @@ class _Job:
         optimizer = make_optimizer(model, self.config.optim)
         if found:
             found.restore(model, optimizer)
+        before_steps()
         self._introduce(model, device, step, total_steps, cursor)
         place = SampleCursor(cursor)
         options = _recorded(self.config)
@@ -322,6 +340,11 @@ def _reconciled(
     sides["dataset"] = (record.dataset[:12], new.dataset[:12])
     sides["tokenizer"] = (record.tokenizer.sha256[:12], new.tokenizer.sha256[:12])
     different = {name: pair for name, pair in sides.items() if name not in _HARMLESS and pair[0] != pair[1]}
+    for name in sorted(different.keys() & _SHAPES):
+        raise UserError(
+            f"{run}: {name} (in the run: {different[name][0]}, on the command line: {different[name][1]}) decides the shape of "
+            "the weights; leave that out, or start a new run in another --run"
+        )
     refused = different.keys() - set(allow_change)
     if refused:
         shown = "; ".join(

@@ -4,6 +4,7 @@ Everything goes to stderr; what must be kept goes to metrics.jsonl.
 """
 
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -42,7 +43,7 @@ class Progress:
                 total=total_steps,
                 initial=step,
                 file=sys.stderr,
-                ncols=_MAX_COLUMNS,
+                ncols=min(_MAX_COLUMNS, shutil.get_terminal_size().columns),
                 bar_format="{n_fmt}/{total_fmt}{postfix} {remaining} left {bar}",
             )
             if sys.stderr.isatty()

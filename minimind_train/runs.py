@@ -84,6 +84,11 @@ class RunRecord:
         """Return the record with more changes noted."""
         return replace(self, changes=(*self.changes, *changes))
 
+    def without_moves_after(self, step: int) -> Self:
+        """Return the record without the cursor's moves after `step`: going back to a checkpoint before one undoes it."""
+        kept = [change for change in self.changes if change.name != _CURSOR or change.step <= step]
+        return replace(self, changes=tuple(kept))
+
     def cursor_at(self, step: int, cursor: int) -> int:
         """Return the cursor from which a checkpoint of `step` goes on: its own, or where it was moved since."""
         moves = [change.new for change in self.changes if change.name == _CURSOR and change.step == step]

@@ -344,3 +344,23 @@ def test_the_progress_line_fits_a_terminal(tmp_path, monkeypatch):
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         loop.RunConfig(**options)
+
+
+def test_a_signal_after_the_moment_of_saving_ends_the_next_step_saved(tmp_path, monkeypatch):
+    """Whatever the moment: a run that says it was stopped by a signal has saved the step that it names."""
+    real, calls = loop.time.perf_counter, []
+
+    def signalling():
+        calls.append(1)
+        if (
+            len(calls) == 5
+        ):  # the clock is read once before the steps and twice in each: this is the end of the second
+            signal.raise_signal(signal.SIGTERM)
+        return real()
+
+    run = Run(tmp_path, total_steps=5, save_every=0)
+    monkeypatch.setattr(loop.time, "perf_counter", signalling)
+    outcome = run.go()
+    assert outcome.stopped_by == signal.SIGTERM
+    assert outcome.step in (2, 3)
+    assert [step for step, _ in run.saved] == [outcome.step]

@@ -290,9 +290,10 @@ def test_what_would_make_another_run_is_refused_with_both_sides(stopped_run, nam
     with pytest.raises(UserError) as error:
         resume(stopped_run, {name: value})
     assert f"{name} ({sides})" in str(error.value)
-    assert f"--allow-change {name}" in str(error.value)
+    remedy = "start a new run in another --run" if name == "hidden_size" else f"--allow-change {name}"
+    assert remedy in str(error.value)
     assert (stopped_run / "config.json").read_bytes() == before
-    assert name in CHANGEABLE
+    assert (name in CHANGEABLE) is (name != "hidden_size")
 
 
 def test_another_dataset_is_refused_unless_it_is_asked_for(stopped_run, other_dataset):
@@ -381,6 +382,27 @@ def test_the_cursor_can_be_moved_by_hand(begin, tmp_path, small_dataset):
         stop_after(run, stop)
         assert resume(run, {}, say=Said()) == moved
         assert metrics(run) == there
+
+
+def test_going_back_before_a_moved_cursor_undoes_the_move(begin, tmp_path):
+    run = tmp_path / "run"
+    begin(order="sequential", steps=None, epochs=1, keep=0)
+    unmoved = metrics(run)
+    stop_after(run, 6)
+    resume(run, {"resume_from": "text-00001:200"}, say=Said())
+    stop_after(run, 3)
+    resume(run, {}, say=Said())
+    assert metrics(run) == unmoved
+    assert not RunRecord.read(run).changes
+
+
+def test_a_resume_that_fails_leaves_the_record_alone(stopped_run):
+    before = (stopped_run / "config.json").read_bytes()
+    for allowed in ((), ("hidden_size",)):
+        with pytest.raises(UserError, match="decides the shape of the weights"):
+            resume(stopped_run, {"hidden_size": 32}, allow_change=allowed, say=Said())
+    assert (stopped_run / "config.json").read_bytes() == before
+    assert resume(stopped_run, {}, say=Said()).step == 12
 
 
 def test_a_shuffled_run_has_no_place_in_the_shards(stopped_run):
