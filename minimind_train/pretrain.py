@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minimind_data.errors import UserError
+from minimind_data.files import disk_full_is_plain
 from minimind_data.format import FormatError
 from minimind_data.options import build, flatten
 from minimind_data.shards import ShardSet
@@ -105,8 +106,9 @@ def pretrain(config: PretrainConfig, say: Say = say_on_stderr) -> loop.Outcome:
     config = _resolved(config, shards)
     job = _Job(run, config, shards, say)
     cursor = job.first_position()
-    run.mkdir(parents=True, exist_ok=True)
-    with runs.lock(run):
+    with disk_full_is_plain(run):
+        run.mkdir(parents=True, exist_ok=True)
+    with disk_full_is_plain(run), runs.lock(run):
         runs.refuse_occupied(run)
         runs.create(run, _record(config, shards), shards.folder)
         return job.train(None, step=0, cursor=cursor)
@@ -131,7 +133,7 @@ def resume(
         UserError: there is no run, or an option differs that must not; the message shows both sides.
     """
     RunRecord.read(run)  # before the lock, which would leave its file in any folder
-    with runs.lock(run):
+    with disk_full_is_plain(run), runs.lock(run):
         record = RunRecord.read(run)
         if record.command != COMMAND:
             raise UserError(

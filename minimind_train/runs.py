@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from minimind_data.errors import UserError
 from minimind_data.files import FolderLock, remove_partials, sha256_of, write_atomic
-from minimind_data.format import TOKENIZER_NAME, TokenizerInfo
+from minimind_data.format import MANIFEST_NAME, TOKENIZER_NAME, TokenizerInfo
 from minimind_data.tokenizer import Tokenizer, cached_tokenizer
 from minimind_train import checkpoint, metrics
 
@@ -115,6 +115,10 @@ def refuse_occupied(run: Path) -> None:
     """
     if (run / CONFIG_NAME).exists():
         raise UserError(f"{run}: holds a run already; go on with it by --resume, or take another --run")
+    if (run / MANIFEST_NAME).exists():
+        raise UserError(
+            f"{run}: is a dataset; take another --run, so that neither overwrites the other's files"
+        )
     for name in (metrics.FILE_NAME, checkpoint.FOLDER_NAME):
         if (run / name).exists():
             raise UserError(

@@ -408,3 +408,10 @@ def test_a_resume_that_fails_leaves_the_record_alone(stopped_run):
 def test_a_shuffled_run_has_no_place_in_the_shards(stopped_run):
     with pytest.raises(UserError, match="needs --order sequential"):
         resume(stopped_run, {"resume_from": "text-00000:0"})
+
+
+def test_a_run_is_not_begun_inside_a_dataset(small_dataset):
+    before = sorted(small_dataset.iterdir())
+    with pytest.raises(UserError, match="is a dataset; take another --run"):
+        pretrain(config_of(small_dataset, small_dataset), say=Said())
+    assert sorted(small_dataset.iterdir()) == before
