@@ -8,6 +8,7 @@ All shards together are one stream of tokens and one list of documents; both are
 
 import mmap
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -161,6 +162,8 @@ class ShardSet:
         self._num_sequences = np.array([entry.sequences for entry in manifest.shards], np.int64)
         self._index_by_name = {entry.name: index for index, entry in enumerate(manifest.shards)}
         self._shards: dict[int, Shard] = {}
+        # Mapping a shard moves what a gather in another thread is reading; both hold this, and it is free of contention.
+        self._lock = threading.RLock()
         self._tokens = _RowGather(self.dtype, len(manifest.shards))
         self._indexes = _RowGather(np.dtype(np.uint8), len(manifest.shards))
 
@@ -208,6 +211,10 @@ class ShardSet:
 
     def shard(self, index: int) -> Shard:
         """Return a shard by its place in the manifest, mapping it when it is first asked for."""
+        with self._lock:
+            return self._shard(index)
+
+    def _shard(self, index: int) -> Shard:
         shard = self._shards.get(index)
         if shard is None:
             shard = Shard(self.folder, self.manifest.shards[index], self.manifest.dtype)
@@ -236,6 +243,10 @@ class ShardSet:
                 f"rows of {width} tokens at {starts.min()}…{starts.max()} in a stream of {self.num_tokens}"
             )
         owners = self.owners(starts)
+        with self._lock:
+            return self._rows(owners, starts, width)
+
+    def _rows(self, owners: NDArray[np.intp], starts: NDArray[np.int64], width: int) -> TokenArray:
         self._map_all(owners)
         offsets = starts - self.token_starts[owners]
         inside = starts + width <= self.token_starts[owners + 1]
@@ -259,10 +270,11 @@ class ShardSet:
         Returns:
             (global number of its first token, its length in tokens), both int64 [B].
         """
-        self._map_all(owners)
-        lengths = self._indexes.rows(owners, INDEX_HEADER_BYTES + 4 * sequences, 4).view("<i4")[:, 0]
         offsets_start = INDEX_HEADER_BYTES + 4 * self._num_sequences[owners]
-        offsets = self._indexes.rows(owners, offsets_start + 8 * sequences, 8).view("<i8")[:, 0]
+        with self._lock:
+            self._map_all(owners)
+            lengths = self._indexes.rows(owners, INDEX_HEADER_BYTES + 4 * sequences, 4).view("<i4")[:, 0]
+            offsets = self._indexes.rows(owners, offsets_start + 8 * sequences, 8).view("<i8")[:, 0]
         return offsets // self.dtype.itemsize + self.token_starts[owners], lengths.astype(np.int64)
 
     def slice(self, start: int, stop: int) -> TokenArray:
