@@ -79,7 +79,10 @@ def _flag(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     parser = next((extra for extra in extras if callable(extra)), None)
     settings: dict[str, Any] = {"help": text}
     if parser:
-        settings |= {"parser": parser, "metavar": parser.__name__.removeprefix("parse_").upper()}
+        settings |= {
+            "parser": _plain(parser),
+            "metavar": parser.__name__.removeprefix("parse_").upper(),
+        }
     if parser is parse_size and isinstance(default, int):
         default = format_size(default)  # as a user would write it; the parser reads it back
     return inspect.Parameter(
@@ -88,6 +91,19 @@ def _flag(name: str, annotation: Any, default: Any) -> inspect.Parameter:
         default=inspect.Parameter.empty if default is MISSING else default,
         annotation=Annotated[kind, typer.Option(**settings)],
     )
+
+
+def _plain(parser: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Let a parser's own sentence be the whole message."""
+
+    @functools.wraps(parser)
+    def parse(text: str) -> Any:
+        try:
+            return parser(text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return parse
 
 
 def _argument(kind: Any, name: str, values: dict[str, Any], context: typer.Context) -> Any:
