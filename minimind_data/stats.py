@@ -23,7 +23,7 @@ from minimind_data.windows import Layout
 DEFAULT_SEQ_LENS = (340, 512, 1024, 2048)
 SAMPLED_DOCUMENTS = 1000
 """Documents that are decoded where characters cannot be counted."""
-_BLOCK = 2**20
+_BLOCK = 2**18
 """Tokens, or sequences, that are worked on at a time."""
 _SHORT = 2**16
 """Lengths below this are counted in an array, longer ones by sorting."""
