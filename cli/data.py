@@ -28,6 +28,7 @@ from minimind_train.permutation import MAX_SEED
 from minimind_train.sampler import SampleOrder
 
 from .options import command, make_app
+from .stats import stats
 
 app = make_app("Turn text into memory-mapped shards, and look into them.")
 
@@ -228,6 +229,9 @@ def locate(
         print(
             f"position {position:,}: epoch {epoch}, window {number:,} of {len(windows):,}, shard {shard}, offset {offset:,}"
         )
+
+
+command(app)(stats)
 
 
 def _say(sentence: str) -> None:
