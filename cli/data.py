@@ -11,15 +11,17 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import typer
 
-from minimind_data.build import Summary
+from minimind_data.build import commit as commit_slices
 from minimind_data.build import tokenize as build_dataset
 from minimind_data.errors import UserError
-from minimind_data.format import SET_ASIDE_NAME
+from minimind_data.fields import RecordSpec
+from minimind_data.format import SET_ASIDE_NAME, VALIDATION_NAME
 from minimind_data.plan import TokenizeOptions
 from minimind_data.progress import ByteProgress
 from minimind_data.shards import ShardSet
 from minimind_data.split import Report
 from minimind_data.tokenizer import load_tokenizer
+from minimind_data.told import Summary
 from minimind_data.train_tokenizer import train_tokenizer as run_training
 from minimind_data.verify import dataset_bytes
 from minimind_data.verify import verify as verify_dataset
@@ -44,16 +46,17 @@ _Json = Annotated[
 @command(app)
 def tokenize(
     inputs: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
-            metavar="INPUT...", help="JSON-lines files, in the order of the dataset.", readable=False
+            metavar="INPUT...",
+            help="JSON lines, Parquet or text, also .gz and .zst: files, folders, globs, s3://…, or - for standard input.",
         ),
     ],
     options: TokenizeOptions,
 ) -> None:
-    """Turn JSON lines into a dataset: memory-mapped shards and a manifest.
+    """Turn text into a dataset: memory-mapped shards and a manifest.
 
-    Interrupted at any moment, it makes only what is missing when the same command runs again.
+    Interrupted at any moment, it makes only what is missing when the same command runs again; with more inputs, only their shards.
     """
     try:
         summary = build_dataset(inputs, options, announce=_say, progress=_tokenize_bar)
@@ -64,27 +67,46 @@ def tokenize(
     _print_summary(options.out, summary)
 
 
+@command(app)
+def commit(folder: _Folder) -> None:
+    """Join what `tokenize --task 1/N` to `N/N` made into one dataset."""
+    _print_summary(folder, commit_slices(folder, announce=_say, progress=_tokenize_bar))
+
+
 @contextlib.contextmanager
-def _tokenize_bar(num_bytes: int) -> Iterator[Report]:
-    with ByteProgress("tokenize", num_bytes, "tokens") as bar:
+def _tokenize_bar(title: str, num_bytes: int) -> Iterator[Report]:
+    with ByteProgress(title, num_bytes, "tokens" if title == "tokenize" else "") as bar:
         yield bar.add
 
 
 def _print_summary(out: Path, summary: Summary) -> None:
     manifest = summary.manifest
+    rate = f", {summary.input_bytes / 1e6 / summary.seconds:.1f} MB/s" if summary.seconds else ""
+    read = f"  read       {summary.input_bytes / 1e6:.1f} MB in {summary.seconds:.1f} s{rate}"
+    if manifest is None:
+        print(
+            f"{out}: {summary.made_shards} splits of this slice made; when all slices are, `mm-data commit {out}`"
+        )
+        print(read)
+        return
     size = f"{manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens in {len(manifest.shards)} shards"
     if summary.already_done:
         print(f"{out}: already done, nothing to do ({size})")
         return
-    rate = f"{summary.input_bytes / 1e6 / summary.seconds:.1f} MB/s" if summary.seconds else ""
     print(f"{out}: {size} ({manifest.dtype})")
-    print(f"  read       {summary.input_bytes / 1e6:.1f} MB in {summary.seconds:.1f} s, {rate}")
+    print(read)
     if summary.backend:
         print(
             f"  encoder    {summary.backend.name}, {summary.compared} documents compared with tokenizers on the way"
         )
     if summary.kept_shards:
         print(f"  kept       {summary.kept_shards} shards from the run before")
+    if (part := summary.validation) is not None:
+        print(
+            f"  validation {part.num_documents:,} documents, {part.num_tokens:,} tokens in {out / VALIDATION_NAME}"
+        )
+    if manifest.options["dedup"] != "none":
+        print(f"  duplicates {manifest.duplicates:,} documents left out, their text stood before")
     if manifest.empty_texts:
         print(f"  empty      {manifest.empty_texts:,} records with an empty text make no document")
     if manifest.set_aside:
@@ -98,17 +120,14 @@ def _print_summary(out: Path, summary: Summary) -> None:
 @command(app, "train-tokenizer")
 def train_tokenizer(
     inputs: Annotated[
-        list[Path], typer.Argument(metavar="INPUT...", help="JSON-lines files.", readable=False)
+        list[str], typer.Argument(metavar="INPUT...", help="As for tokenize, without standard input.")
     ],
     out: Annotated[Path, typer.Option(help="The tokenizer.json to write, or a folder for it.")],
+    records: RecordSpec,
     vocab_size: Annotated[int, typer.Option(help="Entries, the 36 special tokens included.")] = 6400,
-    field: Annotated[str, typer.Option(help="Field of the record that holds the text.")] = "text",
-    max_word_chars: Annotated[
-        int, typer.Option(help="Longest run without a break that a text may hold.")
-    ] = 1_000_000,
 ) -> None:
     """Train a byte-level BPE tokenizer with MiniMind's special tokens."""
-    size = run_training(inputs, out, vocab_size=vocab_size, field=field, max_word_chars=max_word_chars)
+    size = run_training(inputs, out, vocab_size=vocab_size, records=records)
     print(f"{out}: {size:,} entries")
 
 
@@ -126,6 +145,7 @@ def info(folder: _Folder, as_json: _Json = False) -> None:
         "bytes": num_bytes,
         "empty_texts": manifest.empty_texts,
         "set_aside": manifest.set_aside,
+        "duplicates": manifest.duplicates,
         "tokenizer": asdict(manifest.tokenizer),
         "options": manifest.options,
         "inputs": [asdict(entry) for entry in manifest.inputs],
@@ -143,7 +163,10 @@ def info(folder: _Folder, as_json: _Json = False) -> None:
         f"  tokenizer    {ids.vocab_size:,} entries, BOS {ids.bos_id}, EOS {ids.eos_id}, PAD {ids.pad_id}, {ids.sha256[:12]}…"
     )
     print(f"  options      {', '.join(f'{name} {value}' for name, value in manifest.options.items())}")
-    print(f"  left out     {manifest.empty_texts:,} empty texts, {manifest.set_aside:,} bad records")
+    print(
+        f"  left out     {manifest.empty_texts:,} empty texts, {manifest.set_aside:,} bad records, "
+        f"{manifest.duplicates:,} duplicates"
+    )
     print(f"  fingerprint  {manifest.fingerprint[:16]}…")
     for entry in manifest.inputs:
         print(f"  input        {entry.path}, {entry.bytes / 1e6:,.1f} MB, {entry.sha256[:12]}…")

@@ -79,6 +79,7 @@ def _flag(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     parser = next((extra for extra in extras if callable(extra)), None)
     settings: dict[str, Any] = {"help": text}
     if parser:
+        kind = str  # typer knows few types; what the parser returns is its own business
         settings |= {
             "parser": _plain(parser),
             "metavar": parser.__name__.removeprefix("parse_").upper(),

@@ -3,287 +3,333 @@
 While a build is under way the folder holds `.mm-build/`: the lock, the plan, and one result for every shard that is whole. A
 run that starts and finds results from a killed one checks them against the input's bytes and makes only what is missing;
 the last step writes the manifest and removes `.mm-build/`. So the finished folder is the same whatever happened on the way.
+
+A finished dataset grows and changes in the same way: the shards whose input is what it was stay, the others are made, and a new
+manifest takes the old one's place. The old one is taken away first only where shards that it names are written anew.
 """
 
-import contextlib
 import dataclasses
-import hashlib
+import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+from minimind_data.dedup import duplicates
 from minimind_data.engines import encoder_threads, num_cores, run_local
 from minimind_data.errors import UserError
-from minimind_data.files import (
-    disk_full_is_plain,
-    sha256_of,
-    write_atomic,
-)
+from minimind_data.fields import RecordSpec
+from minimind_data.files import disk_full_is_plain, write_atomic
 from minimind_data.format import (
-    MANIFEST_NAME,
-    REMAKE_ALL,
-    SET_ASIDE_NAME,
     TOKENIZER_NAME,
-    IndexHeader,
     InputEntry,
     Manifest,
-    ShardEntry,
+    TokenizerInfo,
     dtype_for,
 )
-from minimind_data.options import differences
+from minimind_data.manifests import Outcome, assemble, publish, restore
+from minimind_data.options import build, differences
 from minimind_data.plan import (
     InputHashes,
     TokenizeOptions,
-    contents_of,
     flat_settings,
     plan_tasks,
     sample_texts,
     settings_of,
+    slice_of,
 )
-from minimind_data.records import line_range
-from minimind_data.split import Job, Report, SplitResult, SplitTask
-from minimind_data.tokenizer import Choice, SpecialTokens, Tokenizer, choose_backend, load_tokenizer
-from minimind_data.work import CannotWriteError, WorkFolder
-
-Announce = Callable[[str], None]
-Progress = Callable[[int], AbstractContextManager[Report]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Summary:
-    """What a build did."""
-
-    manifest: Manifest
-    already_done: bool
-    """The dataset was there, made from the same inputs with the same settings."""
-    kept_shards: int
-    """Shards that an earlier, interrupted run had finished."""
-    made_shards: int
-    input_bytes: int
-    """Of the splits that were made in this run."""
-    seconds: float
-    backend: Choice | None
-    compared: int
-    """Documents held against the reference during this run."""
-    differences: tuple[str, ...]
-    """Where the fast backend differed from the reference, which then did the work."""
+from minimind_data.previous import Previous, is_there
+from minimind_data.reuse import reusable
+from minimind_data.sources import STDIN, Source, expand, spool, tell
+from minimind_data.split import HashResult, Job, SplitResult, SplitTask
+from minimind_data.tokenizer import (
+    Choice,
+    SpecialTokens,
+    Tokenizer,
+    cached_tokenizer,
+    choose_backend,
+    load_tokenizer,
+)
+from minimind_data.told import Announce, Progress, Summary, silent
+from minimind_data.work import STDIN_NAME, CannotWriteError, WorkFolder
 
 
 def tokenize(
-    inputs: Sequence[Path],
+    inputs: Sequence[Path | str],
     options: TokenizeOptions,
     *,
     announce: Announce = lambda _: None,
-    progress: Progress = lambda _: contextlib.nullcontext(lambda _bytes, _tokens: None),
+    progress: Progress = silent,
 ) -> Summary:
-    """Turn JSON lines into a dataset; see this module's docstring for what an interruption leaves.
+    """Turn text into a dataset; see this module's docstring for what an interruption leaves.
 
     Args:
-        inputs: the files, in the order of the dataset.
+        inputs: files, folders, globs, URIs of object stores, or `-` for standard input, in the order of the dataset.
         options: how.
         announce: is told, in a sentence, what the user should know before the work is done.
-        progress: called with the bytes to be read; inside the `with` of what it returns, bytes and tokens are told as they
-            are done.
+        progress: called with the name of a step and the bytes to be read; inside the `with` of what it returns, bytes and
+            tokens are told as they are done.
 
     Raises:
         UserError: an input, a record, the tokenizer, the folder, the disk or the settings are not as they must be.
     """
     if not inputs:
-        raise UserError("no input; name at least one .jsonl file")
+        raise UserError("no input; name at least one file or folder")
     tokenizer = load_tokenizer(
         options.tokenizer, SpecialTokens(bos=options.bos_token, eos=options.eos_token, pad=options.pad_token)
     )
-    tasks = plan_tasks(inputs, options.split_bytes)
+    given = [str(one) for one in inputs]
+    before, after = (
+        (given[: given.index(STDIN)], given[given.index(STDIN) + 1 :]) if STDIN in given else (given, [])
+    )
+    sources, notes = expand(before, options.format)
+    more, more_notes = expand(after, options.format)
+    for note in notes + more_notes:
+        announce(note)
     work = WorkFolder(options.out)
-    build = _Build(inputs, options, tokenizer, tasks, work)
+
+    def plan() -> _Build:
+        piped = [_spooled(work, options, progress)] if STDIN in given else []
+        planned = [*sources, *piped, *more]
+        return _Build(planned, options, tokenizer, work, announce=announce, progress=progress)
+
+    begun = None if STDIN in given else plan()
     try:
-        with disk_full_is_plain(options.out), work.locked():
-            return build.run(announce, progress)
+        with disk_full_is_plain(options.out), work.locked(options.task):
+            return (begun or plan()).run()
     except CannotWriteError:
-        if (summary := build.finished()) is None:
+        if begun is None or (summary := begun.finished()) is None:
             raise
         return summary
 
 
+def commit(out: Path, *, announce: Announce = lambda _: None, progress: Progress = silent) -> Summary:
+    """Join the slices that runs with `task` made into one dataset.
+
+    Raises:
+        UserError: there is no such build, or some of its splits are not made.
+    """
+    work = WorkFolder(out)
+    plan = work.plan()
+    if plan is None:
+        raise UserError(f"{out}: no unfinished build there; begin one with `mm-data tokenize … --task 1/N`")
+    told = plan["options"]
+    options = TokenizeOptions(
+        out=out,
+        kind=plan["kind"],
+        format=told["format"],
+        records=build(RecordSpec, told),
+        val_fraction=told["val_fraction"],
+        dedup=told["dedup"],
+        split_bytes=told["split_bytes"],
+    )
+    tokenizer = cached_tokenizer(
+        (work.path / TOKENIZER_NAME).read_text("utf-8"), TokenizerInfo(**plan["tokenizer"])
+    )
+    sources = [Source(**source) for source in plan["inputs"]]
+    with disk_full_is_plain(out), work.locked():
+        joined = _Build(sources, options, tokenizer, work, announce=announce, progress=progress)
+        return joined.run(only_join=True)
+
+
+def _spooled(work: WorkFolder, options: TokenizeOptions, progress: Progress) -> Source:
+    """Copy standard input to the disk, beside the shards that it will become."""
+    if sys.stdin.isatty():
+        raise UserError("-: standard input is a terminal; pipe text into this command, or name a file")
+    if options.task is not None:
+        raise UserError(
+            "-: standard input cannot be cut into slices for several runs; save it to a file first"
+        )
+    path = work.path / STDIN_NAME
+    with progress("reading standard input", 0) as report:
+        spool(sys.stdin.buffer, path, lambda num_bytes: report(num_bytes, 0))
+    return tell(str(path), options.format, name=STDIN)
+
+
 class _Build:
-    """One call of `tokenize`, under the folder's lock."""
+    """One call of `tokenize` or `commit`, under the folder's lock."""
 
     def __init__(
         self,
-        inputs: Sequence[Path],
+        sources: Sequence[Source],
         options: TokenizeOptions,
         tokenizer: Tokenizer,
-        tasks: list[SplitTask],
         work: WorkFolder,
+        *,
+        announce: Announce,
+        progress: Progress,
     ) -> None:
-        self._inputs = inputs
+        self._sources = sources
         self._options = options
         self._tokenizer = tokenizer
-        self._tasks = tasks
+        self._tasks = plan_tasks(sources, options)
         self._work = work
+        self._announce = announce
+        self._progress = progress
+        self._workers = options.workers or num_cores()
         self._settings = settings_of(options, tokenizer)
+        self._start = time.monotonic()
 
-    def run(self, announce: Announce, progress: Progress) -> Summary:
-        start = time.monotonic()
-        self._work.remove_partials(self._tasks)
-        hashes = InputHashes(self._inputs)
-        manifest = self._existing_manifest()
-        if manifest is not None:
-            self._refuse_other(manifest, hashes.entries())
-            return self._repair(manifest, announce, progress, start)
-        self._work.begin(self._settings, self._inputs, self._tasks)
-        results = self._finished(announce)
-        missing = [task for task in self._tasks if task.name not in results]
-        if dtype_for(self._tokenizer.info.vocab_size) == "int32":
-            announce(
-                f"the vocabulary has {self._tokenizer.info.vocab_size:,} entries, over 65,536: tokens take 4 bytes (int32)"
+    def run(self, *, only_join: bool = False) -> Summary:
+        """Make what is missing, and the manifest unless this is a slice."""
+        options, work = self._options, self._work
+        work.remove_partials(self._tasks, options.task)
+        hashes = InputHashes(self._sources)
+        previous = work.previous()
+        same_inputs = False
+        if previous is not None:
+            self._refuse_other(previous)
+            same_inputs = self._compare_inputs(previous, hashes.entries())
+            if same_inputs and self._is_whole(previous):
+                restore(work, previous, self._tokenizer.json, self._announce)
+                return self._summary(previous.manifest, previous.validation, already_done=True)
+        self._begin(previous)
+        inputs = hashes.entries() if previous else ()
+        kept, changed = reusable(
+            work, self._tasks, options, previous, previous_inputs=inputs, announce=self._announce
+        )
+        missing = [task for task in slice_of(self._tasks, options.task) if task.name not in kept]
+        if only_join and missing:
+            raise UserError(
+                f"{options.out}: {len(missing)} of {len(self._tasks)} splits are not made ({missing[0].name}, …); run the slices "
+                "that hold them, then commit again"
             )
-        if results:
-            announce(
-                f"{len(results)} of {len(self._tasks)} splits were done before; making the other {len(missing)}"
+        self._say_what_is_missing(kept, missing)
+        if changed:
+            work.retire()
+        made, choice = self._make(missing) if missing else ({}, None)
+        self._refuse_unlike(previous, [one for name, one in made.items() if name not in changed])
+        manifest = validation = None
+        if options.task is None and previous is not None and same_inputs and not changed:
+            restore(work, previous, self._tokenizer.json, self._announce)
+            manifest, validation = previous.manifest, previous.validation
+        elif options.task is None:
+            splits = [(task, made.get(task.name) or kept[task.name]) for task in self._tasks]
+            outcome = assemble(
+                work, self._settings, self._tokenizer, hashes.entries(), splits, previous=previous
             )
-        made, choice = self._make(missing, announce, progress) if missing else ({}, None)
-        results |= made
-        manifest = self._commit([results[task.name] for task in self._tasks], hashes.entries())
-        return self._summary(manifest, start, made=made, kept=len(results) - len(made), choice=choice)
+            self._say_what_is_not_there(outcome)
+            publish(work, outcome, self._tokenizer.json)
+            manifest, validation = outcome.manifest, outcome.validation
+        return self._summary(manifest, validation, made=made, kept=len(kept), choice=choice)
+
+    def _begin(self, previous: Previous | None) -> None:
+        """Write down what is to be made, and find out what must not be."""
+        work = self._work
+        names = {task.name for task in self._tasks} | (previous.names if previous else set())
+        work.begin(self._settings, [asdict(source.absolute()) for source in self._sources], names)
+        write_atomic(work.path / TOKENIZER_NAME, self._tokenizer.json)
+        if self._options.val_fraction:
+            work.val.mkdir(exist_ok=True)
+        if self._options.dedup == "exact":
+            self._find_duplicates()
+
+    def _refuse_unlike(self, previous: Previous | None, made: Sequence[SplitResult]) -> None:
+        """Refuse a lost shard that came out otherwise than the finished dataset says."""
+        unlike = [result.name for result in made if previous is not None and previous.differs(result)]
+        if unlike:
+            raise UserError(
+                f"{self._options.out}: {unlike[0]} came out otherwise than the manifest says; tokenize into another --out"
+            )
+
+    def _say_what_is_not_there(self, outcome: Outcome) -> None:
+        if self._options.val_fraction and outcome.validation is None:
+            self._announce(
+                f"no document fell to the validation part: --val-fraction {self._options.val_fraction} is small for it"
+            )
 
     def finished(self) -> Summary | None:
         """Return what a finished, whole dataset of these inputs and settings holds, or None; writes nothing."""
-        start = time.monotonic()
-        manifest = self._existing_manifest()
-        if manifest is None:
+        previous = self._work.previous()
+        if previous is None:
             return None
-        self._refuse_other(manifest, InputHashes(self._inputs).entries())
-        if not all(_is_there(self._options.out, entry) for entry in manifest.shards):
+        self._refuse_other(previous)
+        if not self._compare_inputs(previous, InputHashes(self._sources).entries()) or not self._is_whole(
+            previous
+        ):
             return None
-        return self._summary(manifest, start, already_done=True)
+        return self._summary(previous.manifest, previous.validation, already_done=True)
 
-    def _repair(
-        self,
-        manifest: Manifest,
-        announce: Announce,
-        progress: Progress,
-        start: float,
-    ) -> Summary:
-        """Make what is missing from a finished dataset; where nothing is, say so."""
-        out = self._options.out
-        for name, wanted in ((TOKENIZER_NAME, self._tokenizer.json), (MANIFEST_NAME, manifest.to_json())):
-            path = out / name
-            if not path.is_file() or path.read_bytes() != wanted.encode():
-                write_atomic(path, wanted)
-                announce(f"{path}: was missing or changed; it is restored")
-        if manifest.set_aside and not _has_sha256(out / SET_ASIDE_NAME, manifest.set_aside_sha256):
-            announce(f"{out / SET_ASIDE_NAME}: missing or changed; {REMAKE_ALL}")
-        lost = {entry.name: entry for entry in manifest.shards if not _is_there(out, entry)}
-        if not lost:
-            self._work.clean()
-            return self._summary(manifest, start, already_done=True)
-        announce(
-            f"{len(lost)} of {len(manifest.shards)} shards of the finished dataset are missing or cut off; making them again"
-        )
-        made, choice = self._make([task for task in self._tasks if task.name in lost], announce, progress)
-        if changed := [name for name, entry in lost.items() if _entry_of(made[name]) != entry]:
+    def _is_whole(self, previous: Previous) -> bool:
+        val_shards = previous.validation.shards if previous.validation else ()
+        return all(
+            is_there(self._options.out, entry.name, entry) for entry in previous.manifest.shards
+        ) and all(is_there(self._work.val, entry.name, entry) for entry in val_shards)
+
+    def _refuse_other(self, previous: Previous) -> None:
+        """Refuse other settings than those of the finished dataset."""
+        manifest = previous.manifest
+        there = flat_settings(manifest.kind, asdict(manifest.tokenizer), manifest.options)
+        here = flat_settings(self._options.kind, asdict(self._tokenizer.info), self._settings["options"])
+        if found := differences(there, here, sorted(there.keys() | here.keys())):
             raise UserError(
-                f"{out}: {', '.join(changed)} came out otherwise than the manifest says; tokenize into another --out"
+                f"{self._options.out}: holds a dataset made otherwise: {'; '.join(found)}; take another --out, or delete that dataset"
             )
-        self._work.clean()
-        return self._summary(manifest, start, made=made, kept=len(manifest.shards) - len(made), choice=choice)
 
-    def _make(
-        self, missing: list[SplitTask], announce: Announce, progress: Progress
-    ) -> tuple[dict[str, SplitResult], Choice]:
-        """Run the missing splits; where the fast backend proves wrong, run all of its splits again without it."""
-        workers = self._options.workers or num_cores()
-        num_bytes = sum(task.split.stop - task.split.start for task in missing)
-        made: dict[str, SplitResult] = {}
-        with encoder_threads(workers, len(missing)):
-            choice = choose_backend(
-                self._tokenizer, self._options.backend, sample_texts(missing, self._options)
+    def _compare_inputs(self, previous: Previous, inputs: Sequence[InputEntry]) -> bool:
+        """Tell whether the inputs are those of the finished dataset, in whatever folders.
+
+        Raises:
+            UserError: some are gone; one that was only renamed or moved is not.
+        """
+        here = [(Path(entry.path).name, entry.sha256) for entry in inputs]
+        there = [(Path(entry.path).name, entry.sha256) for entry in previous.manifest.inputs]
+        names, contents = {name for name, _ in here}, {sha256 for _, sha256 in here}
+        removed = [name for name, sha256 in there if name not in names and sha256 not in contents]
+        if removed and self._options.on_removed_input == "stop":
+            some = ", ".join(removed[:3]) + (f" and {len(removed) - 3} more" if len(removed) > 3 else "")
+            raise UserError(
+                f"{self._options.out}: holds documents of {some}, not among the inputs now; name all inputs, old and new, or "
+                "--on-removed-input drop leaves those documents out"
             )
-            announce(f"encoding with {choice.name}: {choice.note}")
+        return here == there
+
+    def _say_what_is_missing(self, kept: dict[str, SplitResult], missing: list[SplitTask]) -> None:
+        if dtype_for(self._tokenizer.info.vocab_size) == "int32":
+            self._announce(
+                f"the vocabulary has {self._tokenizer.info.vocab_size:,} entries, over 65,536: tokens take 4 bytes (int32)"
+            )
+        if kept and missing:
+            self._announce(
+                f"{len(kept)} of {len(self._tasks)} splits were done before; making {len(missing)}"
+            )
+
+    def _find_duplicates(self) -> None:
+        """Note for every split which of its documents stood before."""
+        job = dataclasses.replace(self._job("tokenizers"), step="hash")
+        with self._progress("looking for duplicates", _num_bytes(self._tasks)) as report:
+            for _ in run_local(job, self._tasks, self._workers, report, self._announce):
+                pass
+        dropped = duplicates(self._work.read_hashes(self._tasks))
+        self._tasks = [
+            dataclasses.replace(task, drop=drop) for task, drop in zip(self._tasks, dropped, strict=True)
+        ]
+
+    def _make(self, missing: list[SplitTask]) -> tuple[dict[str, SplitResult], Choice]:
+        """Run the missing splits; where the fast backend proves wrong, run all of its splits again without it."""
+        made: dict[str, SplitResult] = {}
+        with encoder_threads(self._workers, len(missing)):
+            sample = sample_texts(missing, self._options)
+            choice = choose_backend(self._tokenizer, self._options.backend, sample)
+            self._announce(f"encoding with {choice.name}: {choice.note}")
             job = self._job(choice.name)
             left = missing
-            with progress(num_bytes) as report:
+            with self._progress("tokenize", _num_bytes(missing)) as report:
                 while left:
                     distrusted = False
-                    for result in run_local(job, left, workers, report, announce):
+                    for result in run_local(job, left, self._workers, report, self._announce):
+                        assert not isinstance(result, HashResult)
                         self._work.write_result(result)
                         made[result.name] = result
                         if result.difference is not None and not distrusted:
                             distrusted = True
-                            announce(
+                            self._announce(
                                 f"{choice.name} differs from tokenizers ({result.name}, {result.difference}); tokenizers does "
                                 "the work"
                             )
                     job = dataclasses.replace(job, backend="tokenizers")
                     left = [task for task in left if distrusted and made[task.name].backend != "tokenizers"]
         return made, choice
-
-    def _commit(self, results: list[SplitResult], inputs: tuple[InputEntry, ...]) -> Manifest:
-        out = self._options.out
-        shards = tuple(_entry_of(result) for result in results if result.shard is not None)
-        if not shards:
-            raise UserError(f"{self._inputs[0]}: no record with any text in it; there is nothing to tokenize")
-        set_aside = self._work.set_aside(self._inputs, results)
-        manifest = Manifest(
-            kind=self._options.kind,
-            dtype=dtype_for(self._tokenizer.info.vocab_size),
-            tokenizer=self._tokenizer.info,
-            options=self._settings["options"],
-            inputs=inputs,
-            shards=shards,
-            empty_texts=sum(result.empty_texts for result in results),
-            set_aside=sum(result.set_aside for result in results),
-            set_aside_sha256=hashlib.sha256(set_aside).hexdigest() if set_aside else None,
-        )
-        self._work.remove_stale_shards(keep={entry.name for entry in shards})
-        write_atomic(out / TOKENIZER_NAME, self._tokenizer.json)
-        if set_aside:
-            write_atomic(out / SET_ASIDE_NAME, set_aside)
-        write_atomic(out / MANIFEST_NAME, manifest.to_json())
-        self._work.clean()
-        return manifest
-
-    def _existing_manifest(self) -> Manifest | None:
-        if not (self._options.out / MANIFEST_NAME).exists():
-            return None
-        return Manifest.read(self._options.out)
-
-    def _refuse_other(self, manifest: Manifest, inputs: tuple[InputEntry, ...]) -> None:
-        there = {
-            **flat_settings(manifest.kind, asdict(manifest.tokenizer), manifest.options),
-            **contents_of(manifest.inputs),
-        }
-        here = {
-            **flat_settings(self._options.kind, asdict(self._tokenizer.info), self._settings["options"]),
-            **contents_of(inputs),
-        }
-        if found := differences(there, here, sorted(there.keys() | here.keys())):
-            raise UserError(
-                f"{self._options.out}: holds a dataset made otherwise: {'; '.join(found)}; take another --out, or delete that dataset"
-            )
-
-    def _finished(self, announce: Announce) -> dict[str, SplitResult]:
-        """Return the results of an interrupted run whose input bytes and shard files are still what they were."""
-        results: dict[str, SplitResult] = {}
-        for task in self._tasks:
-            result = self._work.read_result(task.name)
-            if result is None:
-                continue
-            if result.set_aside and self._options.on_bad_record == "stop":
-                continue
-            source = task.split.path
-            here = line_range(task.split)
-            if (
-                here != (result.input_start, result.input_stop)
-                or sha256_of(source, *here) != result.input_sha256
-            ):
-                announce(f"{source}: changed since {task.name} was made; that split is made again")
-            elif result.shard is None or _is_there(self._options.out, _entry_of(result)):
-                results[task.name] = result
-        return results
 
     def _job(self, backend: str) -> Job:
         return Job(
@@ -293,15 +339,15 @@ class _Build:
             tokenizer=self._tokenizer.info,
             dtype=dtype_for(self._tokenizer.info.vocab_size),
             backend=backend,
-            field=self._options.field,
-            max_word_chars=self._options.max_word_chars,
+            records=self._options.records,
             on_bad_record=self._options.on_bad_record,
+            val_fraction=self._options.val_fraction,
         )
 
     def _summary(
         self,
-        manifest: Manifest,
-        start: float,
+        manifest: Manifest | None,
+        validation: Manifest | None,
         *,
         already_done: bool = False,
         made: dict[str, SplitResult] | None = None,
@@ -311,11 +357,12 @@ class _Build:
         results = list((made or {}).values())
         return Summary(
             manifest=manifest,
+            validation=validation,
             already_done=already_done,
             kept_shards=kept,
             made_shards=len(results),
-            input_bytes=sum(result.input_stop - result.input_start for result in results),
-            seconds=time.monotonic() - start,
+            input_bytes=_num_bytes([task for task in self._tasks if task.name in (made or {})]),
+            seconds=time.monotonic() - self._start,
             backend=choice,
             compared=sum(result.compared for result in results),
             differences=tuple(
@@ -324,25 +371,5 @@ class _Build:
         )
 
 
-def _is_there(folder: Path, entry: ShardEntry) -> bool:
-    """Tell by their sizes whether a shard's files are whole; `verify` reads them."""
-    header = IndexHeader(dtype="uint16", num_sequences=entry.sequences, num_documents=entry.documents)
-    sizes = {".bin": entry.bytes, ".idx": header.file_bytes}
-    try:
-        return all(
-            (folder / f"{entry.name}{suffix}").stat().st_size == size for suffix, size in sizes.items()
-        )
-    except FileNotFoundError:
-        return False
-
-
-def _has_sha256(path: Path, wanted: str | None) -> bool:
-    return path.is_file() and sha256_of(path) == wanted
-
-
-def _entry_of(result: SplitResult) -> ShardEntry:
-    assert result.shard is not None
-    places = {
-        name: getattr(result, name) for name in ("name", "input", "input_start", "input_stop", "input_sha256")
-    }
-    return ShardEntry(**places, **asdict(result.shard))
+def _num_bytes(tasks: Sequence[SplitTask]) -> int:
+    return sum(task.split.num_bytes for task in tasks)

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from minimind_data.errors import UserError
-from minimind_data.split import Job, Report, SplitResult, SplitTask, build_split
+from minimind_data.split import HashResult, Job, Report, SplitResult, SplitTask, run_task
 
 _TRIES = 3
 _CORES_PER_PROCESS = 4  # above, one Python thread that reads and parses JSON is what costs
@@ -31,7 +31,7 @@ def num_cores() -> int:
 
 def run_local(
     job: Job, tasks: list[SplitTask], workers: int, report: Report, announce: Callable[[str], None]
-) -> Iterator[SplitResult]:
+) -> Iterator[SplitResult | HashResult]:
     """Run tasks on this machine with at most `workers` cores busy.
 
     A process keeps a few cores busy: its encoder has threads, and reading, parsing and writing hide behind them until Python
@@ -43,7 +43,7 @@ def run_local(
     num_processes = _num_processes(workers, len(tasks))
     if num_processes == 1:
         for task in tasks:
-            yield build_split(job, task, report)
+            yield run_task(job, task, report)
     else:
         yield from _Pool(job, tasks, num_processes, report, announce).run()
 
@@ -97,7 +97,7 @@ class _Worker:
         with contextlib.suppress(BrokenPipeError):  # its death shows at the next `receive`, with the cause
             self.pipe.send(task)
 
-    def receive(self) -> SplitResult | None:
+    def receive(self) -> SplitResult | HashResult | None:
         """Take the next message: pass on progress, or return the result of the task.
 
         Raises:
@@ -118,7 +118,7 @@ class _Worker:
             self._told = (self._told[0] + value[0], self._told[1] + value[1])
             self._report(*value)
             return None
-        assert isinstance(value, SplitResult)
+        assert isinstance(value, SplitResult | HashResult)
         return value
 
 
@@ -141,7 +141,7 @@ class _Pool:
         self._deaths: Counter[str] = Counter()
         self._workers: list[_Worker] = []
 
-    def run(self) -> Iterator[SplitResult]:
+    def run(self) -> Iterator[SplitResult | HashResult]:
         """Yield results as they come."""
         try:
             for _ in range(self._num_workers):
@@ -204,7 +204,7 @@ def _work(pipe: Connection, job: Job) -> None:
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while task := pipe.recv():
             try:
-                result = build_split(job, task, lambda *done: pipe.send(("progress", done)))
+                result = run_task(job, task, lambda *done: pipe.send(("progress", done)))
                 message = ("done", result)
             except (BrokenPipeError, ConnectionResetError):
                 raise

@@ -12,7 +12,7 @@ import os
 from collections.abc import Container, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 from minimind_data.errors import UserError
 
@@ -81,16 +81,27 @@ def disk_full_is_plain(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def sha256_of(path: Path, start: int = 0, stop: int | None = None) -> str:
-    """Return the hexadecimal SHA-256 of the bytes [start, stop) of a file, the whole file by default."""
-    digest = hashlib.sha256()
+def sha256_of(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
-        file.seek(start)
-        left = (path.stat().st_size if stop is None else stop) - start
-        while left > 0 and (block := file.read(min(left, _HASH_BLOCK_BYTES))):
-            digest.update(block)
+        return sha256_of_stream(file)
+
+
+def sha256_of_stream(file: BinaryIO, start: int = 0, stop: int | None = None) -> str:
+    """Return the hexadecimal SHA-256 of the bytes [start, stop) of an open file, to its end by default."""
+    digest = hashlib.sha256()
+    file.seek(start)
+    left = None if stop is None else stop - start
+    while block := file.read(_HASH_BLOCK_BYTES if left is None else min(left, _HASH_BLOCK_BYTES)):
+        digest.update(block)
+        if left is not None:
             left -= len(block)
     return digest.hexdigest()
+
+
+def sha256_of_bytes(data: bytes) -> str:
+    """Return the hexadecimal SHA-256 of bytes."""
+    return hashlib.sha256(data).hexdigest()
 
 
 class FolderLock:
@@ -99,21 +110,23 @@ class FolderLock:
     Args:
         path: the lock file; it is created, and removed on the way out.
         busy: the sentence for the user who comes second.
+        shared: hold it together with others who share it, so that only one who does not share is kept out.
 
     Raises:
         UserError: another process holds the lock (at once, without waiting).
     """
 
-    def __init__(self, path: Path, busy: str) -> None:
+    def __init__(self, path: Path, busy: str, *, shared: bool = False) -> None:
         self._path = path
         self._busy = busy
+        self._kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         self._descriptor: int | None = None
 
     def __enter__(self) -> Self:
         while True:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, self._kind | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(descriptor)
                 raise UserError(self._busy) from None
@@ -126,7 +139,9 @@ class FolderLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._descriptor is not None
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(BlockingIOError):  # others share it: the last of them removes it
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._path.unlink(missing_ok=True)
         os.close(self._descriptor)
         self._descriptor = None
 

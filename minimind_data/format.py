@@ -40,6 +40,8 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 SET_ASIDE_NAME = "set-aside.jsonl"
+VALIDATION_NAME = "val"
+"""The folder, inside a dataset's, of the dataset that holds its validation part."""
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
 MAX_UINT16_VOCABULARY = 65_536
@@ -151,9 +153,12 @@ class InputEntry:
     """One input file of a dataset."""
 
     path: str
-    """As it was given on the command line."""
+    """As it was given on the command line, without credentials; `-` for standard input."""
     bytes: int
+    """As it is stored, compressed or not."""
     sha256: str
+    form: str = "jsonl"
+    """`jsonl`, `parquet` or `text`; or, of a dataset that was converted, the format that it came from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,13 +176,25 @@ class ShardEntry:
     index_sha256: str
     """Of the .idx file."""
     input: int
-    """Which of the manifest's inputs the documents came from."""
+    """Which of the manifest's inputs the documents came from; the first of them, where small text files share a shard."""
     input_start: int
-    """First byte of that input that belongs to this shard."""
+    """First byte of that input, decompressed, that belongs to this shard. In Parquet, the first row group."""
     input_stop: int
-    """The byte after its last one."""
+    """The byte after its last one, or the row group."""
     input_sha256: str
-    """Of those bytes."""
+    """Of those bytes; in Parquet, of the fields that were read."""
+    inputs: int = 1
+    """How many inputs the shard holds, from `input` on."""
+    first_line: int = 0
+    """Records of the input that come before it."""
+    lines: int = 0
+    """Records that it was made of, those included that made no document."""
+    empty_texts: int = 0
+    set_aside: int = 0
+    duplicates: int = 0
+    """Documents left out because an earlier one has the same text."""
+    duplicates_sha256: str = ""
+    """Of their numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +212,8 @@ class Manifest:
     """Records whose text was empty; they made no document."""
     set_aside: int = 0
     """Bad records that were set aside."""
+    duplicates: int = 0
+    """Documents left out because an earlier one has the same text."""
     set_aside_sha256: str | None = None
     """Of the file that holds them; None where there are none."""
     format_version: int = FORMAT_VERSION

@@ -3,19 +3,20 @@
 Everything here follows from the inputs and the options alone, so any number of machines plan the same build.
 """
 
-import dataclasses
 import itertools
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from minimind_data.errors import UserError
-from minimind_data.files import sha256_of
+from minimind_data.fields import RecordSpec
+from minimind_data.files import sha256_of_stream
 from minimind_data.format import InputEntry
 from minimind_data.options import parse_size
-from minimind_data.records import LineReader, plan_splits, read_blocks
+from minimind_data.records import open_reader, plan_splits
+from minimind_data.sources import Format, Source
 from minimind_data.split import SplitTask
 from minimind_data.tokenizer import Backend, Tokenizer
 
@@ -23,6 +24,35 @@ _MIN_SPLIT_BYTES = 1024
 _SAMPLE_PLACES = 4
 _SAMPLE_TEXTS_PER_PLACE = 8
 _SAMPLE_MAX_CHARS = 2**14
+
+
+def parse_slice(text: str | tuple[int, int]) -> tuple[int, int]:
+    """Read I/N: the I-th of N slices, from 1.
+
+    Raises:
+        ValueError: the text is no such thing.
+    """
+    if isinstance(text, tuple):
+        return text
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ValueError(f"{text!r} is no slice; write I/N, such as 1/8 to 8/8")
+    return int(number), int(count)
+
+
+def parse_fraction(text: str | float) -> float:
+    """Read a number from 0 to below 1.
+
+    Raises:
+        ValueError: the text is no such number.
+    """
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = -1.0
+    if not 0 <= fraction < 1:
+        raise ValueError(f"{text!r} is no fraction; write one from 0 to below 1, such as 0.01")
+    return fraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +64,28 @@ class TokenizeOptions:
         Path | None, "A tokenizer.json or its folder; by default the one that ships with this program."
     ] = None
     kind: Annotated[Literal["pretrain"], "What the records are for."] = "pretrain"
-    field: Annotated[str, "Field of the record that holds the text."] = "text"
+    format: Annotated[Format, "Form of the inputs; auto tells it by content and name."] = "auto"
+    records: RecordSpec = field(default_factory=RecordSpec)
+    val_fraction: Annotated[
+        float, "Share of the documents, chosen by a hash of their text, that goes to DIR/val.", parse_fraction
+    ] = 0.0
+    dedup: Annotated[Literal["none", "exact"], "Keep only the first of documents with the same text."] = (
+        "none"
+    )
     workers: Annotated[int, "Cores to keep busy; 0 takes all."] = 0
     split_bytes: Annotated[int, "Bytes of input that make one shard.", parse_size] = 64 * 2**20
     engine: Annotated[Literal["local"], "Where the work runs."] = "local"
+    task: Annotated[
+        tuple[int, int] | None, "Make only the I-th of N slices; `mm-data commit` joins them.", parse_slice
+    ] = None
     on_bad_record: Annotated[
         Literal["stop", "set-aside"], "Stop at a bad record, or put it into a file and go on."
     ] = "stop"
+    on_removed_input: Annotated[
+        Literal["stop", "drop"],
+        "Stop where a dataset has inputs that are not named now, or drop their documents.",
+    ] = "stop"
     backend: Annotated[Backend, "Encoder; auto takes the fastest that proves exact."] = "auto"
-    max_word_chars: Annotated[int, "Longest run without a break that a text may hold."] = 1_000_000
     bos_token: Annotated[str | None, "Token before each text, if tokenizer_config.json does not say."] = None
     eos_token: Annotated[str | None, "Token behind each text, likewise."] = None
     pad_token: Annotated[str | None, "Token that fills windows, likewise."] = None
@@ -52,18 +95,17 @@ class TokenizeOptions:
             raise ValueError(f"workers must be 0 (all cores) or more, not {self.workers}")
         if self.split_bytes < _MIN_SPLIT_BYTES:
             raise ValueError(f"split_bytes must be at least {_MIN_SPLIT_BYTES}, not {self.split_bytes}")
-        if self.max_word_chars < 1:
-            raise ValueError(f"max_word_chars must be at least 1, not {self.max_word_chars}")
+        parse_fraction(self.val_fraction)
 
 
 class InputHashes:
     """Hashes whole inputs in the background, and notices an input that changes under the build."""
 
-    def __init__(self, inputs: Sequence[Path]) -> None:
-        self._inputs = inputs
-        self._stamps = [self._stamp(path) for path in inputs]
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._sources = sources
+        self._stamps = [source.stamp() for source in sources]
         self._digests: list[str] = []
-        self._failure: OSError | None = None
+        self._failure: UserError | None = None
         self._thread = threading.Thread(target=self._hash, daemon=True)
         self._thread.start()
 
@@ -71,45 +113,53 @@ class InputHashes:
         """Wait for the hashes.
 
         Raises:
-            UserError: an input changed since this was made.
+            UserError: an input changed since this was made, or cannot be read.
         """
         self._thread.join()
         if self._failure is not None:
             raise self._failure
-        for path, stamp in zip(self._inputs, self._stamps, strict=True):
-            if self._stamp(path) != stamp:
-                raise UserError(f"{path}: was changed while it was being read; run the same command again")
+        for source, stamp in zip(self._sources, self._stamps, strict=True):
+            with source.reading():
+                if source.stamp() != stamp:
+                    raise UserError(
+                        f"{source.name}: was changed while it was being read; run the same command again"
+                    )
         return tuple(
-            InputEntry(path=str(path), bytes=stamp[0], sha256=digest)
-            for path, stamp, digest in zip(self._inputs, self._stamps, self._digests, strict=True)
+            InputEntry(path=source.name, bytes=stamp[0], sha256=digest, form=source.form)
+            for source, stamp, digest in zip(self._sources, self._stamps, self._digests, strict=True)
         )
 
     def _hash(self) -> None:
         try:
-            self._digests.extend(map(sha256_of, self._inputs))
-        except OSError as error:
+            for source in self._sources:
+                with source.reading(), source.open() as file:
+                    self._digests.append(sha256_of_stream(file))
+        except UserError as error:
             self._failure = error
 
-    @staticmethod
-    def _stamp(path: Path) -> tuple[int, int]:
-        status = path.stat()
-        return status.st_size, status.st_mtime_ns
 
-
-def plan_tasks(inputs: Sequence[Path], split_bytes: int) -> list[SplitTask]:
-    """Name every split of every input: by the input's name, numbered where two inputs share one."""
+def plan_tasks(sources: Sequence[Source], options: TokenizeOptions) -> list[SplitTask]:
+    """Name every split of every source: by the source's name, numbered where two share one."""
     tasks: list[SplitTask] = []
-    stems = [path.name.removesuffix(".jsonl") for path in inputs]
+    stems = [source.stem for source in sources]
     taken: set[str] = set()
-    for number, (path, stem) in enumerate(zip(inputs, stems, strict=True)):
+    planned = plan_splits(sources, options.split_bytes, options.records)
+    for number, (stem, splits) in enumerate(zip(stems, planned, strict=True)):
         free = (
             f"{stem}~{count}" for count in itertools.count(2) if f"{stem}~{count}" not in taken.union(stems)
         )
         prefix = next(free) if stem in taken else stem
         taken.add(prefix)
-        for index, split in enumerate(plan_splits(path, split_bytes)):
-            tasks.append(SplitTask(name=f"{prefix}-{index:05d}", input=number, split=split))
+        tasks += [
+            SplitTask(name=f"{prefix}-{index:05d}", input=number, split=split)
+            for index, split in enumerate(splits)
+        ]
     return tasks
+
+
+def slice_of(tasks: list[SplitTask], part: tuple[int, int] | None) -> list[SplitTask]:
+    """Return the tasks of one slice, every N-th; all where there are no slices."""
+    return tasks if part is None else tasks[part[0] - 1 :: part[1]]
 
 
 def settings_of(options: TokenizeOptions, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -118,9 +168,11 @@ def settings_of(options: TokenizeOptions, tokenizer: Tokenizer) -> dict[str, Any
         "kind": options.kind,
         "tokenizer": asdict(tokenizer.info),
         "options": {
-            "field": options.field,
+            **asdict(options.records),
+            "format": options.format,
             "split_bytes": options.split_bytes,
-            "max_word_chars": options.max_word_chars,
+            "val_fraction": options.val_fraction,
+            "dedup": options.dedup,
         },
     }
 
@@ -130,26 +182,18 @@ def flat_settings(kind: str, tokenizer: dict[str, Any], options: dict[str, Any])
     return {"kind": kind, **{f"tokenizer {name}": value for name, value in tokenizer.items()}, **options}
 
 
-def contents_of(inputs: Sequence[InputEntry]) -> dict[str, Any]:
-    """Return what the inputs hold under the names that a comparison shows; their folders do not matter."""
-    told: dict[str, Any] = {"number of inputs": len(inputs)}
-    return told | {
-        f"input {i + 1}": f"{Path(entry.path).name} {entry.sha256[:12]}…" for i, entry in enumerate(inputs)
-    }
-
-
 def sample_texts(tasks: list[SplitTask], options: TokenizeOptions) -> list[str]:
     """Return some short texts from a few places of the input; bad records are not this function's business."""
     texts: list[str] = []
     step = max(1, len(tasks) // _SAMPLE_PLACES)
     for task in tasks[::step][:_SAMPLE_PLACES]:
-        reader = LineReader(
-            dataclasses.replace(task.split, stop=min(task.split.stop, task.split.start + _SAMPLE_MAX_CHARS))
-        )
-        found = [
-            text
-            for block in read_blocks(reader, field=options.field, max_word_chars=options.max_word_chars)
-            for text in block.texts
-        ]
+        split = task.split
+        if split.source.form == "jsonl" and split.source.compression is None:
+            split = replace(split, stop=min(split.stop, split.start + _SAMPLE_MAX_CHARS))
+        found: list[str] = []
+        for block in open_reader(split, options.records).blocks():
+            found += block.texts
+            if len(found) >= _SAMPLE_TEXTS_PER_PLACE:
+                break
         texts += [text[:_SAMPLE_MAX_CHARS] for text in found[:_SAMPLE_TEXTS_PER_PLACE]]
     return texts

@@ -1,277 +1,310 @@
-"""Validated records out of JSON lines, split by byte offset.
+"""Validated records: the splits of a source, and the texts that begin in one, block by block.
 
-A split is a range of bytes of one input; a line belongs to the split in which it begins, so splits depend on the input
-alone and together hold every line once. A record that cannot be used becomes a `BadRecord` with its line and its reason:
-nothing is coerced, dropped or repaired in silence. Lines of white space are no records.
+A source's form decides what a split is. JSON lines and separated text are cut by byte offset, where a record belongs to the split
+in which it begins; Parquet is cut between row groups; a compressed file, and text in which each file is one document, is one
+split. So splits depend on the input alone and together hold every record once.
+
+A record that cannot be used becomes a `BadRecord` with its number and its reason: nothing is coerced, dropped or repaired in
+silence. Lines of white space are no records.
 """
 
-import hashlib
-import json
-import re
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+import itertools
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
 
 import orjson
 
-from minimind_data.errors import UserError
+from minimind_data.blocks import BadRecord, Block, RecordReader, Split
+from minimind_data.fields import RecordSpec, long_word, reason, text_getter
+from minimind_data.files import sha256_of_bytes, sha256_of_stream
+from minimind_data.lines import LINE_FEED, Delimiter, LineReader, border, delimiter
+from minimind_data.sources import Source
 
-MAX_LINE_BYTES = 2**30
-"""A longer line is no record but a file of another form: memory must hold a line several times over."""
-_BLOCK_BYTES = 2 * 2**20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_WORD = re.compile(r"[^\W\d_]+|\d+|\s+|[^\w\s]+|_+")
-_JSON_KINDS = {
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    list: "a list",
-    dict: "an object",
-    type(None): "null",
-}
+_BLOCK_DOCUMENT_BYTES = 2 * 2**20
 
 
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """The bytes [start, stop) of an input; the lines that begin there."""
-
-    path: Path
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class BadRecord:
-    """A line that makes no document."""
-
-    line: int
-    """Counted from 1 at the first line of the split."""
-    reason: str
-    """What is wrong with it and, after a semicolon, what can be done."""
-    data: bytes
-    """The line itself, without its end."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    """Some of the records of a split, in order."""
-
-    texts: list[str]
-    empty_texts: int
-    bad: list[BadRecord]
-    num_bytes: int
-    """How far this block went on in the input, for progress."""
-
-
-def plan_splits(path: Path, split_bytes: int) -> list[Split]:
-    """Cut an input every `split_bytes` bytes.
+def plan_splits(sources: Sequence[Source], split_bytes: int, spec: RecordSpec) -> list[list[Split]]:
+    """Cut sources into splits: a list for each source, empty for one that shares a split with one before it.
 
     Raises:
-        UserError: the input is missing, no file, unreadable or empty.
+        UserError: a source is unreadable.
     """
-    try:
-        if path.is_dir():
-            raise UserError(f"{path}: a folder; name the .jsonl files in it")
-        if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
-            raise UserError(
-                f"{path}: a pipe or a device, which cannot be read twice; save it to a file first"
-            )
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except PermissionError:
-        raise UserError(f"{path}: may not be read; change its permissions") from None
-    if not size:
-        raise UserError(f"{path}: the file is empty; there is nothing to tokenize")
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{path}: the name is no UTF-8, so a manifest cannot hold it; rename the file"
-        ) from None
+    planned: list[list[Split]] = []
+    group: list[Source] = []
+    sizes: list[int] = []
+    for source in sources:
+        if source.form == "text" and spec.separator is None:
+            size = source.stamp()[0]
+            if group and sum(sizes) + size <= split_bytes:
+                group.append(source)
+                sizes.append(size)
+                planned.append([])
+                first = len(planned) - len(group)
+                planned[first] = [_text_files(group, sum(sizes))]
+            else:
+                group, sizes = [source], [size]
+                planned.append([_text_files(group, size)])
+            continue
+        group, sizes = [], []
+        planned.append(_splits_of(source, split_bytes, spec))
+    return planned
+
+
+def _text_files(files: Sequence[Source], size: int) -> Split:
+    return Split(source=files[0], more=tuple(files[1:]), start=0, stop=size, num_bytes=size)
+
+
+def _splits_of(source: Source, split_bytes: int, spec: RecordSpec) -> list[Split]:
+    if source.form == "parquet":
+        from minimind_data.rows import row_group_splits  # noqa: PLC0415 - takes a tenth of a second
+
+        with source.reading():
+            return list(row_group_splits(source, split_bytes, spec))
+    size = source.stamp()[0]
+    if source.compression is not None:
+        return [Split(source=source, start=0, stop=size, num_bytes=size)]
+    borders = [*range(0, size, split_bytes), size]
     return [
-        Split(path=path, start=at, stop=min(at + split_bytes, size)) for at in range(0, size, split_bytes)
+        Split(source=source, start=start, stop=stop, num_bytes=stop - start)
+        for start, stop in itertools.pairwise(borders)
     ]
 
 
-def line_range(split: Split) -> tuple[int, int]:
-    """Return (first byte, byte after the last) of the lines that begin in a split; both are its stop where none does."""
-    with split.path.open("rb") as file:
-        begin = _line_border(file, split.start, split.stop)
-        return begin, split.stop if begin == split.stop else _line_border(file, split.stop)
+def open_reader(split: Split, spec: RecordSpec) -> RecordReader:
+    """Return the reader of a split."""
+    if split.source.form == "parquet":
+        from minimind_data.rows import ParquetRecords  # noqa: PLC0415 - takes a tenth of a second
+
+        return ParquetRecords(split, spec)
+    if split.source.form == "text":
+        return TextRecords(split, spec) if spec.separator is not None else TextFileRecords(split, spec)
+    return JsonRecords(split, spec)
 
 
-def _line_border(file: BinaryIO, at: int, stop: int | None = None) -> int:
-    """Return the first place from byte `at` on where a line ends and another may begin; `stop`, or the end, where none does.
+def content_of(split: Split, spec: RecordSpec) -> tuple[int, int, str]:
+    """Return (begin, end, SHA-256) of the records in a split, as its reader would tell them, without parsing any."""
+    source = split.source
+    if (
+        source.compression is None
+        and (source.form == "jsonl" or spec.separator is not None)
+        and source.form != "parquet"
+    ):
+        ends = _ends(split, spec)
+        with source.reading(), source.open() as file:
+            begin = border(file, ends, split.start, split.stop)
+            end = split.stop if begin == split.stop else border(file, ends, split.stop)
+            return begin, end, sha256_of_stream(file, begin, end)
+    reader = open_reader(split, spec)
+    for _ in reader.blocks():
+        pass
+    return reader.begin, reader.end, reader.sha256
 
-    Reads a block at a time and never past `stop`, so a line that fills a hundred splits is read once, not a hundred times.
-    """
-    if not at:
-        return 0
-    place = at - 1  # a line begins at `at` if the byte before ends one
-    file.seek(place)
-    last = None if stop is None else stop - 1
-    while block := file.read(_BLOCK_BYTES if last is None else max(0, min(_BLOCK_BYTES, last - place))):
-        found = block.find(b"\n")
-        if found >= 0:
-            return place + found + 1
-        place += len(block)
-    return place if stop is None else stop
+
+def _ends(split: Split, spec: RecordSpec) -> Delimiter:
+    if split.source.form == "jsonl":
+        return LINE_FEED
+    assert spec.separator_bytes is not None
+    return delimiter(spec.separator_bytes)
 
 
-class LineReader:
-    """The lines that begin in a split, in blocks of a few megabytes.
+class _Bytes:
+    """What readers of delimited records share."""
 
-    Attributes:
-        begin: the first byte of the first line; the split's stop where no line begins in it.
-        end: the byte after the last line read so far.
-        num_lines: lines read so far, lines of white space included.
-    """
-
-    def __init__(self, split: Split) -> None:
+    def __init__(self, split: Split, spec: RecordSpec) -> None:
         self._split = split
-        self._digest = hashlib.sha256()
-        self.begin = self.end = split.start
-        self.num_lines = 0
+        self._spec = spec
+        self._lines = LineReader(split.source, split.start, split.stop, _ends(split, spec))
 
-    def __iter__(self) -> Iterator[list[bytes]]:
-        """Yield lists of whole lines, without their line feeds.
+    @property
+    def begin(self) -> int:
+        return self._lines.begin
 
-        Raises:
-            UserError: a line is longer than `MAX_LINE_BYTES`.
-        """
-        stop = self._split.stop
-        with self._split.path.open("rb") as file:
-            self.begin = self.end = _line_border(file, self._split.start, stop)
-            file.seek(self.begin)
-            pieces: list[bytes] = []  # of lines whose end has not been read yet
-            place = self.begin
-            while self.end < stop:
-                piece = file.read(_BLOCK_BYTES)
-                if (
-                    not piece
-                ):  # the end of the file; where it was cut off under us, the build notices by its size
-                    if pieces:
-                        yield self._take(b"".join(pieces))
-                    return
-                # Up to the last whole line; in the split's last block, up to the end of the line that holds its last byte.
-                place += len(piece)
-                border = (
-                    piece.rfind(b"\n")
-                    if place < stop
-                    else piece.find(b"\n", max(0, len(piece) - place + stop - 1))
-                ) + 1
-                if border:
-                    pieces.append(piece[:border])
-                    block = b"".join(pieces)
-                    pieces = [piece[border:]]
-                    yield self._take(block)
-                else:
-                    pieces.append(piece)
-                    self._check_length(place)
+    @property
+    def end(self) -> int:
+        return self._lines.end
 
-    def _take(self, block: bytes) -> list[bytes]:
-        self._digest.update(block)
-        self.end += len(block)
-        lines = block.split(b"\n")
-        if not lines[-1]:
-            lines.pop()
-        self.num_lines += len(lines)
-        return lines
-
-    def _check_length(self, place: int) -> None:
-        if place - self.end > MAX_LINE_BYTES:
-            line = count_lines(self._split.path, self.end) + 1
-            raise UserError(
-                f"{self._split.path}:{line}: a line of over {MAX_LINE_BYTES >> 20:,} MiB; write one record a line"
-            )
+    @property
+    def num_lines(self) -> int:
+        return self._lines.num_lines
 
     @property
     def sha256(self) -> str:
-        """Of the bytes [begin, end)."""
-        return self._digest.hexdigest()
+        return self._lines.sha256
+
+    def _pieces(self) -> Iterator[tuple[int, list[bytes], int]]:
+        """Yield (number of the first, pieces, bytes of input that they took)."""
+        progress = _Progress(self._split)
+        number = 1
+        for pieces in self._lines.pieces():
+            if number == 1 and self.begin == 0:
+                pieces[0] = pieces[0].removeprefix(_BYTE_ORDER_MARK)
+            yield number, pieces, progress.at(self._lines.begin, self._lines.end)
+            number += len(pieces)
 
 
-def read_blocks(reader: LineReader, *, field: str, max_word_chars: int) -> Generator[Block, None, None]:
-    """Yield the texts of a split, block by block.
+class _Progress:
+    """How far reading went on in the input as it is stored; a compressed file's end is told when it comes."""
 
-    Args:
-        reader: the lines.
-        field: the name of the field that holds the text.
-        max_word_chars: a text with a longer run of letters, of digits, of signs or of white space is a bad record.
-    """
-    line_number = 0
-    for lines in reader:
-        texts: list[str] = []
-        bad: list[BadRecord] = []
-        empty_texts = 0
-        if line_number == 0:
-            end = reader.begin
-            if end == 0:
-                lines[0] = lines[0].removeprefix(_BYTE_ORDER_MARK)
-        for line in lines:
-            line_number += 1
-            try:
-                text = orjson.loads(line)[field]
-            except (ValueError, LookupError, TypeError):
-                text = None
-            if isinstance(text, str) and len(text) <= max_word_chars:
-                if text:
-                    texts.append(text)
-                else:
-                    empty_texts += 1
-            elif line.strip():
-                reason = _reason(line, field, max_word_chars)
-                if reason is None:
-                    assert isinstance(text, str)
-                    texts.append(text)
-                else:
-                    bad.append(BadRecord(line=line_number, reason=reason, data=line.rstrip(b"\r")))
-        yield Block(texts=texts, empty_texts=empty_texts, bad=bad, num_bytes=reader.end - end)
-        end = reader.end
+    def __init__(self, split: Split) -> None:
+        self._is_compressed = split.source.compression is not None
+        self._size = split.num_bytes
+        self._done = 0
+
+    def at(self, begin: int, end: int) -> int:
+        """Return the bytes since the last call."""
+        now = min(end - begin, self._size) if self._is_compressed else end - begin
+        step, self._done = now - self._done, now
+        return step
 
 
-def count_lines(path: Path, stop: int) -> int:
-    """Return how many lines of a file begin before the byte `stop`, where a line begins."""
-    count = 0
-    with path.open("rb") as file:
-        while stop > 0 and (block := file.read(min(stop, _BLOCK_BYTES))):
-            count += block.count(b"\n")
-            stop -= len(block)
-    return count
+class JsonRecords(_Bytes):
+    """JSON lines."""
+
+    def blocks(self) -> Generator[Block, None, None]:
+        """Yield the texts; see `RecordReader`."""
+        get_text = text_getter(self._spec)
+        max_word_chars = self._spec.max_word_chars
+        for first, lines, num_bytes in self._pieces():
+            texts: list[str] = []
+            bad: list[BadRecord] = []
+            empty_texts = 0
+            for number, line in enumerate(lines, first):
+                try:
+                    text = get_text(orjson.loads(line))
+                except (ValueError, LookupError, TypeError):
+                    text = None
+                if isinstance(text, str) and len(text) <= max_word_chars:
+                    if text:
+                        texts.append(text)
+                    else:
+                        empty_texts += 1
+                elif line.strip():
+                    why = _why_no_document(line, self._spec)
+                    if why is None:
+                        assert isinstance(text, str)
+                        texts.append(text)
+                    else:
+                        bad.append(BadRecord(line=number, reason=why, data=line.rstrip(b"\r")))
+            yield Block(texts=texts, empty_texts=empty_texts, bad=bad, num_bytes=num_bytes)
 
 
-def _reason(line: bytes, field: str, max_word_chars: int) -> str | None:
+def _why_no_document(line: bytes, spec: RecordSpec) -> str | None:
     """Say why a line makes no document, or None where it does."""
-    try:
-        line.decode()
-    except UnicodeDecodeError as error:
-        return f"byte {error.start + 1} of the line (0x{line[error.start]:02x}) is no UTF-8; convert the file to UTF-8"
+    if (why := _no_utf8(line, "line")) is not None:
+        return why
     try:
         record: Any = orjson.loads(line.rstrip())  # so that its columns are this line's
     except orjson.JSONDecodeError as error:
         if "surrogate" in str(error):
             return f"a lone surrogate escape (column {error.colno}), which is no character; remove it"
         return f"not JSON ({error.msg.rstrip('.')}, column {error.colno}); mend or remove the line"
-    if not isinstance(record, dict):
-        quoted = json.dumps(field, ensure_ascii=False)
-        return f"the record is {_kind(record)}, not an object; write it as {{{quoted}: …}}"
-    if field not in record:
-        found = ", ".join(list(record)[:5]) or "none at all"
-        return f"no field {field!r} (its fields: {found}); name the field of the text with --field"
-    text = record[field]
-    if not isinstance(text, str):
-        return f"field {field!r} is {_kind(text)}, not a string; name the field of the text with --field"
-    longest = max((match.end() - match.start() for match in _WORD.finditer(text)), default=0)
-    if longest > max_word_chars:
-        return (
-            f"one word of {longest:,} characters, the longest allowed has {max_word_chars:,}; "
-            "break it up, or raise --max-word-chars"
-        )
+    try:
+        text = text_getter(spec)(record)
+    except (LookupError, TypeError):
+        text = None
+    return reason(record, text, spec)
+
+
+def _no_utf8(data: bytes, what: str) -> str | None:
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return f"byte {error.start + 1} of the {what} (0x{data[error.start]:02x}) is no UTF-8; convert the file to UTF-8"
     return None
 
 
-def _kind(value: object) -> str:
-    return "a string" if isinstance(value, str) else _JSON_KINDS[type(value)]
+class _Texts:
+    """Collects plain texts into blocks."""
+
+    def __init__(self, spec: RecordSpec) -> None:
+        self._spec = spec
+        self._texts: list[str] = []
+        self._bad: list[BadRecord] = []
+        self._empty_texts = 0
+
+    def add(self, number: int, data: bytes) -> None:
+        """Take in a text; one of white space alone is empty."""
+        why = _no_utf8(data, "text")
+        text = "" if why else data.decode()
+        why = why or long_word(text, self._spec.max_word_chars)
+        if why:
+            self._bad.append(BadRecord(line=number, reason=why, data=data))
+        elif not text.strip():
+            self._empty_texts += 1
+        else:
+            self._texts.append(text)
+
+    def take(self, num_bytes: int) -> Block:
+        """Return what was collected, and begin anew."""
+        block = Block(texts=self._texts, empty_texts=self._empty_texts, bad=self._bad, num_bytes=num_bytes)
+        self._texts, self._bad, self._empty_texts = [], [], 0
+        return block
+
+
+class TextRecords(_Bytes):
+    """Plain text whose documents end with a separator."""
+
+    def blocks(self) -> Generator[Block, None, None]:
+        """Yield the texts; see `RecordReader`."""
+        texts = _Texts(self._spec)
+        for first, pieces, num_bytes in self._pieces():
+            for number, piece in enumerate(pieces, first):
+                texts.add(number, piece)
+            yield texts.take(num_bytes)
+
+
+class TextFileRecords:
+    """Plain text files, each one document."""
+
+    def __init__(self, split: Split, spec: RecordSpec) -> None:
+        self._split = split
+        self._spec = spec
+        self._digests: list[str] = []
+        self.begin = self.end = 0
+        self.num_lines = 0
+
+    def blocks(self) -> Generator[Block, None, None]:
+        """Yield the texts; see `RecordReader`."""
+        texts = _Texts(self._spec)
+        weight = 0
+        for source in (self._split.source, *self._split.more):
+            with source.reading(), source.open_text() as file:
+                data = file.read()
+            self._digests.append(sha256_of_bytes(data))
+            self.num_lines += 1
+            size = source.stamp()[0]
+            self.end += size
+            texts.add(self.num_lines, data.removeprefix(_BYTE_ORDER_MARK))
+            weight += size
+            if weight >= _BLOCK_DOCUMENT_BYTES:
+                yield texts.take(weight)
+                weight = 0
+        yield texts.take(weight)
+
+    @property
+    def sha256(self) -> str:
+        """Of the SHA-256s of the files' texts."""
+        return sha256_of_bytes("".join(self._digests).encode())
+
+
+def place(split: Split, spec: RecordSpec, line: int) -> str:
+    """Return path:line of the record with this number in a split, for a message; in Parquet the row stands for the line."""
+    source = split.source
+    if source.form == "text" and spec.separator is None:
+        return (source, *split.more)[line - 1].name
+    return f"{source.name}:{records_before(split, spec) + line}"
+
+
+def records_before(split: Split, spec: RecordSpec) -> int:
+    """Count the records of a source before a split."""
+    if not split.start:
+        return 0
+    if split.source.form == "parquet":
+        from minimind_data.rows import count_rows  # noqa: PLC0415 - takes a tenth of a second
+
+        return count_rows(split.source, range(split.start))
+    lines = LineReader(split.source, 0, split.start, _ends(split, spec))
+    for _ in lines.pieces():
+        pass
+    return lines.num_lines

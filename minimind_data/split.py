@@ -5,22 +5,27 @@ depends on the input's bytes and the job alone: not on the process, the machine,
 """
 
 import base64
+import contextlib
 import functools
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from types import TracebackType
+from typing import Literal, Self, TypeVar
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from minimind_data.blocks import BadRecord, Block, Split
+from minimind_data.dedup import hashes_of, in_validation
 from minimind_data.errors import UserError
-from minimind_data.files import disk_full_is_plain, write_atomic
-from minimind_data.format import TokenArray, TokenDtype, TokenizerInfo, numpy_dtype
-from minimind_data.records import BadRecord, Block, LineReader, Split, count_lines, read_blocks
+from minimind_data.fields import RecordSpec
+from minimind_data.files import disk_full_is_plain, sha256_of_bytes, write_atomic
+from minimind_data.format import VALIDATION_NAME, TokenArray, TokenDtype, TokenizerInfo, numpy_dtype
+from minimind_data.records import open_reader, place
 from minimind_data.tokenizer import (
     Encoder,
     Ids,
@@ -38,6 +43,7 @@ _COMPARE_ONE_IN = 1024
 _COMPARE_MAX_CHARS = 2**17
 _STAGE_DEPTH = 2
 SET_ASIDE_SUFFIX = ".set-aside.jsonl"
+HASHES_SUFFIX = ".hashes"
 
 _T = TypeVar("_T")
 Report = Callable[[int, int], None]
@@ -55,9 +61,11 @@ class Job:
     tokenizer: TokenizerInfo
     dtype: TokenDtype
     backend: str
-    field: str
-    max_word_chars: int
+    records: RecordSpec
     on_bad_record: Literal["stop", "set-aside"]
+    val_fraction: float = 0.0
+    step: Literal["make", "hash"] = "make"
+    """`hash` only notes the hashes of the texts, for `dedup`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +77,13 @@ class SplitTask:
     input: int
     """Which input, by its place in the manifest."""
     split: Split
+    drop: NDArray[np.int32] | None = None
+    """Numbers of the documents to leave out, ascending; None where nothing is looked for."""
+
+    @property
+    def duplicates_sha256(self) -> str:
+        """Of `drop`; empty where it is None."""
+        return "" if self.drop is None else sha256_of_bytes(self.drop.astype("<i4").tobytes())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +96,11 @@ class SplitResult:
     input_stop: int
     input_sha256: str
     lines: int
+    inputs: int
     empty_texts: int
     set_aside: int
+    duplicates: int
+    duplicates_sha256: str
     compared: int
     """Documents whose ids were compared with the reference's."""
     backend: str
@@ -90,17 +108,45 @@ class SplitResult:
     """How the fast backend differed from the reference, which then did the split; None where it did not."""
     shard: WrittenShard | None
     """None where the split holds no document: it makes no shard."""
+    val_shard: WrittenShard | None
+    """What went to the validation part, likewise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HashResult:
+    """The hashes of a split's texts are noted."""
+
+    name: str
 
 
 class _DifferenceError(Exception):
     """The fast backend failed, or it and the reference disagree about a document."""
 
 
+def run_task(job: Job, task: SplitTask, report: Report) -> SplitResult | HashResult:
+    """Do the job's step for one split.
+
+    Raises:
+        UserError: a bad record (unless they are set aside), or the disk is full.
+    """
+    with disk_full_is_plain(job.out):
+        return build_split(job, task, report) if job.step == "make" else _hash_split(job, task, report)
+
+
+def _hash_split(job: Job, task: SplitTask, report: Report) -> HashResult:
+    hashes: list[bytes] = []
+    for block in open_reader(task.split, job.records).blocks():
+        hashes.append(hashes_of(block.texts))
+        report(block.num_bytes, 0)
+    write_atomic(hashes_path(job.work_folder, task.name), b"".join(hashes))
+    return HashResult(name=task.name)
+
+
 def build_split(job: Job, task: SplitTask, report: Report) -> SplitResult:
     """Make the shard of one split, and commit it.
 
     Raises:
-        UserError: a bad record (unless they are set aside), or the disk is full.
+        UserError: a bad record, unless they are set aside.
     """
     told = [0, 0]
 
@@ -109,33 +155,32 @@ def build_split(job: Job, task: SplitTask, report: Report) -> SplitResult:
         told[1] += num_tokens
         report(num_bytes, num_tokens)
 
-    with disk_full_is_plain(job.out):
-        try:
-            return _build(job, task, job.backend, None, count)
-        except _DifferenceError as difference:
-            report(-told[0], -told[1])
-            return _build(job, task, "tokenizers", str(difference), report)
+    try:
+        return _build(job, task, job.backend, None, count)
+    except _DifferenceError as difference:
+        report(-told[0], -told[1])
+        return _build(job, task, "tokenizers", str(difference), report)
 
 
 def _build(job: Job, task: SplitTask, backend: str, difference: str | None, report: Report) -> SplitResult:
-    reader = LineReader(task.split)
+    reader = open_reader(task.split, job.records)
     encoder = _encoder(job.tokenizer_json, job.tokenizer, backend)
-    blocks = _ahead(read_blocks(reader, field=job.field, max_word_chars=job.max_word_chars))
+    blocks = _ahead(_without(reader.blocks(), task.drop))
     bad: list[BadRecord] = []
     empty_texts = compared = num_documents = 0
-    with ShardWriter(job.out, task.name, job.dtype) as writer:
+    with _Writers(job, task.name) as writers:
         for block, ids, offsets in _ahead(_encode(encoder, blocks)):
             if block.bad and job.on_bad_record == "stop":
-                raise _bad_record_error(task.split.path, reader.begin, block.bad[0])
+                raise _bad_record_error(job, task.split, block.bad[0])
             bad += block.bad
             empty_texts += block.empty_texts
             if backend != "tokenizers":
                 compared += _compare(job, block.texts, ids, offsets, num_documents)
             num_documents += len(block.texts)
             tokens, lengths = frame(ids, offsets, job.tokenizer, job.dtype)
-            writer.append(tokens, lengths)
+            writers.append(block.texts, tokens, lengths)
             report(block.num_bytes, len(tokens))
-        shard = writer.commit() if num_documents else None
+        shard, val_shard = writers.commit()
     if bad:
         write_atomic(set_aside_path(job.work_folder, task.name), b"".join(map(_set_aside_line, bad)))
     return SplitResult(
@@ -144,14 +189,76 @@ def _build(job: Job, task: SplitTask, backend: str, difference: str | None, repo
         input_start=reader.begin,
         input_stop=reader.end,
         input_sha256=reader.sha256,
+        inputs=1 + len(task.split.more),
         lines=reader.num_lines,
         empty_texts=empty_texts,
         set_aside=len(bad),
+        duplicates=0 if task.drop is None else len(task.drop),
+        duplicates_sha256=task.duplicates_sha256,
         compared=compared,
         backend=backend,
         difference=difference,
         shard=shard,
+        val_shard=val_shard,
     )
+
+
+class _Writers:
+    """The shard of a split, and the one of its validation part."""
+
+    def __init__(self, job: Job, name: str) -> None:
+        self._val_fraction = job.val_fraction
+        self._counts = [0, 0]
+        self._stack = contextlib.ExitStack()
+        folders = [job.out] if not job.val_fraction else [job.out, job.out / VALIDATION_NAME]
+        with self._stack:  # what was opened is closed, should a later one fail
+            self._writers = [
+                self._stack.enter_context(ShardWriter(folder, name, job.dtype)) for folder in folders
+            ]
+            self._stack = self._stack.pop_all()
+
+    def append(self, texts: list[str], tokens: TokenArray, lengths: NDArray[np.int64]) -> None:
+        """Add documents, each to its side."""
+        if not self._val_fraction:
+            self._add(0, tokens, lengths)
+            return
+        is_validation = in_validation(texts, self._val_fraction)
+        of_validation = np.repeat(is_validation, lengths)
+        self._add(0, tokens[~of_validation], lengths[~is_validation])
+        self._add(1, tokens[of_validation], lengths[is_validation])
+
+    def _add(self, side: int, tokens: TokenArray, lengths: NDArray[np.int64]) -> None:
+        self._writers[side].append(tokens, lengths)
+        self._counts[side] += len(lengths)
+
+    def commit(self) -> tuple[WrittenShard | None, WrittenShard | None]:
+        """Make what holds documents durable."""
+        made = [
+            writer.commit() if count else None
+            for writer, count in zip(self._writers, self._counts, strict=False)
+        ]
+        return made[0], made[1] if len(made) > 1 else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+
+def _without(blocks: Iterator[Block], drop: NDArray[np.int32] | None) -> Generator[Block, None, None]:
+    """Leave documents out of blocks, by their numbers in the split."""
+    if drop is None or not len(drop):
+        yield from blocks
+        return
+    dropped = set(drop.tolist())
+    number = 0
+    for block in blocks:
+        kept = [text for place, text in enumerate(block.texts, number) if place not in dropped]
+        number += len(block.texts)
+        yield replace(block, texts=kept)
 
 
 def frame(
@@ -226,9 +333,14 @@ def _compare(job: Job, texts: list[str], ids: Ids, offsets: Offsets, first_numbe
     return len(chosen)
 
 
-def _bad_record_error(path: Path, split_begin: int, bad: BadRecord) -> UserError:
-    line = count_lines(path, split_begin) + bad.line
-    return UserError(f"{path}:{line}: {bad.reason} (or --on-bad-record set-aside goes on without such lines)")
+def hashes_path(work_folder: Path, name: str) -> Path:
+    """Return where the hashes of a split's texts wait."""
+    return work_folder / f"{name}{HASHES_SUFFIX}"
+
+
+def _bad_record_error(job: Job, split: Split, bad: BadRecord) -> UserError:
+    where = place(split, job.records, bad.line)
+    return UserError(f"{where}: {bad.reason} (or --on-bad-record set-aside goes on without such records)")
 
 
 def _set_aside_line(bad: BadRecord) -> bytes:

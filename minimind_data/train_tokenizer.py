@@ -13,9 +13,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from minimind_data.errors import UserError
+from minimind_data.fields import RecordSpec
 from minimind_data.files import write_atomic
 from minimind_data.format import TOKENIZER_NAME
-from minimind_data.records import LineReader, plan_splits, read_blocks
+from minimind_data.records import open_reader, place, plan_splits
+from minimind_data.sources import expand
 from minimind_data.tokenizer import CONFIG_NAME
 
 PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -39,21 +41,15 @@ _BYTES_AT_A_TIME = 16 * 2**20
 
 
 def train_tokenizer(
-    inputs: Sequence[Path],
-    out: Path,
-    *,
-    vocab_size: int = 6400,
-    field: str = "text",
-    max_word_chars: int = 1_000_000,
+    inputs: Sequence[Path | str], out: Path, *, vocab_size: int = 6400, records: RecordSpec | None = None
 ) -> int:
     """Train a tokenizer and write it with its `tokenizer_config.json` beside it.
 
     Args:
-        inputs: JSON-lines files.
+        inputs: files, folders, globs and URIs, as for `build.tokenize`.
         out: the tokenizer.json to write, or a folder for it.
         vocab_size: entries, special tokens included.
-        field: the field that holds the text.
-        max_word_chars: the longest run of letters, of digits, of signs or of white space that a text may hold.
+        records: what makes a text out of a record.
 
     Returns:
         The number of entries, which is below `vocab_size` where the text has too few pairs to merge.
@@ -76,7 +72,7 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_pieces(inputs, field, max_word_chars), trainer)
+    tokenizer.train_from_iterator(_pieces(inputs, records or RecordSpec()), trainer)
     file.parent.mkdir(parents=True, exist_ok=True)
     config = {
         "bos_token": BOS,
@@ -101,16 +97,14 @@ def _with_visible_tokens(tokenizer: tokenizers.Tokenizer) -> str:
     return json.dumps(told, ensure_ascii=False, indent=1)
 
 
-def _pieces(inputs: Sequence[Path], field: str, max_word_chars: int) -> Iterator[str]:
+def _pieces(inputs: Sequence[Path | str], spec: RecordSpec) -> Iterator[str]:
     """Yield the texts without the special tokens in them, which must not become merges."""
     special = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
-    for path in inputs:
-        line = 0
-        for split in plan_splits(path, _BYTES_AT_A_TIME):
-            reader = LineReader(split)
-            for block in read_blocks(reader, field=field, max_word_chars=max_word_chars):
+    sources, _ = expand([str(one) for one in inputs])
+    for splits in plan_splits(sources, _BYTES_AT_A_TIME, spec):
+        for split in splits:
+            for block in open_reader(split, spec).blocks():
                 if block.bad:
-                    raise UserError(f"{path}:{line + block.bad[0].line}: {block.bad[0].reason}")
+                    raise UserError(f"{place(split, spec, block.bad[0].line)}: {block.bad[0].reason}")
                 for text in block.texts:
                     yield from filter(None, special.split(text))
-            line += reader.num_lines

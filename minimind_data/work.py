@@ -1,12 +1,14 @@
 """The folder `.mm-build` of a dataset that is being made: its lock, its plan, and what the finished splits gave.
 
 It stands inside the dataset's folder from a build's first moment to its last, and is what a build goes on from after a kill:
-`plan.json` says how it was begun, and `NAME.result.json` stands for every split whose shard is whole. `build.py` says when
-what is read and written; here is where and in which form.
+`plan.json` says how it was begun, `NAME.result.json` stands for every split whose shard is whole, and `previous/` holds the
+manifest of a finished dataset whose shards are being replaced. `build.py` says when what is read and written; here is where and
+in which form.
 """
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,16 +17,26 @@ from typing import Any
 import orjson
 
 from minimind_data.errors import UserError
-from minimind_data.files import FolderLock, is_disk_full, remove_partials, write_atomic
-from minimind_data.format import MANIFEST_NAME, SET_ASIDE_NAME, TOKENIZER_NAME
+from minimind_data.files import FolderLock, fsync_folder, is_disk_full, remove_partials, write_atomic
+from minimind_data.format import MANIFEST_NAME, SET_ASIDE_NAME, TOKENIZER_NAME, VALIDATION_NAME, Manifest
 from minimind_data.options import differences
-from minimind_data.plan import flat_settings
-from minimind_data.split import SET_ASIDE_SUFFIX, SplitResult, SplitTask, set_aside_path
+from minimind_data.plan import flat_settings, slice_of
+from minimind_data.previous import Previous, first_lines
+from minimind_data.split import (
+    HASHES_SUFFIX,
+    SET_ASIDE_SUFFIX,
+    SplitResult,
+    SplitTask,
+    hashes_path,
+    set_aside_path,
+)
 from minimind_data.writer import WrittenShard
 
 WORK_FOLDER_NAME = ".mm-build"
-_PLAN_NAME = "plan.json"
+STDIN_NAME = "stdin"
+PLAN_NAME = "plan.json"
 _LOCK_NAME = "lock"
+_PREVIOUS_NAME = "previous"
 _RESULT_SUFFIX = ".result.json"
 _SHARD_SUFFIXES = (".bin", ".idx")
 
@@ -43,60 +55,72 @@ class WorkFolder:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.path = out / WORK_FOLDER_NAME
+        self.val = out / VALIDATION_NAME
+        self._previous = self.path / _PREVIOUS_NAME
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, part: tuple[int, int] | None = None) -> Iterator[None]:
         """Make the folders and hold the lock; leave no empty folder behind.
+
+        Args:
+            part: a slice, which keeps others only from the same slice and from the whole.
 
         Raises:
             CannotWriteError: they cannot be made.
             UserError: another run holds the lock.
         """
-        lock = FolderLock(
-            self.path / _LOCK_NAME,
-            f"{self.out}: another run is writing there; wait for it or take another --out",
-        )
-        try:
+        busy = f"{self.out}: another run is writing there; wait for it or take another --out"
+        locks = [FolderLock(self.path / _LOCK_NAME, busy, shared=part is not None)]
+        if part is not None:
+            locks.append(FolderLock(self.path / f"{_LOCK_NAME}-{part[0]}-of-{part[1]}", busy))
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._remove_if_empty)
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                lock.__enter__()
+                for lock in locks:
+                    stack.enter_context(lock)
             except OSError as error:
                 if is_disk_full(error):
                     raise
                 raise CannotWriteError(
                     f"{self.out}: cannot be written ({error.strerror}); take another folder with --out"
                 ) from None
-            try:
-                yield
-            finally:
-                lock.__exit__(None, None, None)
-        finally:
-            with contextlib.suppress(OSError):  # not empty, or another run has just begun there
-                self.path.rmdir()
+            yield
 
-    def remove_partials(self, tasks: Sequence[SplitTask]) -> None:
-        """Remove what killed processes left half-written."""
-        remove_partials(self.path)
+    def _remove_if_empty(self) -> None:
+        with contextlib.suppress(OSError):  # not empty, or another run has just begun there
+            self.path.rmdir()
+
+    def remove_partials(self, tasks: Sequence[SplitTask], part: tuple[int, int] | None) -> None:
+        """Remove what killed processes left half-written; beside other slices, of this slice's splits alone."""
+        tasks = slice_of(list(tasks), part)
         shard_files = {f"{task.name}{suffix}" for task in tasks for suffix in _SHARD_SUFFIXES}
-        remove_partials(self.out, shard_files | {TOKENIZER_NAME, SET_ASIDE_NAME, MANIFEST_NAME})
+        if part is not None:
+            suffixes = (_RESULT_SUFFIX, SET_ASIDE_SUFFIX)
+            remove_partials(self.path, {f"{task.name}{suffix}" for task in tasks for suffix in suffixes})
+            for folder in (self.out, self.val):
+                remove_partials(folder, shard_files)
+            return
+        remove_partials(self.path)
+        for folder in (self.out, self.val):
+            remove_partials(folder, shard_files | {TOKENIZER_NAME, SET_ASIDE_NAME, MANIFEST_NAME})
 
-    def begin(self, settings: dict[str, Any], inputs: Sequence[Path], tasks: Sequence[SplitTask]) -> None:
+    def begin(self, settings: dict[str, Any], inputs: Sequence[dict[str, Any]], names: set[str]) -> None:
         """Write down what is to be made, or go on with what was begun.
 
+        Args:
+            settings: what decides the bytes besides the inputs.
+            inputs: where the inputs lie, for `mm-data commit`.
+            names: of the shards that this build or a dataset before it may have made.
+
         Raises:
-            UserError: it was begun with other settings or inputs, and some of it is done.
+            UserError: it was begun with other settings, and some of it is done.
         """
-        path = self.path / _PLAN_NAME
-        plan = {
-            **settings,
-            "inputs": [source.name for source in inputs],
-            "shards": [task.name for task in tasks],
-        }
-        if path.exists():
-            begun = json.loads(path.read_bytes())
+        path = self.path / PLAN_NAME
+        begun = self.plan()
+        if begun is not None:
             there, here = (
-                flat_settings(one["kind"], one["tokenizer"], one["options"]) | {"inputs": one["inputs"]}
-                for one in (begun, plan)
+                flat_settings(one["kind"], one["tokenizer"], one["options"]) for one in (begun, settings)
             )
             # Where nothing is done yet, there is nothing that other settings could spoil.
             is_begun = any(self.path.glob(f"*{_RESULT_SUFFIX}"))
@@ -105,8 +129,18 @@ class WorkFolder:
                     f"{self.out}: holds an unfinished build made otherwise: {'; '.join(found)}; finish it as it was begun, "
                     f"take another --out, or delete {self.path}"
                 )
-            plan["shards"] = sorted({*plan["shards"], *begun["shards"]})
-        write_atomic(path, json.dumps(plan, indent=1))
+            names = names.union(begun["shards"])
+        plan = {**settings, "inputs": list(inputs), "shards": sorted(names)}
+        if plan != begun:
+            write_atomic(path, json.dumps(plan, indent=1))
+
+    def plan(self) -> dict[str, Any] | None:
+        """Return what was begun, or None."""
+        try:
+            told: dict[str, Any] = json.loads((self.path / PLAN_NAME).read_bytes())
+        except FileNotFoundError:
+            return None
+        return told
 
     def write_result(self, result: SplitResult) -> None:
         """Put down that a split is made."""
@@ -118,31 +152,84 @@ class WorkFolder:
             told = json.loads((self.path / f"{name}{_RESULT_SUFFIX}").read_bytes())
         except FileNotFoundError:
             return None
-        return SplitResult(**{**told, "shard": told["shard"] and WrittenShard(**told["shard"])})
+        shards = {side: told[side] and WrittenShard(**told[side]) for side in ("shard", "val_shard")}
+        return SplitResult(**{**told, **shards})
 
-    def set_aside(self, inputs: Sequence[Path], results: Sequence[SplitResult]) -> bytes:
+    def read_hashes(self, tasks: Sequence[SplitTask]) -> list[bytes]:
+        """Return the hashes of the texts of each split."""
+        return [hashes_path(self.path, task.name).read_bytes() for task in tasks]
+
+    def previous(self) -> Previous | None:
+        """Return the finished dataset that this build finds, wherever its manifest stands now."""
+        manifest = _first_manifest(self.out, self._previous)
+        if manifest is None:
+            return None
+        validation = _first_manifest(self.val, self._previous / VALIDATION_NAME)
+        set_aside = (self._previous / SET_ASIDE_NAME, self.out / SET_ASIDE_NAME)
+        return Previous(manifest, validation, set_aside)
+
+    def retire(self) -> None:
+        """Take the manifest of a finished dataset away before anything that it speaks of changes."""
+        if not (self.out / MANIFEST_NAME).exists():
+            return
+        (self._previous / VALIDATION_NAME).mkdir(parents=True, exist_ok=True)
+        for path in (self.out / MANIFEST_NAME, self.val / MANIFEST_NAME, self.out / SET_ASIDE_NAME):
+            if path.exists():
+                path.replace(self._previous / path.relative_to(self.out))
+        for folder in (self._previous, self.out):
+            fsync_folder(folder)
+
+    def set_aside(
+        self, tasks: Sequence[SplitTask], results: Sequence[SplitResult], previous: Previous | None
+    ) -> bytes:
         """Return the bad records of all splits as JSON lines, their numbers counted from the first line of the file."""
         lines: list[bytes] = []
-        line_offset = 0
-        for before, result in zip([None, *results], results, strict=False):
-            line_offset = line_offset + before.lines if before and before.input == result.input else 0
-            if result.set_aside:
-                for line in set_aside_path(self.path, result.name).read_bytes().splitlines():
-                    record = orjson.loads(line)
-                    record["line"] += line_offset
-                    told = {"path": str(inputs[result.input]), **record}
-                    lines.append(orjson.dumps(told, option=orjson.OPT_APPEND_NEWLINE))
+        for task, result, first_line in zip(tasks, results, first_lines(tasks, results), strict=True):
+            if not result.set_aside:
+                continue
+            path = set_aside_path(self.path, task.name)
+            if path.exists():
+                records = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+            else:
+                assert previous is not None
+                records = previous.bad_records(task, result)
+            for record in records:
+                if task.split.more:
+                    files = [task.split.source, *task.split.more]
+                    told = {**record, "path": files[record["line"] - 1].name, "line": 1}
+                else:
+                    told = {**record, "path": task.split.path, "line": record["line"] + first_line}
+                lines.append(
+                    orjson.dumps({"path": told.pop("path"), **told}, option=orjson.OPT_APPEND_NEWLINE)
+                )
         return b"".join(lines)
 
-    def remove_stale_shards(self, keep: set[str]) -> None:
-        """Remove shards that this build, or one that it goes on with, made or might have made of lines that are gone."""
-        planned = json.loads((self.path / _PLAN_NAME).read_bytes())["shards"]
-        for name in set(planned) - keep:
-            for suffix in _SHARD_SUFFIXES:
-                (self.out / f"{name}{suffix}").unlink(missing_ok=True)
+    def remove_stale_shards(self, keep: set[str], keep_val: set[str]) -> None:
+        """Remove shards that this build, or one that it goes on with, made or might have made of what is gone."""
+        planned = (self.plan() or {"shards": []})["shards"]
+        for folder, kept in ((self.out, keep), (self.val, keep_val)):
+            for name in set(planned) - kept:
+                for suffix in _SHARD_SUFFIXES:
+                    (folder / f"{name}{suffix}").unlink(missing_ok=True)
 
     def clean(self) -> None:
-        """Remove what only an unfinished build needs; the lock goes last, when it is released."""
-        for pattern in (_PLAN_NAME, f"*{_RESULT_SUFFIX}", f"*{SET_ASIDE_SUFFIX}"):
+        """Remove what only an unfinished build needs; the locks go last, when they are released."""
+        for pattern in (
+            f"*{_RESULT_SUFFIX}",
+            f"*{SET_ASIDE_SUFFIX}",
+            f"*{HASHES_SUFFIX}",
+            STDIN_NAME,
+            TOKENIZER_NAME,
+        ):
             for path in self.path.glob(pattern):
                 path.unlink()
+        if self._previous.is_dir():
+            shutil.rmtree(self._previous)
+        (self.path / PLAN_NAME).unlink(missing_ok=True)  # last: it says which shards may be stale
+        for path in self.path.glob(f"{_LOCK_NAME}-*"):
+            path.unlink()
+
+
+def _first_manifest(*folders: Path) -> Manifest | None:
+    folder = next((folder for folder in folders if (folder / MANIFEST_NAME).exists()), None)
+    return None if folder is None else Manifest.read(folder)

@@ -1,0 +1,115 @@
+"""From the results of all splits to a dataset: its manifest, its validation part's, and the file of bad records.
+
+A manifest is written last, and a finished one is restored where its files are whole.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from minimind_data.errors import UserError
+from minimind_data.files import sha256_of, sha256_of_bytes, write_atomic
+from minimind_data.format import (
+    MANIFEST_NAME,
+    REMAKE_ALL,
+    SET_ASIDE_NAME,
+    TOKENIZER_NAME,
+    InputEntry,
+    Manifest,
+    dtype_for,
+)
+from minimind_data.previous import Previous, entries_of
+from minimind_data.split import SplitResult, SplitTask
+from minimind_data.tokenizer import Tokenizer
+from minimind_data.work import WorkFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a build's dataset says of itself."""
+
+    manifest: Manifest
+    validation: Manifest | None
+    set_aside: bytes
+
+
+def assemble(
+    work: WorkFolder,
+    settings: dict[str, Any],
+    tokenizer: Tokenizer,
+    inputs: tuple[InputEntry, ...],
+    splits: Sequence[tuple[SplitTask, SplitResult]],
+    *,
+    previous: Previous | None,
+) -> Outcome:
+    """Put the results of all splits together, in order.
+
+    Raises:
+        UserError: no split holds a document.
+    """
+    tasks, results = [task for task, _ in splits], [result for _, result in splits]
+    shards, val_shards = entries_of(tasks, results)
+    if not shards:
+        raise UserError(f"{inputs[0].path}: no record with any text in it; there is nothing to tokenize")
+    set_aside = work.set_aside(tasks, results, previous)
+    manifest = Manifest(
+        kind=settings["kind"],
+        dtype=dtype_for(tokenizer.info.vocab_size),
+        tokenizer=tokenizer.info,
+        options=settings["options"],
+        inputs=inputs,
+        shards=shards,
+        empty_texts=sum(result.empty_texts for result in results),
+        set_aside=sum(result.set_aside for result in results),
+        duplicates=sum(result.duplicates for result in results),
+        set_aside_sha256=sha256_of_bytes(set_aside) if set_aside else None,
+    )
+    validation = replace(
+        manifest,
+        options={**manifest.options, "part": "validation"},
+        shards=val_shards,
+        empty_texts=0,
+        set_aside=0,
+        duplicates=0,
+        set_aside_sha256=None,
+    )
+    return Outcome(manifest=manifest, validation=validation if val_shards else None, set_aside=set_aside)
+
+
+def publish(work: WorkFolder, outcome: Outcome, tokenizer_json: str) -> None:
+    """Make a dataset of the shards in a folder, and remove what only its building needed."""
+    work.retire()
+    write_atomic(work.out / TOKENIZER_NAME, tokenizer_json)
+    if outcome.set_aside:
+        write_atomic(work.out / SET_ASIDE_NAME, outcome.set_aside)
+    else:
+        (work.out / SET_ASIDE_NAME).unlink(missing_ok=True)
+    if outcome.validation is not None:
+        write_atomic(work.val / TOKENIZER_NAME, tokenizer_json)
+        write_atomic(work.val / MANIFEST_NAME, outcome.validation.to_json())
+    write_atomic(work.out / MANIFEST_NAME, outcome.manifest.to_json())
+    _tidy(work, outcome.manifest, outcome.validation)
+
+
+def restore(
+    work: WorkFolder, previous: Previous, tokenizer_json: str, announce: Callable[[str], None]
+) -> None:
+    """Leave a finished dataset as its manifest says it is, all its shards being there."""
+    for folder, manifest in ((work.out, previous.manifest), (work.val, previous.validation)):
+        if manifest is None:
+            continue
+        for name, wanted in ((TOKENIZER_NAME, tokenizer_json), (MANIFEST_NAME, manifest.to_json())):
+            path = folder / name
+            if not path.is_file() or path.read_bytes() != wanted.encode():
+                write_atomic(path, wanted)
+                announce(f"{path}: was missing or changed; it is restored")
+    path, wanted_sha256 = work.out / SET_ASIDE_NAME, previous.manifest.set_aside_sha256
+    if wanted_sha256 is not None and not (path.is_file() and sha256_of(path) == wanted_sha256):
+        announce(f"{path}: missing or changed; {REMAKE_ALL}")
+    _tidy(work, previous.manifest, previous.validation)
+
+
+def _tidy(work: WorkFolder, manifest: Manifest, validation: Manifest | None) -> None:
+    val_names = {entry.name for entry in validation.shards} if validation else set()
+    work.remove_stale_shards({entry.name for entry in manifest.shards}, val_names)
+    work.clean()
