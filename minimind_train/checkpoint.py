@@ -12,8 +12,6 @@ found by its checksums. What can be derived (learning rate, order of samples, ra
 This module does not know what a run folder holds besides; the caller holds the folder's lock.
 """
 
-import errno
-import hashlib
 import json
 import os
 import re
@@ -30,7 +28,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minimind_data.errors import UserError
-from minimind_data.files import PARTIAL_SUFFIX, fsync_folder, partial_name, sha256_of
+from minimind_data.files import (
+    checksum_of_json,
+    fsync_folder,
+    is_disk_full,
+    partial_name,
+    remove_partials,
+    sha256_of,
+)
 
 FORMAT_VERSION = 1
 FOLDER_NAME = "checkpoints"
@@ -137,11 +142,7 @@ def save(run: Path, state: CheckpointState, model: nn.Module, optimizer: Optimiz
 
 def remove_leftovers(run: Path) -> None:
     """Delete what a killed process left half-written or half-deleted."""
-    for path in (run / FOLDER_NAME).glob(f"*{PARTIAL_SUFFIX}"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    remove_partials(run / FOLDER_NAME)
 
 
 def load(run: Path, step: int) -> Checkpoint:
@@ -196,7 +197,7 @@ def _write(folder: Path, state: CheckpointState, model: nn.Module, optimizer: Op
         files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     told = {"format_version": FORMAT_VERSION, **asdict(state), "files": files}
     with (folder / STATE_NAME).open("w", encoding="utf-8") as file:
-        json.dump({**told, "sha256": _digest(told)}, file, ensure_ascii=False, indent=1)
+        json.dump({**told, "sha256": checksum_of_json(told)}, file, ensure_ascii=False, indent=1)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
@@ -227,7 +228,7 @@ def _checked(folder: Path) -> CheckpointState:
 def _problem(folder: Path, told: dict[str, Any]) -> str | None:
     """Say in what way a checkpoint is not what was written, or None."""
     checksum = told.pop("sha256")
-    if checksum != _digest(told):
+    if checksum != checksum_of_json(told):
         return f"{STATE_NAME} does not fit its own checksum"
     for name, entry in told["files"].items():
         num_bytes = (folder / name).stat().st_size
@@ -236,10 +237,6 @@ def _problem(folder: Path, told: dict[str, Any]) -> str | None:
         if sha256_of(folder / name) != entry["sha256"]:
             return f"{name} does not fit its checksum"
     return None
-
-
-def _digest(told: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _flat_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -281,8 +278,8 @@ def _delete(folder: Path) -> None:
 
 
 def _sentence(folder: Path, error: Exception) -> str:
-    code = getattr(error, "errno", None)
-    full = code in {errno.ENOSPC, errno.EDQUOT} or "os error 28" in str(error)
+    # safetensors tells a system's error by its text alone.
+    full = (isinstance(error, OSError) and is_disk_full(error)) or "os error 28" in str(error)
     remedy = "make room on the disk" if full else "mend that"
     why = getattr(error, "strerror", None) or str(error)
     return f"{folder}: the checkpoint could not be written ({why}); {remedy} and go on with --resume; earlier checkpoints are intact"

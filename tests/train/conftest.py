@@ -1,4 +1,4 @@
-"""A small dataset on disk, with a tokenizer of single bytes."""
+"""What the tests of training share: one thread, a small dataset with a tokenizer of single bytes, what a run has written."""
 
 import hashlib
 from dataclasses import asdict
@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from minimind_data.format import InputEntry, Manifest, ShardEntry, TokenizerInfo
 from minimind_data.writer import ShardWriter
+from minimind_train import checkpoint
+from minimind_train.metrics import read_metrics
 
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _SHARDS = (30, 34)
@@ -60,6 +63,30 @@ def make_dataset(folder: Path, seed: int = 0) -> Path:
     )
     (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
     return folder
+
+
+def weights(run: Path, step: int) -> bytes:
+    """The weights of a checkpoint, byte for byte."""
+    return (checkpoint.folder_of(run, step) / checkpoint.MODEL_NAME).read_bytes()
+
+
+def metrics(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl, but for what no two runs share."""
+    return [{**record, "tokens_per_second": 0} for record in read_metrics(run / "metrics.jsonl")]
+
+
+def steps(run: Path) -> list[int]:
+    """The steps that metrics.jsonl has lines of."""
+    return [record["step"] for record in metrics(run)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """One thread of torch in a test, which keeps sums in one order; the former number after it."""
+    former = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(former)
 
 
 @pytest.fixture(scope="session")

@@ -22,14 +22,6 @@ CONFIG = ModelConfig(
 EOS = 2
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model():
     made = MiniMind(CONFIG)

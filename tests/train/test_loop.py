@@ -117,14 +117,6 @@ class Run:
         return read_metrics(self.folder / "metrics.jsonl")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(former)
-
-
 def test_a_step_is_adamw_on_the_mean_over_all_targets(tmp_path):
     run = Run(tmp_path, total_steps=1)
     expected = Run(tmp_path, total_steps=1)

@@ -26,14 +26,6 @@ SMALL = ModelConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make(config=SMALL, seed=0, spread=10.0):
     """A model with large weights and uneven norms, so that every part of it shows in the logits."""
     model = MiniMind(config)

@@ -3,7 +3,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from minimind_data.errors import UserError
 from minimind_data.files import FolderLock
@@ -11,9 +10,10 @@ from minimind_data.options import build
 from minimind_data.shards import ShardSet
 from minimind_data.windows import open_windows
 from minimind_train import checkpoint, runs
-from minimind_train.metrics import read_metrics
 from minimind_train.pretrain import CHANGEABLE, PretrainConfig, pretrain, resume
 from minimind_train.runs import Change, RunRecord
+
+from .conftest import metrics, steps, weights
 
 OPTIONS = {
     "seq_len": 16,
@@ -46,13 +46,6 @@ class Said(list):
         return "\n".join(self)
 
 
-@pytest.fixture(autouse=True)
-def _threads_are_put_back():
-    former = torch.get_num_threads()
-    yield
-    torch.set_num_threads(former)
-
-
 @pytest.fixture
 def begin(tmp_path, small_dataset):
     """Begin a run in the folder tmp_path/run."""
@@ -70,18 +63,6 @@ def stop_after(run, step):
     for later in checkpoint.steps_of(run):
         if later > step:
             shutil.rmtree(checkpoint.folder_of(run, later))
-
-
-def weights(run, step):
-    return (checkpoint.folder_of(run, step) / "model.safetensors").read_bytes()
-
-
-def steps(run):
-    return [record["step"] for record in read_metrics(run / "metrics.jsonl")]
-
-
-def metrics(run):
-    return [{**record, "tokens_per_second": 0} for record in read_metrics(run / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="module")
