@@ -210,18 +210,17 @@ def _checked(folder: Path) -> CheckpointState:
     """Read state.json and hold both files against it."""
     try:
         told = json.loads((folder / STATE_NAME).read_bytes())
-        problem = _problem(folder, told)
-        if problem:
-            raise DamagedCheckpointError(f"checkpoint {folder} is damaged ({problem})")
-        if told["format_version"] != FORMAT_VERSION:
-            raise UserError(
-                f"checkpoint {folder} is of format {told['format_version']}; this program reads format {FORMAT_VERSION}"
-            )
-        return CheckpointState(**{field.name: told[field.name] for field in fields(CheckpointState)})
+        problem, version = _problem(folder, told), told.get("format_version")
+        if problem is None and version == FORMAT_VERSION:
+            return CheckpointState(**{field.name: told[field.name] for field in fields(CheckpointState)})
     except OSError as error:
         problem = f"{Path(error.filename or folder).name}: {error.strerror}"
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError):
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
         problem = f"{STATE_NAME} cannot be read"
+    if problem is None:
+        raise UserError(
+            f"checkpoint {folder} is of format {version}; this program reads format {FORMAT_VERSION}"
+        )
     raise DamagedCheckpointError(f"checkpoint {folder} is damaged ({problem})")
 
 

@@ -30,7 +30,7 @@ from minimind_train.metrics import FILE_NAME, MetricsLog
 from minimind_train.model import MiniMind, ModelConfig, count_parameters, initialize
 from minimind_train.optim import OptimConfig, make_optimizer
 from minimind_train.progress import Say, say_on_stderr
-from minimind_train.runs import Change, RunRecord, moved_cursor
+from minimind_train.runs import RunRecord, moved_cursor
 from minimind_train.sampler import OrderKind, SampleCursor, SampleOrder
 
 COMMAND = "pretrain"
@@ -139,6 +139,7 @@ def resume(
             raise UserError(
                 f"{run}: a run of `mm-train {record.command}`, not of {COMMAND}; resume it with that command"
             )
+        runs.clean(run)
         found = checkpoint.load_latest(run, say)
         step = found.state.step if found else 0
         shards = _open_shards(given.get("shards", record.options["shards"]))
@@ -328,8 +329,8 @@ def _reconciled(
     """
     given = {name: value for name, value in given.items() if name not in {"resume_from", *_NOT_RECORDED}}
     options = record.options | given
-    if "steps" in given or "epochs" in given:  # either one says alone when the run ends
-        options |= {"epochs": given.get("epochs"), "steps": given.get("steps")}
+    if given.keys() & runs.ENDS:  # either one says alone when the run ends
+        options |= {name: given.get(name) for name in runs.ENDS}
     try:
         config = _from_options(options, run)
     except ValueError as error:
@@ -338,26 +339,14 @@ def _reconciled(
     config = _resolved(config, shards)
     config = replace(config, model=replace(config.model, vocab_size=model.vocab_size))
     new = replace(_record(config, shards), changes=record.changes)
-    sides = {name: (record.options.get(name), new.options[name]) for name in sorted(given)}
+    sides = {
+        name: (record.options.get(name), new.options[name])
+        for name in sorted(given.keys() | runs.ENDS if given.keys() & runs.ENDS else given)
+        if name not in _HARMLESS
+    }
     sides["dataset"] = (record.dataset[:12], new.dataset[:12])
     sides["tokenizer"] = (record.tokenizer.sha256[:12], new.tokenizer.sha256[:12])
-    different = {name: pair for name, pair in sides.items() if name not in _HARMLESS and pair[0] != pair[1]}
-    for name in sorted(different.keys() & _SHAPES):
-        raise UserError(
-            f"{run}: {name} (in the run: {different[name][0]}, on the command line: {different[name][1]}) decides the shape of "
-            "the weights; leave that out, or start a new run in another --run"
-        )
-    refused = different.keys() - set(allow_change)
-    if refused:
-        shown = "; ".join(
-            f"{name} (in the run: {different[name][0]}, on the command line: {different[name][1]})"
-            for name in sorted(refused)
-        )
-        flags = " ".join(f"--allow-change {name}" for name in sorted(refused))
-        raise UserError(
-            f"{run}: this would be another run: {shown}; leave that out, or pass {flags} to change it from step {step + 1} on"
-        )
-    changes = [Change(step=step, name=name, old=old, new=now) for name, (old, now) in different.items()]
+    changes = runs.agreed_changes(run, sides, step=step, fixed=_SHAPES, allowed=allow_change)
     return config, new.changed(changes)
 
 

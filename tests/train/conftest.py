@@ -1,6 +1,7 @@
 """What the tests of training share: one thread, a small dataset with a tokenizer of single bytes, what a run has written."""
 
 import hashlib
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from minimind_data.format import InputEntry, Manifest, ShardEntry, TokenizerInfo
+from minimind_data.options import build
 from minimind_data.writer import ShardWriter
 from minimind_train import checkpoint
 from minimind_train.metrics import read_metrics
+from minimind_train.pretrain import PretrainConfig, pretrain
 
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _SHARDS = (30, 34)
@@ -99,3 +102,70 @@ def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def other_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of another dataset with the same tokenizer."""
     return make_dataset(tmp_path_factory.mktemp("dataset") / "other", seed=1)
+
+
+OPTIONS = {
+    "seq_len": 16,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "global_batch": 8,
+    "micro_batch": 4,
+    "steps": 12,
+    "threads": 1,
+    "save_every": 3,
+    "log_every": 1,
+    "dtype": "fp32",
+    "device": "cpu",
+}
+
+
+def config_of(run, dataset, **changes):
+    return build(PretrainConfig, {**OPTIONS, "run": run, "shards": dataset, **changes})
+
+
+class Said(list):
+    """Takes what a run says."""
+
+    __call__ = list.append
+
+    @property
+    def text(self):
+        return "\n".join(self)
+
+
+@pytest.fixture
+def begin(tmp_path, small_dataset):
+    """Begin a run in the folder tmp_path/run."""
+
+    def begin(**changes):
+        said = Said()
+        outcome = pretrain(config_of(tmp_path / "run", small_dataset, **changes), said)
+        return outcome, said
+
+    return begin
+
+
+def stop_after(run, step):
+    """Take a finished run back to what it was after a checkpoint, but for its metrics, which a crash leaves ahead."""
+    for later in checkpoint.steps_of(run):
+        if later > step:
+            shutil.rmtree(checkpoint.folder_of(run, later))
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory, small_dataset):
+    """A run that was never stopped, all of whose checkpoints were kept; read only."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    pretrain(config_of(run, small_dataset, keep=0, dropout=0.1), Said())
+    return run
+
+
+@pytest.fixture
+def stopped_run(tmp_path, whole_run):
+    """The whole run as it was after step 6, its metrics some steps ahead."""
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    stop_after(run, 6)
+    return run

@@ -132,7 +132,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(run, damage
     assert name in told[0]
 
 
-@pytest.mark.parametrize("text", ["", "null", "[]", "{}", '{"sha256": 1}', "\udcff"])
+@pytest.mark.parametrize("text", ["", "null", "[]", "{}", '{"sha256": 1}', "\udcff", "[" * 10**5, "9" * 5000])
 def test_any_nonsense_in_state_json_is_damage(run, text):
     path = run / "checkpoints" / "step-000000003" / "state.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
