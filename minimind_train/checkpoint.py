@@ -37,7 +37,7 @@ from minimind_data.files import (
     sha256_of,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 did not count the lines of metrics
 FOLDER_NAME = "checkpoints"
 MODEL_NAME = "model.safetensors"
 OPTIMIZER_NAME = "optimizer.safetensors"
@@ -48,6 +48,15 @@ _NAME = re.compile(r"step-(\d{9,})")
 
 class DamagedCheckpointError(UserError):
     """A checkpoint is not what was written."""
+
+
+class GoneCheckpointError(UserError):
+    """A checkpoint was deleted while it was read, as a run that is still training does when it has newer ones."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            f"{folder}: deleted while it was read, by a run that is still training; try again, or give the run a larger --keep"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +71,8 @@ class CheckpointState:
     """The run's options, resolved."""
     dataset: str
     """Fingerprint of the dataset."""
+    metrics_lines: int
+    """Lines that metrics.jsonl had; how often they came may have changed on the way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +86,20 @@ class Checkpoint:
         """Put the weights, and the optimizer's state where one is given, in place, bit for bit.
 
         Raises:
+            GoneCheckpointError: it has been deleted since it was found.
             UserError: the model is not the one that was saved.
         """
-        weights = load_file(self.folder / MODEL_NAME)
+        try:
+            weights = load_file(self.folder / MODEL_NAME)
+            flat_state = {} if optimizer is None else load_file(self.folder / OPTIMIZER_NAME)
+        except (OSError, SafetensorError):
+            if self.folder.exists():
+                raise
+            raise GoneCheckpointError(self.folder) from None
         _refuse_other_shapes(self.folder, weights, model.state_dict())
         model.load_state_dict(weights)
         if optimizer is not None:
-            _fill(optimizer, model, load_file(self.folder / OPTIMIZER_NAME))
+            _fill(optimizer, model, flat_state)
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -149,13 +167,13 @@ def load(run: Path, step: int) -> Checkpoint:
     """Check the checkpoint of one step and return it.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is none, or it is damaged, or it is deleted meanwhile.
     """
-    folder = folder_of(run, step)
-    if not folder.is_dir():
-        there = ", ".join(map(str, steps_of(run))) or "none"
-        raise UserError(f"{run}: no checkpoint of step {step}; there are: {there}")
-    return Checkpoint(folder=folder, state=_checked(folder))
+    there = steps_of(run)
+    if step not in there:
+        listed = ", ".join(map(str, there)) or "none"
+        raise UserError(f"{run}: no checkpoint of step {step}; there are: {listed}")
+    return _found(run, step)
 
 
 def load_latest(run: Path, on_damaged: Callable[[str], None]) -> Checkpoint | None:
@@ -166,17 +184,14 @@ def load_latest(run: Path, on_damaged: Callable[[str], None]) -> Checkpoint | No
         on_damaged: is told, in one sentence, of every damaged checkpoint that is passed over.
 
     Raises:
+        GoneCheckpointError: one was deleted while it was read; there are newer ones.
         UserError: there are checkpoints, and all are damaged.
     """
     steps = steps_of(run)
     for step in reversed(steps):
         try:
-            return load(run, step)
+            return _found(run, step)
         except DamagedCheckpointError as error:
-            if not folder_of(
-                run, step
-            ).exists():  # a run that is still training has just deleted it, and has newer ones
-                return load_latest(run, on_damaged)
             on_damaged(f"{error}; trying the one before it")
     if steps:
         raise UserError(
@@ -184,6 +199,16 @@ def load_latest(run: Path, on_damaged: Callable[[str], None]) -> Checkpoint | No
             f"{FOLDER_NAME} and resume, which starts the run again from its first step"
         )
     return None
+
+
+def _found(run: Path, step: int) -> Checkpoint:
+    folder = folder_of(run, step)
+    try:
+        return Checkpoint(folder=folder, state=_checked(folder))
+    except DamagedCheckpointError:
+        if folder.exists():
+            raise
+        raise GoneCheckpointError(folder) from None
 
 
 def _write(folder: Path, state: CheckpointState, model: nn.Module, optimizer: Optimizer) -> None:

@@ -211,12 +211,6 @@ class _Job:
         place = SampleCursor(cursor)
         options = _recorded(self.config)
 
-        def save(step: int, cursor: int) -> None:
-            state = CheckpointState(
-                step=step, cursor=cursor, config=options, dataset=self.shards.manifest.fingerprint
-            )
-            checkpoint.save(self.run, state, model, optimizer, keep=training.keep)
-
         with (
             MetricsLog(self.run / FILE_NAME, last_step=step) as metrics,
             StepLoader(
@@ -229,6 +223,22 @@ class _Job:
                 device=device,
             ) as batches,
         ):
+
+            def save(step: int, cursor: int) -> None:
+                state = CheckpointState(
+                    step=step,
+                    cursor=cursor,
+                    config=options,
+                    dataset=self.shards.manifest.fingerprint,
+                    metrics_lines=metrics.num_lines,
+                )
+                checkpoint.save(self.run, state, model, optimizer, keep=training.keep)
+
+            if found and (lost := found.state.metrics_lines - metrics.num_lines) > 0:
+                self.say(
+                    f"{self.run / FILE_NAME}: {lost} of the {found.state.metrics_lines} lines up to step {step} are gone or broken; "
+                    "training goes on the same without them; to have them again, put them back from a backup while the run is stopped"
+                )
             return loop.run(
                 model,
                 optimizer,

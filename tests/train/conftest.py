@@ -1,6 +1,7 @@
 """What the tests of training share: one thread, a small dataset with a tokenizer of single bytes, what a run has written."""
 
 import hashlib
+import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from minimind_data.format import InputEntry, Manifest, ShardEntry, TokenizerInfo
 from minimind_data.options import build
 from minimind_data.writer import ShardWriter
 from minimind_train import checkpoint
-from minimind_train.metrics import read_metrics
+from minimind_train.metrics import FILE_NAME
 from minimind_train.pretrain import PretrainConfig, pretrain
 
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -73,9 +74,14 @@ def weights(run: Path, step: int) -> bytes:
     return (checkpoint.folder_of(run, step) / checkpoint.MODEL_NAME).read_bytes()
 
 
+def records(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
 def metrics(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl, but for what no two runs share."""
-    return [{**record, "tokens_per_second": 0} for record in read_metrics(run / "metrics.jsonl")]
+    """The lines of a run's metrics, but for what no two runs share."""
+    return [{**record, "tokens_per_second": 0} for record in records(run / FILE_NAME)]
 
 
 def steps(run: Path) -> list[int]:

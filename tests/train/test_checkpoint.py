@@ -32,7 +32,9 @@ def train(model, optimizer, steps):
 
 
 def state(step):
-    return CheckpointState(step=step, cursor=step * 8, config={"seed": 1, "lr": 5e-4}, dataset="abc")
+    return CheckpointState(
+        step=step, cursor=step * 8, config={"seed": 1, "lr": 5e-4}, dataset="abc", metrics_lines=step
+    )
 
 
 def bits(model, optimizer):

@@ -13,10 +13,12 @@ from minimind_train import loop
 from minimind_train.interrupt import StopRequest
 from minimind_train.loader import StepLoader
 from minimind_train.losses import summed_cross_entropy
-from minimind_train.metrics import MetricsLog, read_metrics
+from minimind_train.metrics import MetricsLog
 from minimind_train.model import MiniMind, ModelConfig, initialize
 from minimind_train.optim import OptimConfig, learning_rate, make_optimizer
 from minimind_train.sampler import SampleCursor, SampleOrder
+
+from .conftest import records
 
 SEQ_LEN, VOCAB, NUM_WINDOWS = 6, 30, 40
 OPTIM = OptimConfig(learning_rate=0.01)
@@ -114,7 +116,7 @@ class Run:
 
     @property
     def metrics(self):
-        return read_metrics(self.folder / "metrics.jsonl")
+        return records(self.folder / "metrics.jsonl")
 
 
 def test_a_step_is_adamw_on_the_mean_over_all_targets(tmp_path):
@@ -170,8 +172,8 @@ def test_two_halves_are_the_whole_bit_for_bit(tmp_path, dropout, stop):
     halves.go()
     for ours, theirs in zip(halves.weights, whole.weights, strict=True):
         assert torch.equal(ours, theirs)
-    for records in (there, here := halves.metrics):
-        for record in records:
+    for lines in (there, here := halves.metrics):
+        for record in lines:
             del record["tokens_per_second"]
     assert here == there
 

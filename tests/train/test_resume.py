@@ -162,6 +162,39 @@ def test_steps_and_epochs_take_each_others_place_and_both_sides_show(stopped_run
     assert outcome.total_steps == outcome.step > 12
 
 
+def test_metrics_that_are_gone_are_said_once_and_cost_nothing(stopped_run, whole_run):
+    path = stopped_run / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    damage = {
+        0: path.unlink,
+        2: lambda: path.write_bytes(b"".join(lines[:2])),
+        4: lambda: path.write_bytes(b"".join([*lines[1:3], b"\xff\n", *lines[4:]])),
+    }
+    for left, damaged in damage.items():
+        damaged()
+        said = Said()
+        assert resume(stopped_run, {}, say=said).step == 12
+        assert (
+            f"metrics.jsonl: {6 - left} of the 6 lines up to step 6 are gone or broken; training goes on"
+            in said.text
+        )
+        assert weights(stopped_run, 12) == weights(whole_run, 12)
+        assert metrics(stopped_run)[left:] == metrics(whole_run)[6:]
+        said.clear()
+        stop_after(stopped_run, 9)
+        resume(stopped_run, {}, say=said)
+        assert "are gone" not in said.text
+        stop_after(stopped_run, 6)
+
+
+def test_metrics_that_came_seldom_or_more_often_are_not_missed(stopped_run):
+    for step, log_every in ((7, 100), (9, 7), (12, 1)):
+        said = Said()
+        resume(stopped_run, {"steps": step, "log_every": log_every}, allow_change={"steps"}, say=said)
+        assert "are gone" not in said.text
+    assert steps(stopped_run) == [1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12]
+
+
 def test_a_resume_clears_away_what_a_killed_process_left(stopped_run):
     ours = [
         stopped_run / "checkpoints" / "step-000000007.123.partial" / "model.safetensors",
