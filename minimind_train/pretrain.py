@@ -5,7 +5,6 @@ what cannot change the result (devices, micro-batch, logging) is taken over, wha
 unless the user allows that change by name, in which case it is noted in `config.json`.
 """
 
-import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,7 +22,12 @@ from minimind_data.shards import ShardSet
 from minimind_data.windows import Layout, Windows, open_windows
 from minimind_train import checkpoint, loop, runs
 from minimind_train.checkpoint import Checkpoint, CheckpointState
-from minimind_train.devices import resolve_device, resolve_dtype
+from minimind_train.devices import (
+    out_of_memory_is_plain,
+    refuse_too_large,
+    resolve_device,
+    resolve_dtype,
+)
 from minimind_train.loader import StepLoader
 from minimind_train.losses import summed_cross_entropy
 from minimind_train.metrics import FILE_NAME, MetricsLog
@@ -184,6 +188,9 @@ class _Job:
         self.say(f"beginning at window {window}, which begins at {begin_shard}:{begin} and holds {place}")
         return self.order.position_of(window, epoch)
 
+    @out_of_memory_is_plain(
+        "go on with --resume and a smaller --micro-batch, or free some memory; earlier checkpoints are intact"
+    )
     def train(
         self,
         found: Checkpoint | None,
@@ -263,7 +270,7 @@ class _Job:
             left = max(0, training.steps - step)
             return cursor + left * training.global_batch, training.steps
         end = (training.epochs or DEFAULT_EPOCHS) * len(self.windows)
-        return end, step + math.ceil(max(0, end - cursor) / training.global_batch)
+        return end, step + len(range(cursor, end, training.global_batch))
 
     def _describe(self, position: int) -> dict[str, Any]:
         """Say of a cursor which epoch its last sample was in and, in sequential order, where the next one begins."""
@@ -382,3 +389,9 @@ def _refuse_unfit(config: PretrainConfig, shards: ShardSet) -> None:
             f"--seq-len {config.data.seq_len} is longer than the model's --max-position-embeddings "
             f"{config.model.max_position_embeddings}; change one of them"
         )
+    size = config.model.num_parameters
+    what = f"{size / 1e6:,.1f} M parameters, their gradients and AdamW's two averages"
+    device = resolve_device(config.training.device)
+    refuse_too_large(what, 16 * size, device, "take a smaller --hidden-size or --num-hidden-layers")
+    samples = 16 * config.training.global_batch * config.data.seq_len  # two int64 a token
+    refuse_too_large("the samples of a step", samples, torch.device("cpu"), "take a smaller --global-batch")

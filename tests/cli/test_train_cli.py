@@ -155,6 +155,10 @@ def test_an_allowed_change_goes_on(dataset, tmp_path):
         (["--hidden-size", "7"], "does not divide"),
         (["--layout", "heap"], "concat"),
         (["--seq-len", "0"], "seq_len"),
+        (["--global-batch", "1000000000000"], "global_batch must be from 1 to 1048576, not 1000000000000"),
+        (["--steps", "1" + "0" * 400], "steps must be from"),
+        (["--num-hidden-layers", "1000000"], "num_hidden_layers must be from"),
+        (["--learning-rate", "nan"], "learning_rate must be"),
     ],
 )
 def test_wrong_usage_is_status_2(arguments, complaint, tmp_path):

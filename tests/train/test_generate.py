@@ -113,6 +113,16 @@ def test_prompts_that_the_model_cannot_read_are_refused_at_once(model, prompt, m
         generate(model, prompt, options=GenerateOptions(), eos_id=EOS)
 
 
+def test_weights_that_are_no_numbers_are_a_sentence():
+    broken = MiniMind(CONFIG).eval()
+    initialize(broken, 0)
+    with torch.no_grad():
+        broken.model.norm.weight[3] = float("nan")
+    for temperature in (0.0, 1.0):
+        with pytest.raises(UserError, match="give no numbers any more.*earlier --checkpoint"):
+            ids_from(broken, temperature=temperature)
+
+
 # Choosing
 
 

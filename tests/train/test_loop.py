@@ -333,6 +333,16 @@ def test_the_progress_line_fits_a_terminal(tmp_path, monkeypatch):
         {"save_every": -1},
         {"keep": -1},
         {"threads": -1},
+        {"threads": 10**6},
+        {"seed": -1},
+        {"seed": 2**64},
+        {"global_batch": 10**12},
+        {"micro_batch": 10**12},
+        {"epochs": 10**18},
+        {"steps": 10**400},
+        {"save_every": 10**18},
+        {"log_every": 10**18},
+        {"keep": 10**18},
     ],
 )
 def test_impossible_options_are_refused(options):

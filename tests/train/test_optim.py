@@ -47,6 +47,7 @@ def test_a_step_outside_the_run_is_refused(step):
         {"learning_rate": math.inf},
         {"learning_rate": math.nan},
         {"warmup_steps": -1},
+        {"warmup_steps": 10**400},
         {"weight_decay": -0.1},
         {"beta1": 1.0},
         {"beta2": -0.1},

@@ -4,14 +4,16 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from minimind_data.errors import UserError
 from minimind_data.shards import ShardSet
 from minimind_data.windows import open_windows
-from minimind_train import checkpoint
+from minimind_train import checkpoint, devices
+from minimind_train.pretrain import resume
 from minimind_train.runs import RunRecord
 
-from .conftest import metrics, steps
+from .conftest import Said, metrics, steps
 
 
 def test_a_run_folder_has_all_that_the_run_is(whole_run, small_dataset):
@@ -66,6 +68,8 @@ def test_a_run_of_more_steps_than_the_dataset_has_goes_on_into_further_epochs(be
         ({"seq_len": 100_000, "max_position_embeddings": 200_000}, "shorter --seq-len"),
         ({"max_position_embeddings": 15}, "longer than the model's --max-position-embeddings 15"),
         ({"shards": Path("nowhere")}, "no dataset"),
+        ({"hidden_size": 2**20}, "parameters, .* GiB; take a smaller --hidden-size"),
+        ({"num_hidden_layers": 4096, "intermediate_size": 2**22}, "or --num-hidden-layers"),
         ({"device": "cuda:77"}, "--device cuda:77"),
         ({"device": "abacus"}, "--device abacus"),
         ({"resume_from": "text-00000:4"}, "needs --order sequential"),
@@ -77,3 +81,46 @@ def test_what_cannot_be_run_leaves_no_folder(begin, tmp_path, changes, complaint
     with pytest.raises(UserError, match=complaint):
         begin(**changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_step_that_cannot_fit_leaves_no_folder(begin, tmp_path, monkeypatch):
+    sizes = iter([10**9, 10**9])
+    monkeypatch.setattr(devices, "memory_of", lambda _: next(sizes))
+    with pytest.raises(
+        UserError, match="the samples of a step take at least .* take a smaller --global-batch"
+    ):
+        begin(global_batch=2**20, seq_len=100)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+        ),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_that_runs_out_is_a_sentence(begin, tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("minimind_train.loop._step", fail)
+        with pytest.raises(
+            UserError, match=r"^the memory is used up \(.+\); go on with --resume and a smaller"
+        ):
+            begin()
+    assert resume(tmp_path / "run", {"micro_batch": 1}, say=Said()).step == 12
+
+
+def test_other_runtime_errors_are_ours(begin, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("minimind_train.loop._step", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        begin()
