@@ -123,7 +123,15 @@ class FolderLock:
 
     def __enter__(self) -> Self:
         while True:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except OSError as error:
+                if is_disk_full(error):
+                    raise
+                folder = self._path.parent
+                raise UserError(
+                    f"{folder}: cannot be written ({error.strerror}); make it writable, or take another folder"
+                ) from None
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -238,6 +238,8 @@ def _checked(folder: Path) -> CheckpointState:
         problem, version = _problem(folder, told), told.get("format_version")
         if problem is None and version == FORMAT_VERSION:
             return CheckpointState(**{field.name: told[field.name] for field in fields(CheckpointState)})
+    except PermissionError:
+        raise  # not damaged, and nothing that should be deleted
     except OSError as error:
         problem = f"{Path(error.filename or folder).name}: {error.strerror}"
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError):

@@ -146,6 +146,8 @@ def resume(
         runs.clean(run)
         found = checkpoint.load_latest(run, say)
         step = found.state.step if found else 0
+        if not found:
+            say(f"{run}: no checkpoint yet, so the run begins again")
         shards = _open_shards(given.get("shards", record.options["shards"]))
         kept = record.without_moves_after(step)
         config, new_record = _reconciled(run, kept, given, shards, step=step, allow_change=allow_change)

@@ -119,6 +119,9 @@ def _no_run(run: Path) -> str:
     """Say that a place holds no run, and how one comes there."""
     if run.exists() and not run.is_dir():
         return f"{run}: no run but a file; pass the folder of a run by --run"
+    for parent in run.absolute().parents[:2]:
+        if (parent / CONFIG_NAME).is_file() and (parent / checkpoint.FOLDER_NAME).is_dir():
+            return f"{run}: a folder inside of a run; pass --run {shlex.quote(str(parent))}"
     what = f"no {CONFIG_NAME} in the folder" if run.exists() else "no such folder"
     return (
         f"{run}: no run there ({what}); begin one by `mm-train pretrain --shards DATASET --run {shlex.quote(str(run))}` "
@@ -168,7 +171,8 @@ def create(run: Path, record: RunRecord, dataset: Path) -> None:
 
 def update(run: Path, old: RunRecord, new: RunRecord, dataset: Path) -> None:
     """Bring a run folder up to date with what was changed; the caller holds its lock."""
-    if new.tokenizer != old.tokenizer:
+    path = run / TOKENIZER_NAME
+    if not path.is_file() or sha256_of(path) != new.tokenizer.sha256:
         _copy_tokenizer(run, dataset)
     if new != old:
         new.write(run)
@@ -203,7 +207,8 @@ def agreed_changes(
     different = {name: pair for name, pair in sides.items() if pair[0] != pair[1]}
 
     def show(name: str) -> str:
-        return f"{name} (in the run: {different[name][0]}, on the command line: {different[name][1]})"
+        where = "in the dataset now" if name in {"dataset", "tokenizer"} else "on the command line"
+        return f"{name} (in the run: {different[name][0]}, {where}: {different[name][1]})"
 
     for name in sorted(different.keys() & fixed):
         raise UserError(

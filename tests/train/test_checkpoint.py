@@ -232,3 +232,12 @@ def test_a_model_of_another_shape_is_refused_by_name(run):
         UserError, match=r"another model: model\.embed_tokens\.weight is \[40, 16\] .* \[40, 32\]"
     ):
         checkpoint.load(run, 3).restore(*make(config=wider))
+
+
+def test_what_must_not_be_read_is_not_called_damaged(run, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint, "sha256_of", refuse)
+    with pytest.raises(PermissionError):
+        checkpoint.load_latest(run, fail)

@@ -108,7 +108,7 @@ def test_what_would_make_another_run_is_refused_with_both_sides(stopped_run, nam
 def test_another_dataset_is_refused_unless_it_is_asked_for(stopped_run, other_dataset):
     here = ShardSet.open(other_dataset).manifest.fingerprint[:12]
     there = RunRecord.read(stopped_run).dataset[:12]
-    with pytest.raises(UserError, match=rf"dataset \(in the run: {there}, on the command line: {here}\)"):
+    with pytest.raises(UserError, match=rf"dataset \(in the run: {there}, in the dataset now: {here}\)"):
         resume(stopped_run, {"shards": other_dataset})
     resume(stopped_run, {"shards": other_dataset}, allow_change={"dataset"}, say=Said())
     assert RunRecord.read(stopped_run).changes == (Change(step=6, name="dataset", old=there, new=here),)
@@ -193,6 +193,22 @@ def test_metrics_that_came_seldom_or_more_often_are_not_missed(stopped_run):
         resume(stopped_run, {"steps": step, "log_every": log_every}, allow_change={"steps"}, say=said)
         assert "are gone" not in said.text
     assert steps(stopped_run) == [1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12]
+
+
+def test_a_tokenizer_that_is_gone_comes_back(stopped_run, whole_run):
+    path = stopped_run / "tokenizer.json"
+    for spoil in (path.unlink, lambda: path.write_text("{}")):
+        spoil()
+        resume(stopped_run, {}, say=Said())
+        assert path.read_bytes() == (whole_run / "tokenizer.json").read_bytes()
+        stop_after(stopped_run, 6)
+
+
+def test_a_run_without_checkpoints_says_that_it_begins_again(stopped_run):
+    stop_after(stopped_run, 0)
+    said = Said()
+    resume(stopped_run, {}, say=said)
+    assert "no checkpoint yet, so the run begins again" in said[0]
 
 
 def test_a_resume_clears_away_what_a_killed_process_left(stopped_run):

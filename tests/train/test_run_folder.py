@@ -1,5 +1,6 @@
 """Run folders: occupied, in use, damaged, or none at all."""
 
+import errno
 import json
 
 import pytest
@@ -47,6 +48,24 @@ def test_where_there_is_no_run_it_is_said_how_one_is_made(tmp_path):
         resume(file, {})
     with pytest.raises(UserError, match="--run '.*my run'` without"):
         RunRecord.read(run)
+
+
+def test_a_folder_inside_of_a_run_is_led_back_to_it(whole_run):
+    for folder in (whole_run / "checkpoints", whole_run / "checkpoints" / "step-000000003"):
+        with pytest.raises(UserError, match=f"{folder}: a folder inside of a run; pass --run {whole_run}$"):
+            RunRecord.read(folder)
+
+
+def test_a_folder_that_cannot_be_written_is_named(begin, tmp_path, monkeypatch):
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.open", refuse)
+        with pytest.raises(
+            UserError, match=r"run: cannot be written \(Permission denied\); make it writable"
+        ):
+            begin()
 
 
 def test_a_run_is_not_begun_in_a_file(begin, tmp_path):
