@@ -8,11 +8,13 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
+import shutil
 from collections.abc import Container, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 from minimind_data.errors import UserError
 
@@ -26,13 +28,18 @@ def partial_name(path: Path) -> Path:
 
 
 def remove_partials(folder: Path, names: Container[str] | None = None) -> None:
-    """Delete what killed processes left half-written of the files with these names, or of any where the folder is ours.
+    """Delete what killed processes left half-written of the files with these names.
 
+    Without names the folder is ours, and everything goes that has a temporary name, folders with all that is in them.
     The caller holds the folder's lock.
     """
     for path in folder.glob(f"*.*{PARTIAL_SUFFIX}"):
         name, process, _ = path.name.rsplit(".", 2)
-        if process.isdecimal() and (names is None or name in names):
+        if not process.isdecimal():
+            continue
+        if names is None and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif names is None or name in names:
             path.unlink(missing_ok=True)
 
 
@@ -104,6 +111,14 @@ def sha256_of_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def checksum_of_json(told: dict[str, Any]) -> str:
+    """Return the hexadecimal SHA-256 of what a JSON file tells, however it is laid out: a flipped byte or an edit shows.
+
+    Keys and values are those of JSON; tuples count as lists.
+    """
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
 class FolderLock:
     """A lock file that one process at a time can hold, released by the kernel when that process ends in whatever way.
 
@@ -124,7 +139,15 @@ class FolderLock:
 
     def __enter__(self) -> Self:
         while True:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except OSError as error:
+                if is_disk_full(error):
+                    raise
+                folder = self._path.parent
+                raise UserError(
+                    f"{folder}: cannot be written ({error.strerror}); make it writable, or take another folder"
+                ) from None
             try:
                 fcntl.flock(descriptor, self._kind | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -24,7 +24,6 @@ tokens: two datasets with one fingerprint hold the same tokens in the same order
 Source of the shard layout: Megatron-LM, megatron/core/datasets/indexed_dataset.py (`_IndexWriter`, `_IndexReader`).
 """
 
-import hashlib
 import json
 import struct
 from dataclasses import asdict, dataclass
@@ -35,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minimind_data.errors import UserError
+from minimind_data.files import checksum_of_json
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -229,7 +229,7 @@ class Manifest:
             "options": {name: value for name, value in self.options.items() if name != "split_bytes"},
             "inputs": [{"bytes": entry.bytes, "sha256": entry.sha256} for entry in self.inputs],
         }
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        return checksum_of_json(told)
 
     @property
     def num_tokens(self) -> int:
@@ -244,7 +244,7 @@ class Manifest:
     def to_json(self) -> str:
         """Return the text of `manifest.json`."""
         told = {"format_version": self.format_version, "fingerprint": self.fingerprint, **asdict(self)}
-        return json.dumps({**told, "checksum": _checksum(told)}, ensure_ascii=False, indent=1) + "\n"
+        return json.dumps({**told, "checksum": checksum_of_json(told)}, ensure_ascii=False, indent=1) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -268,7 +268,7 @@ class Manifest:
                     f"{path}: format version {told['format_version']}; this program reads version {FORMAT_VERSION}"
                 )
             checksum, fingerprint = told.pop("checksum"), told.pop("fingerprint")
-            if checksum != _checksum({**told, "fingerprint": fingerprint}):
+            if checksum != checksum_of_json({**told, "fingerprint": fingerprint}):
                 raise FormatError(f"{path}: damaged (its checksum does not fit); {REMAKE_ALL}")
             manifest = cls(
                 **{
@@ -283,8 +283,3 @@ class Manifest:
         if manifest.fingerprint != fingerprint or manifest.dtype not in DTYPE_CODES:
             raise FormatError(f"{path}: its fingerprint does not fit its content; {REMAKE_ALL}")
         return manifest
-
-
-def _checksum(told: dict[str, Any]) -> str:
-    """Return the SHA-256 of everything else in a manifest, so that a flipped byte anywhere in it shows."""
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

@@ -12,8 +12,6 @@ found by its checksums. What can be derived (learning rate, order of samples, ra
 This module does not know what a run folder holds besides; the caller holds the folder's lock.
 """
 
-import errno
-import hashlib
 import json
 import os
 import re
@@ -30,9 +28,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minimind_data.errors import UserError
-from minimind_data.files import PARTIAL_SUFFIX, fsync_folder, partial_name, sha256_of
+from minimind_data.files import (
+    checksum_of_json,
+    fsync_folder,
+    is_disk_full,
+    partial_name,
+    remove_partials,
+    sha256_of,
+)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 did not count the lines of metrics
 FOLDER_NAME = "checkpoints"
 MODEL_NAME = "model.safetensors"
 OPTIMIZER_NAME = "optimizer.safetensors"
@@ -43,6 +48,15 @@ _NAME = re.compile(r"step-(\d{9,})")
 
 class DamagedCheckpointError(UserError):
     """A checkpoint is not what was written."""
+
+
+class GoneCheckpointError(UserError):
+    """A checkpoint was deleted while it was read, as a run that is still training does when it has newer ones."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            f"{folder}: deleted while it was read, by a run that is still training; try again, or give the run a larger --keep"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +71,8 @@ class CheckpointState:
     """The run's options, resolved."""
     dataset: str
     """Fingerprint of the dataset."""
+    metrics_lines: int
+    """Lines that metrics.jsonl had; how often they came may have changed on the way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +86,20 @@ class Checkpoint:
         """Put the weights, and the optimizer's state where one is given, in place, bit for bit.
 
         Raises:
+            GoneCheckpointError: it has been deleted since it was found.
             UserError: the model is not the one that was saved.
         """
-        weights = load_file(self.folder / MODEL_NAME)
+        try:
+            weights = load_file(self.folder / MODEL_NAME)
+            flat_state = {} if optimizer is None else load_file(self.folder / OPTIMIZER_NAME)
+        except (OSError, SafetensorError):
+            if self.folder.exists():
+                raise
+            raise GoneCheckpointError(self.folder) from None
         _refuse_other_shapes(self.folder, weights, model.state_dict())
         model.load_state_dict(weights)
         if optimizer is not None:
-            _fill(optimizer, model, load_file(self.folder / OPTIMIZER_NAME))
+            _fill(optimizer, model, flat_state)
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -137,24 +160,20 @@ def save(run: Path, state: CheckpointState, model: nn.Module, optimizer: Optimiz
 
 def remove_leftovers(run: Path) -> None:
     """Delete what a killed process left half-written or half-deleted."""
-    for path in (run / FOLDER_NAME).glob(f"*{PARTIAL_SUFFIX}"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    remove_partials(run / FOLDER_NAME)
 
 
 def load(run: Path, step: int) -> Checkpoint:
     """Check the checkpoint of one step and return it.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is none, or it is damaged, or it is deleted meanwhile.
     """
-    folder = folder_of(run, step)
-    if not folder.is_dir():
-        there = ", ".join(map(str, steps_of(run))) or "none"
-        raise UserError(f"{run}: no checkpoint of step {step}; there are: {there}")
-    return Checkpoint(folder=folder, state=_checked(folder))
+    there = steps_of(run)
+    if step not in there:
+        listed = ", ".join(map(str, there)) or "none"
+        raise UserError(f"{run}: no checkpoint of step {step}; there are: {listed}")
+    return _found(run, step)
 
 
 def load_latest(run: Path, on_damaged: Callable[[str], None]) -> Checkpoint | None:
@@ -165,17 +184,14 @@ def load_latest(run: Path, on_damaged: Callable[[str], None]) -> Checkpoint | No
         on_damaged: is told, in one sentence, of every damaged checkpoint that is passed over.
 
     Raises:
+        GoneCheckpointError: one was deleted while it was read; there are newer ones.
         UserError: there are checkpoints, and all are damaged.
     """
     steps = steps_of(run)
     for step in reversed(steps):
         try:
-            return load(run, step)
+            return _found(run, step)
         except DamagedCheckpointError as error:
-            if not folder_of(
-                run, step
-            ).exists():  # a run that is still training has just deleted it, and has newer ones
-                return load_latest(run, on_damaged)
             on_damaged(f"{error}; trying the one before it")
     if steps:
         raise UserError(
@@ -183,6 +199,16 @@ def load_latest(run: Path, on_damaged: Callable[[str], None]) -> Checkpoint | No
             f"{FOLDER_NAME} and resume, which starts the run again from its first step"
         )
     return None
+
+
+def _found(run: Path, step: int) -> Checkpoint:
+    folder = folder_of(run, step)
+    try:
+        return Checkpoint(folder=folder, state=_checked(folder))
+    except DamagedCheckpointError:
+        if folder.exists():
+            raise
+        raise GoneCheckpointError(folder) from None
 
 
 def _write(folder: Path, state: CheckpointState, model: nn.Module, optimizer: Optimizer) -> None:
@@ -196,7 +222,7 @@ def _write(folder: Path, state: CheckpointState, model: nn.Module, optimizer: Op
         files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     told = {"format_version": FORMAT_VERSION, **asdict(state), "files": files}
     with (folder / STATE_NAME).open("w", encoding="utf-8") as file:
-        json.dump({**told, "sha256": _digest(told)}, file, ensure_ascii=False, indent=1)
+        json.dump({**told, "sha256": checksum_of_json(told)}, file, ensure_ascii=False, indent=1)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
@@ -209,25 +235,26 @@ def _checked(folder: Path) -> CheckpointState:
     """Read state.json and hold both files against it."""
     try:
         told = json.loads((folder / STATE_NAME).read_bytes())
-        problem = _problem(folder, told)
-        if problem:
-            raise DamagedCheckpointError(f"checkpoint {folder} is damaged ({problem})")
-        if told["format_version"] != FORMAT_VERSION:
-            raise UserError(
-                f"checkpoint {folder} is of format {told['format_version']}; this program reads format {FORMAT_VERSION}"
-            )
-        return CheckpointState(**{field.name: told[field.name] for field in fields(CheckpointState)})
+        problem, version = _problem(folder, told), told.get("format_version")
+        if problem is None and version == FORMAT_VERSION:
+            return CheckpointState(**{field.name: told[field.name] for field in fields(CheckpointState)})
+    except PermissionError:
+        raise  # not damaged, and nothing that should be deleted
     except OSError as error:
         problem = f"{Path(error.filename or folder).name}: {error.strerror}"
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError):
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
         problem = f"{STATE_NAME} cannot be read"
+    if problem is None:
+        raise UserError(
+            f"checkpoint {folder} is of format {version}; this program reads format {FORMAT_VERSION}"
+        )
     raise DamagedCheckpointError(f"checkpoint {folder} is damaged ({problem})")
 
 
 def _problem(folder: Path, told: dict[str, Any]) -> str | None:
     """Say in what way a checkpoint is not what was written, or None."""
     checksum = told.pop("sha256")
-    if checksum != _digest(told):
+    if checksum != checksum_of_json(told):
         return f"{STATE_NAME} does not fit its own checksum"
     for name, entry in told["files"].items():
         num_bytes = (folder / name).stat().st_size
@@ -236,10 +263,6 @@ def _problem(folder: Path, told: dict[str, Any]) -> str | None:
         if sha256_of(folder / name) != entry["sha256"]:
             return f"{name} does not fit its checksum"
     return None
-
-
-def _digest(told: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _flat_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -281,8 +304,8 @@ def _delete(folder: Path) -> None:
 
 
 def _sentence(folder: Path, error: Exception) -> str:
-    code = getattr(error, "errno", None)
-    full = code in {errno.ENOSPC, errno.EDQUOT} or "os error 28" in str(error)
+    # safetensors tells a system's error by its text alone.
+    full = (isinstance(error, OSError) and is_disk_full(error)) or "os error 28" in str(error)
     remedy = "make room on the disk" if full else "mend that"
     why = getattr(error, "strerror", None) or str(error)
     return f"{folder}: the checkpoint could not be written ({why}); {remedy} and go on with --resume; earlier checkpoints are intact"

@@ -1,5 +1,8 @@
 """Where a run computes and in what precision: what `auto` means on this machine."""
 
+import contextlib
+import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -42,6 +45,48 @@ def resolve_dtype(name: Dtype, device: torch.device) -> Literal["bf16", "fp32"]:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if device.type == "cpu" and _cpu_multiplies_bf16() else "fp32"
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Return the bytes of memory that a device has in all, or None where that is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def refuse_too_large(what: str, num_bytes: int, device: torch.device, remedy: str) -> None:
+    """Refuse what cannot fit a device, before the system ends the process for trying.
+
+    Args:
+        what: what wants the memory, for the error.
+        num_bytes: how much it takes at least.
+        device: where it goes.
+        remedy: what the user can do.
+
+    Raises:
+        UserError: it takes more than all of the device's memory.
+    """
+    memory = memory_of(device)
+    if memory is not None and num_bytes > memory:
+        raise UserError(
+            f"{what} take at least {num_bytes / 2**30:,.1f} GiB and {device} has {memory / 2**30:,.1f} GiB; {remedy}"
+        )
+
+
+@contextlib.contextmanager
+def out_of_memory_is_plain(remedy: str) -> Iterator[None]:
+    """Turn memory that ran out inside the block, on the device or beside it, into one sentence that ends in `remedy`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # On the CPU torch raises a plain RuntimeError, which only its text tells from others.
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not short:
+            raise
+        reason = str(error).partition("\n")[0] or "MemoryError"
+        raise UserError(f"the memory is used up ({reason}); {remedy}") from None
 
 
 def autocast(dtype: str, device: torch.device) -> AbstractContextManager[object]:

@@ -84,6 +84,11 @@ def _generate(
     room = model.config.max_position_embeddings - len(prompt_ids) + 1
     for _ in range(min(options.max_new_tokens, room)):
         logits = _next_logits(model, torch.tensor([unread], device=device), cache)
+        if not logits.isfinite().all():
+            raise UserError(
+                "the model's weights give no numbers any more, as after a --learning-rate that was far too high; take an "
+                "earlier --checkpoint, or train anew"
+            )
         chosen = choose(logits, options, generator)
         if chosen == eos_id:
             return

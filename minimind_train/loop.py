@@ -29,7 +29,18 @@ from minimind_train.optim import OptimConfig, clip_gradients, learning_rate
 from minimind_train.progress import Progress, Say
 from minimind_train.sampler import SampleCursor
 
-_MAX_THREADS = 1024  # far above any machine; torch itself crashes on far more
+_LIMITS = {
+    # So that no position of a run leaves 64 bits, and no count of steps the exact numbers of a float.
+    "epochs": (1, 10**6),
+    "steps": (1, 10**12),
+    "global_batch": (1, 2**20),
+    "micro_batch": (1, 2**20),
+    "log_every": (1, 10**12),
+    "save_every": (0, 10**12),
+    "keep": (0, 10**12),
+    "seed": (0, 2**64 - 1),
+    "threads": (0, 1024),  # far above any machine; torch itself crashes on far more
+}
 
 SummedLoss = Callable[[Mapping[str, Tensor]], Tensor]
 """From a micro-batch, through the model, to the sum of the losses at its valid targets."""
@@ -55,17 +66,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("--epochs and --steps both say when the run ends; pass one of them")
-        for name in ("epochs", "steps", "global_batch", "micro_batch", "log_every"):
+        for name, (least, most) in _LIMITS.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed must be from 0 to 2^64 - 1, not {self.seed}")
-        if self.threads > _MAX_THREADS:
-            raise ValueError(f"threads must be at most {_MAX_THREADS}, not {self.threads}")
-        for name in ("threads", "save_every", "keep"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name} must be from {least} to {most}, not {value}")
 
 
 @dataclass(frozen=True, kw_only=True)

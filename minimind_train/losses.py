@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORED = -100
-"""The target of a position at which nothing is learned."""
+from minimind_data.windows import IGNORED
 
 _CHUNK_LOGITS = 2**22  # 16 MB in float32; between 2^21 and 2^23 the speed is the same
 _MIN_CHUNK_TOKENS = 256  # below this the matrix products of a large vocabulary grow slow

@@ -21,12 +21,15 @@ class MetricsLog:
 
     Args:
         path: the file; it is created if missing.
-        last_step: lines of later steps, and a line that was cut off, are removed first. 0 begins anew.
+        last_step: lines of later steps, and what is no line of metrics, are removed first. 0 begins anew.
+
+    Attributes:
+        num_lines: how many lines the file has.
     """
 
     def __init__(self, path: Path, *, last_step: int) -> None:
         self._path = path
-        _cut_back(path, last_step)
+        self.num_lines = _cut_back(path, last_step)
         # Unbuffered: one line is one system call, which survives the end of the process in whatever way it comes.
         self._file = path.open("ab", buffering=0)
 
@@ -39,6 +42,7 @@ class MetricsLog:
             raise UserError(f"{self._path}: {error.strerror}; mend that and go on with --resume") from error
         if written != len(line):
             raise UserError(f"{self._path}: the disk is full; make room and go on with --resume")
+        self.num_lines += 1
 
     def sync(self) -> None:
         """Bring what was written to the disk itself, so that a checkpoint is never ahead of its metrics."""
@@ -53,38 +57,15 @@ class MetricsLog:
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a `metrics.jsonl`, also of a run that is still writing it.
-
-    Raises:
-        UserError: there is no such file, or a line other than a last, unfinished one is no record.
-    """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; a run writes it into its folder from its first step on"
-        ) from None
-    records = []
-    for number, line in enumerate(data.splitlines(keepends=True), 1):
-        record = _record(line)
-        if record is not None:
-            records.append(record)
-        elif line.endswith(b"\n"):
-            raise UserError(
-                f"{path}:{number}: not a line of metrics; delete it, or bring the file back from a backup"
-            )
-    return records
-
-
-def _cut_back(path: Path, last_step: int) -> None:
-    """Keep the whole lines up to a step; the file changes as a whole or not at all."""
+def _cut_back(path: Path, last_step: int) -> int:
+    """Keep the whole lines up to a step, and return their number; the file changes as a whole or not at all."""
     if not path.exists():
-        return
+        return 0
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if (record := _record(line)) is not None and record["step"] <= last_step]
     if kept != lines:
         write_atomic(path, b"".join(kept))
+    return len(kept)
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

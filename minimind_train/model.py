@@ -20,6 +20,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+_LARGEST = {
+    # Far above any model that one machine trains; whether one fits is decided by its parameters.
+    "hidden_size": 2**20,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**20,
+    "intermediate_size": 2**22,
+    "vocab_size": 2**31,
+    "max_position_embeddings": 2**31,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -46,19 +58,10 @@ class ModelConfig:
     qk_norm: Annotated[bool, "Norm queries and keys before their rotation, as minimind-3 does."] = True
 
     def __post_init__(self) -> None:
-        for name in (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "intermediate_size",
-            "vocab_size",
-            "max_position_embeddings",
-        ):
+        for name, most in _LARGEST.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+            if value is not None and not 1 <= value <= most:
+                raise ValueError(f"{name} must be from 1 to {most}, not {value}")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} attention heads; "
@@ -88,6 +91,16 @@ class ModelConfig:
         if self.intermediate_size is None:
             return math.ceil(self.hidden_size * math.pi / 64) * 64
         return self.intermediate_size
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of weights, shared ones once: what `count_parameters` finds in a model that was made."""
+        hidden, head = self.hidden_size, self.head_size
+        attention = 2 * hidden * head * (self.num_attention_heads + self.num_key_value_heads)
+        norms = 2 * hidden + (2 * head if self.qk_norm else 0)
+        layer = attention + 3 * hidden * self.mlp_size + norms
+        embeddings = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * layer + hidden
 
     def resolved(self) -> "ModelConfig":
         """The same shape with nothing left to a default: what a run records, and what other programs read."""

@@ -11,6 +11,8 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
+_MAX_STEPS = 10**12  # an exact number as a float too
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -28,7 +30,9 @@ class OptimConfig:
         for name in ("learning_rate", "eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "grad_clip"):
+        if not 0 <= self.warmup_steps <= _MAX_STEPS:
+            raise ValueError(f"warmup_steps must be from 0 to {_MAX_STEPS}, not {self.warmup_steps}")
+        for name in ("weight_decay", "grad_clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be negative or without end, but is {getattr(self, name)}")
         for name in ("beta1", "beta2"):

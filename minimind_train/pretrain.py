@@ -5,7 +5,6 @@ what cannot change the result (devices, micro-batch, logging) is taken over, wha
 unless the user allows that change by name, in which case it is noted in `config.json`.
 """
 
-import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,14 +22,19 @@ from minimind_data.shards import ShardSet
 from minimind_data.windows import Layout, Windows, open_windows
 from minimind_train import checkpoint, loop, runs
 from minimind_train.checkpoint import Checkpoint, CheckpointState
-from minimind_train.devices import resolve_device, resolve_dtype
+from minimind_train.devices import (
+    out_of_memory_is_plain,
+    refuse_too_large,
+    resolve_device,
+    resolve_dtype,
+)
 from minimind_train.loader import StepLoader
 from minimind_train.losses import summed_cross_entropy
 from minimind_train.metrics import FILE_NAME, MetricsLog
 from minimind_train.model import MiniMind, ModelConfig, count_parameters, initialize
 from minimind_train.optim import OptimConfig, make_optimizer
 from minimind_train.progress import Say, say_on_stderr
-from minimind_train.runs import Change, RunRecord, moved_cursor
+from minimind_train.runs import RunRecord, moved_cursor
 from minimind_train.sampler import OrderKind, SampleCursor, SampleOrder
 
 COMMAND = "pretrain"
@@ -139,8 +143,11 @@ def resume(
             raise UserError(
                 f"{run}: a run of `mm-train {record.command}`, not of {COMMAND}; resume it with that command"
             )
+        runs.clean(run)
         found = checkpoint.load_latest(run, say)
         step = found.state.step if found else 0
+        if not found:
+            say(f"{run}: no checkpoint yet, so the run begins again")
         shards = _open_shards(given.get("shards", record.options["shards"]))
         kept = record.without_moves_after(step)
         config, new_record = _reconciled(run, kept, given, shards, step=step, allow_change=allow_change)
@@ -183,6 +190,9 @@ class _Job:
         self.say(f"beginning at window {window}, which begins at {begin_shard}:{begin} and holds {place}")
         return self.order.position_of(window, epoch)
 
+    @out_of_memory_is_plain(
+        "go on with --resume and a smaller --micro-batch, or free some memory; earlier checkpoints are intact"
+    )
     def train(
         self,
         found: Checkpoint | None,
@@ -210,12 +220,6 @@ class _Job:
         place = SampleCursor(cursor)
         options = _recorded(self.config)
 
-        def save(step: int, cursor: int) -> None:
-            state = CheckpointState(
-                step=step, cursor=cursor, config=options, dataset=self.shards.manifest.fingerprint
-            )
-            checkpoint.save(self.run, state, model, optimizer, keep=training.keep)
-
         with (
             MetricsLog(self.run / FILE_NAME, last_step=step) as metrics,
             StepLoader(
@@ -228,6 +232,22 @@ class _Job:
                 device=device,
             ) as batches,
         ):
+
+            def save(step: int, cursor: int) -> None:
+                state = CheckpointState(
+                    step=step,
+                    cursor=cursor,
+                    config=options,
+                    dataset=self.shards.manifest.fingerprint,
+                    metrics_lines=metrics.num_lines,
+                )
+                checkpoint.save(self.run, state, model, optimizer, keep=training.keep)
+
+            if found and (lost := found.state.metrics_lines - metrics.num_lines) > 0:
+                self.say(
+                    f"{self.run / FILE_NAME}: {lost} of the {found.state.metrics_lines} lines up to step {step} are gone or broken; "
+                    "training goes on the same without them; to have them again, put them back from a backup while the run is stopped"
+                )
             return loop.run(
                 model,
                 optimizer,
@@ -252,7 +272,7 @@ class _Job:
             left = max(0, training.steps - step)
             return cursor + left * training.global_batch, training.steps
         end = (training.epochs or DEFAULT_EPOCHS) * len(self.windows)
-        return end, step + math.ceil(max(0, end - cursor) / training.global_batch)
+        return end, step + len(range(cursor, end, training.global_batch))
 
     def _describe(self, position: int) -> dict[str, Any]:
         """Say of a cursor which epoch its last sample was in and, in sequential order, where the next one begins."""
@@ -328,8 +348,8 @@ def _reconciled(
     """
     given = {name: value for name, value in given.items() if name not in {"resume_from", *_NOT_RECORDED}}
     options = record.options | given
-    if "steps" in given or "epochs" in given:  # either one says alone when the run ends
-        options |= {"epochs": given.get("epochs"), "steps": given.get("steps")}
+    if given.keys() & runs.ENDS:  # either one says alone when the run ends
+        options |= {name: given.get(name) for name in runs.ENDS}
     try:
         config = _from_options(options, run)
     except ValueError as error:
@@ -338,26 +358,14 @@ def _reconciled(
     config = _resolved(config, shards)
     config = replace(config, model=replace(config.model, vocab_size=model.vocab_size))
     new = replace(_record(config, shards), changes=record.changes)
-    sides = {name: (record.options.get(name), new.options[name]) for name in sorted(given)}
+    sides = {
+        name: (record.options.get(name), new.options[name])
+        for name in sorted(given.keys() | runs.ENDS if given.keys() & runs.ENDS else given)
+        if name not in _HARMLESS
+    }
     sides["dataset"] = (record.dataset[:12], new.dataset[:12])
     sides["tokenizer"] = (record.tokenizer.sha256[:12], new.tokenizer.sha256[:12])
-    different = {name: pair for name, pair in sides.items() if name not in _HARMLESS and pair[0] != pair[1]}
-    for name in sorted(different.keys() & _SHAPES):
-        raise UserError(
-            f"{run}: {name} (in the run: {different[name][0]}, on the command line: {different[name][1]}) decides the shape of "
-            "the weights; leave that out, or start a new run in another --run"
-        )
-    refused = different.keys() - set(allow_change)
-    if refused:
-        shown = "; ".join(
-            f"{name} (in the run: {different[name][0]}, on the command line: {different[name][1]})"
-            for name in sorted(refused)
-        )
-        flags = " ".join(f"--allow-change {name}" for name in sorted(refused))
-        raise UserError(
-            f"{run}: this would be another run: {shown}; leave that out, or pass {flags} to change it from step {step + 1} on"
-        )
-    changes = [Change(step=step, name=name, old=old, new=now) for name, (old, now) in different.items()]
+    changes = runs.agreed_changes(run, sides, step=step, fixed=_SHAPES, allowed=allow_change)
     return config, new.changed(changes)
 
 
@@ -383,3 +391,9 @@ def _refuse_unfit(config: PretrainConfig, shards: ShardSet) -> None:
             f"--seq-len {config.data.seq_len} is longer than the model's --max-position-embeddings "
             f"{config.model.max_position_embeddings}; change one of them"
         )
+    size = config.model.num_parameters
+    what = f"{size / 1e6:,.1f} M parameters, their gradients and AdamW's two averages"
+    device = resolve_device(config.training.device)
+    refuse_too_large(what, 16 * size, device, "take a smaller --hidden-size or --num-hidden-layers")
+    samples = 16 * config.training.global_batch * config.data.seq_len  # two int64 a token
+    refuse_too_large("the samples of a step", samples, torch.device("cpu"), "take a smaller --global-batch")

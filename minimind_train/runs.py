@@ -1,7 +1,8 @@
 """The run folder: whose options, dataset and tokenizer a run has, and that one process at a time works in it.
 
     runs/NAME/
-        config.json       the options, resolved; the dataset's fingerprint; the tokenizer; what was changed on the way
+        config.json       the options, resolved; the dataset's fingerprint; the tokenizer; what was changed on the way; its
+                          own checksum
         tokenizer.json    a copy, so that the weights are never separated from their vocabulary
         metrics.jsonl     see `metrics`
         checkpoints/      see `checkpoint`
@@ -11,21 +12,34 @@ phase's business; here they are names and values.
 """
 
 import json
-from collections.abc import Iterable
+import shlex
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 from minimind_data.errors import UserError
-from minimind_data.files import FolderLock, remove_partials, sha256_of, write_atomic
+from minimind_data.files import (
+    FolderLock,
+    checksum_of_json,
+    remove_partials,
+    sha256_of,
+    write_atomic,
+)
 from minimind_data.format import MANIFEST_NAME, TOKENIZER_NAME, TokenizerInfo
 from minimind_data.tokenizer import Tokenizer, cached_tokenizer
 from minimind_train import checkpoint, metrics
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no checksum
 CONFIG_NAME = "config.json"
+_RESTORE = (
+    "bring it back from a backup; to change an option of a run, pass it with --resume and --allow-change"
+)
 _LOCK_NAME = ".lock"
 _CURSOR = "cursor"
+
+ENDS = frozenset({"epochs", "steps"})
+"""The options that say when a run ends; one of them is None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,22 +76,28 @@ class RunRecord:
         path = run / CONFIG_NAME
         try:
             told = json.loads(path.read_bytes())
-            version = told.pop("format_version")
-            if version == FORMAT_VERSION:
+            version, checksum = told["format_version"], told.pop("sha256", None)
+            if version == FORMAT_VERSION and checksum == checksum_of_json(told):
+                del told["format_version"]
                 tokenizer = TokenizerInfo(**told.pop("tokenizer"))
                 changes = tuple(Change(**change) for change in told.pop("changes"))
                 return cls(**told, tokenizer=tokenizer, changes=changes)
         except (FileNotFoundError, NotADirectoryError):
+            raise UserError(_no_run(run)) from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise UserError(f"{path}: edited or damaged ({why}); {_RESTORE}") from None
+        if version != FORMAT_VERSION:
             raise UserError(
-                f"{run}: no run (no {CONFIG_NAME}); start one there by leaving out --resume"
-            ) from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: damaged ({error!r}); bring it back from a backup") from None
-        raise UserError(f"{path}: format version {version}; this program reads version {FORMAT_VERSION}")
+                f"{path}: format version {version}; this program reads version {FORMAT_VERSION}, so go on with the program "
+                "that began the run, or begin it again in another --run"
+            )
+        raise UserError(f"{path}: edited or damaged (its checksum does not fit); {_RESTORE}")
 
     def write(self, run: Path) -> None:
         """Write the record, whole or not at all."""
         told = {"format_version": FORMAT_VERSION, **asdict(self)}
+        told["sha256"] = checksum_of_json(told)
         write_atomic(run / CONFIG_NAME, json.dumps(told, ensure_ascii=False, indent=1) + "\n")
 
     def changed(self, changes: Iterable[Change]) -> Self:
@@ -93,6 +113,20 @@ class RunRecord:
         """Return the cursor from which a checkpoint of `step` goes on: its own, or where it was moved since."""
         moves = [change.new for change in self.changes if change.name == _CURSOR and change.step == step]
         return moves[-1] if moves else cursor
+
+
+def _no_run(run: Path) -> str:
+    """Say that a place holds no run, and how one comes there."""
+    if run.exists() and not run.is_dir():
+        return f"{run}: no run but a file; pass the folder of a run by --run"
+    for parent in run.absolute().parents[:2]:
+        if (parent / CONFIG_NAME).is_file() and (parent / checkpoint.FOLDER_NAME).is_dir():
+            return f"{run}: a folder inside of a run; pass --run {shlex.quote(str(parent))}"
+    what = f"no {CONFIG_NAME} in the folder" if run.exists() else "no such folder"
+    return (
+        f"{run}: no run there ({what}); begin one by `mm-train pretrain --shards DATASET --run {shlex.quote(str(run))}` "
+        "without --resume, or correct --run"
+    )
 
 
 def moved_cursor(step: int, old: int, new: int) -> Change:
@@ -113,6 +147,8 @@ def refuse_occupied(run: Path) -> None:
     Raises:
         UserError: the folder holds a run, or what is left of one.
     """
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run}: is a file; take another --run")
     if (run / CONFIG_NAME).exists():
         raise UserError(f"{run}: holds a run already; go on with it by --resume, or take another --run")
     if (run / MANIFEST_NAME).exists():
@@ -128,18 +164,68 @@ def refuse_occupied(run: Path) -> None:
 
 def create(run: Path, record: RunRecord, dataset: Path) -> None:
     """Fill a new run folder; the caller holds its lock."""
-    remove_partials(run)
+    clean(run)
     _copy_tokenizer(run, dataset)
     record.write(run)
 
 
 def update(run: Path, old: RunRecord, new: RunRecord, dataset: Path) -> None:
     """Bring a run folder up to date with what was changed; the caller holds its lock."""
-    remove_partials(run)
-    if new.tokenizer != old.tokenizer:
+    path = run / TOKENIZER_NAME
+    if not path.is_file() or sha256_of(path) != new.tokenizer.sha256:
         _copy_tokenizer(run, dataset)
     if new != old:
         new.write(run)
+
+
+def clean(run: Path) -> None:
+    """Delete what killed processes left half-written in a run folder; the caller holds its lock."""
+    remove_partials(run, {CONFIG_NAME, TOKENIZER_NAME, metrics.FILE_NAME})  # the rest may be the user's
+    checkpoint.remove_leftovers(run)
+
+
+def agreed_changes(
+    run: Path,
+    sides: Mapping[str, tuple[Any, Any]],
+    *,
+    step: int,
+    fixed: Collection[str],
+    allowed: Collection[str],
+) -> list[Change]:
+    """Return the changes that a resume makes to what a run is, if the user allows them all.
+
+    Args:
+        run: the run folder, for the error.
+        sides: by name, (in the run, on the command line) of whatever decides the result.
+        step: after which they hold.
+        fixed: names that can never change.
+        allowed: names that the user lets change. Either of `epochs` and `steps` stands for both, as they replace each other.
+
+    Raises:
+        UserError: something differs that must not.
+    """
+    different = {name: pair for name, pair in sides.items() if pair[0] != pair[1]}
+
+    def show(name: str) -> str:
+        where = "in the dataset now" if name in {"dataset", "tokenizer"} else "on the command line"
+        return f"{name} (in the run: {different[name][0]}, {where}: {different[name][1]})"
+
+    for name in sorted(different.keys() & fixed):
+        raise UserError(
+            f"{run}: {show(name)} decides the shape of the weights; leave that out, or start a new run in another --run"
+        )
+    refused = different.keys() - allowed
+    if not ENDS.isdisjoint(allowed):
+        refused -= ENDS
+    if refused:
+        shown = "; ".join(map(show, sorted(refused)))
+        # Of two ends of a run that change places, the one that holds from here on is enough.
+        names = sorted(name for name in refused if name not in ENDS or different[name][1] is not None)
+        flags = " ".join(f"--allow-change {name}" for name in names)
+        raise UserError(
+            f"{run}: this would be another run: {shown}; leave that out, or pass {flags} to change it from step {step + 1} on"
+        )
+    return [Change(step=step, name=name, old=old, new=new) for name, (old, new) in different.items()]
 
 
 def _copy_tokenizer(run: Path, dataset: Path) -> None:

@@ -105,14 +105,6 @@ class SampleCursor:
             raise ValueError(f"a cursor only moves forward, not by {num_samples}")
         self.position += num_samples
 
-    def state_dict(self) -> dict[str, int]:
-        """The place, for a checkpoint."""
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take the place that a checkpoint holds."""
-        self.position = SampleCursor(operator.index(state["position"])).position
-
 
 def rank_positions(start: int, stop: int, rank: int, world_size: int) -> NDArray[np.int64]:
     """A rank's share of the global batch [start, stop): every `world_size`-th position, beginning with the `rank`-th.

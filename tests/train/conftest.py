@@ -1,15 +1,22 @@
-"""A small dataset on disk, with a tokenizer of single bytes."""
+"""What the tests of training share: one thread, a small dataset with a tokenizer of single bytes, what a run has written."""
 
 import hashlib
+import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from minimind_data.format import InputEntry, Manifest, ShardEntry, TokenizerInfo
+from minimind_data.options import build
 from minimind_data.writer import ShardWriter
+from minimind_train import checkpoint
+from minimind_train.metrics import FILE_NAME
+from minimind_train.pretrain import PretrainConfig, pretrain
 
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _SHARDS = (30, 34)
@@ -62,6 +69,35 @@ def make_dataset(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def weights(run: Path, step: int) -> bytes:
+    """The weights of a checkpoint, byte for byte."""
+    return (checkpoint.folder_of(run, step) / checkpoint.MODEL_NAME).read_bytes()
+
+
+def records(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def metrics(run: Path) -> list[dict]:
+    """The lines of a run's metrics, but for what no two runs share."""
+    return [{**record, "tokens_per_second": 0} for record in records(run / FILE_NAME)]
+
+
+def steps(run: Path) -> list[int]:
+    """The steps that metrics.jsonl has lines of."""
+    return [record["step"] for record in metrics(run)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """One thread of torch in a test, which keeps sums in one order; the former number after it."""
+    former = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(former)
+
+
 @pytest.fixture(scope="session")
 def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a dataset with two shards, text-00000 and text-00001; read only."""
@@ -72,3 +108,70 @@ def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def other_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of another dataset with the same tokenizer."""
     return make_dataset(tmp_path_factory.mktemp("dataset") / "other", seed=1)
+
+
+OPTIONS = {
+    "seq_len": 16,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "global_batch": 8,
+    "micro_batch": 4,
+    "steps": 12,
+    "threads": 1,
+    "save_every": 3,
+    "log_every": 1,
+    "dtype": "fp32",
+    "device": "cpu",
+}
+
+
+def config_of(run, dataset, **changes):
+    return build(PretrainConfig, {**OPTIONS, "run": run, "shards": dataset, **changes})
+
+
+class Said(list):
+    """Takes what a run says."""
+
+    __call__ = list.append
+
+    @property
+    def text(self):
+        return "\n".join(self)
+
+
+@pytest.fixture
+def begin(tmp_path, small_dataset):
+    """Begin a run in the folder tmp_path/run."""
+
+    def begin(**changes):
+        said = Said()
+        outcome = pretrain(config_of(tmp_path / "run", small_dataset, **changes), said)
+        return outcome, said
+
+    return begin
+
+
+def stop_after(run, step):
+    """Take a finished run back to what it was after a checkpoint, but for its metrics, which a crash leaves ahead."""
+    for later in checkpoint.steps_of(run):
+        if later > step:
+            shutil.rmtree(checkpoint.folder_of(run, later))
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory, small_dataset):
+    """A run that was never stopped, all of whose checkpoints were kept; read only."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    pretrain(config_of(run, small_dataset, keep=0, dropout=0.1), Said())
+    return run
+
+
+@pytest.fixture
+def stopped_run(tmp_path, whole_run):
+    """The whole run as it was after step 6, its metrics some steps ahead."""
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    stop_after(run, 6)
+    return run

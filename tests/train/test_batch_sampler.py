@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import pickle
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 import pytest
@@ -289,3 +289,40 @@ def test_torchdata_refuses_a_state_of_another_order(dataset):
     other.load_state_dict(state)
     with pytest.raises(UserError, match="num_windows is 30 in the saved state, 31 here"):
         next(iter(other))
+
+
+@torchdata
+@pytest.mark.parametrize(("num_workers", "persistent"), [(0, False), (2, False), (2, True)])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_torchdata_stopped_again_and_again_on_every_rank_leaves_nothing_out(
+    dataset, num_workers, persistent, world_size
+):
+    """Each stop is a new loader from the saved state, stopped in its turn, across the end of an epoch."""
+    order, global_batch, stops = order_of(30), 5, (1, 2, 0, 3, 4)
+    shares = []
+    for rank in range(world_size):
+        state, batches = None, []
+        for num_batches in (*stops, None):
+            loader = StatefulDataLoader(
+                dataset,
+                batch_sampler=ResumableBatchSampler(
+                    order, global_batch, rank=rank, world_size=world_size, stop=70
+                ),
+                num_workers=num_workers,
+                persistent_workers=persistent,
+            )
+            if state is not None:
+                loader.load_state_dict(state)
+            iterator = iter(loader)
+            batches += [numbers(batch) for batch in islice(iterator, num_batches)]
+            state = loader.state_dict()
+            del iterator
+        shares.append(batches)
+    assert {len(batches) for batches in shares} == {70 // global_batch}
+    union = []
+    for step in zip(*shares, strict=True):
+        whole = [0] * sum(map(len, step))
+        for rank, batch in enumerate(step):
+            whole[rank::world_size] = batch
+        union += whole
+    assert union == windows_in(order, 0, 70)

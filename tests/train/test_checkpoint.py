@@ -32,7 +32,9 @@ def train(model, optimizer, steps):
 
 
 def state(step):
-    return CheckpointState(step=step, cursor=step * 8, config={"seed": 1, "lr": 5e-4}, dataset="abc")
+    return CheckpointState(
+        step=step, cursor=step * 8, config={"seed": 1, "lr": 5e-4}, dataset="abc", metrics_lines=step
+    )
 
 
 def bits(model, optimizer):
@@ -132,7 +134,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(run, damage
     assert name in told[0]
 
 
-@pytest.mark.parametrize("text", ["", "null", "[]", "{}", '{"sha256": 1}', "\udcff"])
+@pytest.mark.parametrize("text", ["", "null", "[]", "{}", '{"sha256": 1}', "\udcff", "[" * 10**5, "9" * 5000])
 def test_any_nonsense_in_state_json_is_damage(run, text):
     path = run / "checkpoints" / "step-000000003" / "state.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
@@ -230,3 +232,12 @@ def test_a_model_of_another_shape_is_refused_by_name(run):
         UserError, match=r"another model: model\.embed_tokens\.weight is \[40, 16\] .* \[40, 32\]"
     ):
         checkpoint.load(run, 3).restore(*make(config=wider))
+
+
+def test_what_must_not_be_read_is_not_called_damaged(run, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint, "sha256_of", refuse)
+    with pytest.raises(PermissionError):
+        checkpoint.load_latest(run, fail)

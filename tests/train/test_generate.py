@@ -22,14 +22,6 @@ CONFIG = ModelConfig(
 EOS = 2
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model():
     made = MiniMind(CONFIG)
@@ -119,6 +111,16 @@ def test_dropout_is_off_and_the_model_keeps_its_mode(model):
 def test_prompts_that_the_model_cannot_read_are_refused_at_once(model, prompt, message):
     with pytest.raises(UserError, match=message):
         generate(model, prompt, options=GenerateOptions(), eos_id=EOS)
+
+
+def test_weights_that_are_no_numbers_are_a_sentence():
+    broken = MiniMind(CONFIG).eval()
+    initialize(broken, 0)
+    with torch.no_grad():
+        broken.model.norm.weight[3] = float("nan")
+    for temperature in (0.0, 1.0):
+        with pytest.raises(UserError, match="give no numbers any more.*earlier --checkpoint"):
+            ids_from(broken, temperature=temperature)
 
 
 # Choosing

@@ -10,7 +10,8 @@ import time
 import pytest
 
 from minimind_train import checkpoint
-from minimind_train.metrics import read_metrics
+
+from .conftest import metrics, steps, weights
 
 MAIN = "from minimind_cli.train import main; main()"
 
@@ -33,18 +34,6 @@ OPTIONS = {
     "dropout": 0.1, "global_batch": 8, "micro_batch": 4, "steps": 60, "threads": 2, "save_every": 4, "keep": 2,
     "log_every": 1, "dtype": "auto", "device": "cpu",
 }  # fmt: skip
-
-
-def weights(run, step):
-    return (checkpoint.folder_of(run, step) / "model.safetensors").read_bytes()
-
-
-def steps(run):
-    return [record["step"] for record in read_metrics(run / "metrics.jsonl")]
-
-
-def metrics(run):
-    return [{**record, "tokens_per_second": 0} for record in read_metrics(run / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="module")

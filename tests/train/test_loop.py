@@ -13,10 +13,12 @@ from minimind_train import loop
 from minimind_train.interrupt import StopRequest
 from minimind_train.loader import StepLoader
 from minimind_train.losses import summed_cross_entropy
-from minimind_train.metrics import MetricsLog, read_metrics
+from minimind_train.metrics import MetricsLog
 from minimind_train.model import MiniMind, ModelConfig, initialize
 from minimind_train.optim import OptimConfig, learning_rate, make_optimizer
 from minimind_train.sampler import SampleCursor, SampleOrder
+
+from .conftest import records
 
 SEQ_LEN, VOCAB, NUM_WINDOWS = 6, 30, 40
 OPTIM = OptimConfig(learning_rate=0.01)
@@ -114,15 +116,7 @@ class Run:
 
     @property
     def metrics(self):
-        return read_metrics(self.folder / "metrics.jsonl")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(former)
+        return records(self.folder / "metrics.jsonl")
 
 
 def test_a_step_is_adamw_on_the_mean_over_all_targets(tmp_path):
@@ -178,8 +172,8 @@ def test_two_halves_are_the_whole_bit_for_bit(tmp_path, dropout, stop):
     halves.go()
     for ours, theirs in zip(halves.weights, whole.weights, strict=True):
         assert torch.equal(ours, theirs)
-    for records in (there, here := halves.metrics):
-        for record in records:
+    for lines in (there, here := halves.metrics):
+        for record in lines:
             del record["tokens_per_second"]
     assert here == there
 
@@ -339,6 +333,16 @@ def test_the_progress_line_fits_a_terminal(tmp_path, monkeypatch):
         {"save_every": -1},
         {"keep": -1},
         {"threads": -1},
+        {"threads": 10**6},
+        {"seed": -1},
+        {"seed": 2**64},
+        {"global_batch": 10**12},
+        {"micro_batch": 10**12},
+        {"epochs": 10**18},
+        {"steps": 10**400},
+        {"save_every": 10**18},
+        {"log_every": 10**18},
+        {"keep": 10**18},
     ],
 )
 def test_impossible_options_are_refused(options):

@@ -8,14 +8,6 @@ from minimind_train.losses import IGNORED, summed_cross_entropy
 HIDDEN, VOCAB = 16, 37
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(params=[1, 7, 4096], ids=lambda tokens: f"chunks of {tokens}")
 def chunk(request, monkeypatch):
     monkeypatch.setattr(losses, "_CHUNK_LOGITS", 0)

@@ -26,14 +26,6 @@ SMALL = ModelConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make(config=SMALL, seed=0, spread=10.0):
     """A model with large weights and uneven norms, so that every part of it shows in the logits."""
     model = MiniMind(config)
@@ -315,7 +307,15 @@ def test_sizes_are_minimind_s(config, expected):
     with torch.device("meta"):
         model = MiniMind(config)
     by_formula = 6400 * hidden + config.num_hidden_layers * layer + hidden
-    assert count_parameters(model) == by_formula == expected
+    assert count_parameters(model) == by_formula == expected == config.num_parameters
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"qk_norm": False}, {"tie_word_embeddings": False}, {"head_dim": 14}], ids=str
+)
+def test_a_model_s_size_is_known_before_it_is_made(options):
+    config = dataclasses.replace(SMALL, **options)
+    assert config.num_parameters == count_parameters(MiniMind(config))
 
 
 # Initialisation
@@ -367,10 +367,13 @@ def test_matrices_are_normal_with_deviation_0_02_and_norms_are_ones():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hidden_size": 0}, "hidden_size must be at least 1, not 0"),
+        ({"hidden_size": 0}, "hidden_size must be from 1 to 1048576, not 0"),
         ({"num_hidden_layers": -1}, "num_hidden_layers"),
         ({"intermediate_size": 0}, "intermediate_size"),
         ({"vocab_size": 0}, "vocab_size"),
+        ({"hidden_size": 10**400}, "hidden_size must be"),
+        ({"num_hidden_layers": 10**18}, "num_hidden_layers must be from 1 to 4096"),
+        ({"max_position_embeddings": 10**18}, "max_position_embeddings must be"),
         ({"hidden_size": 100}, "hidden_size 100 does not divide into 8 attention heads"),
         ({"hidden_size": 24}, "head_dim must be even for the rotary positions, not 3"),
         ({"head_dim": 5}, "head_dim must be even"),
