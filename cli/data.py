@@ -22,9 +22,11 @@ from minimind_data.verify import verify as verify_dataset
 from minimind_data.windows import IGNORED, Layout, open_windows
 from minimind_train.sampler import SampleOrder
 
+from . import shards as shard_commands
 from .options import command, make_app
 
 app = make_app("Turn text into memory-mapped shards, and look into them.")
+shard_commands.register(app)
 
 _Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the dataset.")]
 _Json = Annotated[

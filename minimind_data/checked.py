@@ -1,0 +1,69 @@
+"""Whole shards out of a dataset, front to back, held against the manifest's checksums on the way.
+
+What makes new files out of a dataset reads it through here: a damaged byte is never given a checksum that fits it.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minimind_data.errors import UserError
+from minimind_data.format import FormatError, TokenArray, numpy_dtype
+from minimind_data.framing import BLOCK_TOKENS, cut
+from minimind_data.shards import Shard, ShardSet
+from minimind_data.split import Report
+
+Documents = tuple[TokenArray, NDArray[np.int64]]
+"""Tokens [sum(lengths)] of the dataset's dtype, and the lengths int64 [documents]."""
+
+
+def check_kind(shards: ShardSet, doing: str) -> None:
+    """Check that every document of a dataset is one sequence and nothing beside its tokens.
+
+    Args:
+        shards: the dataset.
+        doing: what is to be done to it, as a participle.
+
+    Raises:
+        UserError: it is of another kind than pretrain.
+    """
+    kind = shards.manifest.kind
+    if kind != "pretrain":
+        raise UserError(f"{shards.folder}: a {kind} dataset; only pretrain ones can be {doing}")
+
+
+def checked_documents(shards: ShardSet, index: int, report: Report) -> Iterator[Documents]:
+    """Read the documents of a shard in blocks, and at the end refuse it where its bytes are not the manifest's.
+
+    Raises:
+        FormatError: a checksum does not fit.
+    """
+    entry, item = shards.manifest.shards[index], shards.dtype.itemsize
+    shard = Shard(
+        shards.folder, entry, shards.manifest.dtype
+    )  # mapped for this once, not kept among the set's maps
+    index_sha256 = hashlib.sha256(shard.index.data).hexdigest()
+    _check(shards.folder / f"{entry.name}.idx", index_sha256, entry.index_sha256)
+    digest = hashlib.sha256()
+    path = shards.folder / f"{entry.name}.bin"
+    with path.open("rb") as file:
+        for first_document in range(0, entry.documents, BLOCK_TOKENS):
+            lengths = shard.lengths[first_document : first_document + BLOCK_TOKENS].astype(np.int64)
+            for first, last in cut(lengths, BLOCK_TOKENS):
+                here = lengths[first:last]
+                tokens = np.fromfile(file, numpy_dtype(shards.manifest.dtype), int(here.sum()))
+                digest.update(tokens.view(np.uint8).data)
+                report(len(tokens) * item, len(tokens))
+                yield tokens, here
+    _check(path, digest.hexdigest(), entry.sha256)
+
+
+def _check(path: Path, found: str, wanted: str) -> None:
+    if found != wanted:
+        raise FormatError(
+            f"{path}: SHA-256 {found[:12]}…, where the manifest wants {wanted[:12]}…; it is damaged, and `mm-data verify` "
+            "finds everything that is"
+        )
