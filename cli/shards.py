@@ -1,4 +1,4 @@
-"""The commands of mm-data that make datasets out of datasets: merge, shuffle."""
+"""The commands of mm-data that make datasets out of datasets: convert, merge, shuffle."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +6,9 @@ from typing import Annotated, Self
 
 import typer
 
+from minimind_data.convert import FORMAT_NAMES, ConvertOptions, ConvertSummary
+from minimind_data.convert import convert as convert_dataset
+from minimind_data.foreign import SHARDS
 from minimind_data.format import Manifest
 from minimind_data.merge import MergeOptions
 from minimind_data.merge import merge as merge_datasets
@@ -15,11 +18,33 @@ from minimind_data.shuffle import shuffle as shuffle_dataset
 
 from .options import command
 
+_FORMATS = ", ".join(FORMAT_NAMES)
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to an application."""
-    for function in (merge, shuffle):
+    for function in (convert, merge, shuffle):
         command(app)(function)
+
+
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A dataset, or token files of another project.")
+    ],
+    options: ConvertOptions,
+    source_format: Annotated[
+        str, typer.Option("--from", metavar="FORMAT", help="Its format; auto looks at what is in it.")
+    ] = "auto",
+    target_format: Annotated[
+        str, typer.Option("--to", metavar="FORMAT", help=f"What to make: {_FORMATS}.")
+    ] = SHARDS,
+) -> None:
+    """Convert token files of other projects into a dataset, or a dataset into theirs."""
+    with _Bar("convert") as bar:
+        summary = convert_dataset(
+            source, options, source_format=source_format, target_format=target_format, progress=bar.start
+        )
+    _print_summary(options.out, summary)
 
 
 def merge(
@@ -70,3 +95,24 @@ def _print_made(out: Path, manifest: Manifest) -> None:
         f"({manifest.dtype})"
     )
     print(f"  fingerprint  {manifest.fingerprint[:16]}…")
+
+
+def _print_summary(out: Path, summary: ConvertSummary) -> None:
+    kind = summary.source_format if summary.target_format == SHARDS else summary.target_format
+    made = "shard" if summary.target_format == SHARDS else "file"
+    print(
+        f"{out}: {summary.documents:,} documents, {summary.tokens:,} tokens in {summary.files} "
+        f"{made}{'' if summary.files == 1 else 's'} ({summary.source_format} to {summary.target_format})"
+    )
+    if summary.separator_id is not None:
+        print(f"  cut          at every id {summary.separator_id}")
+    if summary.bos_added or summary.eos_added:
+        print(
+            f"  framed       {summary.bos_added:,} documents came without BOS, {summary.eos_added:,} without EOS; added"
+        )
+    if summary.empty:
+        print(f"  left out     {summary.empty:,} documents without a token of their own")
+    if summary.divided:
+        print(
+            f"  divided      {summary.divided:,} documents hold the dividing id inside; readers of {kind} take each for several"
+        )

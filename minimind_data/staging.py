@@ -1,7 +1,7 @@
 """A folder that appears whole or not at all, for what is made in one go: conversions, merges, shuffles.
 
 Everything is written into a folder beside its place and that folder is renamed at the end. What a killed run leaves is
-called `NAME.partial`; the next run for the same place removes it.
+called `NAME.mm-data.partial`; the next run for the same place removes it.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     out = Path(os.path.abspath(out))  # noqa: PTH100 - `resolve` would follow a link and write beside its target
     _check_free(out)
-    partial = out.with_name(out.name + PARTIAL_SUFFIX)
+    partial = out.with_name(f"{out.name}.mm-data{PARTIAL_SUFFIX}")  # nobody else's, for it is removed unasked
     lock = FolderLock(
         out.with_name(f".{out.name}.lock"),
         f"{out}: another run is writing there; wait for it or take another --out",

@@ -1,4 +1,4 @@
-"""merge and shuffle as scripts see them."""
+"""convert, merge and shuffle as scripts see them."""
 
 import json
 
@@ -30,6 +30,23 @@ def good(result):
     return result.stdout
 
 
+def test_convert_there_and_back(run, dataset, tmp_path):
+    there = good(run("convert", dataset, "--to", "nanogpt", "--out", tmp_path / "n"))
+    assert "200 documents" in there
+    assert "in 1 file (shards to nanogpt)" in there
+    back = good(
+        run(
+            "convert", tmp_path / "n", "--from", "nanogpt", "--tokenizer", dataset, "--out", tmp_path / "back"
+        )
+    )
+    assert "in 1 shard (nanogpt to shards)" in back
+    assert "cut          at every id 2" in back
+    assert "200 documents came without BOS, 0 without EOS; added" in back
+    good(run("verify", tmp_path / "back"))
+    told = json.loads(good(run("info", tmp_path / "back", "--json")))
+    assert told["options"]["converted_from"] == "nanogpt"
+
+
 def test_merge_and_shuffle_make_datasets(run, dataset, tmp_path):
     assert "400 documents" in good(run("merge", dataset, dataset, "--out", tmp_path / "m"))
     made = good(run("shuffle", tmp_path / "m", "--out", tmp_path / "s", "--seed", 7, "--shard-bytes", "1KiB"))
@@ -41,6 +58,15 @@ def test_merge_and_shuffle_make_datasets(run, dataset, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "status", "match"),
     [
+        (["convert", "DATA"], 2, "--out"),
+        (["convert", "DATA", "--out", "o"], 1, "say with --to what it should become"),
+        (
+            ["convert", "DATA", "--out", "o", "--to", "nanogtp"],
+            1,
+            "'nanogtp' is no format; known are shards,",
+        ),
+        (["convert", "nowhere", "--out", "o"], 1, "nowhere: no such file or folder"),
+        (["convert", "DATA", "--out", "o", "--to", "hf", "--shard-bytes", "0"], 2, "at least 1"),
         (["merge", "DATA", "--out", "o"], 1, "two datasets or more"),
         (["shuffle", "DATA", "--out", "DATA"], 1, "not empty; take another --out"),
         (["shuffle", "DATA", "--out", "o", "--seed", "-1"], 2, "seed must be from 0"),
