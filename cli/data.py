@@ -1,7 +1,9 @@
 """mm-data: text to shards, and a look into them. Parses arguments, calls one function, prints what it returns."""
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,26 +11,33 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import typer
 
-from minimind_data.build import SET_ASIDE_NAME, Summary
+from minimind_data.build import Summary
 from minimind_data.build import tokenize as build_dataset
 from minimind_data.errors import UserError
+from minimind_data.format import SET_ASIDE_NAME
 from minimind_data.plan import TokenizeOptions
 from minimind_data.progress import ByteProgress
 from minimind_data.shards import ShardSet
+from minimind_data.split import Report
 from minimind_data.tokenizer import load_tokenizer
 from minimind_data.train_tokenizer import train_tokenizer as run_training
 from minimind_data.verify import dataset_bytes
 from minimind_data.verify import verify as verify_dataset
 from minimind_data.windows import IGNORED, Layout, open_windows
+from minimind_train.permutation import MAX_SEED
 from minimind_train.sampler import SampleOrder
 
 from . import shards as shard_commands
 from .options import command, make_app
+from .stats import stats
 
 app = make_app("Turn text into memory-mapped shards, and look into them.")
 shard_commands.register(app)
 
-_Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the dataset.")]
+_PROBLEMS_SHOWN = 10
+_MAX_INT64 = 2**63 - 1
+
+_Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the dataset.", readable=False)]
 _Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
 ]
@@ -37,7 +46,10 @@ _Json = Annotated[
 @command(app)
 def tokenize(
     inputs: Annotated[
-        list[Path], typer.Argument(metavar="INPUT...", help="JSON-lines files, in the order of the dataset.")
+        list[Path],
+        typer.Argument(
+            metavar="INPUT...", help="JSON-lines files, in the order of the dataset.", readable=False
+        ),
     ],
     options: TokenizeOptions,
 ) -> None:
@@ -45,22 +57,19 @@ def tokenize(
 
     Interrupted at any moment, it makes only what is missing when the same command runs again.
     """
-    bars: list[ByteProgress] = []
-
-    def progress(num_bytes: int) -> Any:
-        bars.append(ByteProgress("tokenize", num_bytes, "tokens"))
-        return bars[-1].add
-
     try:
-        summary = build_dataset(inputs, options, announce=_say, progress=progress)
+        summary = build_dataset(inputs, options, announce=_say, progress=_tokenize_bar)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             "interrupted; finished shards stay, the same command makes the rest"
         ) from None
-    finally:
-        for bar in bars:
-            bar.close()
     _print_summary(options.out, summary)
+
+
+@contextlib.contextmanager
+def _tokenize_bar(num_bytes: int) -> Iterator[Report]:
+    with ByteProgress("tokenize", num_bytes, "tokens") as bar:
+        yield bar.add
 
 
 def _print_summary(out: Path, summary: Summary) -> None:
@@ -90,13 +99,18 @@ def _print_summary(out: Path, summary: Summary) -> None:
 
 @command(app, "train-tokenizer")
 def train_tokenizer(
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="JSON-lines files.")],
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="INPUT...", help="JSON-lines files.", readable=False)
+    ],
     out: Annotated[Path, typer.Option(help="The tokenizer.json to write, or a folder for it.")],
     vocab_size: Annotated[int, typer.Option(help="Entries, the 36 special tokens included.")] = 6400,
     field: Annotated[str, typer.Option(help="Field of the record that holds the text.")] = "text",
+    max_word_chars: Annotated[
+        int, typer.Option(help="Longest run without a break that a text may hold.")
+    ] = 1_000_000,
 ) -> None:
     """Train a byte-level BPE tokenizer with MiniMind's special tokens."""
-    size = run_training(inputs, out, vocab_size=vocab_size, field=field)
+    size = run_training(inputs, out, vocab_size=vocab_size, field=field, max_word_chars=max_word_chars)
     print(f"{out}: {size:,} entries")
 
 
@@ -147,7 +161,9 @@ def verify(folder: _Folder, as_json: _Json = False) -> None:
     elif not verdict.problems:
         print(f"{folder}: whole ({verdict.files} files, {verdict.bytes / 1e6:,.1f} MB, every checksum fits)")
     if verdict.problems:
-        raise UserError("; ".join(verdict.problems))
+        shown, more = verdict.problems[:_PROBLEMS_SHOWN], len(verdict.problems) - _PROBLEMS_SHOWN
+        told = [*shown, *([f"and {more:,} more"] if more > 0 else []), *verdict.remedies]
+        raise UserError("; ".join(told))
 
 
 @command(app)
@@ -200,8 +216,10 @@ def locate(
     as_json: _Json = False,
 ) -> None:
     """Say which window a run reads at a position, and where it lies."""
-    if position < 0:
-        raise UserError(f"--position counts samples from 0, not {position}")
+    if not 0 <= position <= _MAX_INT64:
+        raise UserError(f"--position counts samples, from 0 to 2^63 - 1, not {position}")
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"--seed must be from 0 to 2^64 - 1, not {seed}")
     windows = open_windows(ShardSet.open(folder), layout=layout, seq_len=seq_len)
     epoch, number = SampleOrder(num_windows=len(windows), seed=seed, kind=order).window(position)
     shard, offset = windows.locate(number)
@@ -213,6 +231,9 @@ def locate(
         print(
             f"position {position:,}: epoch {epoch}, window {number:,} of {len(windows):,}, shard {shard}, offset {offset:,}"
         )
+
+
+command(app)(stats)
 
 
 def _say(sentence: str) -> None:

@@ -7,6 +7,7 @@ A parameter annotated `Given` receives the names of the options that stood on th
 wrapper is also the border where a `UserError` becomes one sentence and exit status 1, and an interrupt status 130.
 """
 
+import contextlib
 import functools
 import inspect
 import io
@@ -14,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, is_dataclass
-from typing import Annotated, Any, NewType, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NewType, TextIO, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -78,15 +79,31 @@ def _flag(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     parser = next((extra for extra in extras if callable(extra)), None)
     settings: dict[str, Any] = {"help": text}
     if parser:
-        settings |= {"parser": parser, "metavar": parser.__name__.removeprefix("parse_").upper()}
+        settings |= {
+            "parser": _plain(parser),
+            "metavar": parser.__name__.removeprefix("parse_").upper(),
+        }
     if parser is parse_size and isinstance(default, int):
-        settings["show_default"] = format_size(default)
+        default = format_size(default)  # as a user would write it; the parser reads it back
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if default is MISSING else default,
         annotation=Annotated[kind, typer.Option(**settings)],
     )
+
+
+def _plain(parser: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Let a parser's own sentence be the whole message."""
+
+    @functools.wraps(parser)
+    def parse(text: str) -> Any:
+        try:
+            return parser(text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return parse
 
 
 def _argument(kind: Any, name: str, values: dict[str, Any], context: typer.Context) -> Any:
@@ -102,14 +119,58 @@ def _argument(kind: Any, name: str, values: dict[str, Any], context: typer.Conte
         raise typer.BadParameter(str(error)) from None
 
 
+class _Forgiving(io.TextIOBase):
+    """stderr for as long as somebody reads it: a closed pipe or terminal takes the words away, never the work."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._gone = False
+
+    def write(self, text: str) -> int:
+        """Write, or do nothing once the reader is gone."""
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush likewise."""
+        self._try(self._stream.flush)
+
+    def isatty(self) -> bool:
+        """Tell whether a terminal reads along."""
+        return not self._gone and self._stream.isatty()
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The stream's encoding, which decides how a progress bar is drawn."""
+        return self._stream.encoding
+
+    def _try(self, action: Callable[[], object]) -> None:
+        if self._gone:
+            return
+        try:
+            action()
+        except OSError:
+            self._gone = True
+            with contextlib.suppress(
+                OSError
+            ):  # what is buffered must not fail again when the interpreter ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
 class _Border:
     """Turns what a user can cause into one sentence on stderr and the exit status of the contract."""
 
     def __enter__(self) -> None:
-        """Let a terminal that cannot show a character show its escape: the work is worth more than the glyph."""
+        """Let no word about the work stop the work: show escapes for what a terminal cannot show, and let stderr be closed."""
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
+        if not isinstance(sys.stderr, _Forgiving):
+            sys.stderr = _Forgiving(sys.stderr)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, BrokenPipeError):  # `mm-data info | head`: the reader has seen enough

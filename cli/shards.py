@@ -29,7 +29,10 @@ def register(app: typer.Typer) -> None:
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="A dataset, or token files of another project.")
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="A dataset, or token files of another project.", readable=False
+        ),
     ],
     options: ConvertOptions,
     source_format: Annotated[
@@ -50,7 +53,9 @@ def convert(
 def merge(
     folders: Annotated[
         list[Path],
-        typer.Argument(metavar="DIR...", help="Datasets of one tokenizer, in the order of the result."),
+        typer.Argument(
+            metavar="DIR...", help="Datasets of one tokenizer, in the order of the result.", readable=False
+        ),
     ],
     options: MergeOptions,
 ) -> None:
@@ -61,7 +66,7 @@ def merge(
 
 
 def shuffle(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the dataset.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the dataset.", readable=False)],
     options: ShuffleOptions,
 ) -> None:
     """Write the documents of a dataset in a random order that the seed decides."""

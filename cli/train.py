@@ -124,8 +124,4 @@ def make(arguments: Sequence[str]) -> typer.Typer:
 def main() -> None:
     """Run the command line of this process."""
     _share_cores()
-    try:
-        make(sys.argv[1:])()
-    except KeyboardInterrupt:  # while torch was still being imported
-        print("error: interrupted", file=sys.stderr)
-        sys.exit(130)
+    make(sys.argv[1:])()

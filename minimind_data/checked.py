@@ -4,17 +4,18 @@ What makes new files out of a dataset reads it through here: a damaged byte is n
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minimind_data.errors import UserError
-from minimind_data.format import FormatError, TokenArray, numpy_dtype
+from minimind_data.format import SET_ASIDE_NAME, FormatError, TokenArray, numpy_dtype
 from minimind_data.framing import BLOCK_TOKENS, cut
 from minimind_data.shards import Shard, ShardSet
 from minimind_data.split import Report
+from minimind_data.staging import durable_file
 
 Documents = tuple[TokenArray, NDArray[np.int64]]
 """Tokens [sum(lengths)] of the dataset's dtype, and the lengths int64 [documents]."""
@@ -59,6 +60,38 @@ def checked_documents(shards: ShardSet, index: int, report: Report) -> Iterator[
                 report(len(tokens) * item, len(tokens))
                 yield tokens, here
     _check(path, digest.hexdigest(), entry.sha256)
+
+
+def carry_set_aside(datasets: Sequence[ShardSet], folder: Path) -> str | None:
+    """Join the files of bad records that datasets were made without, so that what was left out stays known.
+
+    Args:
+        datasets: where they are, in order.
+        folder: where the one file goes; none is made where there are none.
+
+    Returns:
+        Its SHA-256, which the manifest wants, or None.
+
+    Raises:
+        FormatError: one is missing or not what its manifest says.
+    """
+    told = [dataset for dataset in datasets if dataset.manifest.set_aside_sha256 is not None]
+    if not told:
+        return None
+    whole = hashlib.sha256()
+    with durable_file(folder / SET_ASIDE_NAME) as target:
+        for dataset in told:
+            path = dataset.folder / SET_ASIDE_NAME
+            if not path.is_file():
+                raise FormatError(f"{path}: missing, though the manifest names it; put it back")
+            digest = hashlib.sha256()
+            with path.open("rb") as file:
+                while block := file.read(2**20):
+                    target.write(block)
+                    digest.update(block)
+                    whole.update(block)
+            _check(path, digest.hexdigest(), str(dataset.manifest.set_aside_sha256))
+    return whole.hexdigest()
 
 
 def _check(path: Path, found: str, wanted: str) -> None:

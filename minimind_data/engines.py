@@ -5,18 +5,20 @@ result is right whoever made it is the business of `split.py`.
 """
 
 import contextlib
-import itertools
 import os
 import signal
+import threading
 import traceback
-from collections.abc import Iterator
-from multiprocessing import connection, get_context
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from multiprocessing import connection, get_context, parent_process
 from multiprocessing.connection import Connection
 from typing import Any
 
 from minimind_data.errors import UserError
 from minimind_data.split import Job, Report, SplitResult, SplitTask, build_split
 
+_TRIES = 3
 _CORES_PER_PROCESS = 4  # above, one Python thread that reads and parses JSON is what costs
 _ENCODER_THREADS = ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS")  # read once, at an encoder's first batch
 _NO_SPINNING = {"FASTOKENS_SPIN_US": "0"}  # idle encoder threads would take the cores that parse and write
@@ -27,98 +29,177 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_local(job: Job, tasks: list[SplitTask], workers: int, report: Report) -> Iterator[SplitResult]:
+def run_local(
+    job: Job, tasks: list[SplitTask], workers: int, report: Report, announce: Callable[[str], None]
+) -> Iterator[SplitResult]:
     """Run tasks on this machine with at most `workers` cores busy.
 
     A process keeps a few cores busy: its encoder has threads, and reading, parsing and writing hide behind them until Python
     itself becomes the limit. Beyond that there are several such processes. A job that one process can do runs in this one.
 
     Raises:
-        UserError: a task met something that the user must mend, or a worker process died.
+        UserError: a task met something that the user must mend, or worker processes died again and again at one split.
     """
-    num_processes = min(-(-workers // _CORES_PER_PROCESS), len(tasks))
-    with _encoder_threads(-(-workers // num_processes)):
-        if num_processes == 1:
-            for task in tasks:
-                yield build_split(job, task, report)
-        else:
-            yield from _run_in_processes(job, tasks, num_processes, report)
+    num_processes = _num_processes(workers, len(tasks))
+    if num_processes == 1:
+        for task in tasks:
+            yield build_split(job, task, report)
+    else:
+        yield from _Pool(job, tasks, num_processes, report, announce).run()
+
+
+def _num_processes(workers: int, num_tasks: int) -> int:
+    return max(1, min(-(-workers // _CORES_PER_PROCESS), num_tasks))
+
+
+@contextlib.contextmanager
+def encoder_threads(workers: int, num_tasks: int) -> Iterator[None]:
+    """Tell encoders how many threads are theirs, here and in the worker processes; they ask once, at their first batch."""
+    count = -(-workers // _num_processes(workers, num_tasks))
+    settings = {**dict.fromkeys(_ENCODER_THREADS, str(count)), **_NO_SPINNING}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+class _WorkerDiedError(Exception):
+    """A worker process ended in the middle of its task; the text is the cause."""
 
 
 class _Worker:
     """A process that makes one split after the other, and the pipe to it."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, report: Report) -> None:
         # Spawned, not forked: the encoders' thread pools do not survive a fork.
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, job), daemon=True)
-        self.process.start()
+        with (
+            _sigint_blocked()
+        ):  # for good in the process that is started: Ctrl-C reaches both, the parent decides
+            self.process.start()
         theirs.close()  # so that the pipe breaks when the process ends
         self.task: SplitTask | None = None
+        self._report = report
+        self._told = (0, 0)
 
     def give(self, task: SplitTask | None) -> None:
         """Hand over a task; None lets the process end."""
         self.task = task
+        self._told = (0, 0)
         with contextlib.suppress(BrokenPipeError):  # its death shows at the next `receive`, with the cause
             self.pipe.send(task)
 
-    def receive(self) -> tuple[str, Any]:
-        """Return the next message.
+    def receive(self) -> SplitResult | None:
+        """Take the next message: pass on progress, or return the result of the task.
 
         Raises:
-            UserError: the task met something for the user, or the process died.
+            UserError: the task met something for the user.
+            _WorkerDiedError: the process is gone; what it had told of this task is taken back.
         """
-        assert self.task is not None
         try:
             kind, value = self.pipe.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # between two messages, or in the middle of one
             self.process.join()
-            split = self.task.split
-            raise UserError(
-                f"{split.path}: the worker on bytes {split.start:,} to {split.stop:,} died "
-                f"({_cause_of_death(self.process.exitcode)}); run the same command again, with fewer --workers if memory was short"
-            ) from None
+            self._report(-self._told[0], -self._told[1])
+            raise _WorkerDiedError(_cause_of_death(self.process.exitcode)) from None
         if kind == "user error":
             raise UserError(value)
         if kind == "crash":
             raise RuntimeError(f"a worker failed:\n{value}")
-        return kind, value
+        if kind == "progress":
+            self._told = (self._told[0] + value[0], self._told[1] + value[1])
+            self._report(*value)
+            return None
+        assert isinstance(value, SplitResult)
+        return value
 
 
-def _run_in_processes(
-    job: Job, tasks: list[SplitTask], num_workers: int, report: Report
-) -> Iterator[SplitResult]:
-    waiting = iter(tasks)
-    workers: list[_Worker] = []
+class _Pool:
+    """Worker processes, the tasks that wait for them, and the way on when one dies."""
+
+    def __init__(
+        self,
+        job: Job,
+        tasks: list[SplitTask],
+        num_workers: int,
+        report: Report,
+        announce: Callable[[str], None],
+    ) -> None:
+        self._job = job
+        self._waiting = deque(tasks)
+        self._num_workers = num_workers
+        self._report = report
+        self._announce = announce
+        self._deaths: Counter[str] = Counter()
+        self._workers: list[_Worker] = []
+
+    def run(self) -> Iterator[SplitResult]:
+        """Yield results as they come."""
+        try:
+            for _ in range(self._num_workers):
+                self._start()
+            while busy := {worker.pipe: worker for worker in self._workers if worker.task is not None}:
+                for pipe in connection.wait(list(busy)):
+                    worker = busy[pipe]  # type: ignore[index]  # these are our own pipes again
+                    try:
+                        result = worker.receive()
+                    except _WorkerDiedError as death:
+                        self._bury(worker, str(death))
+                        continue
+                    if result is not None:
+                        worker.give(self._waiting.popleft() if self._waiting else None)
+                        yield result
+        except BaseException:
+            for worker in self._workers:
+                worker.process.kill()
+            raise
+        finally:
+            for worker in self._workers:
+                worker.process.join()
+
+    def _start(self) -> None:
+        worker = _Worker(self._job, self._report)
+        self._workers.append(worker)
+        worker.give(self._waiting.popleft())
+
+    def _bury(self, worker: _Worker, cause: str) -> None:
+        """Give a dead worker's split to the others, so that there is one fewer to share the memory; or to a new one at last."""
+        assert worker.task is not None
+        split = worker.task.split
+        where = f"{split.path}: the worker on bytes {split.start:,} to {split.stop:,} died ({cause})"
+        self._workers.remove(worker)
+        self._deaths[worker.task.name] += 1
+        if self._deaths[worker.task.name] == _TRIES:
+            raise UserError(
+                f"{where}, {_TRIES} times; run the same command again, with fewer --workers or a smaller --split-bytes if memory "
+                "was short"
+            )
+        self._announce(f"{where}; that split is tried again")
+        self._waiting.append(worker.task)
+        if all(other.task is None for other in self._workers):
+            self._start()
+
+
+@contextlib.contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        for task in itertools.islice(waiting, num_workers):
-            workers.append(_Worker(job))
-            workers[-1].give(task)
-        busy = {worker.pipe: worker for worker in workers}
-        while busy:
-            for pipe in connection.wait(list(busy)):
-                worker = busy[pipe]  # type: ignore[index]  # these are our own pipes again
-                kind, value = worker.receive()
-                if kind == "progress":
-                    report(*value)
-                else:
-                    worker.give(next(waiting, None))
-                    if worker.task is None:
-                        del busy[worker.pipe]
-                    yield value
-    except BaseException:
-        for worker in workers:
-            worker.process.kill()
-        raise
+        yield
     finally:
-        for worker in workers:
-            worker.process.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(pipe: Connection, job: Job) -> None:
-    """Make splits until told to stop. A parent that is gone shows as a broken pipe at the next report, within a block."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    """Make splits until told to stop, or until the parent is gone."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     message: tuple[str, Any]
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while task := pipe.recv():
@@ -134,23 +215,16 @@ def _work(pipe: Connection, job: Job) -> None:
             pipe.send(message)
 
 
+def _end_with_parent() -> None:
+    """End at once when the parent is killed: the next run may begin in this folder, and must find it at rest."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _cause_of_death(exit_code: int | None) -> str:
     if exit_code is not None and exit_code < 0:
         name = signal.Signals(-exit_code).name
         return f"{name}, as when memory runs out" if name == "SIGKILL" else name
     return f"exit status {exit_code}"
-
-
-@contextlib.contextmanager
-def _encoder_threads(count: int) -> Iterator[None]:
-    settings = {**dict.fromkeys(_ENCODER_THREADS, str(count)), **_NO_SPINNING}
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -62,8 +62,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def is_disk_full(error: OSError) -> bool:
-    """Tell whether an error says that no more can be written: a full disk or a full quota."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    """Tell whether an error says that no more can be written: a full disk, a full quota, a limit on the size of files."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -74,8 +74,11 @@ def disk_full_is_plain(folder: Path) -> Iterator[None]:
     except OSError as error:
         if not is_disk_full(error):
             raise
+        what, remedy = ("a limit on the size of files was met", "raise it (`ulimit -f`)")
+        if error.errno != errno.EFBIG:
+            what, remedy = ("the disk is full", "free some space")
         raise UserError(
-            f"{folder}: the disk is full; what was whole before stays, so free some space and run the same command again"
+            f"{folder}: {what}; what was whole before stays, so {remedy} and run the same command again"
         ) from None
 
 

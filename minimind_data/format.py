@@ -39,9 +39,12 @@ from minimind_data.errors import UserError
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
+SET_ASIDE_NAME = "set-aside.jsonl"
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
 MAX_UINT16_VOCABULARY = 65_536
+MAX_VOCABULARY = 2**31 - 1
+"""What int32 tokens can tell apart."""
 
 TokenDtype = Literal["uint16", "int32"]
 DTYPE_CODES: dict[TokenDtype, int] = {"uint16": 8, "int32": 4}
@@ -110,7 +113,8 @@ class IndexHeader:
 
 
 REMAKE = "delete the shard's .bin and .idx and run the same `mm-data tokenize` again: it makes only what is missing"
-_REMAKE_MANIFEST = "delete it and run the same `mm-data tokenize` again"
+REMAKE_ALL = f"delete {MANIFEST_NAME} and run the same `mm-data tokenize` again: it makes all of it anew"
+RESTORE = "run the same `mm-data tokenize` again: it restores it"
 
 
 def index_bytes(header: IndexHeader, lengths: NDArray[np.int64], document_starts: NDArray[np.int64]) -> bytes:
@@ -195,6 +199,8 @@ class Manifest:
     """Records whose text was empty; they made no document."""
     set_aside: int = 0
     """Bad records that were set aside."""
+    set_aside_sha256: str | None = None
+    """Of the file that holds them; None where there are none."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -240,7 +246,7 @@ class Manifest:
                 f"{folder}: no dataset (no {MANIFEST_NAME}); make one with `mm-data tokenize`"
             ) from None
         except ValueError as error:
-            raise FormatError(f"{path}: damaged ({error}); {_REMAKE_MANIFEST}") from None
+            raise FormatError(f"{path}: damaged ({error}); {REMAKE_ALL}") from None
         try:
             if told["format_version"] != FORMAT_VERSION:
                 raise FormatError(
@@ -248,7 +254,7 @@ class Manifest:
                 )
             checksum, fingerprint = told.pop("checksum"), told.pop("fingerprint")
             if checksum != _checksum({**told, "fingerprint": fingerprint}):
-                raise FormatError(f"{path}: damaged (its checksum does not fit); {_REMAKE_MANIFEST}")
+                raise FormatError(f"{path}: damaged (its checksum does not fit); {REMAKE_ALL}")
             manifest = cls(
                 **{
                     **told,
@@ -258,11 +264,9 @@ class Manifest:
                 }
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise FormatError(
-                f"{path}: not a manifest of this program ({error!r}); {_REMAKE_MANIFEST}"
-            ) from None
+            raise FormatError(f"{path}: not a manifest of this program ({error!r}); {REMAKE_ALL}") from None
         if manifest.fingerprint != fingerprint or manifest.dtype not in DTYPE_CODES:
-            raise FormatError(f"{path}: its fingerprint does not fit its content; {_REMAKE_MANIFEST}")
+            raise FormatError(f"{path}: its fingerprint does not fit its content; {REMAKE_ALL}")
         return manifest
 
 

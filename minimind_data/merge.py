@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-from minimind_data.checked import check_kind
+from minimind_data.checked import carry_set_aside, check_kind
 from minimind_data.errors import UserError
 from minimind_data.format import (
     REMAKE,
@@ -70,6 +70,7 @@ def merge(
                     source / f"{entry.name}{suffix}", folder / f"{new.name}{suffix}", copy=options.copy
                 )
             report(entry.bytes, entry.tokens)
+        manifest = dataclasses.replace(manifest, set_aside_sha256=carry_set_aside(datasets, folder))
         write_metadata(folder, manifest, (datasets[0].folder / TOKENIZER_NAME).read_bytes())
     return manifest
 

@@ -6,6 +6,7 @@ nothing is coerced, dropped or repaired in silence. Lines of white space are no 
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import orjson
 
 from minimind_data.errors import UserError
 
+MAX_LINE_BYTES = 2**30
+"""A longer line is no record but a file of another form: memory must hold a line several times over."""
 _BLOCK_BYTES = 2 * 2**20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _WORD = re.compile(r"[^\W\d_]+|\d+|\s+|[^\w\s]+|_+")
@@ -82,31 +85,47 @@ def plan_splits(path: Path, split_bytes: int) -> list[Split]:
         raise UserError(f"{path}: may not be read; change its permissions") from None
     if not size:
         raise UserError(f"{path}: the file is empty; there is nothing to tokenize")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{path}: the name is no UTF-8, so a manifest cannot hold it; rename the file"
+        ) from None
     return [
         Split(path=path, start=at, stop=min(at + split_bytes, size)) for at in range(0, size, split_bytes)
     ]
 
 
 def line_range(split: Split) -> tuple[int, int]:
-    """Return (first byte, byte after the last) of the lines that begin in a split; the two are equal where none does."""
+    """Return (first byte, byte after the last) of the lines that begin in a split; both are its stop where none does."""
     with split.path.open("rb") as file:
-        begin = _line_start(file, split.start)
-        return begin, max(begin, _line_start(file, split.stop))
+        begin = _line_border(file, split.start, split.stop)
+        return begin, split.stop if begin == split.stop else _line_border(file, split.stop)
 
 
-def _line_start(file: BinaryIO, at: int) -> int:
-    """Return where the first line begins that does not begin before byte `at`; the file is left there."""
-    if at:
-        file.seek(at - 1)
-        file.readline()
-    return file.tell()
+def _line_border(file: BinaryIO, at: int, stop: int | None = None) -> int:
+    """Return the first place from byte `at` on where a line ends and another may begin; `stop`, or the end, where none does.
+
+    Reads a block at a time and never past `stop`, so a line that fills a hundred splits is read once, not a hundred times.
+    """
+    if not at:
+        return 0
+    place = at - 1  # a line begins at `at` if the byte before ends one
+    file.seek(place)
+    last = None if stop is None else stop - 1
+    while block := file.read(_BLOCK_BYTES if last is None else max(0, min(_BLOCK_BYTES, last - place))):
+        found = block.find(b"\n")
+        if found >= 0:
+            return place + found + 1
+        place += len(block)
+    return place if stop is None else stop
 
 
 class LineReader:
     """The lines that begin in a split, in blocks of a few megabytes.
 
     Attributes:
-        begin: the first byte of the first line.
+        begin: the first byte of the first line; the split's stop where no line begins in it.
         end: the byte after the last line read so far.
         num_lines: lines read so far, lines of white space included.
     """
@@ -118,21 +137,56 @@ class LineReader:
         self.num_lines = 0
 
     def __iter__(self) -> Iterator[list[bytes]]:
-        """Yield lists of whole lines, each with its line end."""
+        """Yield lists of whole lines, without their line feeds.
+
+        Raises:
+            UserError: a line is longer than `MAX_LINE_BYTES`.
+        """
+        stop = self._split.stop
         with self._split.path.open("rb") as file:
-            self.begin = self.end = _line_start(file, self._split.start)
-            while (left := self._split.stop - self.end) > 0:
-                # `readlines` stops once it has read more than its hint, and takes 0 for no bound. So the last line of a call
-                # begins before the split's end.
-                hint = min(_BLOCK_BYTES, left) - 1
-                lines = file.readlines(hint) if hint else [file.readline()]
-                block = b"".join(lines)
-                if not block:
-                    return  # the file was cut off under us; the build notices by its size
-                self._digest.update(block)
-                self.end += len(block)
-                self.num_lines += len(lines)
-                yield lines
+            self.begin = self.end = _line_border(file, self._split.start, stop)
+            file.seek(self.begin)
+            pieces: list[bytes] = []  # of lines whose end has not been read yet
+            place = self.begin
+            while self.end < stop:
+                piece = file.read(_BLOCK_BYTES)
+                if (
+                    not piece
+                ):  # the end of the file; where it was cut off under us, the build notices by its size
+                    if pieces:
+                        yield self._take(b"".join(pieces))
+                    return
+                # Up to the last whole line; in the split's last block, up to the end of the line that holds its last byte.
+                place += len(piece)
+                border = (
+                    piece.rfind(b"\n")
+                    if place < stop
+                    else piece.find(b"\n", max(0, len(piece) - place + stop - 1))
+                ) + 1
+                if border:
+                    pieces.append(piece[:border])
+                    block = b"".join(pieces)
+                    pieces = [piece[border:]]
+                    yield self._take(block)
+                else:
+                    pieces.append(piece)
+                    self._check_length(place)
+
+    def _take(self, block: bytes) -> list[bytes]:
+        self._digest.update(block)
+        self.end += len(block)
+        lines = block.split(b"\n")
+        if not lines[-1]:
+            lines.pop()
+        self.num_lines += len(lines)
+        return lines
+
+    def _check_length(self, place: int) -> None:
+        if place - self.end > MAX_LINE_BYTES:
+            line = count_lines(self._split.path, self.end) + 1
+            raise UserError(
+                f"{self._split.path}:{line}: a line of over {MAX_LINE_BYTES >> 20:,} MiB; write one record a line"
+            )
 
     @property
     def sha256(self) -> str:
@@ -149,13 +203,14 @@ def read_blocks(reader: LineReader, *, field: str, max_word_chars: int) -> Gener
         max_word_chars: a text with a longer run of letters, of digits, of signs or of white space is a bad record.
     """
     line_number = 0
-    end = reader.begin
     for lines in reader:
         texts: list[str] = []
         bad: list[BadRecord] = []
         empty_texts = 0
-        if reader.begin == 0 and line_number == 0:
-            lines[0] = lines[0].removeprefix(_BYTE_ORDER_MARK)
+        if line_number == 0:
+            end = reader.begin
+            if end == 0:
+                lines[0] = lines[0].removeprefix(_BYTE_ORDER_MARK)
         for line in lines:
             line_number += 1
             try:
@@ -173,7 +228,7 @@ def read_blocks(reader: LineReader, *, field: str, max_word_chars: int) -> Gener
                     assert isinstance(text, str)
                     texts.append(text)
                 else:
-                    bad.append(BadRecord(line=line_number, reason=reason, data=line.rstrip(b"\r\n")))
+                    bad.append(BadRecord(line=line_number, reason=reason, data=line.rstrip(b"\r")))
         yield Block(texts=texts, empty_texts=empty_texts, bad=bad, num_bytes=reader.end - end)
         end = reader.end
 
@@ -201,7 +256,8 @@ def _reason(line: bytes, field: str, max_word_chars: int) -> str | None:
             return f"a lone surrogate escape (column {error.colno}), which is no character; remove it"
         return f"not JSON ({error.msg.rstrip('.')}, column {error.colno}); mend or remove the line"
     if not isinstance(record, dict):
-        return f"the record is {_kind(record)}, not an object; write it as {{{field!r}: …}}".replace("'", '"')
+        quoted = json.dumps(field, ensure_ascii=False)
+        return f"the record is {_kind(record)}, not an object; write it as {{{quoted}: …}}"
     if field not in record:
         found = ", ".join(list(record)[:5]) or "none at all"
         return f"no field {field!r} (its fields: {found}); name the field of the text with --field"

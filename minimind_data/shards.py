@@ -21,6 +21,7 @@ from minimind_data.files import sha256_of
 from minimind_data.format import (
     INDEX_HEADER_BYTES,
     REMAKE,
+    RESTORE,
     TOKENIZER_NAME,
     FormatError,
     IndexHeader,
@@ -92,28 +93,37 @@ class _RowGather:
     Every map lies somewhere in this process's address space, at a multiple of the page size. So one array that spans the
     addresses from the lowest map to the highest, with a stride of one element, has a row for every element, and indexing it
     with row numbers copies what a loop over the maps would copy, whether there is one or three hundred. Only rows that lie
-    inside a map may be asked for: the caller checks, in whole vectors.
+    inside a map may be asked for: the caller checks, in whole vectors. The maps must outlive this.
+
+    A gather never changes; `with_maps` makes another. So a thread may read from one while another maps more.
+
+    Args:
+        dtype: of the elements.
+        starts: int64 [maps], the address of each map, -1 where it is not mapped yet.
+        stops: int64 [maps], the address behind each, -1 likewise.
     """
 
-    def __init__(self, dtype: np.dtype[Any], num_maps: int) -> None:
+    def __init__(self, dtype: np.dtype[Any], starts: NDArray[np.int64], stops: NDArray[np.int64]) -> None:
         self._dtype = dtype
-        self._maps: dict[int, NDArray[Any]] = {}
-        self._first_rows = np.zeros(num_maps, np.int64)
-        self._low = 0
+        self._starts = starts
+        self._stops = stops
+        mapped = starts[starts >= 0]
+        self._low = int(mapped.min()) if len(mapped) else 0
+        self._first_rows = (starts - self._low) // dtype.itemsize
         self._views: dict[int, NDArray[Any]] = {}
 
-    def add(self, index: int, array: NDArray[Any]) -> None:
-        """Take in the map with this number."""
-        self._maps[index] = array
-        addresses = {key: int(mapped.__array_interface__["data"][0]) for key, mapped in self._maps.items()}
-        low = min(addresses.values())
-        if low == self._low:
-            self._first_rows[index] = (addresses[index] - low) // self._dtype.itemsize
-        else:
-            self._low = low
-            for key, address in addresses.items():
-                self._first_rows[key] = (address - low) // self._dtype.itemsize
-        self._views.clear()
+    @classmethod
+    def empty(cls, dtype: np.dtype[Any], num_maps: int) -> Self:
+        """Return one with no map yet."""
+        return cls(dtype, np.full(num_maps, -1, np.int64), np.full(num_maps, -1, np.int64))
+
+    def with_maps(self, maps: dict[int, NDArray[Any]]) -> Self:
+        """Return one that also has these maps, by their numbers."""
+        starts, stops = self._starts.copy(), self._stops.copy()
+        for index, array in maps.items():
+            starts[index] = array.__array_interface__["data"][0]
+            stops[index] = starts[index] + array.nbytes
+        return type(self)(self._dtype, starts, stops)
 
     def rows(self, owners: NDArray[np.intp], offsets: NDArray[np.int64], width: int) -> NDArray[Any]:
         """Return [B, width], copied: row b is `width` elements of map owners[b], from its element offsets[b] on."""
@@ -124,21 +134,21 @@ class _RowGather:
         return gathered
 
     def _strided(self, width: int) -> NDArray[Any]:
-        high = max(
-            int(mapped.__array_interface__["data"][0]) + mapped.nbytes for mapped in self._maps.values()
-        )
+        num_elements = (int(self._stops.max()) - self._low) // self._dtype.itemsize
+        return np.asarray(_Span(self._low, (num_elements, width), self._dtype))
 
-        class _Span:
-            def __init__(self, address: int, num_elements: int, dtype: np.dtype[Any]) -> None:
-                self.__array_interface__ = {
-                    "version": 3,
-                    "data": (address, True),
-                    "typestr": dtype.str,
-                    "shape": (num_elements, width),
-                    "strides": (dtype.itemsize, dtype.itemsize),
-                }
 
-        return np.asarray(_Span(self._low, (high - self._low) // self._dtype.itemsize, self._dtype))
+class _Span:
+    """Memory that is ours to read, as numpy's array interface describes it: rows that begin at every element."""
+
+    def __init__(self, address: int, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (address, True),
+            "typestr": dtype.str,
+            "shape": shape,
+            "strides": (dtype.itemsize, dtype.itemsize),
+        }
 
 
 class ShardSet:
@@ -162,10 +172,9 @@ class ShardSet:
         self._num_sequences = np.array([entry.sequences for entry in manifest.shards], np.int64)
         self._index_by_name = {entry.name: index for index, entry in enumerate(manifest.shards)}
         self._shards: dict[int, Shard] = {}
-        # Mapping a shard moves what a gather in another thread is reading; both hold this, and it is free of contention.
-        self._lock = threading.RLock()
-        self._tokens = _RowGather(self.dtype, len(manifest.shards))
-        self._indexes = _RowGather(np.dtype(np.uint8), len(manifest.shards))
+        self._mapping = threading.Lock()
+        self._tokens = _RowGather.empty(self.dtype, len(manifest.shards))
+        self._indexes = _RowGather.empty(np.dtype(np.uint8), len(manifest.shards))
 
     @classmethod
     def open(cls, folder: Path | str) -> Self:
@@ -178,12 +187,12 @@ class ShardSet:
         manifest = Manifest.read(folder)
         path = folder / TOKENIZER_NAME
         if not path.is_file():
-            raise FormatError(f"{path}: missing; run the same `mm-data tokenize` again to restore it")
+            raise FormatError(f"{path}: missing; {RESTORE}")
         found = sha256_of(path)
         if found != manifest.tokenizer.sha256:
             raise FormatError(
                 f"{path}: its SHA-256 is {found[:12]}…, but the shards were made with {manifest.tokenizer.sha256[:12]}…; "
-                "put the right tokenizer back or tokenize into another folder"
+                f"put the right tokenizer back, or {RESTORE}"
             )
         return cls(folder, manifest)
 
@@ -211,19 +220,8 @@ class ShardSet:
 
     def shard(self, index: int) -> Shard:
         """Return a shard by its place in the manifest, mapping it when it is first asked for."""
-        with self._lock:
-            return self._shard(index)
-
-    def _shard(self, index: int) -> Shard:
-        shard = self._shards.get(index)
-        if shard is None:
-            shard = Shard(self.folder, self.manifest.shards[index], self.manifest.dtype)
-            if len(shard.tokens):
-                self._check_ends(shard)
-                self._tokens.add(index, shard.tokens)
-                self._indexes.add(index, shard.index)
-            self._shards[index] = shard
-        return shard
+        self._map_all(np.array([index]))
+        return self._shards[index]
 
     def rows(self, starts: NDArray[np.int64], width: int) -> TokenArray:
         """Copy rows of the token stream; a row may reach across any number of shards.
@@ -243,10 +241,6 @@ class ShardSet:
                 f"rows of {width} tokens at {starts.min()}…{starts.max()} in a stream of {self.num_tokens}"
             )
         owners = self.owners(starts)
-        with self._lock:
-            return self._rows(owners, starts, width)
-
-    def _rows(self, owners: NDArray[np.intp], starts: NDArray[np.int64], width: int) -> TokenArray:
         self._map_all(owners)
         offsets = starts - self.token_starts[owners]
         inside = starts + width <= self.token_starts[owners + 1]
@@ -269,13 +263,23 @@ class ShardSet:
 
         Returns:
             (global number of its first token, its length in tokens), both int64 [B].
+
+        Raises:
+            FormatError: an index points outside its shard.
         """
+        self._map_all(owners)
         offsets_start = INDEX_HEADER_BYTES + 4 * self._num_sequences[owners]
-        with self._lock:
-            self._map_all(owners)
-            lengths = self._indexes.rows(owners, INDEX_HEADER_BYTES + 4 * sequences, 4).view("<i4")[:, 0]
-            offsets = self._indexes.rows(owners, offsets_start + 8 * sequences, 8).view("<i8")[:, 0]
-        return offsets // self.dtype.itemsize + self.token_starts[owners], lengths.astype(np.int64)
+        lengths = self._indexes.rows(owners, INDEX_HEADER_BYTES + 4 * sequences, 4).view("<i4")[:, 0]
+        offsets = self._indexes.rows(owners, offsets_start + 8 * sequences, 8).view("<i8")[:, 0]
+        first, lengths = offsets // self.dtype.itemsize, lengths.astype(np.int64)
+        outside = (first < 0) | (lengths < 0) | (lengths > np.diff(self.token_starts)[owners] - first)
+        if outside.any():
+            place = int(np.argmax(outside))
+            name = self.manifest.shards[int(owners[place])].name
+            raise FormatError(
+                f"{self.folder / name}.idx: damaged (sequence {sequences[place]} lies outside the shard); {REMAKE}"
+            )
+        return first + self.token_starts[owners], lengths
 
     def slice(self, start: int, stop: int) -> TokenArray:
         """Return the tokens [start, stop) of the stream: a view where one shard holds them all, else a copy."""
@@ -325,10 +329,26 @@ class ShardSet:
         return int(self.token_starts[index]) + offset
 
     def _map_all(self, owners: NDArray[np.intp]) -> None:
-        """Map the shards that are asked for here for the first time."""
-        if len(self._shards) < len(self):
-            for index in np.unique(owners):
-                self.shard(int(index))
+        """Map the shards that are asked for here for the first time; the first check is free once all are mapped."""
+        if len(self._shards) == len(self):
+            return
+        wanted = [index for index in np.unique(owners).tolist() if index not in self._shards]
+        if not wanted:
+            return
+        with self._mapping:
+            made = {}
+            for index in wanted:
+                if index in self._shards:  # another thread was first; its map is the one that gathers know
+                    continue
+                shard = Shard(self.folder, self.manifest.shards[index], self.manifest.dtype)
+                if len(shard.tokens):
+                    self._check_ends(shard)
+                made[index] = shard
+            filled = {index: shard for index, shard in made.items() if len(shard.tokens)}
+            self._tokens = self._tokens.with_maps({index: shard.tokens for index, shard in filled.items()})
+            self._indexes = self._indexes.with_maps({index: shard.index for index, shard in filled.items()})
+            # Last: whoever finds a shard here, with the lock or without, finds it in the gathers too.
+            self._shards |= made
 
     def _check_ends(self, shard: Shard) -> None:
         """A shard begins with BOS and ends with EOS; one that a different tokenizer made seldom does."""

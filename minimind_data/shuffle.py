@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minimind_data.checked import check_kind, checked_documents
+from minimind_data.checked import carry_set_aside, check_kind, checked_documents
 from minimind_data.errors import UserError
 from minimind_data.files import allow_open_files
 from minimind_data.format import TOKENIZER_NAME, InputEntry, Manifest, ShardEntry, TokenArray
@@ -121,6 +121,7 @@ def shuffle(
             shards=tuple(entries),
             empty_texts=manifest.empty_texts,
             set_aside=manifest.set_aside,
+            set_aside_sha256=carry_set_aside([shards], folder),
         )
         write_metadata(folder, made, (source / TOKENIZER_NAME).read_bytes())
     return made

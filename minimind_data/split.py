@@ -5,6 +5,7 @@ depends on the input's bytes and the job alone: not on the process, the machine,
 """
 
 import base64
+import functools
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -20,7 +21,15 @@ from minimind_data.errors import UserError
 from minimind_data.files import disk_full_is_plain, write_atomic
 from minimind_data.format import TokenArray, TokenDtype, TokenizerInfo, numpy_dtype
 from minimind_data.records import BadRecord, Block, LineReader, Split, count_lines, read_blocks
-from minimind_data.tokenizer import Encoder, Ids, Offsets, cached_tokenizer, first_difference, make_encoder
+from minimind_data.tokenizer import (
+    Encoder,
+    Ids,
+    Offsets,
+    ReferenceEncoder,
+    cached_tokenizer,
+    first_difference,
+    make_encoder,
+)
 from minimind_data.writer import ShardWriter, WrittenShard
 
 # One document in this many goes on being compared with the reference. At a fortieth of the fast encoder's speed that is
@@ -84,10 +93,7 @@ class SplitResult:
 
 
 class _DifferenceError(Exception):
-    """The fast backend and the reference disagree about a document."""
-
-
-_encoders: dict[tuple[str, str], Encoder] = {}
+    """The fast backend failed, or it and the reference disagree about a document."""
 
 
 def build_split(job: Job, task: SplitTask, report: Report) -> SplitResult:
@@ -113,7 +119,7 @@ def build_split(job: Job, task: SplitTask, report: Report) -> SplitResult:
 
 def _build(job: Job, task: SplitTask, backend: str, difference: str | None, report: Report) -> SplitResult:
     reader = LineReader(task.split)
-    encoder = _encoder(job, backend)
+    encoder = _encoder(job.tokenizer_json, job.tokenizer, backend)
     blocks = _ahead(read_blocks(reader, field=job.field, max_word_chars=job.max_word_chars))
     bad: list[BadRecord] = []
     empty_texts = compared = num_documents = 0
@@ -180,18 +186,23 @@ def set_aside_path(work_folder: Path, name: str) -> Path:
     return work_folder / f"{name}{SET_ASIDE_SUFFIX}"
 
 
-def _encoder(job: Job, backend: str) -> Encoder:
+@functools.lru_cache(maxsize=1)
+def _encoder(tokenizer_json: str, info: TokenizerInfo, backend: str) -> Encoder:
     """Return this process's encoder; making one takes as long as encoding megabytes."""
-    key = (job.tokenizer.sha256, backend)
-    if key not in _encoders:
-        _encoders.clear()
-        _encoders[key] = make_encoder(cached_tokenizer(job.tokenizer_json, job.tokenizer), backend)
-    return _encoders[key]
+    return make_encoder(cached_tokenizer(tokenizer_json, info), backend)
 
 
 def _encode(encoder: Encoder, blocks: Iterator[Block]) -> Generator[tuple[Block, Ids, Offsets], None, None]:
     for block in blocks:
-        yield (block, *encoder.encode_batch(block.texts))
+        try:
+            ids, offsets = encoder.encode_batch(block.texts)
+        except (KeyboardInterrupt, SystemExit, MemoryError, UserError):
+            raise
+        except BaseException as error:  # a panic in Rust is no Exception
+            if encoder.name == ReferenceEncoder.name:
+                raise
+            raise _DifferenceError(f"it failed: {type(error).__name__}: {error}") from None
+        yield block, ids, offsets
 
 
 def _compare(job: Job, texts: list[str], ids: Ids, offsets: Offsets, first_number: int) -> int:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from minimind_data.battery import hard_strings
 from minimind_data.errors import UserError
-from minimind_data.format import MANIFEST_NAME, TOKENIZER_NAME, Manifest, TokenizerInfo
+from minimind_data.format import MANIFEST_NAME, MAX_VOCABULARY, TOKENIZER_NAME, Manifest, TokenizerInfo
 
 Backend = Literal["auto", "fastokens", "tokenizers"]
 CONFIG_NAME = "tokenizer_config.json"
@@ -101,14 +101,19 @@ def load_tokenizer(path: Path | None = None, special: SpecialTokens | None = Non
         ) from None
     reference = _parse(text, file)
     special = special or SpecialTokens()
-    texts = {"bos": special.bos, "eos": special.eos, "pad": special.pad}
-    manifest_path = file.with_name(MANIFEST_NAME)
-    if not any(texts.values()) and manifest_path.is_file():
-        info = Manifest.read(file.parent).tokenizer
-        return Tokenizer(text, reference, (info.bos_id, info.eos_id, info.pad_id))
-    config = _read_config(file.with_name(CONFIG_NAME))
-    ids = [_special_id(reference, name, told, config, file) for name, told in texts.items()]
+    told = _ids_of_dataset(file) if file.with_name(MANIFEST_NAME).is_file() else {}
+    config = {} if told else _read_config(file.with_name(CONFIG_NAME))
+    ids = [
+        told[name] if text is None and told else _special_id(reference, name, text, config, file)
+        for name, text in (("bos", special.bos), ("eos", special.eos), ("pad", special.pad))
+    ]
     return Tokenizer(text, reference, (ids[0], ids[1], ids[2]))
+
+
+def _ids_of_dataset(file: Path) -> dict[str, int]:
+    """Return the special ids that the manifest beside this tokenizer.json names."""
+    info = Manifest.read(file.parent).tokenizer
+    return {"bos": info.bos_id, "eos": info.eos_id, "pad": info.pad_id}
 
 
 def _parse(text: str, path: Path) -> tokenizers.Tokenizer:
@@ -119,6 +124,11 @@ def _parse(text: str, path: Path) -> tokenizers.Tokenizer:
     if getattr(tokenizer.model, "dropout", None):
         raise UserError(
             f"{path}: its model has dropout, so it encodes one text in many ways; set dropout to null"
+        )
+    ids = tokenizer.get_vocab(with_added_tokens=True).values()
+    if not ids or max(ids) >= MAX_VOCABULARY:
+        raise UserError(
+            f"{path}: its largest id is {max(ids, default=None)}; ids must be from 0 to {MAX_VOCABULARY - 1:,}"
         )
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -141,6 +151,10 @@ def _special_id(
     if text is None:
         told = config.get(f"{name}_token")
         text = told.get("content") if isinstance(told, dict) else told
+        if text is not None and not isinstance(text, str):
+            raise UserError(
+                f"{file.with_name(CONFIG_NAME)}: its {name}_token is {told!r}, not a string; pass --{name}-token TOKEN"
+            )
     if text is None:
         raise UserError(
             f"{file}: which token is {name.upper()} is said nowhere ({CONFIG_NAME} is silent); pass --{name}-token TOKEN"
@@ -172,8 +186,17 @@ class ReferenceEncoder:
         self._tokenizer = tokenizer.reference
 
     def encode_batch(self, texts: list[str]) -> tuple[Ids, Offsets]:
-        """Encode; see `Encoder`."""
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        """Encode; see `Encoder`.
+
+        Raises:
+            UserError: a text holds something that this tokenizer has no token for.
+        """
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # noqa: BLE001 - the library raises plain Exception
+            raise UserError(
+                f"the tokenizer cannot encode some text ({error}); give it an unknown token, or take another --tokenizer"
+            ) from None
         ids = [np.array(encoding.ids, np.uint32) for encoding in encodings]
         offsets = np.zeros(len(texts) + 1, np.int64)
         np.cumsum([len(one) for one in ids], out=offsets[1:])

@@ -34,10 +34,18 @@ _VISIBLE_TOKENS = [
 ]  # fmt: skip
 SPECIAL_TOKENS = [*_CONTROL_TOKENS, *_VISIBLE_TOKENS]
 _MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+_MAX_VOCAB_SIZE = 2**22
 _BYTES_AT_A_TIME = 16 * 2**20
 
 
-def train_tokenizer(inputs: Sequence[Path], out: Path, *, vocab_size: int = 6400, field: str = "text") -> int:
+def train_tokenizer(
+    inputs: Sequence[Path],
+    out: Path,
+    *,
+    vocab_size: int = 6400,
+    field: str = "text",
+    max_word_chars: int = 1_000_000,
+) -> int:
     """Train a tokenizer and write it with its `tokenizer_config.json` beside it.
 
     Args:
@@ -45,6 +53,7 @@ def train_tokenizer(inputs: Sequence[Path], out: Path, *, vocab_size: int = 6400
         out: the tokenizer.json to write, or a folder for it.
         vocab_size: entries, special tokens included.
         field: the field that holds the text.
+        max_word_chars: the longest run of letters, of digits, of signs or of white space that a text may hold.
 
     Returns:
         The number of entries, which is below `vocab_size` where the text has too few pairs to merge.
@@ -52,9 +61,10 @@ def train_tokenizer(inputs: Sequence[Path], out: Path, *, vocab_size: int = 6400
     Raises:
         UserError: an input or a record cannot be read, or `vocab_size` is too small.
     """
-    if vocab_size < _MIN_VOCAB_SIZE:
+    if not _MIN_VOCAB_SIZE <= vocab_size <= _MAX_VOCAB_SIZE:
         raise UserError(
-            f"--vocab-size {vocab_size}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens need {_MIN_VOCAB_SIZE}"
+            f"--vocab-size {vocab_size}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens need {_MIN_VOCAB_SIZE}, and "
+            f"over {_MAX_VOCAB_SIZE:,} serve no model"
         )
     file = out if out.suffix == ".json" else out / TOKENIZER_NAME
     tokenizer = tokenizers.Tokenizer(models.BPE())
@@ -66,7 +76,7 @@ def train_tokenizer(inputs: Sequence[Path], out: Path, *, vocab_size: int = 6400
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_pieces(inputs, field), trainer)
+    tokenizer.train_from_iterator(_pieces(inputs, field, max_word_chars), trainer)
     file.parent.mkdir(parents=True, exist_ok=True)
     config = {
         "bos_token": BOS,
@@ -91,14 +101,14 @@ def _with_visible_tokens(tokenizer: tokenizers.Tokenizer) -> str:
     return json.dumps(told, ensure_ascii=False, indent=1)
 
 
-def _pieces(inputs: Sequence[Path], field: str) -> Iterator[str]:
+def _pieces(inputs: Sequence[Path], field: str, max_word_chars: int) -> Iterator[str]:
     """Yield the texts without the special tokens in them, which must not become merges."""
     special = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
     for path in inputs:
         line = 0
         for split in plan_splits(path, _BYTES_AT_A_TIME):
             reader = LineReader(split)
-            for block in read_blocks(reader, field=field, max_word_chars=1_000_000):
+            for block in read_blocks(reader, field=field, max_word_chars=max_word_chars):
                 if block.bad:
                     raise UserError(f"{path}:{line + block.bad[0].line}: {block.bad[0].reason}")
                 for text in block.texts:

@@ -21,6 +21,8 @@ from minimind_data.format import TokenArray
 from minimind_data.shards import ShardSet
 
 Layout = Literal["concat", "pad"]
+MAX_SEQ_LEN = 2**24
+"""A longer window is a slip of the keyboard: 16 million tokens, in int64 128 MiB."""
 IGNORED = -100
 """The target of a position at which nothing is learned; PyTorch's default `ignore_index`."""
 
@@ -90,6 +92,8 @@ def open_windows(shards: ShardSet, *, layout: Layout, seq_len: int, labels: bool
         raise UserError(f"seq_len {seq_len} is too short for layout pad: BOS and EOS alone take 2")
     if seq_len < 1:
         raise UserError(f"seq_len must be at least 1, not {seq_len}")
+    if seq_len > MAX_SEQ_LEN:
+        raise UserError(f"seq_len must be at most {MAX_SEQ_LEN:,} tokens, not {seq_len:,}")
     windows = _LAYOUTS[layout](shards, seq_len, labels)
     if not len(windows):
         raise UserError(

@@ -4,6 +4,7 @@ Until `commit` nothing carries the shard's name; an exception, or a process that
 leaves is durable: both files are fsynced before their rename, and the index, without which a shard is none, comes last.
 """
 
+import errno
 import hashlib
 import os
 from dataclasses import dataclass
@@ -81,6 +82,9 @@ class ShardWriter:
         index = index_bytes(header, lengths, starts)
         self._file.flush()
         os.fsync(self._file.fileno())
+        # A writer whose build was killed may come this late; the next build has removed its file and may be done already.
+        if not os.fstat(self._file.fileno()).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, "removed by another run", str(self._partial))
         self._file.close()
         index_path = self._path.with_suffix(".idx")
         index_path.unlink(missing_ok=True)  # an old index must never stand beside new tokens
@@ -101,5 +105,7 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
+        try:
+            self._file.close()  # flushes, which a full disk refuses
+        finally:
+            self._partial.unlink(missing_ok=True)

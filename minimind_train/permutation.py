@@ -21,10 +21,13 @@ from typing import Final, overload
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MAX_LENGTH", "Permutation"]
+__all__ = ["MAX_LENGTH", "MAX_SEED", "Permutation"]
 
 MAX_LENGTH: Final = 2**62
 """The largest n. Both halves of an index then have at most 32 bits, and no sum in a round leaves 64."""
+
+MAX_SEED: Final = 2**64 - 1
+"""The largest seed."""
 
 _TABLE_LIMIT: Final = 256
 _NUM_ROUNDS: Final = 8

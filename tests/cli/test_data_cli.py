@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -124,8 +125,20 @@ def test_verify_as_json_tells_the_problems_and_fails(run, dataset):
         (["verify", "nope"], "nope: no dataset"),
         (["window", "nope", "0", "--seq-len", "8"], "nope: no dataset"),
         (["locate", "nope", "--seq-len", "8", "--position", "0"], "nope: no dataset"),
-        (["locate", "DATASET", "--seq-len", "8", "--position", "-1"], "--position counts samples from 0"),
+        (
+            ["locate", "DATASET", "--seq-len", "8", "--position", "-1"],
+            "--position counts samples, from 0 to 2^63 - 1, not -1",
+        ),
+        (["locate", "DATASET", "--seq-len", "8", "--position", "10" + 27 * "0"], "--position counts samples"),
+        (["locate", "DATASET", "--seq-len", "8", "--position", "1", "--seed", "-1"], "--seed must be from 0"),
+        (
+            ["locate", "DATASET", "--seq-len", "8", "--position", "1", "--seed", str(2**64)],
+            "--seed must be from 0",
+        ),
         (["window", "DATASET", "0", "--seq-len", "0"], "seq_len must be at least 1"),
+        (["window", "DATASET", "0", "--seq-len", 12 * "9", "--layout", "pad"], "seq_len must be at most"),
+        (["train-tokenizer", "SOURCE", "--out", "x.json", "--vocab-size", 12 * "9"], "serve no model"),
+        (["tokenize", "SOURCE", "--out", "new", "--field", "te'xt"], 'no field "te\'xt"'),
         (["train-tokenizer", "SOURCE", "--out", "x.json", "--vocab-size", "5"], "--vocab-size 5"),
     ],
 )
@@ -174,6 +187,53 @@ def test_a_full_disk_is_named_and_the_run_can_go_on(run, source, tmp_path, monke
     result = run(*arguments)
     assert result.exit_code == 0
     assert "kept       3 shards" in result.stdout
+
+
+@pytest.mark.parametrize("stderr", [subprocess.PIPE, subprocess.STDOUT])
+def test_a_reader_that_goes_away_does_not_stop_the_work(source, tmp_path, stderr):
+    command = [sys.executable, "-m", "minimind_cli.data", "tokenize", source, "--out", tmp_path / "data"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr) as process:
+        process.stdout.close()
+        if process.stderr:
+            process.stderr.close()
+        assert process.wait(timeout=60) == 0
+    assert (tmp_path / "data" / "manifest.json").exists()
+
+
+def test_a_read_only_dataset_that_is_done_is_done(run, source, dataset, monkeypatch):
+    real = Path.mkdir
+
+    def read_only(self, *arguments, **settings):
+        if self.name == ".mm-build":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        real(self, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    command = ["tokenize", source, "--out", dataset, "--split-bytes", "2KiB"]
+    result = run(*command)
+    assert result.exit_code == 0
+    assert "already done, nothing to do" in result.stdout
+    (dataset / "text-00001.idx").unlink()
+    assert "data: cannot be written (Read-only file system)" in sentence(run(*command))
+
+
+def test_verify_says_each_remedy_once_and_it_helps(run, source, dataset):
+    for name in ("text-00000", "text-00001"):
+        (dataset / f"{name}.bin").write_bytes(b"")
+        (dataset / f"{name}.idx").write_bytes((dataset / f"{name}.idx").read_bytes()[:50])
+    (dataset / "tokenizer.json").write_bytes(b"{}")
+    (dataset / "manifest.json").write_bytes((dataset / "manifest.json").read_bytes() + b" ")
+    told = sentence(run("verify", dataset))
+    assert (
+        told.count("delete the shard's")
+        == told.count("run the same `mm-data tokenize` again: it restores it")
+        == 1
+    )
+    again = run("tokenize", source, "--out", dataset, "--split-bytes", "2KiB")
+    assert again.exit_code == 0, again.stderr
+    assert "2 of" in again.stderr
+    assert "tokenizer.json: was missing or changed; it is restored" in again.stderr
+    assert run("verify", dataset).exit_code == 0
 
 
 def test_train_tokenizer_makes_one_that_tokenize_takes(run, source, tmp_path):

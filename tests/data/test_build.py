@@ -1,23 +1,34 @@
 """The build: same bytes whatever happened on the way, nothing half-written looks whole, nothing bad goes unsaid."""
 
+import errno
+import io
 import json
+import multiprocessing
 import os
 import random
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import orjson
 import pytest
 
+from minimind_data import engines
 from minimind_data import split as split_module
 from minimind_data import tokenizer as tokenizer_module
 from minimind_data.build import TokenizeOptions, tokenize
 from minimind_data.errors import UserError
+from minimind_data.files import remove_partials
 from minimind_data.shards import ShardSet
 from minimind_data.tokenizer import DEFAULT_TOKENIZER, ReferenceEncoder, load_tokenizer
+from minimind_data.verify import verify
+from minimind_data.writer import ShardWriter
 
 REFERENCE = load_tokenizer().reference
 TEXTS = [
@@ -340,20 +351,180 @@ def test_a_difference_on_the_way_redoes_the_work_with_the_reference(tmp_path, so
     tokenize([source], options(tmp_path / "right"))
     monkeypatch.setitem(tokenizer_module.FAST_BACKENDS, "fastokens", _LiesLater)
     monkeypatch.setattr(split_module, "_COMPARE_ONE_IN", 1)
-    split_module._encoders.clear()
+    split_module._encoder.cache_clear()
     said = []
     reported = []
     summary = tokenize(
         [source],
         options(tmp_path / "a"),
         announce=said.append,
-        progress=lambda total: reported.append(total) or (lambda b, _: reported.append(-b)),
+        progress=lambda total: reported.append(total) or nullcontext(lambda b, _: reported.append(-b)),
     )
-    split_module._encoders.clear()
+    split_module._encoder.cache_clear()
     assert tree(tmp_path / "a") == tree(tmp_path / "right")
     assert len(summary.differences) == 1
     assert "document " in summary.differences[0]
     assert any("differs from tokenizers" in one for one in said)
+
+
+class _Panic(BaseException):
+    """What a panic in Rust becomes in Python."""
+
+
+class _Panics(ReferenceEncoder):
+    """Passes every check at the start, and falls over in the middle of the input."""
+
+    name = "fastokens"
+
+    def encode_batch(self, texts):
+        if len(texts) > 5 and any(text.startswith("第207个") for text in texts):
+            raise _Panic("index out of bounds")
+        return super().encode_batch(texts)
+
+
+def test_a_backend_that_falls_over_on_the_way_is_replaced(tmp_path, source, monkeypatch):
+    tokenize([source], options(tmp_path / "right"))
+    monkeypatch.setitem(tokenizer_module.FAST_BACKENDS, "fastokens", _Panics)
+    split_module._encoder.cache_clear()
+    said = []
+    summary = tokenize([source], options(tmp_path / "out"), announce=said.append)
+    split_module._encoder.cache_clear()
+    assert "it failed: _Panic: index out of bounds" in summary.differences[0]
+    assert any("tokenizers does the work" in sentence for sentence in said)
+    assert tree(tmp_path / "out") == tree(tmp_path / "right")
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_named_and_its_split_is_made_by_another(tmp_path, source):
+    tokenize([source], options(tmp_path / "right"))
+    said = []
+    killed = []
+
+    @contextmanager
+    def kill_the_first_to_tell(total):
+        def told(num_bytes, num_tokens):
+            seen.append(num_bytes)
+            if not killed:
+                killed.append(multiprocessing.active_children()[0].pid)
+                os.kill(killed[0], signal.SIGKILL)
+
+        seen = []
+        yield told
+        assert sum(seen) == total
+
+    tokenize(
+        [source], options(tmp_path / "out", workers=12), announce=said.append, progress=kill_the_first_to_tell
+    )
+    assert any(
+        re.search(r"text.jsonl: the worker on bytes [\d,]+ to [\d,]+ died \(SIGKILL", one) for one in said
+    )
+    assert tree(tmp_path / "out") == tree(tmp_path / "right")
+
+
+@pytest.mark.slow
+def test_a_split_that_kills_its_workers_is_given_up_with_its_name(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(engines, "_TRIES", 1)
+
+    @contextmanager
+    def kill(_):
+        yield lambda *_: [os.kill(child.pid, signal.SIGKILL) for child in multiprocessing.active_children()]
+
+    with pytest.raises(UserError, match=r"text.jsonl: the worker on bytes .* died .*, 1 times; run the same"):
+        tokenize([source], options(tmp_path / "out", workers=12), progress=kill)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def children_of(process_id):
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process_id)], capture_output=True, text=True, check=False
+    )
+    return [int(line) for line in found.stdout.split()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
+def test_workers_end_with_their_parent(tmp_path, write_jsonl):
+    source = write_jsonl(TEXTS * 100)
+    command = [sys.executable, "-m", "minimind_cli.data", "tokenize", source, "--out", tmp_path / "out"]
+    command += ["--split-bytes", "512KiB", "--workers", "12", "--backend", "tokenizers"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while len(children := children_of(process.pid)) < 3 or not list((tmp_path / "out").glob("*.partial")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{child}/stat").exists() and state_of(child) != "Z" for child in children):
+        assert time.monotonic() < deadline, "a worker outlived its parent"
+        time.sleep(0.02)
+
+
+def state_of(process_id):
+    found = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(process_id)], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip()[:1] or "Z"
+
+
+def test_an_input_that_shrank_leaves_no_shard_of_what_is_gone(tmp_path, source):
+    whole = source.read_bytes()
+    source.write_bytes(whole + b"bad\n")
+    with pytest.raises(UserError):
+        tokenize([source], options(tmp_path / "out"))
+    assert len(list((tmp_path / "out").glob("*.bin"))) > 5
+    source.write_bytes(b"".join(whole.splitlines(keepends=True)[:60]))
+    tokenize([source], options(tmp_path / "out"))
+    tokenize([source], options(tmp_path / "anew"))
+    assert tree(tmp_path / "out") == tree(tmp_path / "anew")
+
+
+def test_inputs_may_be_named_in_another_way_when_a_build_goes_on(tmp_path, source, monkeypatch):
+    good = source.read_bytes()
+    source.write_bytes(good + b"bad\n")
+    with pytest.raises(UserError):
+        tokenize([source], options(tmp_path / "out"))
+    source.write_bytes(good)
+    monkeypatch.chdir(source.parent)
+    assert tokenize([Path("./text.jsonl")], options(tmp_path / "out")).kept_shards > 0
+
+
+def test_the_file_of_bad_records_is_verified_like_the_rest(tmp_path, source):
+    source.write_bytes(source.read_bytes() + b"bad\n")
+    tokenize([source], options(tmp_path / "out", on_bad_record="set-aside"))
+    assert not verify(tmp_path / "out").problems
+    path = tmp_path / "out" / "set-aside.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"bad", b"bat"))
+    assert "set-aside.jsonl: SHA-256" in verify(tmp_path / "out").problems[0]
+    said = []
+    tokenize([source], options(tmp_path / "out", on_bad_record="set-aside"), announce=said.append)
+    assert "set-aside.jsonl: missing or changed; delete manifest.json and run" in said[0]
+
+
+def test_a_late_writer_does_no_harm(tmp_path):
+    late = ShardWriter(tmp_path, "text-00000", "uint16")
+    late.append(np.array([1, 2], "<u2"), np.array([2]))
+    remove_partials(tmp_path)  # what the next build does first
+    with ShardWriter(tmp_path, "text-00000", "uint16") as writer:
+        writer.append(np.array([1, 5, 2], "<u2"), np.array([3]))
+        writer.commit()
+    whole = tree(tmp_path)
+    with pytest.raises(FileNotFoundError, match="removed by another run"), late:
+        late.commit()
+    assert tree(tmp_path) == whole
+
+
+def test_a_full_disk_at_the_last_flush_leaves_nothing(tmp_path):
+    class Full(io.BytesIO):
+        def close(self):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write():
+        with ShardWriter(tmp_path, "text-00000", "uint16") as writer:
+            writer._file.close()
+            writer._file = Full()
+
+    with pytest.raises(OSError, match="No space left"):
+        write()
+    assert tree(tmp_path) == {}
 
 
 @pytest.mark.parametrize("place", ["file", "below a file"])

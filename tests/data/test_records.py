@@ -1,14 +1,17 @@
 """Records: splits hold every line once, and a line that makes no document says why."""
 
+import io
 import os
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minimind_data import records
 from minimind_data.errors import UserError
 from minimind_data.files import sha256_of
-from minimind_data.records import LineReader, count_lines, plan_splits, read_blocks
+from minimind_data.records import LineReader, count_lines, line_range, plan_splits, read_blocks
 
 
 def read(path, split_bytes=2**20, field="text", max_word_chars=1000):
@@ -26,19 +29,21 @@ def read(path, split_bytes=2**20, field="text", max_word_chars=1000):
 @given(
     lines=st.lists(st.binary(max_size=40).map(lambda b: b.replace(b"\n", b"")), min_size=1),
     size=st.integers(1, 60),
+    block=st.sampled_from([1, 2, 7, 30, 2**20]),
     last=st.booleans(),
 )
-def test_splits_hold_every_line_once_and_in_order(tmp_path_factory, lines, size, last):
+def test_splits_hold_every_line_once_and_in_order(tmp_path_factory, lines, size, block, last):
     path = tmp_path_factory.mktemp("lines") / "x.jsonl"
     data = b"\n".join(lines) + (b"\n" if last else b"")
     if not data:
         return
     path.write_bytes(data)
-    readers = [LineReader(split) for split in plan_splits(path, size)]
-    found = [line for reader in readers for block in reader for line in block]
-    assert found == [line + b"\n" for line in data.split(b"\n")[:-1]] + list(
-        filter(None, data.split(b"\n")[-1:])
-    )
+    splits = plan_splits(path, size)
+    readers = [LineReader(split) for split in splits]
+    with patch.object(records, "_BLOCK_BYTES", block):
+        found = [line for reader in readers for lines in reader for line in lines]
+        assert [line_range(split) for split in splits] == [(reader.begin, reader.end) for reader in readers]
+    assert found == data.removesuffix(b"\n").split(b"\n")
     assert sum(reader.num_lines for reader in readers) == len(found)
     begin = 0
     for reader in readers:
@@ -97,6 +102,40 @@ def test_what_is_not_bad(tmp_path):
     texts, bad, empty = read(path)
     assert texts == ["first", "你🙂\x00", long, "last, without newline"]
     assert (bad, empty) == ([], 1)
+
+
+def test_a_line_that_fills_many_splits_is_not_read_through_by_each(monkeypatch):
+    class Counting(io.BytesIO):
+        num_read = 0
+
+        def read(self, size=-1):
+            data = super().read(size)
+            self.num_read += len(data)
+            return data
+
+    monkeypatch.setattr(records, "_BLOCK_BYTES", 16)
+    file = Counting(b"x" * 10_000 + b"\n")
+    assert records._line_border(file, 1000, 1100) == 1100
+    assert file.num_read <= 100
+    assert records._line_border(file, 10_001, 10_100) == 10_001
+
+
+def test_a_line_beyond_reason_is_refused_with_its_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 2**20)
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' * 3 + b"[" + b"1," * 600_000 + b"1]\n")
+    with pytest.raises(UserError, match=r"x\.jsonl:4: a line of over 1 MiB; write one record a line"):
+        read(path)
+
+
+def test_a_name_that_a_manifest_cannot_hold_is_refused(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    path.write_bytes(b'{"text": "a"}\n')
+    with pytest.raises(
+        UserError, match="the name is no UTF-8, so a manifest cannot hold it; rename the file"
+    ):
+        plan_splits(path, 100)
 
 
 def test_inputs_that_are_none(tmp_path):

@@ -94,6 +94,27 @@ def test_only_pretrain_datasets(make_dataset, tmp_path):
         shuffle(folder, ShuffleOptions(out=tmp_path / "c"))
 
 
+def test_what_was_set_aside_stays_known(make_dataset, tmp_path):
+    a, b = make_dataset(SHARDS, name="a").folder, make_dataset([[4]], name="b").folder
+    for folder, lines in ((a, b"first\n"), (b, b"second\n")):
+        (folder / "set-aside.jsonl").write_bytes(lines)
+        told = hashlib.sha256(lines).hexdigest()
+        manifest = dataclasses.replace(Manifest.read(folder), set_aside=1, set_aside_sha256=told)
+        (folder / "manifest.json").write_text(manifest.to_json())
+    assert merge([a, b], MergeOptions(out=tmp_path / "m")).set_aside == 2
+    shuffle(tmp_path / "m", ShuffleOptions(out=tmp_path / "s"))
+    for name in ("m", "s"):
+        assert (tmp_path / name / "set-aside.jsonl").read_bytes() == b"first\nsecond\n"
+        assert not verify(tmp_path / name).problems
+    (a / "set-aside.jsonl").write_bytes(b"firsd\n")
+    with pytest.raises(FormatError, match="set-aside.jsonl: SHA-256"):
+        merge([a, b], MergeOptions(out=tmp_path / "n"))
+    (a / "set-aside.jsonl").unlink()
+    with pytest.raises(FormatError, match="set-aside.jsonl: missing"):
+        shuffle(a, ShuffleOptions(out=tmp_path / "n"))
+    assert not (tmp_path / "n").exists()
+
+
 @given(names=st.lists(st.sampled_from(["a", "b", "a~2", "a~2~2"])))
 def test_names_are_unique_and_the_first_keeps_its_own(names):
     made = unique_names(names)

@@ -2,6 +2,8 @@
 
 import pickle
 import struct
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from minimind_data.format import FormatError, IndexHeader, Manifest
 from minimind_data.shards import ShardSet
+from minimind_data.windows import open_windows
 
 SHARDS = [[5, 9, 2], [40], [3, 3, 3, 3], [17, 2]]
 
@@ -160,3 +163,51 @@ def test_an_index_header_knows_its_file_size(make_dataset):
     for index, entry in enumerate(shards.manifest.shards):
         header = IndexHeader(dtype="uint16", num_sequences=entry.sequences, num_documents=entry.documents)
         assert header.file_bytes == (shards.folder / f"text-{index:05d}.idx").stat().st_size
+
+
+@pytest.fixture
+def restless_threads():
+    """Change threads as often as the interpreter can, so that a race has its chance."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-7)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("restless_threads")
+def test_threads_may_read_while_others_map(make_dataset):
+    shards = make_dataset([[20 + shard % 7] * 3 for shard in range(120)])
+    wanted = np.concatenate([shard.tokens for shard in shards])
+    width, errors = 5, []
+    for _ in range(15):
+        fresh = ShardSet.open(shards.folder)
+
+        def read(seed, fresh=fresh):
+            rng = np.random.default_rng(seed)
+            for _ in range(30):
+                starts = rng.integers(0, len(wanted) - width, 8)
+                rows = fresh.rows(starts, width)
+                if not np.array_equal(rows, np.lib.stride_tricks.sliding_window_view(wanted, width)[starts]):
+                    errors.append((starts, rows))
+                owners = np.searchsorted(fresh.document_starts, starts % len(shards), side="right") - 1
+                first, lengths = fresh.sequence_spans(owners, np.zeros(len(owners), np.int64))
+                if not np.array_equal(first, fresh.token_starts[owners]):
+                    errors.append((first, lengths))
+
+        threads = [threading.Thread(target=read, args=(seed,)) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not errors
+
+
+def test_an_index_that_points_outside_its_shard_is_named(make_dataset):
+    folder = make_dataset([[5, 6, 7], [8, 9]]).folder
+    index = bytearray((folder / "text-00000.idx").read_bytes())
+    index[34 + 3 * 4 + 8 + 7] ^= 0x40  # a high bit of the second offset
+    (folder / "text-00000.idx").write_bytes(index)
+    windows = open_windows(ShardSet.open(folder), layout="pad", seq_len=4)
+    assert windows.fetch(np.array([0, 3]))["input_ids"].shape == (2, 4)
+    with pytest.raises(FormatError, match=r"text-00000.idx: damaged \(sequence 1 lies outside the shard\)"):
+        windows.fetch(np.array([0, 1]))

@@ -8,9 +8,11 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import models
 
 from minimind_data import tokenizer as module
 from minimind_data.battery import hard_strings
+from minimind_data.build import TokenizeOptions, tokenize
 from minimind_data.errors import UserError
 from minimind_data.tokenizer import (
     DEFAULT_TOKENIZER,
@@ -144,6 +146,47 @@ def test_special_tokens_come_from_config_or_flags(folder):
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(UserError, match="which token is BOS .*--bos-token"):
         load_tokenizer(folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize("told", [5, ["<|im_start|>"], {"content": 7}, True])
+def test_a_special_token_that_is_no_string_is_named(folder, told):
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": told}))
+    with pytest.raises(
+        UserError, match=r"tokenizer_config\.json: its bos_token is .*; pass --bos-token TOKEN"
+    ):
+        load_tokenizer(folder)
+
+
+def test_a_datasets_own_tokenizer_can_be_taken_with_one_token_changed(folder, write_jsonl, tmp_path):
+    tokenize([write_jsonl(["a text"])], TokenizeOptions(out=tmp_path / "data", workers=1))
+    info = load_tokenizer(tmp_path / "data").info
+    assert (info.bos_id, info.eos_id, info.pad_id) == (1, 2, 0)
+    info = load_tokenizer(tmp_path / "data", SpecialTokens(pad="<|im_end|>")).info
+    assert (info.bos_id, info.eos_id, info.pad_id) == (1, 2, 2)
+
+
+def test_a_tokenizer_without_a_token_for_everything_says_so(tmp_path, write_jsonl):
+    words = tokenizers.Tokenizer(models.WordLevel({"<b>": 0, "<e>": 1, "hello": 2}, unk_token="<unk>"))
+    words.add_special_tokens(["<b>", "<e>"])
+    words.save(str(tmp_path / "tokenizer.json"))
+    options = TokenizeOptions(
+        out=tmp_path / "out",
+        workers=1,
+        tokenizer=tmp_path / "tokenizer.json",
+        bos_token="<b>",
+        eos_token="<e>",
+        pad_token="<e>",
+    )
+    with pytest.raises(UserError, match="the tokenizer cannot encode some text .*; give it an unknown token"):
+        tokenize([write_jsonl(["hello", "goodbye"])], options)
+
+
+def test_an_id_beyond_int32_is_refused(folder):
+    told = json.loads((folder / "tokenizer.json").read_text())
+    told["model"]["vocab"]["zz"] = 2**31
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match="its largest id is 2147483648; ids must be from 0 to"):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"\xff\xfe", b'{"version": "1.0"}'])

@@ -1,0 +1,132 @@
+"""mm-data stats: numbers for the terminal, for programs, and as a page to look at."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from minimind_data.page import DEFAULT_WINDOWS, check_page_place, write_page
+from minimind_data.progress import ByteProgress
+from minimind_data.shards import ShardSet
+from minimind_data.stats import DEFAULT_SEQ_LENS
+from minimind_data.stats import stats as describe
+from minimind_data.tokenizer import load_tokenizer
+
+_BAR_COLUMNS = 28
+_MAX_ROWS = 24
+
+
+def stats(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the dataset.")],
+    seq_len: Annotated[
+        list[int] | None,
+        typer.Option(
+            help=f"Window length to lay over it; repeat for several.  [default: {' '.join(map(str, DEFAULT_SEQ_LENS))}]",
+            show_default=False,
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write a page that opens anywhere: plots, and windows to leaf through."
+        ),
+    ] = None,
+    windows: Annotated[
+        int, typer.Option(min=1, help="Windows on the page for each layout and window length.")
+    ] = DEFAULT_WINDOWS,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
+    ] = False,
+) -> None:
+    """Say how long its documents are and what each layout would waste; show its windows on a page."""
+    if html is not None:
+        check_page_place(html)
+    shards = ShardSet.open(folder)
+    tokenizer = load_tokenizer(folder)
+    seq_lens = tuple(dict.fromkeys(seq_len or DEFAULT_SEQ_LENS))
+    with ByteProgress("count", sum(entry.bytes for entry in shards.manifest.shards)) as bar:
+        found = describe(shards, tokenizer, seq_lens, bar.add)
+    told = found.told()
+    if as_json:
+        print(json.dumps(told, ensure_ascii=False))
+    else:
+        print("\n".join(_lines(folder, told)))
+    if html is not None:
+        size = write_page(html, told, shards, tokenizer, num_windows=windows)
+        print(f"{html}: {size / 1e6:.1f} MB, open it in any browser", file=sys.stderr)
+
+
+def _lines(folder: Path, told: dict[str, Any]) -> Iterator[str]:
+    text, lengths = told["text"], told["lengths"]
+    percentiles = lengths["percentiles"]
+    yield f"{folder}:"
+    yield f"  {told['documents']:,} documents, {told['tokens']:,} tokens in {told['shards']} shards"
+    yield f"  text         {text['characters_per_token']:.2f} characters a token, {text['bytes_per_token']:.2f} bytes a token"
+    if text["estimated_from_documents"] is None:
+        yield f"               ({text['characters']:,} characters)"
+    else:
+        yield f"               (estimated from {text['estimated_from_documents']:,} documents)"
+    yield f"  vocabulary   {text['ids_used']:,} of {told['vocab_size']:,} entries occur"
+    yield f"  lengths      {lengths['shortest']:,} to {lengths['longest']:,} tokens, mean {lengths['mean']:,.1f}"
+    yield f"               5% up to {percentiles['5']:,}, half up to {percentiles['50']:,}, 95% up to {percentiles['95']:,}"
+    yield ""
+    yield f"{'tokens':>23}  {'documents':>13}"
+    yield from _histogram(_merged(lengths["histogram"]))
+    yield ""
+    yield f"{'window':>8}  {'layout':<7} {'windows':>15}  {'padding':>8}  {'tokens lost':>11}  {'documents cut':>13}"
+    for number, waste in enumerate(told["layouts"]):
+        first = not number or told["layouts"][number - 1]["seq_len"] != waste["seq_len"]
+        shares = (_percent(waste[name]) for name in ("padding_share", "unused_share", "cut_share"))
+        padding, lost, cut = shares
+        yield (
+            f"{waste['seq_len'] if first else '':>8}  {waste['layout']:<7} {waste['windows']:>15,}  {padding:>8}  "
+            f"{lost:>11}  {cut:>13}"
+        )
+    yield ""
+    yield "padding: of input positions; lost: in no window; cut: by a border, or off"
+
+
+def _merged(bins: list[dict[str, int]]) -> list[dict[str, int]]:
+    """Join neighbours until the bins fit a screen."""
+    step = -(-len(bins) // _MAX_ROWS)
+    return [
+        {
+            "from": group[0]["from"],
+            "to": group[-1]["to"],
+            "documents": sum(one["documents"] for one in group),
+        }
+        for group in (bins[start : start + step] for start in range(0, len(bins), step))
+    ]
+
+
+def _histogram(bins: list[dict[str, int]]) -> Iterator[str]:
+    most = max(one["documents"] for one in bins)
+    total = sum(one["documents"] for one in bins)
+    full, halves = ("█", "▌") if _shows("█▌") else ("#", "")
+    for one in bins:
+        span = f"{one['from']:,}" + (f" - {one['to']:,}" if one["to"] > one["from"] else "")
+        columns = one["documents"] * _BAR_COLUMNS * 2 / most
+        bar = full * int(columns // 2) + (halves if columns % 2 >= 1 else "")
+        if one["documents"] and not bar:
+            bar = halves or "."
+        share = _percent(one["documents"] / total) if one["documents"] else ""
+        yield f"{span:>23}  {one['documents']:>13,}  {bar:<{_BAR_COLUMNS}}  {share:>6}".rstrip()
+
+
+def _percent(share: float) -> str:
+    """Write a share so that a little is not taken for nothing."""
+    if 0 < share < 0.001:
+        return "<0.1%"
+    return f"{share:.1%}"
+
+
+def _shows(characters: str) -> bool:
+    """Tell whether stdout can show these characters."""
+    try:
+        characters.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
