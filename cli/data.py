@@ -29,10 +29,12 @@ from minimind_data.windows import IGNORED, Layout, open_windows
 from minimind_train.permutation import MAX_SEED
 from minimind_train.sampler import SampleOrder
 
+from . import shards as shard_commands
 from .options import command, make_app
 from .stats import stats
 
 app = make_app("Turn text into memory-mapped shards, and look into them.")
+shard_commands.register(app)
 
 _PROBLEMS_SHOWN = 10
 _MAX_INT64 = 2**63 - 1

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
 import shutil
 from collections.abc import Container, Iterator
 from pathlib import Path
@@ -86,6 +87,19 @@ def disk_full_is_plain(folder: Path) -> Iterator[None]:
         raise UserError(
             f"{folder}: {what}; what was whole before stays, so {remedy} and run the same command again"
         ) from None
+
+
+def allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files to `count` and some more, as far as the system lets it.
+
+    A memory map keeps its file open, and the limit is often 1,024 where thousands are allowed to whoever asks.
+    """
+    wanted = count + 256
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit that it does not tell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def sha256_of(path: Path) -> str:

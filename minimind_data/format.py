@@ -58,6 +58,10 @@ _INDEX_HEADER = struct.Struct("<9sQBQQ")
 INDEX_HEADER_BYTES = _INDEX_HEADER.size
 
 
+_CUT_OPTIONS = {"split_bytes", "shard_bytes"}
+"""Options that decide where one shard ends and the next begins, and nothing else."""
+
+
 class FormatError(UserError):
     """Something on disk is not what this format says; the message names the file and what to do."""
 
@@ -226,7 +230,7 @@ class Manifest:
             "kind": self.kind,
             "dtype": self.dtype,
             "tokenizer": asdict(self.tokenizer),
-            "options": {name: value for name, value in self.options.items() if name != "split_bytes"},
+            "options": {name: value for name, value in self.options.items() if name not in _CUT_OPTIONS},
             "inputs": [{"bytes": entry.bytes, "sha256": entry.sha256} for entry in self.inputs],
         }
         return checksum_of_json(told)

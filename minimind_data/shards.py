@@ -8,6 +8,7 @@ All shards together are one stream of tokens and one list of documents; both are
 
 import mmap
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minimind_data.errors import UserError
-from minimind_data.files import sha256_of
+from minimind_data.files import allow_open_files, sha256_of
 from minimind_data.format import (
     INDEX_HEADER_BYTES,
     REMAKE,
@@ -32,6 +33,9 @@ from minimind_data.format import (
     numpy_dtype,
 )
 
+# A map needs no open file; before Python 3.13 it keeps one all the same.
+_NO_FILE: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+
 
 def _map(path: Path, expected_bytes: int) -> NDArray[np.uint8]:
     """Map a whole file read-only; the array keeps its map alive."""
@@ -44,7 +48,7 @@ def _map(path: Path, expected_bytes: int) -> NDArray[np.uint8]:
                 )
             if not found:
                 return np.empty(0, np.uint8)
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, **_NO_FILE), np.uint8)
     except FileNotFoundError:
         raise FormatError(f"{path}: missing; {REMAKE}") from None
 
@@ -336,6 +340,7 @@ class ShardSet:
         if not wanted:
             return
         with self._mapping:
+            allow_open_files(2 * len(self))
             made = {}
             for index in wanted:
                 if index in self._shards:  # another thread was first; its map is the one that gathers know
