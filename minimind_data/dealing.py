@@ -216,6 +216,8 @@ def _window_blocks(packing: Packing) -> Iterator[tuple[NDArray[np.int64], NDArra
         until = np.ceil(packing.windows * ((block + 1) / num_blocks) - phases).astype(np.int64)
         until = packing.windows if block == num_blocks - 1 else np.clip(until, before, packing.windows)
         wholes, parts = spread(until - before)
+        if not len(wholes):
+            continue
         times = (before[wholes] + parts + phases[wholes]) / packing.windows[wholes]
         pattern = wholes[np.argsort(times, kind="stable")]
         before = until

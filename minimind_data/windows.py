@@ -143,6 +143,7 @@ def open_windows(
     else:
         plan = open_plan(shards, seq_len if labels else seq_len + 1, long_documents, announce)
         windows = PackWindows(shards, seq_len, labels, documents_apart, plan)
+        announce(_account(windows))
     if not len(windows):
         raise UserError(
             f"{shards.folder}: {shards.num_tokens:,} tokens in {shards.num_documents:,} documents make no {layout} window of "
@@ -152,3 +153,16 @@ def open_windows(
             "longer --seq-len, or --long-documents cut or fragment"
         )
     return windows
+
+
+def _account(windows: PackWindows) -> str:
+    """Say what a packing makes of a dataset, so that nothing is lost without a word."""
+    filled = 1 - windows.padding / max(1, len(windows) * windows.seq_len)
+    text = f"{windows.shards.folder}: packed, {filled:.2%} of all places filled"
+    if not windows.plan.num_long:
+        return text
+    fate = {"cut": "cut to one", "fragment": "spread over several", "drop": "left out"}
+    return (
+        f"{text}; {windows.plan.num_long:,} documents longer than a window are {fate[windows.plan.long_documents]}, "
+        f"{windows.unused_tokens:,} tokens stand in no window"
+    )

@@ -81,6 +81,7 @@ def test_every_option_of_the_contract_is_there():
         "order",
         "seq-len",
         "layout",
+        "long-documents",
         "global-batch",
         "micro-batch",
         "epochs",
@@ -155,6 +156,7 @@ def test_an_allowed_change_goes_on(dataset, tmp_path):
         (["--resume", "--allow-change", "sed"], "the names are"),
         (["--hidden-size", "7"], "does not divide"),
         (["--layout", "heap"], "concat"),
+        (["--long-documents", "lose"], "fragment"),
         (["--seq-len", "0"], "seq_len"),
     ],
 )

@@ -200,7 +200,10 @@ def test_a_read_only_dataset_has_its_plan_in_the_cache(shards, read_only, monkey
     said = []
     first = open_plan(shards, 19, "cut", said.append)
     cache = tmp_path / "cache" / "minimind-pipeline" / "packing"
-    assert said[0] == f"{shards.folder}: cannot be written (Read-only file system); the plan of its windows goes to {cache}"
+    assert (
+        said[0]
+        == f"{shards.folder}: cannot be written (Read-only file system); the plan of its windows goes to {cache}"
+    )
     assert len(list(cache.iterdir())) == 1
     assert not (shards.folder / FOLDER_NAME).exists()
     assert told_by(open_plan(shards, 19, "cut", said.append)) == told_by(first)
@@ -210,7 +213,9 @@ def test_a_read_only_dataset_has_its_plan_in_the_cache(shards, read_only, monkey
 def test_no_place_for_a_plan_is_one_sentence(shards, read_only, monkeypatch, tmp_path):
     read_only += [shards.folder, tmp_path / "cache"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"cache.*cannot be written \(Read-only file system\), nor can .*XDG_CACHE_HOME"):
+    with pytest.raises(
+        UserError, match=r"cache.*cannot be written \(Read-only file system\), nor can .*XDG_CACHE_HOME"
+    ):
         open_plan(shards, 19, "cut")
 
 
@@ -235,5 +240,7 @@ def test_a_damaged_index_is_named(shards, wrong):
     content = bytearray(path.read_bytes())
     content[34:38] = wrong.to_bytes(4, "little", signed=True)
     path.write_bytes(content)
-    with pytest.raises(FormatError, match=r"text-00000\.idx: damaged \(its lengths do not sum up to 16 tokens\)"):
+    with pytest.raises(
+        FormatError, match=r"text-00000\.idx: damaged \(its lengths do not sum up to 16 tokens\)"
+    ):
         open_plan(shards, 19, "cut")

@@ -109,7 +109,11 @@ def test_every_document_once_and_whole(make_dataset, monkeypatch, labels, long_d
         steps = int(learned[:, 1:].sum())
         assert steps == sum(len(part) - 1 for _, part in wanted)
         left_out = sum(max(0, len(one) - width) for one in documents)
-        left_out = {"cut": left_out, "fragment": 0, "drop": sum(len(one) for one in documents if len(one) > width)}
+        left_out = {
+            "cut": left_out,
+            "fragment": 0,
+            "drop": sum(len(one) for one in documents if len(one) > width),
+        }
         assert windows.unused_tokens == left_out[long_documents]
         assert windows.padding == int((ids[:, :seq_len] == -1).sum())
         assert windows.plan.num_long == sum(len(one) > width for one in documents)
@@ -160,14 +164,14 @@ def test_places_and_windows_invert(make_dataset, seq_len, long_documents):
     inputs = windows.fetch(np.arange(len(windows)))["input_ids"]
     found = windows.segments(np.arange(len(windows)))
     stream = np.concatenate([shard.tokens for shard in shards])
+    documents = [length for shard in SHARDS for length in shard for _ in range(length)]
     for token in range(shards.num_tokens):
         shard, offset = shards.name_and_offset(token)
-        try:
-            number = windows.window_of(shard, offset)
-        except UserError as error:
-            assert long_documents == "drop"
-            assert "longer than a window and left out" in str(error)
+        if long_documents == "drop" and documents[token] > seq_len + 1:
+            with pytest.raises(UserError, match=f"{shard}:{offset} .* longer than a window and left out"):
+                windows.window_of(shard, offset)
             continue
+        number = windows.window_of(shard, offset)
         here = (found.rows == number) & (found.starts <= token) & (token < found.starts + found.lengths)
         if not here.any():
             assert long_documents == "cut"
@@ -214,6 +218,28 @@ def test_segments_of_concat_reach_over_shards(make_dataset):
     assert found.starts.tolist() == [48, 56, 59, 62, 0, 5, 14, 16]
 
 
+@pytest.mark.parametrize(
+    ("long_documents", "account"),
+    [
+        ("cut", "1 documents longer than a window are cut to one, 21 tokens stand in no window"),
+        ("fragment", "1 documents longer than a window are spread over several, 0 tokens stand in no window"),
+        ("drop", "1 documents longer than a window are left out, 40 tokens stand in no window"),
+    ],
+)
+def test_what_is_lost_is_said(make_dataset, long_documents, account):
+    shards = make_dataset(SHARDS)
+    chosen = {"layout": "pack", "long_documents": long_documents}
+    for _ in range(2):
+        said = []
+        open_windows(shards, seq_len=18, announce=said.append, **chosen)
+        assert said[-1].endswith(account)
+    said = []
+    windows = open_windows(shards, seq_len=39, announce=said.append, **chosen)
+    padding = sum(int((windows.document_ids(number) == -1).sum()) for number in range(len(windows)))
+    share = 1 - padding / (39 * len(windows))
+    assert said[-1] == f"{shards.folder}: packed, {share:.2%} of all places filled"
+
+
 @pytest.mark.parametrize("vocab_size", [6400, 70_000])
 @pytest.mark.parametrize("lengths", [[64, 63, 65, 8, 7, 9, 128, 200, 2, 3], [300, 2, 2, 2], [2]])
 def test_blocks_copy_what_slices_copy(make_dataset, lengths, vocab_size):
@@ -221,7 +247,9 @@ def test_blocks_copy_what_slices_copy(make_dataset, lengths, vocab_size):
     windows = open_windows(shards, layout="pack", seq_len=300, labels=True)
     batch = windows.fetch(np.arange(len(windows)))
     found = windows.segments(np.arange(len(windows)))
-    for row, column, length, start in zip(found.rows, found.columns, found.lengths, found.starts, strict=True):
+    for row, column, length, start in zip(
+        found.rows, found.columns, found.lengths, found.starts, strict=True
+    ):
         row_tokens = batch["input_ids"][row, column : column + length]
         assert row_tokens.tolist() == shards.slice(start, start + length).tolist()
 

@@ -50,7 +50,11 @@ def test_it_is_best_fit_decreasing(data):
     filled = np.repeat(packing.filled, packing.windows)
     assert sorted(filled.tolist()) == sorted(map(sum, reference(lengths, width)))
     assert filled.max(initial=0) <= width
-    placed = [length for pattern, count in zip(patterns, packing.windows, strict=True) for length in pattern * int(count)]
+    placed = [
+        length
+        for pattern, count in zip(patterns, packing.windows, strict=True)
+        for length in pattern * int(count)
+    ]
     assert sorted(placed) == sorted(lengths)
     assert packing.num_windows == len(reference(lengths, width))
     assert packing.segments.tolist() == [len(pattern) for pattern in patterns]
@@ -70,7 +74,12 @@ def test_patterns_can_be_read():
 
 @pytest.mark.parametrize(
     ("lengths", "counts"),
-    [([2], [10**12]), ([341], [10**12]), ([171], [10**12]), ([2, 170, 171, 340], [10**11, 10**12, 10**9 + 7, 10**10])],
+    [
+        ([2], [10**12]),
+        ([341], [10**12]),
+        ([171], [10**12]),
+        ([2, 170, 171, 340], [10**11, 10**12, 10**9 + 7, 10**10]),
+    ],
 )
 def test_a_trillion_documents_are_a_few_patterns(lengths, counts):
     histogram = np.zeros(342, np.int64)
