@@ -6,6 +6,10 @@ decreasing: the longest first, each into the fullest window that still has room 
 windows with the same room go there all at once, so the time grows with the number of distinct lengths, of which a window of
 2,048 tokens knows 2,048, and not with the number of documents, be it a billion.
 
+Where all that is left to come is of a few lengths, none very short, best fit leaves a rest in many windows that nothing fits. So
+it is done a second time, with a look ahead: where the rest would be lost, another length is mixed in so that the window comes out
+even, if one of the lengths can. The plan with fewer windows is taken.
+
 Which document of a length goes where is decided in `pack_plan.py`.
 
 Best fit decreasing never takes more than 11/9 of the fewest windows possible, plus 4 (Johnson, "Near-optimal bin packing
@@ -22,6 +26,8 @@ from numpy.typing import NDArray
 LongDocuments = Literal["cut", "fragment", "drop"]
 """What becomes of a document that alone is longer than a window: its first tokens and EOS fill one window (`cut`, as layout
 `pad` does), it goes on in further windows (`fragment`), or it is left out (`drop`)."""
+_MIXTURES = 64
+"""How many numbers of the longer of two lengths are tried."""
 LONG_DOCUMENTS: tuple[LongDocuments, ...] = get_args(LongDocuments)
 
 
@@ -65,27 +71,31 @@ def _summed(values: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.
 
 
 def best_fit(histogram: NDArray[np.int64]) -> Packing:
-    """Fill windows, best fit decreasing.
+    """Fill windows: best fit decreasing, looking one length ahead where that takes fewer windows.
 
     Args:
         histogram: int64 [width + 1], how many segments have 0, 1, …, width tokens; those of none take no place.
     """
-    width = len(histogram) - 1
-    plan = _Plan(width)
-    for length in np.flatnonzero(histogram[1:])[::-1].tolist():
-        plan.place(length + 1, int(histogram[length + 1]))
-    return plan.finished()
+    plain, even = (_Filling(histogram, look_ahead=look_ahead).packing() for look_ahead in (False, True))
+    return even if even.num_windows < plain.num_windows else plain
 
 
-class _Plan:
+class _Filling:
     """Windows that are being filled, all those with the same content as one group.
 
     A group remembers what was put in last and which group it was before that, so content is a chain. When something is put
     into some windows of a group, they become a group of their own.
+
+    Args:
+        histogram: see `best_fit`.
+        look_ahead: mix another length in where the rest of a window would be too small for anything that is still to come.
     """
 
-    def __init__(self, width: int) -> None:
-        self._width = width
+    def __init__(self, histogram: NDArray[np.int64], *, look_ahead: bool) -> None:
+        self._width = len(histogram) - 1
+        self._look_ahead = look_ahead
+        self._left = histogram.copy()
+        self._left[0] = 0
         # By group: the group it was before (-1: empty windows), what was put in then, and how many windows are in it still.
         self._before: list[int] = []
         self._runs: list[tuple[int, int]] = []
@@ -93,22 +103,44 @@ class _Plan:
         self._by_room: dict[int, list[int]] = {}
         self._rooms: list[int] = []
         """The keys of `_by_room`, ascending: where a search for the least room begins."""
+        lengths = np.flatnonzero(self._left)
+        self._least = int(lengths[0]) if len(lengths) else 0
+        for length in lengths[::-1].tolist():
+            self._place(length)
 
-    def place(self, length: int, count: int) -> None:
-        """Put in `count` segments; calls come with lengths descending."""
-        while count:
+    def _place(self, length: int) -> None:
+        """Put in all segments of a length; the longer ones are in."""
+        while count := int(self._left[length]):
             at = bisect_left(self._rooms, length)
             room = self._rooms[at] if at < len(self._rooms) else self._width
             group = self._by_room[room][-1] if at < len(self._rooms) else -1
             # One by one, a window would take one after the other until its room is less than `length`, being the best fit all
             # that time. So windows take `each` at once; what is left in the end goes into one more.
             each = min(room // length, count)
-            windows = count // each
+            runs = [(length, each)]
+            if self._look_ahead and 0 < room - each * length < self._least:
+                runs = self._even(room, length) or runs
+            windows = min(int(self._left[run_length]) // times for run_length, times in runs)
             if group >= 0:
                 windows = min(windows, self._windows[group])
                 self._take(group, windows, room)
-            self._add(group, (length, each), windows, room - each * length)
-            count -= windows * each
+            for number, (run_length, times) in enumerate(runs, 1):
+                self._left[run_length] -= windows * times
+                room -= run_length * times
+                group = self._add(group, (run_length, times), windows if number == len(runs) else 0, room)
+
+    def _even(self, room: int, length: int) -> list[tuple[int, int]] | None:
+        """Return two runs that fill a room to the last token, with as many of `length` as can be, or None."""
+        others = np.flatnonzero(self._left[:length])[::-1]
+        most = min(room // length, int(self._left[length]))
+        firsts = np.arange(most, max(0, most - _MIXTURES), -1)
+        rests = room - length * firsts[:, None]
+        fits = (rests % others == 0) & (rests // others <= self._left[others])
+        found = np.flatnonzero(fits)
+        if not len(found):
+            return None
+        first, other = divmod(int(found[0]), len(others))
+        return [(length, int(firsts[first])), (int(others[other]), int(rests[first, 0] // others[other]))]
 
     def _take(self, group: int, windows: int, room: int) -> None:
         self._windows[group] -= windows
@@ -118,18 +150,19 @@ class _Plan:
                 del self._by_room[room]
                 del self._rooms[bisect_left(self._rooms, room)]
 
-    def _add(self, before: int, run: tuple[int, int], windows: int, room: int) -> None:
+    def _add(self, before: int, run: tuple[int, int], windows: int, room: int) -> int:
         self._before.append(before)
         self._runs.append(run)
         self._windows.append(windows)
-        if not room:
-            return
-        if room not in self._by_room:
-            self._by_room[room] = []
-            insort(self._rooms, room)
-        self._by_room[room].append(len(self._windows) - 1)
+        group = len(self._windows) - 1
+        if room and windows:
+            if room not in self._by_room:
+                self._by_room[room] = []
+                insort(self._rooms, room)
+            self._by_room[room].append(group)
+        return group
 
-    def finished(self) -> Packing:
+    def packing(self) -> Packing:
         """Return what the groups hold."""
         starts, runs, windows = [0], [], []
         for last, count in enumerate(self._windows):
