@@ -32,11 +32,14 @@ from minimind_data.segments import spread
 from minimind_data.shards import Shard, ShardSet
 
 _BLOCK_DOCUMENTS = 2**20
-_BLOCK_SEGMENTS = 2**22
+_BLOCK_FRAGMENTS = 2**22
+"""Documents that are read at a time, and at most so many fragments of them."""
 _BLOCK_WINDOWS = 2**16
+_BLOCK_SEGMENTS = 2**22
+"""Windows that are put in order at a time, and about so many segments in them at most. The order depends on these two."""
 _DOCUMENT_BITS = 45
-"""A key is sorted together with the number below it, which is faster than an argsort: window and document, length and place."""
-_PLACE_BITS = 36
+_PLACE_BITS = 24
+"""Numbers are sorted together with what they belong to, as one integer: the key above so many bits, the number below."""
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -167,12 +170,17 @@ def _segments(
     first: int, lengths: NDArray[np.int64], width: int, long_documents: LongDocuments
 ) -> Iterator[_Segments]:
     """Yield what documents from number `first` on, of these lengths, make."""
-    if long_documents == "fragment":
-        counts = np.maximum(-(-(lengths - 1) // (width - 1)), np.minimum(lengths, 1))
-    else:
-        counts = ((lengths > 0) & ((lengths <= width) | (long_documents == "cut"))).astype(np.int64)
+    if long_documents != "fragment" or int(lengths.max()) <= width:
+        documents = np.flatnonzero((lengths > 0) & ((lengths <= width) | (long_documents == "cut")))
+        yield _Segments(
+            lengths=np.minimum(lengths[documents], width),
+            documents=first + documents,
+            fragments=np.zeros(len(documents), np.int64),
+        )
+        return
+    counts = np.maximum(-(-(lengths - 1) // (width - 1)), np.minimum(lengths, 1))
     # A block of documents may have any number of segments, so it is cut where these get too many.
-    blocks = np.cumsum(counts) // _BLOCK_SEGMENTS
+    blocks = np.cumsum(counts) // _BLOCK_FRAGMENTS
     for chosen in np.split(np.arange(len(lengths)), np.flatnonzero(np.diff(blocks)) + 1):
         wholes, fragments = spread(counts[chosen])
         documents = chosen[wholes]
@@ -192,9 +200,8 @@ def _in_turn(
     Returns:
         (the segments, by length and then as they came; the places of these), both int64 [S].
     """
-    keys = np.sort(lengths << _PLACE_BITS | np.arange(len(lengths)))
-    order = keys & ((1 << _PLACE_BITS) - 1)
-    keys >>= _PLACE_BITS
+    order = _argsort(lengths)
+    keys = lengths[order]
     starts = np.flatnonzero(np.diff(keys, prepend=-1))
     counts = np.diff(starts, append=len(keys))
     present = keys[starts]
@@ -203,9 +210,17 @@ def _in_turn(
     return order, places
 
 
+def _argsort(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the order of values from 0 to 2^39, equal ones as they came: several times as fast as a stable argsort."""
+    if len(values) >= 1 << _PLACE_BITS:
+        return np.argsort(values, kind="stable")
+    return np.sort(values << _PLACE_BITS | np.arange(len(values))) & ((1 << _PLACE_BITS) - 1)
+
+
 def _window_blocks(packing: Packing) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Yield (window of each segment, counted within the block; its length), both int64 [S], a block of windows at a time."""
-    num_blocks = -(-packing.num_windows // _BLOCK_WINDOWS)
+    num_segments = int(packing.windows @ packing.segments)
+    num_blocks = max(-(-packing.num_windows // _BLOCK_WINDOWS), -(-num_segments // _BLOCK_SEGMENTS))
     patterns = np.arange(len(packing.windows))
     # Window j of a pattern stands at (j + phase) / windows of the whole. With one phase for all, patterns of one window would
     # all stand at the same place; multiples of the golden ratio spread them.
@@ -219,7 +234,7 @@ def _window_blocks(packing: Packing) -> Iterator[tuple[NDArray[np.int64], NDArra
         if not len(wholes):
             continue
         times = (before[wholes] + parts + phases[wholes]) / packing.windows[wholes]
-        pattern = wholes[np.argsort(times, kind="stable")]
+        pattern = wholes[_argsort((times * 2**_PLACE_BITS).astype(np.int64))]
         before = until
         windows, runs = spread(num_runs[pattern])
         runs += packing.run_starts[pattern[windows]]
@@ -232,7 +247,8 @@ def _ordered(
 ) -> Hand:
     """Put windows in the order of their first documents, and documents in order inside each."""
     starts = np.flatnonzero(np.diff(windows, prepend=-1))
-    order = np.argsort(np.minimum.reduceat(documents, starts), kind="stable")
+    firsts = np.minimum.reduceat(documents, starts)
+    order = _argsort(firsts - firsts.min())
     ranks = np.empty(len(order), np.int64)
     ranks[order] = np.arange(len(order))
     sizes = np.diff(starts, append=len(windows))[order]

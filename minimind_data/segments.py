@@ -47,13 +47,13 @@ class Segments:
         The PAD of a row counts as a segment of its own. So a segment begins at every 0, and the segments of a batch, as
         attention over sequences of different lengths wants them (`cu_seqlens`), are the places of the zeros.
         """
-        begins = np.zeros((self.shape[0], self.shape[1] + 1), np.int64)
-        begins[self.rows, self.columns] = self.columns
-        filled = self.filled
-        begins[np.arange(self.shape[0]), filled] = filled
-        begins = np.maximum.accumulate(begins[:, :num_columns], axis=1)
-        positions: NDArray[np.int64] = np.arange(num_columns) - begins
-        return positions
+        num_rows, width = self.shape
+        behind = self.filled + np.arange(num_rows) * width
+        padded = np.flatnonzero(self.filled < width)
+        begins = np.sort(np.concatenate([self.rows * width + self.columns, behind[padded]]))
+        places = np.arange(num_rows * width)
+        places -= np.repeat(begins, np.diff(begins, append=num_rows * width))
+        return np.ascontiguousarray(places.reshape(self.shape)[:, :num_columns])
 
 
 def spread(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -72,7 +72,7 @@ def test_the_plan_does_not_depend_on_shards_or_blocks(make_dataset, monkeypatch)
     lengths = np.minimum(np.exp(source.normal(3, 1, 700)).astype(int) + 2, 200).tolist()
     whole = told_by(open_plan(make_dataset([lengths], name="whole"), 64, "fragment"))
     monkeypatch.setattr(dealing, "_BLOCK_DOCUMENTS", 7)
-    monkeypatch.setattr(dealing, "_BLOCK_SEGMENTS", 5)
+    monkeypatch.setattr(dealing, "_BLOCK_FRAGMENTS", 5)
     parts = make_dataset([lengths[:100], [], lengths[100:101], lengths[101:]], name="parts")
     assert told_by(open_plan(parts, 64, "fragment")) == whole
 

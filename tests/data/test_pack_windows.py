@@ -15,7 +15,7 @@ from minimind_data.windows import IGNORED, open_windows
 
 BOS, EOS, PAD = 1, 2, 0
 SHARDS = [[5, 9, 2], [40], [3, 3, 3, 3], [17, 2]]
-SMALL_BLOCKS = {"_BLOCK_DOCUMENTS": 3, "_BLOCK_SEGMENTS": 2, "_BLOCK_WINDOWS": 2}
+SMALL_BLOCKS = {"_BLOCK_DOCUMENTS": 3, "_BLOCK_FRAGMENTS": 2, "_BLOCK_WINDOWS": 2, "_BLOCK_SEGMENTS": 5}
 
 lengths_strategy = st.one_of(
     st.lists(st.integers(2, 30), min_size=1, max_size=60),
