@@ -5,11 +5,22 @@ what becomes of long documents, and the version: `0123456789abcdef-341-cut.v1`. 
 under `$XDG_CACHE_HOME/minimind-pipeline/packing/` (`~/.cache` by default). The file depends on the tokens of the dataset and on
 these settings alone. It can be deleted: it is made again when it is wanted. All numbers are little-endian:
 
-    128 bytes   the header, see `_HEADER`: magic "MMPACK\0\0", version, CRC-32 of all else, the settings, the counts
-    (K+1) x i64 `offsets`: the segments of window k are those from offsets[k] to offsets[k+1]
-    S x u32     `documents`: the number of each segment's document; u64 in datasets of more than 2^32 documents
-    S x u32     `fragments`: which part of its document each is, from 0; only where documents are fragmented and one is longer
-                than a window, else every segment is the part 0
+    128 bytes   the header:
+        8 bytes   magic "MMPACK\0\0"
+        u32       version, 1
+        u32       CRC-32 of the whole file, these four bytes taken as 0
+        32 bytes  fingerprint of the dataset
+        u64 x 2   its documents, its tokens
+        u64       width of a window in tokens: seq_len + 1 for inputs and targets, seq_len for unshifted labels
+        u8        what becomes of documents longer than that: 0 cut, 1 fragment, 2 drop
+        u8 x 2    bytes of a number in `documents`, 4 or 8, and in `fragments`, 4 or 0; then 5 bytes 0
+        u64 x 2   K, the windows; S, their segments
+        u64 x 2   tokens in all windows; windows without PAD
+        u64 x 2   documents longer than a window; tokens that stand in no window
+    (K+1) x i64   `offsets`: the segments of window k are those from offsets[k] to offsets[k+1]
+    S x u32       `documents`: the number of each segment's document; u64 in datasets of more than 2^32 documents
+    S x u32       `fragments`: which part of its document each is, from 0; there only where documents are fragmented and one is
+                  longer than a window, else every segment is the part 0
 
 Part f of a document begins at its token f * (width - 1) and has `width` tokens or what is left: neighbouring parts share a token,
 the last target of the one and the first input of the other, so that every token but a document's first is a target once. A whole
@@ -18,6 +29,7 @@ document is its part 0; so is one that is cut, in which EOS takes the place of t
 Which lengths share a window is decided in `packing.py`, which documents of these lengths and in which order in `dealing.py`.
 """
 
+import contextlib
 import errno
 import mmap
 import os
@@ -45,9 +57,6 @@ from minimind_data.shards import ShardSet
 FOLDER_NAME = ".mm-pack"
 VERSION = 1
 _MAGIC = b"MMPACK\x00\x00"
-# magic, version, CRC-32 (of the file with these four bytes 0), fingerprint, documents and tokens of the dataset, width, long
-# documents (as in LONG_DOCUMENTS), bytes of a document number, bytes of a fragment number (0: none stored), K, S, tokens in all
-# windows, windows without PAD, documents longer than a window, tokens in no window
 _HEADER = struct.Struct("<8sII32sQQQBBB5xQQQQQQ")
 _HEADER_BYTES = 128
 _CRC_PLACE = slice(12, 16)
@@ -160,26 +169,37 @@ def open_plan(
             f"{shards.folder}: its documents are of several sequences each, which layout pack does not know"
         )
     name = _name(shards, width, long_documents)
-    inside = shards.folder / FOLDER_NAME
-    if plan := PackPlan.read(inside / name, shards):
-        return plan
+    inside, cache = shards.folder / FOLDER_NAME, _cache_folder()
+    for folder in (inside, cache):
+        if plan := PackPlan.read(folder / name, shards):
+            return plan
+    if reason := _why_not(inside):
+        announce(f"{shards.folder}: cannot be written ({reason}); the plan of its windows goes to {cache}")
+        if here := _why_not(cache):
+            raise UserError(
+                f"{cache}: cannot be written ({here}), nor can {shards.folder}; set XDG_CACHE_HOME to a folder for the plan of "
+                "the windows"
+            )
+    return _made(cache if reason else inside, shards, width, long_documents, announce)
+
+
+def _cache_folder() -> Path:
+    told = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not told.is_absolute():  # which the specification of base directories bids us to pass over
+        told = Path("~/.cache")
+        with contextlib.suppress(RuntimeError):  # nobody's home: then `~` is a folder here
+            told = told.expanduser()
+    return told / "minimind-pipeline" / "packing"
+
+
+def _why_not(folder: Path) -> str | None:
+    """Make a folder, and say what hinders writing into it, if anything does."""
     try:
-        return _made(inside, shards, width, long_documents, announce)
+        with disk_full_is_plain(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise
-        reason = error.strerror
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimind-pipeline" / "packing"
-    if plan := PackPlan.read(cache / name, shards):
-        return plan
-    announce(f"{shards.folder}: cannot be written ({reason}); the plan of its windows goes to {cache}")
-    try:
-        return _made(cache, shards, width, long_documents, announce)
-    except OSError as error:
-        raise UserError(
-            f"{cache}: cannot be written ({error.strerror}), nor can {shards.folder}; set XDG_CACHE_HOME to a folder for the "
-            "plan of the windows"
-        ) from None
+        return error.strerror
+    return None if os.access(folder, os.W_OK) else os.strerror(errno.EACCES)
 
 
 def _reopened(path: Path, shards: ShardSet) -> PackPlan:
@@ -198,7 +218,6 @@ def _made(
     name = _name(shards, width, long_documents)
     path = folder / name
     with disk_full_is_plain(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         waiting = f"{path}: another process is planning these windows; waiting for it"
         with FolderLock(folder / f"{name}.lock", waiting, wait=announce):
             if plan := PackPlan.read(path, shards):
@@ -218,9 +237,7 @@ def _made(
             fsync_folder(folder)
             if folder.parent == shards.folder:
                 _remove_stale(folder, shards)
-    plan = PackPlan.read(path, shards, check=False)
-    assert plan is not None, f"{path}: just written, and not to be read"
-    return plan
+    return _reopened(path, shards)
 
 
 def _remove_stale(folder: Path, shards: ShardSet) -> None:

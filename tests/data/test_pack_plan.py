@@ -1,5 +1,6 @@
 """The plan of layout pack: made once, whole or made again, in the dataset or in the cache."""
 
+import dataclasses
 import errno
 import os
 import threading
@@ -210,6 +211,17 @@ def test_a_read_only_dataset_has_its_plan_in_the_cache(shards, read_only, monkey
     assert len(said) == 2
 
 
+@pytest.mark.parametrize("told", [None, "", "relative/cache"])
+def test_without_a_word_the_cache_is_at_home(shards, read_only, monkeypatch, tmp_path, told):
+    read_only.append(shards.folder)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if told is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", told)
+    open_plan(shards, 19, "cut")
+    assert len(list((tmp_path / "home" / ".cache" / "minimind-pipeline" / "packing").iterdir())) == 1
+
+
 def test_no_place_for_a_plan_is_one_sentence(shards, read_only, monkeypatch, tmp_path):
     read_only += [shards.folder, tmp_path / "cache"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -232,6 +244,13 @@ def test_a_full_disk_is_one_sentence_and_no_reserve_is_none(shards, monkeypatch,
         assert files_of(shards) == []
     else:
         assert open_plan(shards, 19, "cut").num_windows == 4
+
+
+def test_documents_of_several_sequences_are_refused(shards):
+    first, *others = shards.manifest.shards
+    entries = (dataclasses.replace(first, documents=1), *others)
+    with pytest.raises(UserError, match="of several sequences each, which layout pack does not know"):
+        open_plan(ShardSet(shards.folder, dataclasses.replace(shards.manifest, shards=entries)), 19, "cut")
 
 
 @pytest.mark.parametrize("wrong", [4, -5])
