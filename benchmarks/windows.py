@@ -3,7 +3,8 @@
     python benchmarks/windows.py [--tokens 60000000] [--seq-len 512] [--batch 64]
 
 The yardstick, in the same run, is one strided numpy view over one memory map of the same tokens: what a gather costs when
-there is nothing else to do. `fetch` adds the two int64 arrays that a training loop takes. The page cache is warm.
+there is nothing else to do. `fetch` adds the two int64 arrays that a training loop takes, `apart` the position ids where documents
+are kept apart. Lengths of documents are lognormal, so that `pack` has something to pack. The page cache is warm.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from machine import describe_machine
@@ -21,10 +23,11 @@ from numpy.typing import NDArray
 
 from minimind_data.format import Manifest, ShardEntry, TokenizerInfo
 from minimind_data.shards import ShardSet
-from minimind_data.windows import open_windows
+from minimind_data.windows import Layout, open_windows
 from minimind_data.writer import ShardWriter
 
 _DOCUMENT_TOKENS = 300
+"""The mean."""
 _ROUNDS = 7
 _BATCHES = 1500
 
@@ -37,10 +40,12 @@ def make_dataset(folder: Path, num_shards: int, num_tokens: int) -> ShardSet:
     entries = []
     for index in range(num_shards):
         documents = num_tokens // num_shards // _DOCUMENT_TOKENS
-        tokens = source.integers(3, 6400, (documents, _DOCUMENT_TOKENS)).astype("<u2")
-        tokens[:, 0], tokens[:, -1] = 1, 2
+        lengths = np.exp(source.normal(np.log(_DOCUMENT_TOKENS) - 0.5, 1.0, documents)).astype(np.int64) + 2
+        stops = np.cumsum(lengths)
+        tokens = source.integers(3, 6400, stops[-1]).astype("<u2")
+        tokens[stops - lengths], tokens[stops - 1] = 1, 2
         with ShardWriter(folder, f"random-{index:05d}", "uint16") as writer:
-            writer.append(tokens.reshape(-1), np.full(documents, _DOCUMENT_TOKENS))
+            writer.append(tokens, lengths)
             written = writer.commit()
         place = {
             "name": f"random-{index:05d}",
@@ -93,10 +98,12 @@ def main() -> None:
             shards = ShardSet.open(shards.folder)
             opened = time.perf_counter() - start
             source = np.random.default_rng(1)
-            for layout in ("concat", "pad"):
+            for layout in get_args(Layout):
                 windows = open_windows(shards, layout=layout, seq_len=seq_len)
+                apart = open_windows(shards, layout=layout, seq_len=seq_len, documents_apart=True)
                 batches = [source.integers(0, len(windows), arguments.batch) for _ in range(_BATCHES)]
                 row = f"{num_shards:4} shards, {layout:6}  fetch {million_tokens_a_second(windows.fetch, batches, seq_len):6.0f}"
+                row += f"  apart {million_tokens_a_second(apart.fetch, batches, seq_len):6.0f}"
                 if layout == "concat":
                     starts = [batch * seq_len for batch in batches]
                     width = seq_len + 1

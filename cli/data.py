@@ -25,7 +25,7 @@ from minimind_data.told import Summary
 from minimind_data.train_tokenizer import train_tokenizer as run_training
 from minimind_data.verify import dataset_bytes
 from minimind_data.verify import verify as verify_dataset
-from minimind_data.windows import IGNORED, Layout, open_windows
+from minimind_data.windows import IGNORED, Layout, LongDocuments, open_windows
 from minimind_train.permutation import MAX_SEED
 from minimind_train.sampler import SampleOrder
 
@@ -40,6 +40,10 @@ _PROBLEMS_SHOWN = 10
 _MAX_INT64 = 2**63 - 1
 
 _Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the dataset.", readable=False)]
+_Layout = Annotated[Layout, typer.Option(help="How windows are cut.")]
+_LongDocuments = Annotated[
+    LongDocuments, typer.Option(help="In layout pack, what becomes of a document longer than a window.")
+]
 _Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
 ]
@@ -194,14 +198,22 @@ def window(
     folder: _Folder,
     number: Annotated[int, typer.Argument(metavar="K", help="Number of the window, from 0.")],
     seq_len: Annotated[int, typer.Option(help="Tokens of input_ids in a window.")],
-    layout: Annotated[Layout, typer.Option(help="How windows are cut.")] = "concat",
+    layout: _Layout = "concat",
+    long_documents: _LongDocuments = "cut",
     labels: Annotated[
         bool, typer.Option("--labels", help="Unshifted labels in place of shifted targets.")
     ] = False,
     as_json: _Json = False,
 ) -> None:
     """Show one window: its ids, its targets and its text."""
-    windows = open_windows(ShardSet.open(folder), layout=layout, seq_len=seq_len, labels=labels)
+    windows = open_windows(
+        ShardSet.open(folder),
+        layout=layout,
+        seq_len=seq_len,
+        labels=labels,
+        long_documents=long_documents,
+        announce=_say,
+    )
     if not 0 <= number < len(windows):
         raise UserError(
             f"{folder}: there are windows 0 to {len(windows) - 1} of {seq_len} tokens, not {number}"
@@ -218,8 +230,10 @@ def window(
     print(
         f"window {number} of {len(windows):,}: shard {shard}, offset {offset:,}, {learned} of {seq_len} positions learned"
     )
+    padding = windows.padding / (len(windows) * seq_len)
     print(
-        f"documents {documents[0]} to {documents[-1]}; {windows.unused_tokens:,} tokens of the dataset stand in no window"
+        f"documents {documents[0]} to {documents[-1]}; {windows.unused_tokens:,} tokens of the dataset stand in no window, "
+        f"{padding:.1%} of all positions are PAD"
     )
     for name, ids in sample.items():
         print(f"{name} {' '.join(map(str, ids))}")
@@ -231,7 +245,8 @@ def locate(
     folder: _Folder,
     seq_len: Annotated[int, typer.Option(help="Tokens of input_ids in a window.")],
     position: Annotated[int, typer.Option(help="Samples consumed since the run began.")],
-    layout: Annotated[Layout, typer.Option(help="How windows are cut.")] = "concat",
+    layout: _Layout = "concat",
+    long_documents: _LongDocuments = "cut",
     order: Annotated[
         Literal["shuffled", "sequential"], typer.Option(help="The order of the windows.")
     ] = "shuffled",
@@ -243,7 +258,9 @@ def locate(
         raise UserError(f"--position counts samples, from 0 to 2^63 - 1, not {position}")
     if not 0 <= seed <= MAX_SEED:
         raise UserError(f"--seed must be from 0 to 2^64 - 1, not {seed}")
-    windows = open_windows(ShardSet.open(folder), layout=layout, seq_len=seq_len)
+    windows = open_windows(
+        ShardSet.open(folder), layout=layout, seq_len=seq_len, long_documents=long_documents, announce=_say
+    )
     epoch, number = SampleOrder(num_windows=len(windows), seed=seed, kind=order).window(position)
     shard, offset = windows.locate(number)
     if as_json:

@@ -12,7 +12,7 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -140,15 +140,19 @@ class FolderLock:
         path: the lock file; it is created, and removed on the way out.
         busy: the sentence for the user who comes second.
         shared: hold it together with others who share it, so that only one who does not share is kept out.
+        wait: wait for the lock, and tell this function the sentence before; without it, whoever comes second is refused.
 
     Raises:
-        UserError: another process holds the lock (at once, without waiting).
+        UserError: another process holds the lock (at once, unless `wait` is given).
     """
 
-    def __init__(self, path: Path, busy: str, *, shared: bool = False) -> None:
+    def __init__(
+        self, path: Path, busy: str, *, shared: bool = False, wait: Callable[[str], None] | None = None
+    ) -> None:
         self._path = path
         self._busy = busy
         self._kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        self._wait = wait
         self._descriptor: int | None = None
 
     def __enter__(self) -> Self:
@@ -165,8 +169,10 @@ class FolderLock:
             try:
                 fcntl.flock(descriptor, self._kind | fcntl.LOCK_NB)
             except BlockingIOError:
-                os.close(descriptor)
-                raise UserError(self._busy) from None
+                if self._wait is None:
+                    os.close(descriptor)
+                    raise UserError(self._busy) from None
+                self._wait_for(descriptor, self._wait)
             if self._is_still_there(descriptor):
                 self._descriptor = descriptor
                 return self
@@ -181,6 +187,14 @@ class FolderLock:
             self._path.unlink(missing_ok=True)
         os.close(self._descriptor)
         self._descriptor = None
+
+    def _wait_for(self, descriptor: int, tell: Callable[[str], None]) -> None:
+        try:
+            tell(self._busy)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except BaseException:
+            os.close(descriptor)
+            raise
 
     def _is_still_there(self, descriptor: int) -> bool:
         try:

@@ -300,6 +300,23 @@ class ShardSet:
         """Return the index of the shard that holds each of these tokens, intp of the same shape."""
         return np.searchsorted(self.token_starts, tokens, side="right") - 1
 
+    def sequences_at(self, tokens: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
+        """Return (index of its shard, number of its sequence in that shard) of each of these tokens, both of their shape.
+
+        One search for all of them at a time, over as many indexes as it takes.
+        """
+        owners = self.owners(tokens)
+        self._map_all(owners)
+        offsets = (tokens - self.token_starts[owners]) * self.dtype.itemsize
+        places = INDEX_HEADER_BYTES + 4 * self._num_sequences[owners]
+        low, high = np.zeros_like(tokens), self._num_sequences[owners]
+        while (high - low > 1).any():
+            middle = (low + high) // 2
+            begins = self._indexes.rows(owners, places + 8 * middle, 8).view("<i8")[:, 0]
+            later = begins > offsets
+            low, high = np.where(later, low, middle), np.where(later, middle, high)
+        return owners, low
+
     def name_and_offset(self, token: int) -> tuple[str, int]:
         """Return (shard name, token offset in that shard) of a global token number."""
         owner = min(int(self.owners(np.array([token]))[0]), len(self) - 1)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from minimind_data.errors import UserError
 from minimind_data.format import FormatError
+from minimind_data.packing import best_fit
 from minimind_data.pieces import pieces_of
 from minimind_data.shards import Shard, ShardSet
 from minimind_data.tokenizer import Tokenizer
@@ -277,8 +278,34 @@ def _pad(lengths: Lengths, borders: _Borders) -> Waste:
     )
 
 
+def _pack(lengths: Lengths, borders: _Borders) -> Waste:
+    """Windows of L + 1 tokens filled with whole documents, longer ones cut; see `windows.PackWindows`."""
+    seq_len, tokens, documents = borders.seq_len, lengths.tokens, lengths.documents
+    width = seq_len + 1
+    num_documents = int(documents.sum())
+    histogram = np.zeros(width + 1, np.int64)
+    np.add.at(histogram, np.minimum(tokens, width), documents)
+    packing = best_fit(histogram)
+    padding = packing.padding(seq_len)
+    unused = int(documents @ np.maximum(tokens - width, 0))
+    cut = int(documents[tokens > width].sum())
+    return Waste(
+        layout="pack",
+        seq_len=seq_len,
+        windows=packing.num_windows,
+        padding=int(packing.windows @ padding),
+        padding_share=int(packing.windows @ padding) / (packing.num_windows * seq_len),
+        padded_windows=int(packing.windows[padding > 0].sum()),
+        unused_tokens=unused,
+        unused_share=unused / int(documents @ tokens),
+        cut_documents=cut,
+        cut_share=cut / num_documents,
+        windows_per_document=1.0,
+    )
+
+
 # One entry for each layout: what it makes of the lengths, and of the lie of documents where windows follow without a gap.
-_LAYOUTS: tuple[Callable[[Lengths, _Borders], Waste], ...] = (_concat, _pad)
+_LAYOUTS: tuple[Callable[[Lengths, _Borders], Waste], ...] = (_concat, _pad, _pack)
 
 
 def count_text(

@@ -19,7 +19,7 @@ from minimind_data.files import disk_full_is_plain
 from minimind_data.format import FormatError
 from minimind_data.options import build, flatten
 from minimind_data.shards import ShardSet
-from minimind_data.windows import Layout, Windows, open_windows
+from minimind_data.windows import Layout, LongDocuments, Windows, open_windows
 from minimind_train import checkpoint, loop, runs
 from minimind_train.checkpoint import Checkpoint, CheckpointState
 from minimind_train.devices import (
@@ -49,7 +49,14 @@ class DataConfig:
     """What is learned, cut in which windows, in which order."""
 
     shards: Annotated[Path, "Dataset made by mm-data tokenize."] = Path("data")
-    layout: Annotated[Layout, "concat: windows of the token stream; pad: one document a window."] = "concat"
+    layout: Annotated[
+        Layout,
+        "concat: windows of the token stream; pad: one document a window; pack: whole documents share one.",
+    ] = "concat"
+    long_documents: Annotated[
+        LongDocuments,
+        "In layout pack, a document longer than a window: cut to one, fragment over several, or drop.",
+    ] = "cut"
     seq_len: Annotated[int, "Tokens in a window."] = 340
     order: Annotated[OrderKind, "shuffled anew in each epoch, or sequential as in the shards."] = "shuffled"
     resume_from: Annotated[
@@ -170,7 +177,13 @@ class _Job:
         self.config = config
         self.shards = shards
         self.say = say
-        self.windows: Windows = open_windows(shards, layout=config.data.layout, seq_len=config.data.seq_len)
+        self.windows: Windows = open_windows(
+            shards,
+            layout=config.data.layout,
+            seq_len=config.data.seq_len,
+            long_documents=config.data.long_documents,
+            announce=say,
+        )
         self.order = SampleOrder(
             num_windows=len(self.windows), seed=config.training.seed, kind=config.data.order
         )

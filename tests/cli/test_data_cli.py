@@ -81,6 +81,28 @@ def test_window_speaks_json_and_text(run, dataset):
     assert "there are windows 0 to" in sentence(run("window", dataset, 10**6, "--seq-len", 16))
 
 
+def test_packed_windows_are_planned_once_and_leave_the_dataset_as_it_is(run, dataset):
+    before = sorted(path.name for path in dataset.iterdir())
+    arguments = ("--seq-len", 64, "--layout", "pack", "--long-documents", "fragment")
+    first = run("window", dataset, 3, *arguments, "--json")
+    assert "planning which of 200 documents share a window of 65 tokens" in first.stderr
+    told = json.loads(first.stdout)
+    assert len(set(told["document_ids"]) - {-1}) > 1
+    again = run("window", dataset, 3, *arguments)
+    assert "planning" not in again.stderr
+    assert "% of all places filled" in again.stderr
+    assert "tokens of the dataset stand in no window" in again.stdout
+    located = json.loads(
+        run("locate", dataset, *arguments, "--position", 3, "--order", "sequential", "--json").stdout
+    )
+    assert (located["window"], located["shard"], located["offset"]) == (3, told["shard"], told["offset"])
+    assert run("verify", dataset).exit_code == 0
+    assert sorted({path.name for path in dataset.iterdir()} - {".mm-pack"}) == before
+    assert "'cut', 'fragment', 'drop'" in run(
+        "window", dataset, 3, "--seq-len", 64, "--long-documents", "lose"
+    ).stderr.replace("\n", " ")
+
+
 def test_locate_agrees_with_window(run, dataset):
     told = json.loads(run("locate", dataset, "--seq-len", 16, "--position", 10**9, "--json").stdout)
     assert set(told) == {"position", "epoch", "window", "shard", "offset"}

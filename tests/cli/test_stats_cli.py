@@ -33,10 +33,12 @@ def test_json_is_one_object_and_nothing_else(dataset, tmp_path):
     )
     assert result.exit_code == 0, result.stderr
     told = json.loads(result.stdout)
-    assert [waste["seq_len"] for waste in told["layouts"]] == [100, 100, 64, 64]
+    assert [waste["seq_len"] for waste in told["layouts"]] == [100] * 3 + [64] * 3
     assert f"{tmp_path / 'p.html'}: " in result.stderr
     default = json.loads(run(dataset, "--json").stdout)
-    assert [waste["seq_len"] for waste in default["layouts"]] == [340, 340, 512, 512, 1024, 1024, 2048, 2048]
+    assert [(waste["seq_len"], waste["layout"]) for waste in default["layouts"]] == [
+        (seq_len, layout) for seq_len in (340, 512, 1024, 2048) for layout in ("concat", "pad", "pack")
+    ]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])

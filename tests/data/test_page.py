@@ -69,8 +69,10 @@ def test_the_page_holds_the_numbers_and_the_windows(dataset, tmp_path):
     assert [(view["layout"], view["seq_len"]) for view in data["views"]] == [
         ("concat", 16),
         ("pad", 16),
+        ("pack", 16),
         ("concat", 40),
         ("pad", 40),
+        ("pack", 40),
     ]
     for view in data["views"]:
         windows = open_windows(dataset, layout=view["layout"], seq_len=view["seq_len"])
@@ -165,17 +167,17 @@ def test_a_page_is_the_same_whenever_it_is_written(dataset, tmp_path):
 
 
 def test_a_page_stays_small_and_says_so(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_MAX_TOKENS", 4 * (17 + 41))
+    monkeypatch.setattr(module, "_MAX_TOKENS", 6 * (17 + 41))
     _, reader = write(dataset, tmp_path / "page.html", num_windows=50)
     data = json.loads(reader.scripts[0])
     assert (data["windows_wanted"], data["windows_each"]) == (50, 2)
-    assert [len(view["windows"]) for view in data["views"]] == [2, 2, 2, 2]
+    assert [len(view["windows"]) for view in data["views"]] == [2] * 6
 
 
 def test_a_length_without_windows_has_no_view(dataset, tmp_path):
     _, reader = write(dataset, tmp_path / "page.html", seq_lens=[dataset.num_tokens])
     data = json.loads(reader.scripts[0])
-    assert [view["layout"] for view in data["views"]] == ["pad"]
+    assert [view["layout"] for view in data["views"]] == ["pad", "pack"]
 
 
 def test_impossible_places_are_refused(tmp_path):

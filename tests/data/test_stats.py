@@ -29,7 +29,7 @@ def test_waste_is_what_a_count_over_all_windows_gives(make_dataset, monkeypatch,
     monkeypatch.setattr(module, "_BLOCK", block)
     shards = make_dataset(SHARDS)
     _, wastes = measure_lengths(shards, [seq_len])
-    assert [waste.layout for waste in wastes] == ["concat", "pad"]
+    assert [waste.layout for waste in wastes] == ["concat", "pad", "pack"]
     for waste in wastes:
         windows = open_windows(shards, layout=waste.layout, seq_len=seq_len)
         batch = windows.fetch(np.arange(len(windows)))
@@ -42,7 +42,7 @@ def test_waste_is_what_a_count_over_all_windows_gives(make_dataset, monkeypatch,
         assert waste.padding_share == sum(padding) / (len(windows) * seq_len)
         assert waste.padded_windows == sum(one > 0 for one in padding)
         learned = int((batch["targets"] != IGNORED).sum())
-        if waste.layout == "pad":
+        if waste.layout != "concat":
             assert learned == NUM_TOKENS - waste.unused_tokens - NUM_DOCUMENTS
             lengths = [length for shard in SHARDS for length in shard]
             assert waste.cut_documents == sum(length > windows.width for length in lengths)
@@ -54,7 +54,7 @@ def test_waste_is_what_a_count_over_all_windows_gives(make_dataset, monkeypatch,
 
 @pytest.mark.parametrize("seq_len", [2, 3, 5, 9, 43, 86])
 def test_cut_documents_stand_on_both_sides_of_a_border(make_dataset, seq_len):
-    _, (concat, _) = measure_lengths(make_dataset(SHARDS), [seq_len])
+    _, (concat, _, _) = measure_lengths(make_dataset(SHARDS), [seq_len])
     stream = np.repeat(np.arange(NUM_DOCUMENTS), [length for shard in SHARDS for length in shard])
     windows_of = [set(np.flatnonzero(stream == document) // seq_len) for document in range(NUM_DOCUMENTS)]
     assert concat.cut_documents == sum(len(windows) > 1 for windows in windows_of)
@@ -63,9 +63,10 @@ def test_cut_documents_stand_on_both_sides_of_a_border(make_dataset, seq_len):
 
 
 def test_where_there_is_no_window_all_tokens_are_lost(make_dataset):
-    _, (concat, pad) = measure_lengths(make_dataset(SHARDS), [87])
+    _, (concat, pad, pack) = measure_lengths(make_dataset(SHARDS), [87])
     assert (concat.windows, concat.unused_tokens, concat.unused_share) == (0, 87, 1.0)
     assert (pad.windows, pad.unused_tokens) == (10, 0)
+    assert (pack.windows, pack.unused_tokens, pack.padding) == (1, 0, 0)
 
 
 @pytest.mark.parametrize("short", [0, 4, 2**16])
@@ -174,7 +175,9 @@ def test_the_whole_is_one_object_for_json(tmp_path):
     assert [(one["seq_len"], one["layout"]) for one in told["layouts"]] == [
         (340, "concat"),
         (340, "pad"),
+        (340, "pack"),
         (512, "concat"),
         (512, "pad"),
+        (512, "pack"),
     ]
     assert round(told["text"]["characters_per_token"], 2) == 2.10

@@ -81,7 +81,7 @@ def test_a_pad_inside_a_text_is_not_learned_unless_it_is_eos(make_dataset):
     assert windows.fetch(np.array([0]))["labels"].tolist() == [[1, 5, IGNORED, 6, 7, 2, IGNORED, IGNORED]]
 
 
-@pytest.mark.parametrize("layout", ["concat", "pad"])
+@pytest.mark.parametrize("layout", ["concat", "pad", "pack"])
 def test_batches_do_not_depend_on_company(make_dataset, layout):
     windows = open_windows(make_dataset(SHARDS), layout=layout, seq_len=6)
     whole = windows.fetch(np.arange(len(windows)))
@@ -100,7 +100,7 @@ def test_batches_do_not_depend_on_company(make_dataset, layout):
 
 def test_places_and_windows_invert(make_dataset):
     shards = make_dataset(SHARDS)
-    for layout in ("concat", "pad"):
+    for layout in ("concat", "pad", "pack"):
         windows = open_windows(shards, layout=layout, seq_len=6)
         for number in range(len(windows)):
             assert windows.window_of(*windows.locate(number)) == number
@@ -140,6 +140,7 @@ def test_the_tail_has_no_window(make_dataset):
         ("concat", 87, "shorter --seq-len or more text"),
         ("concat", 0, "at least 1"),
         ("pad", 1, "too short for layout pad"),
+        ("pack", 1, "too short for layout pack"),
     ],
 )
 def test_impossible_lengths_are_refused(make_dataset, layout, seq_len, complaint):
@@ -148,7 +149,7 @@ def test_impossible_lengths_are_refused(make_dataset, layout, seq_len, complaint
 
 
 def test_windows_out_of_range_are_refused(make_dataset):
-    for layout in ("concat", "pad"):
+    for layout in ("concat", "pad", "pack"):
         windows = open_windows(make_dataset(SHARDS, name=layout), layout=layout, seq_len=6)
         for number in (-1, len(windows)):
             with pytest.raises(IndexError):

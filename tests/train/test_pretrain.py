@@ -1,14 +1,16 @@
 """A new run: what its folder holds, where it begins and ends, what cannot be run."""
 
 import math
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from minimind_data.errors import UserError
 from minimind_data.shards import ShardSet
-from minimind_data.windows import open_windows
+from minimind_data.windows import IGNORED, open_windows
 from minimind_train import checkpoint, devices
 from minimind_train.pretrain import resume
 from minimind_train.runs import RunRecord
@@ -53,6 +55,17 @@ def test_layout_pad_trains_too(begin, tmp_path):
     outcome, _ = begin(layout="pad", epochs=1, steps=None)
     assert outcome.cursor == 64
     assert all(0 < record["targets"] < 8 * 16 for record in metrics(tmp_path / "run"))
+
+
+def test_layout_pack_trains_too(begin, tmp_path, small_dataset):
+    shards = shutil.copytree(small_dataset, tmp_path / "data")
+    packing = {"layout": "pack", "long_documents": "fragment", "seq_len": 12}
+    outcome, said = begin(shards=shards, epochs=1, steps=None, **packing)
+    windows = open_windows(ShardSet.open(shards), **packing)
+    targets = windows.fetch(np.arange(len(windows)))["targets"]
+    assert outcome.cursor == len(windows)
+    assert sum(record["targets"] for record in metrics(tmp_path / "run")) == (targets != IGNORED).sum()
+    assert any("of all places filled" in line for line in said)
 
 
 def test_a_run_of_more_steps_than_the_dataset_has_goes_on_into_further_epochs(begin, tmp_path):

@@ -1,0 +1,354 @@
+"""The layouts: how each cuts a dataset into windows. `windows.py` says what they are, and opens them."""
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minimind_data.errors import UserError
+from minimind_data.format import TokenArray
+from minimind_data.pack_plan import PackPlan
+from minimind_data.segments import Segments, spread
+from minimind_data.shards import ShardSet
+
+Layout = Literal["concat", "pad", "pack"]
+IGNORED = -100
+"""The target of a position at which nothing is learned; PyTorch's default `ignore_index`."""
+_COPIED_TOKENS = (64, 8, 1)
+"""A segment is copied in blocks of the greatest of these that it is not shorter than."""
+
+
+class _WindowsBase:
+    """What all layouts share: they cut `width` tokens and make a sample of them."""
+
+    layout: Layout
+
+    def __init__(self, shards: ShardSet, seq_len: int, labels: bool, documents_apart: bool) -> None:
+        self.shards = shards
+        self.seq_len = seq_len
+        self.labels = labels
+        self.documents_apart = documents_apart
+        self.width = seq_len if labels else seq_len + 1
+        info = shards.manifest.tokenizer
+        # A PAD that stands inside a text is ignored too, as MiniMind does; unless PAD is EOS or BOS by another name, which
+        # must be learned.
+        self._ignored_id = info.pad_id if info.pad_id not in (info.bos_id, info.eos_id) else None
+
+    def segments(self, windows: NDArray[np.int64]) -> Segments:
+        """Return the documents of a batch; see `Windows.segments`."""
+        raise NotImplementedError
+
+    def document_ids(self, window: int) -> NDArray[np.int64]:
+        """Return the document of each input position; see `Windows.document_ids`."""
+        found: NDArray[np.int64] = self.segments(np.array([window])).document_ids(self.seq_len)[0]
+        return found
+
+    def locate(self, window: int) -> tuple[str, int]:
+        """Return where a window begins; see `Windows.locate`."""
+        return self.shards.name_and_offset(int(self.segments(np.array([window])).starts[0]))
+
+    def _sample(
+        self, tokens: TokenArray, ignored: NDArray[np.bool_] | None, segments: Segments | None
+    ) -> dict[str, NDArray[np.int64]]:
+        """Make a batch of [B, width] tokens; `ignored` [B, width] marks those that are no target."""
+        first = 0 if self.labels else 1
+        input_ids = tokens[:, : self.seq_len].astype(np.int64)
+        learned = tokens[:, first:].astype(np.int64)
+        if ignored is not None:
+            learned[ignored[:, first:]] = IGNORED
+        sample = {"input_ids": input_ids, "labels" if self.labels else "targets": learned}
+        if self.documents_apart and segments is not None:
+            sample["position_ids"] = segments.position_ids(self.seq_len)
+        return sample
+
+    def _padding(self, rows: TokenArray, lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Mark what is no target in [B, width] tokens of which the first `lengths` [B] of each row are text."""
+        if self._ignored_id is not None:
+            ignored: NDArray[np.bool_] = rows == self._ignored_id
+            return ignored
+        return np.arange(self.width) >= lengths[:, None]
+
+    def _spans(self, documents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return (global number of the first token, length in tokens) of documents, both int64 [B]."""
+        owners = np.searchsorted(self.shards.document_starts, documents, side="right") - 1
+        return self.shards.sequence_spans(owners, documents - self.shards.document_starts[owners])
+
+    def _check(self, windows: NDArray[np.int64], count: int) -> None:
+        if len(windows) and (windows.min() < 0 or windows.max() >= count):
+            raise IndexError(f"windows {windows.min()}…{windows.max()} asked for, there are {count}")
+
+
+def _mark_steps(ignored: NDArray[np.bool_], segments: Segments) -> None:
+    """Mark the first token of every segment that follows another."""
+    inside = segments.columns > 0
+    ignored[segments.rows[inside], segments.columns[inside]] = True
+
+
+class ConcatWindows(_WindowsBase):
+    """The token stream cut every L tokens; texts run on from window to window."""
+
+    layout = "concat"
+    padding = 0
+
+    def __len__(self) -> int:
+        """Return the number of full windows."""
+        return max(0, (self.shards.num_tokens - (self.width - self.seq_len)) // self.seq_len)
+
+    @property
+    def unused_tokens(self) -> int:
+        """Tokens after the last full window."""
+        return self.shards.num_tokens - (len(self) * self.seq_len + self.width - self.seq_len)
+
+    def rows(self, windows: NDArray[np.int64]) -> TokenArray:
+        """Return the tokens of windows as they are on disk: uint16 or int32 [B, width]."""
+        self._check(windows, len(self))
+        return self.shards.rows(windows * self.seq_len, self.width)
+
+    def fetch(self, windows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+        """Return a batch; see `Windows.fetch`."""
+        rows = self.rows(windows)
+        if not self.documents_apart:
+            return self._sample(rows, None, None)
+        segments = self.segments(windows)
+        ignored = np.zeros(rows.shape, np.bool_)
+        _mark_steps(ignored, segments)
+        return self._sample(rows, ignored, segments)
+
+    def segments(self, windows: NDArray[np.int64]) -> Segments:
+        """Return the documents of a batch; see `Windows.segments`. Those that begin or end outside are cut off there."""
+        self._check(windows, len(self))
+        begins = windows * self.seq_len
+        ends = begins + self.width
+        owners, sequences = self.shards.sequences_at(np.concatenate([begins, ends - 1]))
+        first, last = np.split(self.shards.document_starts[owners] + sequences, 2)
+        rows, parts = spread(last - first + 1)
+        documents = first[rows] + parts
+        starts, lengths = self._spans(documents)
+        stops = np.minimum(starts + lengths, ends[rows])
+        starts = np.maximum(starts, begins[rows])
+        there = stops > starts  # a document without a token stands nowhere
+        rows, starts = rows[there], starts[there]
+        return Segments(
+            shape=(len(windows), self.width),
+            rows=rows,
+            columns=starts - begins[rows],
+            lengths=stops[there] - starts,
+            documents=documents[there],
+            starts=starts,
+        )
+
+    def locate(self, window: int) -> tuple[str, int]:
+        """Return where a window begins; see `Windows.locate`."""
+        return self.shards.name_and_offset(window * self.seq_len)
+
+    def window_of(self, shard: str, offset: int) -> int:
+        """Return the window that holds a token; see `Windows.window_of`.
+
+        Raises:
+            UserError: no such token, or it lies in the tail that fills no window.
+        """
+        window = self.shards.token_at(shard, offset) // self.seq_len
+        if window >= len(self):
+            raise UserError(
+                f"{shard}:{offset} lies in the last {self.unused_tokens} tokens, which fill no window of {self.seq_len}"
+            )
+        return window
+
+
+class PadWindows(_WindowsBase):
+    """One document a window, cut or padded to length."""
+
+    layout = "pad"
+
+    def __init__(self, shards: ShardSet, seq_len: int, labels: bool, documents_apart: bool) -> None:
+        super().__init__(shards, seq_len, labels, documents_apart)
+        self._counted: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of documents."""
+        return self.shards.num_documents
+
+    @property
+    def unused_tokens(self) -> int:
+        """Tokens cut off documents that are longer than a window; counted over all indexes when first asked for."""
+        return self._count()[0]
+
+    @property
+    def padding(self) -> int:
+        """Input positions that hold PAD; counted likewise."""
+        return self._count()[1]
+
+    def _count(self) -> tuple[int, int]:
+        if self._counted is None:
+            unused = padding = 0
+            for shard in self.shards:
+                lengths = shard.lengths.astype(np.int64)
+                unused += int(np.maximum(lengths - self.width, 0).sum())
+                padding += int(np.maximum(self.seq_len - lengths, 0).sum())
+            self._counted = unused, padding
+        return self._counted
+
+    def fetch(self, windows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+        """Return a batch; see `Windows.fetch`."""
+        self._check(windows, len(self))
+        starts, lengths = self._spans(windows)
+        # Read a full row for each document and paint over what lies behind its end; the last documents of the dataset have
+        # nothing behind them, so their rows begin earlier and are moved.
+        shift = np.maximum(starts + self.width - self.shards.num_tokens, 0)
+        info = self.shards.manifest.tokenizer
+        if self.width > self.shards.num_tokens:
+            rows = np.full((len(windows), self.width), info.pad_id, self.shards.dtype)
+            for row, start, length in zip(rows, starts, np.minimum(lengths, self.width), strict=True):
+                row[:length] = self.shards.slice(int(start), int(start + length))
+        else:
+            rows = self.shards.rows(starts - shift, self.width)
+            for place in np.flatnonzero(shift):
+                rows[place] = np.roll(rows[place], -shift[place])
+        rows[lengths > self.width, -1] = info.eos_id
+        rows[np.arange(self.width) >= lengths[:, None]] = info.pad_id
+        segments = self._segments(windows, starts, lengths) if self.documents_apart else None
+        return self._sample(rows, self._padding(rows, lengths), segments)
+
+    def segments(self, windows: NDArray[np.int64]) -> Segments:
+        """Return the documents of a batch; see `Windows.segments`."""
+        self._check(windows, len(self))
+        return self._segments(windows, *self._spans(windows))
+
+    def _segments(
+        self, windows: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> Segments:
+        there = lengths > 0
+        return Segments(
+            shape=(len(windows), self.width),
+            rows=np.flatnonzero(there),
+            columns=np.zeros(np.count_nonzero(there), np.int64),
+            lengths=np.minimum(lengths, self.width)[there],
+            documents=windows[there],
+            starts=starts[there],
+        )
+
+    def locate(self, window: int) -> tuple[str, int]:
+        """Return where a window begins; see `Windows.locate`."""
+        starts, _ = self._spans(np.array([window]))
+        return self.shards.name_and_offset(int(starts[0]))
+
+    def window_of(self, shard: str, offset: int) -> int:
+        """Return the document that holds a token; see `Windows.window_of`."""
+        self.shards.token_at(shard, offset)
+        index = self.shards.index_of(shard)
+        return int(self.shards.document_starts[index]) + self.shards.shard(index).sequence_of(offset)
+
+
+class PackWindows(_WindowsBase):
+    """Whole documents that together fill a window."""
+
+    layout = "pack"
+
+    def __init__(
+        self, shards: ShardSet, seq_len: int, labels: bool, documents_apart: bool, plan: PackPlan
+    ) -> None:
+        super().__init__(shards, seq_len, labels, documents_apart)
+        self.plan = plan
+
+    def __len__(self) -> int:
+        """Return the number of windows."""
+        return self.plan.num_windows
+
+    @property
+    def unused_tokens(self) -> int:
+        """Tokens of documents longer than a window that are cut off or left out."""
+        return self.plan.unused_tokens
+
+    @property
+    def padding(self) -> int:
+        """Input positions that hold PAD."""
+        # In shifted windows the last of `width` tokens is no input.
+        in_last_column = 0 if self.labels else self.plan.full_windows
+        return len(self) * self.seq_len - (self.plan.num_tokens - in_last_column)
+
+    def fetch(self, windows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+        """Return a batch; see `Windows.fetch`."""
+        segments, cut = self._segments(windows)
+        info = self.shards.manifest.tokenizer
+        rows = np.full(segments.shape, info.pad_id, self.shards.dtype)
+        _copy(self.shards, segments, rows)
+        rows[segments.rows[cut], -1] = info.eos_id
+        ignored = self._padding(rows, segments.filled)
+        _mark_steps(ignored, segments)
+        return self._sample(rows, ignored, segments)
+
+    def segments(self, windows: NDArray[np.int64]) -> Segments:
+        """Return the documents of a batch; see `Windows.segments`."""
+        return self._segments(windows)[0]
+
+    def window_of(self, shard: str, offset: int) -> int:
+        """Return the window that holds a token; see `Windows.window_of`.
+
+        Raises:
+            UserError: no such token, or its document is left out.
+        """
+        token = self.shards.token_at(shard, offset)
+        (owner,), (sequence,) = self.shards.sequences_at(np.array([token]))
+        document = int(self.shards.document_starts[owner] + sequence)
+        (start,), (length,) = self._spans(np.array([document]))
+        fragment = 0
+        if self.plan.long_documents == "fragment":
+            fragment = max(0, min(int(token - start), int(length) - 2)) // (self.width - 1)
+        window = self.plan.window_of(document, fragment)
+        if window is None:
+            raise UserError(
+                f"{shard}:{offset} is a token of document {document}, which is longer than a window and left out "
+                "(--long-documents drop)"
+            )
+        return window
+
+    def _segments(self, windows: NDArray[np.int64]) -> tuple[Segments, NDArray[np.intp]]:
+        """Return the segments of a batch, and which of them lack the end of their document, EOS."""
+        self._check(windows, len(self))
+        begins = self.plan.offsets[windows]
+        counts = self.plan.offsets[windows + 1] - begins
+        rows, parts = spread(counts)
+        places = begins[rows] + parts
+        documents = self.plan.documents[places].astype(np.int64)
+        starts, left = self._spans(documents)
+        if self.plan.fragments is not None:
+            before = self.plan.fragments[places].astype(np.int64) * (self.width - 1)
+            starts, left = starts + before, left - before
+        lengths = np.minimum(left, self.width)
+        # Columns count from the row's own first segment.
+        ends = np.cumsum(lengths)
+        columns = ends - lengths
+        columns -= columns[(np.cumsum(counts) - counts)[rows]]
+        cut = left > self.width if self.plan.long_documents == "cut" else np.zeros(len(left), np.bool_)
+        segments = Segments(
+            shape=(len(windows), self.width),
+            rows=rows,
+            columns=columns,
+            lengths=lengths,
+            documents=documents,
+            starts=starts,
+        )
+        return segments, np.flatnonzero(cut)
+
+
+def _copy(shards: ShardSet, segments: Segments, rows: TokenArray) -> None:
+    """Copy the tokens of segments into their places in `rows` [B, width].
+
+    A segment is copied in blocks, the last of which ends with it and overlaps the one before: so a batch takes one gather for
+    each size of block, and no block reaches beyond its segment.
+    """
+    width = rows.shape[1]
+    places = segments.rows * width + segments.columns
+    longest = width
+    for block in _COPIED_TOKENS:
+        here = np.flatnonzero((segments.lengths >= block) & (segments.lengths <= longest))
+        longest = block - 1
+        if not len(here):
+            continue
+        wholes, parts = spread(-(-segments.lengths[here] // block))
+        wholes = here[wholes]
+        shifts = np.minimum(parts * block, segments.lengths[wholes] - block)
+        blocks = np.ndarray(
+            (rows.size - block + 1, block), rows.dtype, buffer=rows, strides=(rows.itemsize, rows.itemsize)
+        )
+        blocks[places[wholes] + shifts] = shards.rows(segments.starts[wholes] + shifts, block)
