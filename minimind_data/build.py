@@ -14,7 +14,8 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from minimind_data.engines import encoder_threads, num_cores, run_local
+from minimind_data.cores import num_cores
+from minimind_data.engines import encoder_threads, run_tasks
 from minimind_data.errors import UserError
 from minimind_data.files import (
     disk_full_is_plain,
@@ -208,7 +209,9 @@ class _Build:
             with progress(num_bytes) as report:
                 while left:
                     distrusted = False
-                    for result in run_local(job, left, workers, report, announce):
+                    for result in run_tasks(
+                        job, left, self._options.workers, report, announce, engine=self._options.engine
+                    ):
                         self._work.write_result(result)
                         made[result.name] = result
                         if result.difference is not None and not distrusted:

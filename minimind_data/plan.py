@@ -35,9 +35,11 @@ class TokenizeOptions:
     ] = None
     kind: Annotated[Literal["pretrain"], "What the records are for."] = "pretrain"
     field: Annotated[str, "Field of the record that holds the text."] = "text"
-    workers: Annotated[int, "Cores to keep busy; 0 takes all."] = 0
+    workers: Annotated[int, "Cores to keep busy, of the whole cluster with --engine ray; 0 takes all."] = 0
     split_bytes: Annotated[int, "Bytes of input that make one shard.", parse_size] = 64 * 2**20
-    engine: Annotated[Literal["local"], "Where the work runs."] = "local"
+    engine: Annotated[
+        Literal["local", "ray"], "Where the work runs: here, or on the Ray cluster of RAY_ADDRESS."
+    ] = "local"
     on_bad_record: Annotated[
         Literal["stop", "set-aside"], "Stop at a bad record, or put it into a file and go on."
     ] = "stop"
