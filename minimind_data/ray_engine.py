@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import platform
+import re
 import secrets
 import signal
 import socket
@@ -39,6 +40,8 @@ _CONNECT_SECONDS = 10.0
 _POLL_SECONDS = 5.0
 _STOP_SECONDS = 15.0  # a task ends between two batches, of which one may take seconds
 _SAME_EVERYWHERE = ("minimind-pipeline", "tokenizers", "fastokens")
+_MISSING_MODULE = re.compile(r"No module named '([\w.]+)'")
+_NODE = re.compile(r"\bip=([\w.:]+)")
 _CAUSES: dict[type[RayError], str] = {
     NodeDiedError: "its node was lost",
     OutOfMemoryError: "its node ran out of memory",
@@ -183,6 +186,12 @@ class _Run:
         try:
             made: _Made = ray.get(reference)
         except RayTaskError as error:
+            if (module := _MISSING_MODULE.search(str(error))) is not None:  # before a task of ours could look
+                node = _NODE.search(str(error))
+                raise UserError(
+                    f"node {node[1] if node else 'unknown'} has no Python module {module[1]}; install minimind-pipeline, the same "
+                    "version, on all nodes of the Ray cluster"
+                ) from None
             raise RuntimeError(f"a worker failed:\n{error}") from None
         except RayError as error:
             cause = next(

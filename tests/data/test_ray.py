@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -295,6 +296,11 @@ class TestOnACluster:
             monkeypatch.setattr(Path, "write_text", lambda *_: None)
         elif spoil == "input":
             monkeypatch.setattr(ray_engine, "_stamp", lambda _: (1, 1))
+        elif spoil == "module":
+            only_here = types.ModuleType("only_here")
+            only_here.Thing = type("Thing", (), {"__module__": "only_here"})
+            monkeypatch.setitem(sys.modules, "only_here", only_here)
+            monkeypatch.setattr(ray_engine, "_versions", lambda: {"thing": only_here.Thing()})
         else:
             real = ray_engine._versions()
             monkeypatch.setattr(ray_engine, "_versions", lambda: {**real, "tokenizers": "0.0"})
