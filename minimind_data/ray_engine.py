@@ -18,6 +18,7 @@ import secrets
 import signal
 import socket
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -336,7 +337,11 @@ def _connected() -> Iterator[None]:
     ray_worker._worker_logs_enabled = False  # noqa: SLF001
     try:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
+            with warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", category=FutureWarning, module=r"ray\."
+                )  # 2.50 speaks of GPUs
+                ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
         except (RayError, ConnectionError, OSError, RuntimeError, ValueError) as error:
             told = str(error).strip() or type(error).__name__
             raise UserError(

@@ -16,6 +16,8 @@ import pytest
 
 pytest.importorskip("ray")
 
+import ray
+
 from minimind_data import ray_engine
 from minimind_data.build import TokenizeOptions, tokenize
 from minimind_data.errors import UserError
@@ -34,7 +36,7 @@ SPLIT_BYTES = 2**18
 TEXTS = [
     f"第{i}个问题：{i} 加 {i} 等于多少？ 等于 {2 * i}。<|im_end|> What is {i} times two? {2 * i}."
     + " filler" * (i % 40)
-    for i in range(20_000)
+    for i in range(40_000)
 ]
 
 # In a process of its own, so that the warnings and threads of Ray's tools are not the tests'; ends when its stdin does, and
@@ -200,6 +202,16 @@ class TestOnACluster:
         assert "on a Ray cluster with 2 cores on 2 nodes, 1 for each split" in said
         assert signal.getsignal(signal.SIGTERM) == on_sigterm
 
+    def test_a_cluster_that_the_caller_has_joined_is_used_and_not_left(self, cluster, source, tmp_path):
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="CRITICAL")
+        try:
+            tokenize([source], options(tmp_path / "out", engine="ray", split_bytes=2**22))
+            assert ray.is_initialized()
+        finally:
+            ray.shutdown()
+        tokenize([source], options(tmp_path / "local", split_bytes=2**22))
+        assert tree(tmp_path / "out") == tree(tmp_path / "local")
+
     def test_a_bad_record_is_the_same_sentence_and_stops_the_rest(
         self, cluster, source, tmp_path, monkeypatch
     ):
@@ -225,7 +237,9 @@ class TestOnACluster:
         assert process.returncode == 0, complaints
         assert "died (its node was lost); that split is tried again" in complaints
         assert tree(tmp_path / "out") == right
-        assert said.startswith(os.path.relpath(tmp_path / "out", source.parent) + ": 20,000 documents")
+        assert said.startswith(
+            os.path.relpath(tmp_path / "out", source.parent) + f": {len(TEXTS):,} documents"
+        )
         assert "ray" not in (said + complaints).lower().replace("on a ray cluster with 2 cores", "")
 
     def test_a_split_whose_worker_dies_each_time_is_given_up(self, cluster, source, tmp_path):
