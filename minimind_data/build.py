@@ -11,12 +11,13 @@ manifest takes the old one's place. The old one is taken away first only where s
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from minimind_data.cores import num_cores
 from minimind_data.dedup import duplicates
-from minimind_data.engines import encoder_threads, num_cores, run_local
+from minimind_data.engines import encoder_threads, run_tasks
 from minimind_data.errors import UserError
 from minimind_data.fields import RecordSpec
 from minimind_data.files import disk_full_is_plain, write_atomic
@@ -41,7 +42,7 @@ from minimind_data.plan import (
 from minimind_data.previous import Previous, is_there
 from minimind_data.reuse import reusable
 from minimind_data.sources import STDIN, Source, expand, spool, tell
-from minimind_data.split import HashResult, Job, SplitResult, SplitTask
+from minimind_data.split import HashResult, Job, Report, SplitResult, SplitTask
 from minimind_data.tokenizer import (
     Choice,
     SpecialTokens,
@@ -298,7 +299,7 @@ class _Build:
         """Note for every split which of its documents stood before."""
         job = dataclasses.replace(self._job("tokenizers"), step="hash")
         with self._progress("looking for duplicates", _num_bytes(self._tasks)) as report:
-            for _ in run_local(job, self._tasks, self._workers, report, self._announce):
+            for _ in self._run(job, self._tasks, report):
                 pass
         dropped = duplicates(self._work.read_hashes(self._tasks))
         self._tasks = [
@@ -317,7 +318,7 @@ class _Build:
             with self._progress("tokenize", _num_bytes(missing)) as report:
                 while left:
                     distrusted = False
-                    for result in run_local(job, left, self._workers, report, self._announce):
+                    for result in self._run(job, left, report):
                         assert not isinstance(result, HashResult)
                         self._work.write_result(result)
                         made[result.name] = result
@@ -330,6 +331,11 @@ class _Build:
                     job = dataclasses.replace(job, backend="tokenizers")
                     left = [task for task in left if distrusted and made[task.name].backend != "tokenizers"]
         return made, choice
+
+    def _run(self, job: Job, tasks: list[SplitTask], report: Report) -> Iterator[SplitResult | HashResult]:
+        return run_tasks(
+            job, tasks, self._options.workers, report, self._announce, engine=self._options.engine
+        )
 
     def _job(self, backend: str) -> Job:
         return Job(

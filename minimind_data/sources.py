@@ -70,6 +70,15 @@ class Source:
                     break
         return name
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether it lies in an object store."""
+        return bool(_URI.match(self.location))
+
+    def is_absolute(self) -> bool:
+        """Tell whether it can be opened from any working directory."""
+        return self.is_remote or Path(self.location).is_absolute()
+
     def absolute(self) -> "Source":
         """Return the same source, to be opened from any working directory."""
         if _URI.match(self.location):
