@@ -82,7 +82,7 @@ class Comparison:
         if self.missing or self.extra:
             lost = max(0, self.missing - self.extra)
             return f"{self.missing:,} of {self.total:,} documents differ" + (
-                f", {lost:,} are missing" if lost else ""
+                f", {lost:,} of them missing" if lost else ""
             )
         return "yes" if self.same_order else "yes, in another order"
 

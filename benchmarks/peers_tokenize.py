@@ -152,12 +152,16 @@ def main() -> None:
         our_seconds: list[float] = []
         pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in ready}
         for number in range(arguments.rounds):
-            for name in ready:
+            for name in list(ready):
                 print(f"round {number + 1}: {name}", file=sys.stderr)
                 bench.reset()
                 our_seconds.append(timed(bench.ours, bench.environment(arguments.cores)))
                 bench.reset()
-                pairs[name].append((our_seconds[-1], timed(*_command(bench, name))))
+                try:
+                    pairs[name].append((our_seconds[-1], timed(*_command(bench, name))))
+                except CommandFailedError as error:
+                    failed[name] = f"in round {number + 1}: {error}"
+                    del ready[name]
         if not our_seconds:  # no peer runs here
             bench.reset()
             our_seconds.append(timed(bench.ours, bench.environment(arguments.cores)))
