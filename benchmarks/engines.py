@@ -75,7 +75,7 @@ def run_child(cores_per_process: int, arguments: list[str]) -> None:
     from minimind_cli import entry  # noqa: PLC0415 - only the child is the command
     from minimind_data import engines  # noqa: PLC0415 - likewise
 
-    engines._CORES_PER_PROCESS = cores_per_process  # noqa: SLF001 - what is measured
+    engines.CORES_PER_PROCESS = cores_per_process  # what is measured
     sys.argv = ["mm-data", *arguments]
     entry.data()
 
