@@ -22,7 +22,7 @@ from environments import PEERS
 from machine import describe_machine
 from tasks import write_task
 
-from minimind_data.engines import num_cores
+from minimind_data.cores import num_cores
 from minimind_data.tokenizer import load_tokenizer
 
 
