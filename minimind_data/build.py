@@ -15,9 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from minimind_data.cores import num_cores
 from minimind_data.dedup import duplicates
-from minimind_data.engines import encoder_threads, run_tasks
+from minimind_data.engines import encoders_in_our_threads, run_tasks
 from minimind_data.errors import UserError
 from minimind_data.fields import RecordSpec
 from minimind_data.files import disk_full_is_plain, write_atomic
@@ -167,7 +166,6 @@ class _Build:
         self._work = work
         self._announce = announce
         self._progress = progress
-        self._workers = options.workers or num_cores()
         self._settings = settings_of(options, tokenizer)
         self._start = time.monotonic()
 
@@ -309,7 +307,7 @@ class _Build:
     def _make(self, missing: list[SplitTask]) -> tuple[dict[str, SplitResult], Choice]:
         """Run the missing splits; where the fast backend proves wrong, run all of its splits again without it."""
         made: dict[str, SplitResult] = {}
-        with encoder_threads(self._workers, len(missing)):
+        with encoders_in_our_threads():
             sample = sample_texts(missing, self._options)
             choice = choose_backend(self._tokenizer, self._options.backend, sample)
             self._announce(f"encoding with {choice.name}: {choice.note}")

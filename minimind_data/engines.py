@@ -11,11 +11,12 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
-from minimind_data.cores import CORES_PER_PROCESS, encoder_environment, num_cores
+from minimind_data.cores import CORES_PER_PROCESS, ENCODER_ENVIRONMENT, num_cores
 from minimind_data.errors import UserError
 from minimind_data.split import HashResult, Job, Report, SplitResult, SplitTask, run_task
 from minimind_data.tries import Tries
@@ -60,6 +61,7 @@ def run_local(
         UserError: a task met something that the user must mend, or worker processes died again and again at one split.
     """
     num_processes = _num_processes(workers, len(tasks))
+    job = replace(job, encoder_threads=-(-workers // num_processes))
     if num_processes == 1:
         for task in tasks:
             yield run_task(job, task, report)
@@ -72,20 +74,15 @@ def _num_processes(workers: int, num_tasks: int) -> int:
 
 
 @contextlib.contextmanager
-def encoder_threads(workers: int, num_tasks: int) -> Iterator[None]:
-    """Tell encoders how many threads are theirs, here and in the worker processes; they ask once, at their first batch."""
-    count = -(-workers // _num_processes(workers, num_tasks))
-    settings = encoder_environment(count)
-    before = {name: os.environ.get(name) for name in settings}
+def encoders_in_our_threads() -> Iterator[None]:
+    """Keep encoders from starting threads of their own, here and in worker processes, unless the user has a setting."""
+    settings = {name: value for name, value in ENCODER_ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(settings)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in settings:
+            del os.environ[name]
 
 
 class _WorkerDiedError(Exception):

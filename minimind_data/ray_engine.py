@@ -21,7 +21,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from ray._private import services
 from ray._private import worker as ray_worker
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 
-from minimind_data.cores import CORES_PER_PROCESS, encoder_environment
+from minimind_data.cores import CORES_PER_PROCESS, ENCODER_ENVIRONMENT
 from minimind_data.errors import UserError
 from minimind_data.files import partial_name, remove_partials
 from minimind_data.sources import Source
@@ -64,7 +64,6 @@ class _Shared:
     inputs: dict[str, tuple[int, int]]
     """Where each lies, its size and the time of its last change in seconds."""
     versions: dict[str, str | None]
-    num_threads: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +92,12 @@ def run_ray(
         num_cores = cores_per_task(_cores_of_nodes(), workers)
         sources = {source for task in tasks for source in (task.split.source, *task.split.more)}
         shared = _Shared(
-            job=job,
+            job=replace(job, encoder_threads=num_cores),
             folder=None if job.out.is_absolute() and all(map(Source.is_absolute, sources)) else Path.cwd(),
             token_path=token_path,
             token=token,
             inputs={source.location: _stamp(source) for source in sources},
             versions=_versions(),
-            num_threads=num_cores,
         )
         yield from _Run(shared, tasks, report, announce, num_cores=num_cores, workers=workers).run()
 
@@ -243,7 +241,7 @@ def _make(shared: _Shared, task: SplitTask) -> _Made:
         if not shared.token_path.exists():
             raise _StoppedError
 
-    os.environ.update(encoder_environment(shared.num_threads))
+    os.environ.update(ENCODER_ENVIRONMENT)
     try:
         _check(shared, task, node)
         result = run_task(shared.job, task, report)
