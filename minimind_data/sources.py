@@ -42,6 +42,7 @@ _FORMS: dict[str, Form] = {
 }
 _GLOB = re.compile(r"[*?\[]")
 _HEAD_BYTES = 4096
+_MAX_STEM_BYTES = 160  # file systems take 255, and what a build appends takes some 50
 STDIN = "-"
 
 
@@ -67,7 +68,7 @@ class Source:
                 if name.lower().endswith(suffix) and len(name) > len(suffix):
                     name = name[: -len(suffix)]
                     break
-        return name
+        return name.encode()[:_MAX_STEM_BYTES].decode(errors="ignore")
 
     def absolute(self) -> "Source":
         """Return the same source to be written down: it can be opened from any working directory, and holds no credentials."""
