@@ -99,6 +99,10 @@ class Source:
             return status.st_size, status.st_mtime_ns
         return stores.stamp(self.location)
 
+    def is_gone(self) -> bool:
+        """Tell whether there is no such file any more; an object of a store is only missed when it is read."""
+        return not stores.is_uri(self.location) and not Path(self.location).exists()
+
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """Turn what goes wrong with its bytes inside the block into a sentence about it."""
@@ -132,6 +136,10 @@ def expand(inputs: Sequence[str], form: Format = "auto") -> tuple[list[Source], 
     notes: list[str] = []
     taken: dict[str, str] = {}
     for given in inputs:
+        if given == STDIN:
+            raise UserError(
+                "-: standard input can be read once, and by tokenize alone; save it to a file first"
+            )
         files, left_out = _files_of(given, form)
         if left_out:
             some = ", ".join(PurePosixPath(_shown(path)).name for path in left_out[:3])
@@ -319,11 +327,22 @@ def spool(stream: BinaryIO, path: Path, report: Callable[[int], None] = lambda _
     """Copy a stream that can be read only once into a file, which can be read again.
 
     Args:
-        stream: such as standard input.
+        stream: standard input.
         path: the file, made anew.
         report: told the bytes of each block.
+
+    Raises:
+        UserError: the stream cannot be read.
     """
     with path.open("wb") as file:
-        while block := stream.read(2**20):
+        while True:
+            try:
+                block = stream.read(2**20)
+            except OSError as error:
+                raise UserError(
+                    f"{STDIN}: standard input cannot be read ({error.strerror}); pipe text into this command"
+                ) from None
+            if not block:
+                return
             file.write(block)
             report(len(block))
