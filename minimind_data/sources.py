@@ -109,7 +109,8 @@ class Source:
         try:
             yield
         except Exception as error:
-            if not stores.is_of_reading(error):
+            is_name = self.form == "parquet" and isinstance(error, UnicodeDecodeError)  # of a column
+            if not (is_name or stores.is_of_reading(error)):
                 raise
             said, remedy = stores.first_line(error), "get it again"
             if stores.is_uri(self.location):

@@ -339,3 +339,22 @@ def test_separated_text_is_read_exactly(tmp_path, seed, mode):
         [tokenizer.info.bos_id, *one, tokenizer.info.eos_id] for one in ids
     ]
     assert (manifest.empty_texts, manifest.set_aside) == (texts.count(""), bad)
+
+
+def test_a_parquet_file_whose_column_names_are_damaged(tmp_path):
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"text": ["a"], "QQQQ": [1]}), buffer)
+    head, *rest = buffer.getvalue().split(b"QQQQ")
+    for broken_at in range(len(rest)):
+        names = [b"QQQQ"] * len(rest)
+        names[broken_at] = b"\xff\xffQQ"
+        path = tmp_path / f"{broken_at}.parquet"
+        path.write_bytes(head + b"".join(name + part for name, part in zip(names, rest, strict=True)))
+        try:
+            manifest = tokenize([path], TokenizeOptions(out=tmp_path / str(broken_at))).manifest
+        except UserError as error:
+            refused = str(error)
+        else:
+            assert manifest.num_documents == 1  # where the name is not looked at
+            continue
+        assert re.search(rf"{broken_at}\.parquet: damaged or cut off", refused)
