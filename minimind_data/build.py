@@ -19,8 +19,9 @@ from minimind_data.dedup import duplicates
 from minimind_data.engines import encoders_in_our_threads, run_tasks
 from minimind_data.errors import UserError
 from minimind_data.fields import RecordSpec
-from minimind_data.files import disk_full_is_plain, write_atomic
+from minimind_data.files import disk_full_is_plain, sha256_of, write_atomic
 from minimind_data.format import (
+    MANIFEST_NAME,
     TOKENIZER_NAME,
     InputEntry,
     Manifest,
@@ -111,6 +112,8 @@ def commit(out: Path, *, announce: Announce = lambda _: None, progress: Progress
     """
     work = WorkFolder(out)
     plan = work.plan()
+    if plan is None and (out / MANIFEST_NAME).is_file():
+        raise UserError(f"{out}: a finished dataset already; there are no slices to join")
     if plan is None:
         raise UserError(f"{out}: no unfinished build there; begin one with `mm-data tokenize … --task 1/N`")
     told = plan["options"]
@@ -123,10 +126,17 @@ def commit(out: Path, *, announce: Announce = lambda _: None, progress: Progress
         dedup=told["dedup"],
         split_bytes=told["split_bytes"],
     )
-    tokenizer = cached_tokenizer(
-        (work.path / TOKENIZER_NAME).read_text("utf-8"), TokenizerInfo(**plan["tokenizer"])
-    )
+    tokenizer_path, info = work.path / TOKENIZER_NAME, TokenizerInfo(**plan["tokenizer"])
+    if not tokenizer_path.is_file() or sha256_of(tokenizer_path) != info.sha256:
+        raise UserError(
+            f"{tokenizer_path}: missing or changed; run one of the slices again, which restores it"
+        )
+    tokenizer = cached_tokenizer(tokenizer_path.read_text("utf-8"), info)
     sources = [Source(**source) for source in plan["inputs"]]
+    if gone := [source.location for source in sources if source.is_gone()]:
+        raise UserError(
+            f"{gone[0]}: an input of this build, not there any more; put it back, then commit again"
+        )
     with disk_full_is_plain(out), work.locked():
         joined = _Build(sources, options, tokenizer, work, announce=announce, progress=progress)
         return joined.run(only_join=True)
@@ -134,6 +144,8 @@ def commit(out: Path, *, announce: Announce = lambda _: None, progress: Progress
 
 def _spooled(work: WorkFolder, options: TokenizeOptions, progress: Progress) -> Source:
     """Copy standard input to the disk, beside the shards that it will become."""
+    if sys.stdin is None or sys.stdin.closed:  # so it is where a shell closed it with <&-
+        raise UserError("-: standard input is closed; pipe text into this command, or name a file")
     if sys.stdin.isatty():
         raise UserError("-: standard input is a terminal; pipe text into this command, or name a file")
     if options.task is not None:
@@ -141,9 +153,13 @@ def _spooled(work: WorkFolder, options: TokenizeOptions, progress: Progress) -> 
             "-: standard input cannot be cut into slices for several runs; save it to a file first"
         )
     path = work.path / STDIN_NAME
-    with progress("reading standard input", 0) as report:
-        spool(sys.stdin.buffer, path, lambda num_bytes: report(num_bytes, 0))
-    return tell(str(path), options.format, name=STDIN)
+    try:
+        with progress("reading standard input", 0) as report:
+            spool(sys.stdin.buffer, path, lambda num_bytes: report(num_bytes, 0))
+        return tell(str(path), options.format, name=STDIN)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 class _Build:

@@ -98,6 +98,8 @@ class TokenizeOptions:
         if self.split_bytes < _MIN_SPLIT_BYTES:
             raise ValueError(f"split_bytes must be at least {_MIN_SPLIT_BYTES}, not {self.split_bytes}")
         parse_fraction(self.val_fraction)
+        if self.records.separator is not None and self.format in ("jsonl", "parquet"):
+            raise ValueError(f"separator is for text, it does nothing with format {self.format}")
 
 
 class InputHashes:
