@@ -73,7 +73,7 @@ class Source:
     @property
     def is_remote(self) -> bool:
         """Whether it lies in an object store."""
-        return bool(_URI.match(self.location))
+        return stores.is_uri(self.location)
 
     def is_absolute(self) -> bool:
         """Tell whether it can be opened from any working directory."""
