@@ -28,6 +28,7 @@ DEFAULT_EPOCHS = 2
 
 _HARMLESS = frozenset({"shards", "device", "micro_batch", "threads", "save_every", "keep", "log_every"})
 _NOT_RECORDED = frozenset({"run"})  # a run is where it is, also when its folder has been moved
+_BEFORE_IT_WAS_AN_OPTION = {"document_mask": False}  # what a run does whose record does not say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,11 @@ class DataConfig:
         LongDocuments,
         "In layout pack, a document longer than a window: cut to one, fragment over several, or drop.",
     ] = "cut"
+    document_mask: Annotated[
+        bool | None,
+        "Attention and positions stay inside each document of a window, and no step between documents is learned. By default on "
+        "in layout pack, off in concat; in pad a window is one document, so it changes nothing.",
+    ] = None
     seq_len: Annotated[int, "Tokens in a window."] = 340
     order: Annotated[OrderKind, "shuffled anew in each epoch, or sequential as in the shards."] = "shuffled"
     resume_from: Annotated[
@@ -95,9 +101,11 @@ def resolved(config: PretrainConfig, shards: ShardSet) -> PretrainConfig:
     """Return the options with nothing left to this machine, to the dataset or to a default."""
     training = config.training
     epochs = DEFAULT_EPOCHS if training.epochs is None and training.steps is None else training.epochs
+    # Neighbours in pack have nothing in common but that their lengths fit; concat is the plain token stream that others train on.
+    masked = config.data.layout == "pack" if config.data.document_mask is None else config.data.document_mask
     return replace(
         config,
-        data=replace(config.data, shards=shards.folder.resolve()),
+        data=replace(config.data, shards=shards.folder.resolve(), document_mask=masked),
         model=replace(config.model, vocab_size=shards.manifest.tokenizer.vocab_size).resolved(),
         training=replace(
             training,
@@ -140,7 +148,8 @@ def reconciled(
         UserError: something differs that must not.
     """
     given = {name: value for name, value in given.items() if name not in {"resume_from", *_NOT_RECORDED}}
-    options = record.options | given
+    begun = _BEFORE_IT_WAS_AN_OPTION | record.options
+    options = begun | given
     if given.keys() & runs.ENDS:  # either one says alone when the run ends
         options |= {name: given.get(name) for name in runs.ENDS}
     try:
@@ -152,7 +161,7 @@ def reconciled(
     config = replace(config, model=replace(config.model, vocab_size=model.vocab_size))
     new = replace(record_of(config, shards), changes=record.changes)
     sides = {
-        name: (record.options.get(name), new.options[name])
+        name: (begun.get(name), new.options[name])
         for name in sorted(given.keys() | runs.ENDS if given.keys() & runs.ENDS else given)
         if name not in _HARMLESS
     }

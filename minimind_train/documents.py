@@ -72,15 +72,7 @@ class Documents:
         kernel = flash_kernel(queries) if dropout_p == 0 else None
         if kernel is not None:
             return self._flash(kernel, queries, keys, values)
-        mixed = functional.scaled_dot_product_attention(
-            queries.transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=self.mask,
-            dropout_p=dropout_p,
-            enable_gqa=queries.shape[2] != keys.shape[2],
-        )
-        return mixed.transpose(1, 2)
+        return self._masked(queries, keys, values, dropout_p)
 
     def _one_by_one(self, queries: Tensor, keys: Tensor, values: Tensor, dropout_p: float) -> Tensor:
         split = (torch.split(x.flatten(0, 1), self.lengths) for x in (queries, keys, values))
@@ -96,6 +88,17 @@ class Documents:
             for query, key, value in zip(*split, strict=True)
         ]
         return torch.cat(mixed).view_as(queries)
+
+    def _masked(self, queries: Tensor, keys: Tensor, values: Tensor, dropout_p: float) -> Tensor:
+        mixed = functional.scaled_dot_product_attention(
+            queries.transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=self.mask,
+            dropout_p=dropout_p,
+            enable_gqa=queries.shape[2] != keys.shape[2],
+        )
+        return mixed.transpose(1, 2)
 
     def _flash(self, kernel: Callable[..., Tensor], queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         starts = self.starts.int()

@@ -120,6 +120,7 @@ class _Job:
             layout=config.data.layout,
             seq_len=config.data.seq_len,
             long_documents=config.data.long_documents,
+            documents_apart=bool(config.data.document_mask),
             announce=say,
         )
         self.order = SampleOrder(
@@ -247,7 +248,8 @@ class _Job:
 
 
 def _summed_loss(model: MiniMind, micro_batch: Mapping[str, Tensor]) -> Tensor:
-    return summed_cross_entropy(model(micro_batch["input_ids"]), model.head_weight, micro_batch["targets"])
+    hidden = model(micro_batch["input_ids"], position_ids=micro_batch.get("position_ids"))
+    return summed_cross_entropy(hidden, model.head_weight, micro_batch["targets"])
 
 
 def _open_shards(folder: Path | str) -> ShardSet:
@@ -272,5 +274,6 @@ def _refuse_unfit(config: PretrainConfig, shards: ShardSet) -> None:
     what = f"{size / 1e6:,.1f} M parameters, their gradients and AdamW's two averages"
     device = resolve_device(config.training.device)
     refuse_too_large(what, 16 * size, device, "take a smaller --hidden-size or --num-hidden-layers")
-    samples = 16 * config.training.global_batch * config.data.seq_len  # two int64 a token
+    # Two int64 a token, and its position where documents are kept apart.
+    samples = (24 if config.data.document_mask else 16) * config.training.global_batch * config.data.seq_len
     refuse_too_large("the samples of a step", samples, torch.device("cpu"), "take a smaller --global-batch")
