@@ -10,6 +10,9 @@ There are three ways to the same numbers, up to rounding. Which one is taken dep
   with groups of query heads (2.13 has), and there is no dropout, which it does not know.
 - otherwise: a mask [B, 1, L, L].
 
+Rotary scores depend on distances alone, so that positions begin again with a document changes nothing but rounding: the digits
+that a large position costs. Which positions a document has here is therefore the model's business, not this module's.
+
 Shapes: B windows, L positions, S documents in them, D size of a head; PAD counts as documents.
 """
 

@@ -130,6 +130,24 @@ def test_a_document_that_a_window_cuts_begins_again_there(dataset):
         assert not torch.isclose(masked, whole, rtol=1e-2, atol=1e-2).all(-1).any()
 
 
+def test_positions_begin_again_with_each_document(dataset, monkeypatch):
+    """Seen in the keys: rotary scores depend on distances alone, so logits would not show it but in their last digits."""
+    seen = []
+    attend = Documents.attend
+    monkeypatch.setattr(
+        Documents, "attend", lambda self, *qkv: (seen.append(qkv[1].detach()), attend(self, *qkv))[1]
+    )
+    batch, found = batch_of(dataset, "pack", slice(0, 2))
+    model = make_model()
+    model(batch["input_ids"], position_ids=batch["position_ids"])
+    in_window = seen[0]
+    for row, column, tokens in found:
+        here = tokens[None, : SEQ_LEN - column]
+        seen.clear()
+        model(here, position_ids=torch.arange(here.shape[1])[None])
+        torch.testing.assert_close(in_window[row, column : column + here.shape[1]], seen[0][0], **TIGHT)
+
+
 def test_in_layout_pad_the_mask_changes_nothing(dataset):
     masked, _ = batch_of(dataset, "pad", slice(0, 30))
     plain, _ = batch_of(dataset, "pad", slice(0, 30), documents_apart=False)
