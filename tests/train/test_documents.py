@@ -72,11 +72,18 @@ def loss_and_gradients(model, micro_batches):
     return total, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+@pytest.fixture(params=["mask", "one by one"])
+def way(request, monkeypatch):
+    """Both ways of the CPU, whatever the length of the window."""
+    monkeypatch.setattr(documents, "_LONGEST_MASKED", SEQ_LEN if request.param == "mask" else 0)
+
+
 MODELS = [{}, {"qk_norm": False}, {"num_key_value_heads": 6}, {"num_key_value_heads": 1}]
 
 
 @pytest.mark.parametrize("change", MODELS, ids=str)
 @pytest.mark.parametrize("layout", ["concat", "pack"])
+@pytest.mark.usefixtures("way")
 def test_a_document_in_a_window_is_read_as_it_would_be_alone(dataset, layout, change):
     model = make_model(**change)
     batch, found = batch_of(dataset, layout)
@@ -96,6 +103,7 @@ def test_a_document_in_a_window_is_read_as_it_would_be_alone(dataset, layout, ch
 
 @pytest.mark.parametrize("change", MODELS, ids=str)
 @pytest.mark.parametrize("layout", ["concat", "pack"])
+@pytest.mark.usefixtures("way")
 def test_loss_and_gradients_are_the_sums_over_documents(dataset, layout, change):
     model = make_model(**change)
     batch, found = batch_of(dataset, layout)
@@ -112,6 +120,7 @@ def test_loss_and_gradients_are_the_sums_over_documents(dataset, layout, change)
         assert (unmasked[name] - expected).abs().max() > 1e-2 * scale, name
 
 
+@pytest.mark.usefixtures("way")
 def test_a_document_that_a_window_cuts_begins_again_there(dataset):
     """In concat the rest of a document is read as a document of its own: from position 0, without what went before."""
     batch, _ = batch_of(dataset, "concat")
@@ -148,6 +157,7 @@ def test_positions_begin_again_with_each_document(dataset, monkeypatch):
         torch.testing.assert_close(in_window[row, column : column + here.shape[1]], seen[0][0], **TIGHT)
 
 
+@pytest.mark.usefixtures("way")
 def test_in_layout_pad_the_mask_changes_nothing(dataset):
     masked, _ = batch_of(dataset, "pad", slice(0, 30))
     plain, _ = batch_of(dataset, "pad", slice(0, 30), documents_apart=False)
@@ -218,11 +228,14 @@ def test_all_ways_give_the_same(lengths, rows, groups):
     positions, tensors = inputs_of(lengths, rows, groups=groups)
     found = Documents(positions)
     expected = with_gradients(lambda *qkv: found._flash(flash_by_hand, *qkv), tensors)
-    for attend in (found.attend, lambda *qkv: found._masked(*qkv, 0.0)):
-        for ours, reference in zip(with_gradients(attend, tensors), expected, strict=True):
+    for attend in (found._one_by_one, found._masked):
+        for ours, reference in zip(
+            with_gradients(lambda *qkv, attend=attend: attend(*qkv, 0.0), tensors), expected, strict=True
+        ):
             torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("way")
 def test_dropout_drops_and_a_seed_repeats_it():
     positions, tensors = inputs_of([9, 7], 2)
     found = Documents(positions)
@@ -236,6 +249,7 @@ def test_dropout_drops_and_a_seed_repeats_it():
     assert not torch.equal(dropped(1), found.attend(*tensors))
 
 
+@pytest.mark.usefixtures("way")
 def test_under_autocast_it_is_near():
     model = make_model()
     ids = torch.randint(0, 259, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -245,6 +259,14 @@ def test_under_autocast_it_is_near():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             rough = model(ids, position_ids=positions)
     assert 0 < (exact - rough).abs().mean() < 0.05 * exact.abs().mean()
+
+
+def test_long_windows_are_read_one_document_at_a_time():
+    for length, masked in [(340, True), (512, True), (513, False)]:
+        positions, tensors = inputs_of([length - 5, 5], 1)
+        found = Documents(positions)
+        found.attend(*tensors)
+        assert ("mask" in vars(found)) is masked
 
 
 def test_the_flash_kernel_is_for_cuda_in_half_precision():
