@@ -1,15 +1,13 @@
-"""Pre-training: its options, its windows, its loss, and one call to the loop; and what `--resume` may change.
+"""Pre-training: its windows, its loss, and one call to the loop.
 
-A run is what `config.json` says, from the first step to the last. `resume` holds the options that the user wrote against it:
-what cannot change the result (devices, micro-batch, logging) is taken over, what can is refused with both sides shown,
-unless the user allows that change by name, in which case it is noted in `config.json`.
+A run is what `config.json` says, from the first step to the last. Its options, and what `--resume` may change of them, are in
+`config.py`.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,92 +15,32 @@ from torch import Tensor
 from minimind_data.errors import UserError
 from minimind_data.files import disk_full_is_plain
 from minimind_data.format import FormatError
-from minimind_data.options import build, flatten
 from minimind_data.shards import ShardSet
-from minimind_data.windows import Layout, LongDocuments, Windows, open_windows
+from minimind_data.windows import Windows, open_windows
 from minimind_train import checkpoint, loop, runs
 from minimind_train.checkpoint import Checkpoint, CheckpointState
-from minimind_train.devices import (
-    out_of_memory_is_plain,
-    refuse_too_large,
-    resolve_device,
-    resolve_dtype,
+from minimind_train.config import (
+    CHANGEABLE,
+    COMMAND,
+    DEFAULT_EPOCHS,
+    NEEDS_SEQUENTIAL,
+    PretrainConfig,
+    reconciled,
+    record_of,
+    recorded,
+    resolved,
 )
+from minimind_train.devices import out_of_memory_is_plain, refuse_too_large, resolve_device
 from minimind_train.loader import StepLoader
 from minimind_train.losses import summed_cross_entropy
 from minimind_train.metrics import FILE_NAME, MetricsLog
-from minimind_train.model import MiniMind, ModelConfig, count_parameters, initialize
-from minimind_train.optim import OptimConfig, make_optimizer
+from minimind_train.model import MiniMind, count_parameters, initialize
+from minimind_train.optim import make_optimizer
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.runs import RunRecord, moved_cursor
-from minimind_train.sampler import OrderKind, SampleCursor, SampleOrder
+from minimind_train.sampler import SampleCursor, SampleOrder
 
-COMMAND = "pretrain"
-DEFAULT_EPOCHS = 2
-
-_HARMLESS = frozenset({"shards", "device", "micro_batch", "threads", "save_every", "keep", "log_every"})
-_NOT_RECORDED = frozenset({"run"})  # a run is where it is, also when its folder has been moved
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is learned, cut in which windows, in which order."""
-
-    shards: Annotated[Path, "Dataset made by mm-data tokenize."] = Path("data")
-    layout: Annotated[
-        Layout,
-        "concat: windows of the token stream; pad: one document a window; pack: whole documents share one.",
-    ] = "concat"
-    long_documents: Annotated[
-        LongDocuments,
-        "In layout pack, a document longer than a window: cut to one, fragment over several, or drop.",
-    ] = "cut"
-    seq_len: Annotated[int, "Tokens in a window."] = 340
-    order: Annotated[OrderKind, "shuffled anew in each epoch, or sequential as in the shards."] = "shuffled"
-    resume_from: Annotated[
-        str | None, "SHARD:OFFSET, a token; begin at the window that holds it. Needs --order sequential."
-    ] = None
-
-    def __post_init__(self) -> None:
-        if self.seq_len < 1:
-            raise ValueError(f"seq_len must be at least 1, not {self.seq_len}")
-        if self.resume_from is not None:
-            shard, _, offset = self.resume_from.rpartition(":")
-            if not shard or not offset.isdecimal():
-                raise ValueError(
-                    f"resume_from must be SHARD:OFFSET, such as text-00000:4096, not {self.resume_from!r}"
-                )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """Everything that a pre-training run can be told."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    training: loop.RunConfig = field(default_factory=loop.RunConfig)
-
-
-NEEDS_SEQUENTIAL = (
-    "--resume-from needs --order sequential: in a shuffled order no place of a shard is a place of the run"
-)
-
-_SHAPES = frozenset(flatten(ModelConfig())) - {
-    "dropout",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_theta",
-}
-
-CHANGEABLE = (
-    frozenset({"dataset", "tokenizer", *flatten(PretrainConfig())})
-    - _HARMLESS
-    - _NOT_RECORDED
-    - _SHAPES
-    - {"resume_from"}
-)
-"""The names that `--allow-change` takes."""
+__all__ = ["CHANGEABLE", "NEEDS_SEQUENTIAL", "PretrainConfig", "pretrain", "resume"]
 
 
 def pretrain(config: PretrainConfig, say: Say = say_on_stderr) -> loop.Outcome:
@@ -114,14 +52,14 @@ def pretrain(config: PretrainConfig, say: Say = say_on_stderr) -> loop.Outcome:
     run = config.training.run
     runs.refuse_occupied(run)
     shards = ShardSet.open(config.data.shards)
-    config = _resolved(config, shards)
+    config = resolved(config, shards)
     job = _Job(run, config, shards, say)
     cursor = job.first_position()
     with disk_full_is_plain(run):
         run.mkdir(parents=True, exist_ok=True)
     with disk_full_is_plain(run), runs.lock(run):
         runs.refuse_occupied(run)
-        runs.create(run, _record(config, shards), shards.folder)
+        runs.create(run, record_of(config, shards), shards.folder)
         return job.train(None, step=0, cursor=cursor)
 
 
@@ -157,7 +95,7 @@ def resume(
             say(f"{run}: no checkpoint yet, so the run begins again")
         shards = _open_shards(given.get("shards", record.options["shards"]))
         kept = record.without_moves_after(step)
-        config, new_record = _reconciled(run, kept, given, shards, step=step, allow_change=allow_change)
+        config, new_record = reconciled(run, kept, given, shards, step=step, allow_change=allow_change)
         job = _Job(run, config, shards, say)
         cursor = kept.cursor_at(step, found.state.cursor if found else job.first_position())
         if "resume_from" in given:
@@ -182,6 +120,7 @@ class _Job:
             layout=config.data.layout,
             seq_len=config.data.seq_len,
             long_documents=config.data.long_documents,
+            documents_apart=bool(config.data.document_mask),
             announce=say,
         )
         self.order = SampleOrder(
@@ -231,7 +170,7 @@ class _Job:
         before_steps()
         self._introduce(model, device, step, total_steps, cursor)
         place = SampleCursor(cursor)
-        options = _recorded(self.config)
+        options = recorded(self.config)
 
         with (
             MetricsLog(self.run / FILE_NAME, last_step=step) as metrics,
@@ -309,81 +248,8 @@ class _Job:
 
 
 def _summed_loss(model: MiniMind, micro_batch: Mapping[str, Tensor]) -> Tensor:
-    return summed_cross_entropy(model(micro_batch["input_ids"]), model.head_weight, micro_batch["targets"])
-
-
-def _resolved(config: PretrainConfig, shards: ShardSet) -> PretrainConfig:
-    """Return the options with nothing left to this machine, to the dataset or to a default."""
-    training = config.training
-    epochs = DEFAULT_EPOCHS if training.epochs is None and training.steps is None else training.epochs
-    return replace(
-        config,
-        data=replace(config.data, shards=shards.folder.resolve()),
-        model=replace(config.model, vocab_size=shards.manifest.tokenizer.vocab_size).resolved(),
-        training=replace(
-            training,
-            epochs=epochs,
-            micro_batch=min(training.micro_batch, training.global_batch),
-            dtype=resolve_dtype(training.dtype, resolve_device(training.device)),
-            threads=training.threads or torch.get_num_threads(),
-        ),
-    )
-
-
-def _recorded(config: PretrainConfig) -> dict[str, Any]:
-    """Return the options as `config.json` holds them."""
-    flat = {name: value for name, value in flatten(config).items() if name not in _NOT_RECORDED}
-    return flat | {"shards": str(config.data.shards)}
-
-
-def _record(config: PretrainConfig, shards: ShardSet) -> RunRecord:
-    return RunRecord(
-        command=COMMAND,
-        options=_recorded(config),
-        dataset=shards.manifest.fingerprint,
-        tokenizer=shards.manifest.tokenizer,
-    )
-
-
-def _reconciled(
-    run: Path,
-    record: RunRecord,
-    given: Mapping[str, Any],
-    shards: ShardSet,
-    *,
-    step: int,
-    allow_change: Collection[str],
-) -> tuple[PretrainConfig, RunRecord]:
-    """Hold what the user wrote against what the run is; return the options that hold from here on, and their record.
-
-    Raises:
-        UserError: something differs that must not.
-    """
-    given = {name: value for name, value in given.items() if name not in {"resume_from", *_NOT_RECORDED}}
-    options = record.options | given
-    if given.keys() & runs.ENDS:  # either one says alone when the run ends
-        options |= {name: given.get(name) for name in runs.ENDS}
-    try:
-        config = _from_options(options, run)
-    except ValueError as error:
-        raise UserError(f"{run}: with these options the run cannot go on: {error}") from None
-    model = config.model
-    config = _resolved(config, shards)
-    config = replace(config, model=replace(config.model, vocab_size=model.vocab_size))
-    new = replace(_record(config, shards), changes=record.changes)
-    sides = {
-        name: (record.options.get(name), new.options[name])
-        for name in sorted(given.keys() | runs.ENDS if given.keys() & runs.ENDS else given)
-        if name not in _HARMLESS
-    }
-    sides["dataset"] = (record.dataset[:12], new.dataset[:12])
-    sides["tokenizer"] = (record.tokenizer.sha256[:12], new.tokenizer.sha256[:12])
-    changes = runs.agreed_changes(run, sides, step=step, fixed=_SHAPES, allowed=allow_change)
-    return config, new.changed(changes)
-
-
-def _from_options(options: Mapping[str, Any], run: Path) -> PretrainConfig:
-    return build(PretrainConfig, {**options, "shards": Path(options["shards"]), "run": run})
+    hidden = model(micro_batch["input_ids"], position_ids=micro_batch.get("position_ids"))
+    return summed_cross_entropy(hidden, model.head_weight, micro_batch["targets"])
 
 
 def _open_shards(folder: Path | str) -> ShardSet:
@@ -408,5 +274,6 @@ def _refuse_unfit(config: PretrainConfig, shards: ShardSet) -> None:
     what = f"{size / 1e6:,.1f} M parameters, their gradients and AdamW's two averages"
     device = resolve_device(config.training.device)
     refuse_too_large(what, 16 * size, device, "take a smaller --hidden-size or --num-hidden-layers")
-    samples = 16 * config.training.global_batch * config.data.seq_len  # two int64 a token
+    # Two int64 a token, and its position where documents are kept apart.
+    samples = (24 if config.data.document_mask else 16) * config.training.global_batch * config.data.seq_len
     refuse_too_large("the samples of a step", samples, torch.device("cpu"), "take a smaller --global-batch")
