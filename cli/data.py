@@ -26,8 +26,8 @@ from minimind_data.train_tokenizer import train_tokenizer as run_training
 from minimind_data.verify import dataset_bytes
 from minimind_data.verify import verify as verify_dataset
 from minimind_data.windows import IGNORED, Layout, LongDocuments, open_windows
+from minimind_train.parts import Datasets, place_of, read_sources
 from minimind_train.permutation import MAX_SEED
-from minimind_train.sampler import SampleOrder
 
 from . import shards as shard_commands
 from .options import command, make_app
@@ -242,7 +242,13 @@ def window(
 
 @command(app)
 def locate(
-    folder: _Folder,
+    folders: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DIR...",
+            help="Folder of the dataset; of a mixture, each NAME=DIR:WEIGHT, as for mm-train pretrain --shards.",
+        ),
+    ],
     seq_len: Annotated[int, typer.Option(help="Tokens of input_ids in a window.")],
     position: Annotated[int, typer.Option(help="Samples consumed since the run began.")],
     layout: _Layout = "concat",
@@ -258,19 +264,21 @@ def locate(
         raise UserError(f"--position counts samples, from 0 to 2^63 - 1, not {position}")
     if not 0 <= seed <= MAX_SEED:
         raise UserError(f"--seed must be from 0 to 2^64 - 1, not {seed}")
-    windows = open_windows(
-        ShardSet.open(folder), layout=layout, seq_len=seq_len, long_documents=long_documents, announce=_say
-    )
-    epoch, number = SampleOrder(num_windows=len(windows), seed=seed, kind=order).window(position)
-    shard, offset = windows.locate(number)
+    try:
+        read_sources(folders)
+    except ValueError as error:
+        raise typer.BadParameter(str(error).removeprefix("--shards").removeprefix(":").strip()) from None
+    datasets = Datasets.open(folders)
+    windows = datasets.windows(layout=layout, seq_len=seq_len, long_documents=long_documents, announce=_say)
+    told = place_of(datasets.order(windows, seed=seed, kind=order), windows, position)
     if as_json:
-        _print_json(
-            {"position": position, "epoch": epoch, "window": number, "shard": shard, "offset": offset}
-        )
-    else:
-        print(
-            f"position {position:,}: epoch {epoch}, window {number:,} of {len(windows):,}, shard {shard}, offset {offset:,}"
-        )
+        _print_json({"position": position, **told})
+        return
+    part, whole = (f"part {told['part']}, ", "") if "part" in told else ("", f" of {len(windows):,}")
+    print(
+        f"position {position:,}: {part}epoch {told['epoch']}, window {told['window']:,}{whole}, "
+        f"shard {told['shard']}, offset {told['offset']:,}"
+    )
 
 
 command(app)(stats)

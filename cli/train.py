@@ -22,6 +22,7 @@ def _pretrain(app: typer.Typer) -> None:
     from minimind_train.pretrain import (  # noqa: PLC0415
         CHANGEABLE,
         NEEDS_SEQUENTIAL,
+        WEIGHTS,
         PretrainConfig,
         pretrain,
         resume,
@@ -40,8 +41,19 @@ def _pretrain(app: typer.Typer) -> None:
                 metavar="NAME", help="With --resume: an option that may differ from here on. Repeatable."
             ),
         ] = None,
+        reweight: Annotated[
+            bool,
+            typer.Option(
+                "--reweight-at-resume",
+                help="With --resume and --shards: the parts of the mixture have new weights from here on; each goes on where it is.",
+            ),
+        ] = False,
     ) -> None:
         allowed = {name.lstrip("-").replace("-", "_") for name in allow_change or ()}
+        if reweight and not (go_on and "shards" in given):
+            raise typer.BadParameter(
+                "--reweight-at-resume goes with --resume and every part of the mixture as --shards NAME=DIR:WEIGHT"
+            )
         if unknown := allowed - CHANGEABLE:
             raise typer.BadParameter(
                 f"--allow-change {min(unknown)}: the names are {', '.join(sorted(CHANGEABLE))}"
@@ -55,7 +67,7 @@ def _pretrain(app: typer.Typer) -> None:
         run = config.training.run
         if go_on:
             values = {name: value for name, value in flatten(config).items() if name in given}
-            outcome = resume(run, values, allow_change=allowed)
+            outcome = resume(run, values, allow_change=allowed | ({WEIGHTS} if reweight else set()))
         else:
             outcome = pretrain(config)
         if outcome.stopped_by:

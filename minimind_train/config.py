@@ -5,7 +5,7 @@ it later is taken over where it cannot change the result (devices, micro-batch, 
 shown, unless the user allows that change by name, in which case it is noted in `config.json`.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,12 +14,13 @@ import torch
 
 from minimind_data.errors import UserError
 from minimind_data.options import build, flatten
-from minimind_data.shards import ShardSet
 from minimind_data.windows import Layout, LongDocuments
 from minimind_train import loop, runs
 from minimind_train.devices import resolve_device, resolve_dtype
+from minimind_train.mixture import Stretch
 from minimind_train.model import ModelConfig
 from minimind_train.optim import OptimConfig
+from minimind_train.parts import Datasets, Source, read_sources, shown_weights, words_of
 from minimind_train.runs import RunRecord
 from minimind_train.sampler import OrderKind
 
@@ -27,6 +28,9 @@ COMMAND = "pretrain"
 DEFAULT_EPOCHS = 2
 
 _HARMLESS = frozenset({"shards", "device", "micro_batch", "threads", "save_every", "keep", "log_every"})
+WEIGHTS = "weights"
+"""What a change of a mixture's weights is called."""
+_MADE = frozenset({"stretches"})  # not by the user
 _NOT_RECORDED = frozenset({"run"})  # a run is where it is, also when its folder has been moved
 
 
@@ -34,7 +38,10 @@ _NOT_RECORDED = frozenset({"run"})  # a run is where it is, also when its folder
 class DataConfig:
     """What is learned, cut in which windows, in which order."""
 
-    shards: Annotated[Path, "Dataset made by mm-data tokenize."] = Path("data")
+    shards: Annotated[
+        tuple[str, ...],
+        "DIR, a dataset made by mm-data tokenize; or, repeated, NAME=DIR:WEIGHT, the parts of a mixture and their weights in tokens.",
+    ] = ("data",)
     layout: Annotated[
         Layout,
         "concat: windows of the token stream; pad: one document a window; pack: whole documents share one.",
@@ -48,8 +55,12 @@ class DataConfig:
     resume_from: Annotated[
         str | None, "SHARD:OFFSET, a token; begin at the window that holds it. Needs --order sequential."
     ] = None
+    stretches: tuple[Stretch, ...] = field(default=(), metadata={"flag": False})
+    """Of a mixture: the shares of its parts, and from which position on. Made when the run begins and when it is reweighted."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "shards", words_of(self.shards))
+        read_sources(self.shards)  # refuses what it cannot read
         if self.seq_len < 1:
             raise ValueError(f"seq_len must be at least 1, not {self.seq_len}")
         if self.resume_from is not None:
@@ -86,19 +97,25 @@ CHANGEABLE = (
     - _HARMLESS
     - _NOT_RECORDED
     - _SHAPES
+    - _MADE
     - {"resume_from"}
 )
 """The names that `--allow-change` takes."""
 
 
-def resolved(config: PretrainConfig, shards: ShardSet) -> PretrainConfig:
+def with_stretches(config: PretrainConfig, stretches: tuple[Stretch, ...]) -> PretrainConfig:
+    """Return the options with the shares of a mixture that hold, and from where on."""
+    return replace(config, data=replace(config.data, stretches=stretches))
+
+
+def resolved(config: PretrainConfig, shards: Datasets) -> PretrainConfig:
     """Return the options with nothing left to this machine, to the dataset or to a default."""
     training = config.training
     epochs = DEFAULT_EPOCHS if training.epochs is None and training.steps is None else training.epochs
     return replace(
         config,
-        data=replace(config.data, shards=shards.folder.resolve()),
-        model=replace(config.model, vocab_size=shards.manifest.tokenizer.vocab_size).resolved(),
+        data=replace(config.data, shards=shards.resolved()),
+        model=replace(config.model, vocab_size=shards.tokenizer.vocab_size).resolved(),
         training=replace(
             training,
             epochs=epochs,
@@ -112,16 +129,18 @@ def resolved(config: PretrainConfig, shards: ShardSet) -> PretrainConfig:
 def recorded(config: PretrainConfig) -> dict[str, Any]:
     """Return the options as `config.json` holds them."""
     flat = {name: value for name, value in flatten(config).items() if name not in _NOT_RECORDED}
-    return flat | {"shards": str(config.data.shards)}
+    shards, stretches = config.data.shards, config.data.stretches
+    mixed = {"shards": list(shards), "stretches": [stretch.told() for stretch in stretches]}
+    return flat | (mixed if stretches else {"shards": shards[0], "stretches": []})
 
 
-def record_of(config: PretrainConfig, shards: ShardSet) -> RunRecord:
+def record_of(config: PretrainConfig, shards: Datasets) -> RunRecord:
     """Return what `config.json` says of a run that begins with these options, resolved, on this dataset."""
     return RunRecord(
         command=COMMAND,
         options=recorded(config),
-        dataset=shards.manifest.fingerprint,
-        tokenizer=shards.manifest.tokenizer,
+        dataset=shards.fingerprint,
+        tokenizer=shards.tokenizer,
     )
 
 
@@ -129,7 +148,7 @@ def reconciled(
     run: Path,
     record: RunRecord,
     given: Mapping[str, Any],
-    shards: ShardSet,
+    shards: Datasets,
     *,
     step: int,
     allow_change: Collection[str],
@@ -156,11 +175,31 @@ def reconciled(
         for name in sorted(given.keys() | runs.ENDS if given.keys() & runs.ENDS else given)
         if name not in _HARMLESS
     }
-    sides["dataset"] = (record.dataset[:12], new.dataset[:12])
+    then, now = read_sources(words_of(record.options["shards"])), shards.sources
+    if [source.name for source in then] != [source.name for source in now]:
+        raise UserError(
+            f"{run}: --shards has other parts (in the run: {_names(then)}, on the command line: {_names(now)}); the parts of a "
+            "run stay, where one may wait with weight 0; write them all, or start a new run in another --run"
+        )
+    if "shards" in given and shards.mixed:
+        sides[WEIGHTS] = (shown_weights(then), shown_weights(now))
+    sides["dataset"] = (_shown(record.dataset), _shown(new.dataset))
     sides["tokenizer"] = (record.tokenizer.sha256[:12], new.tokenizer.sha256[:12])
     changes = runs.agreed_changes(run, sides, step=step, fixed=_SHAPES, allowed=allow_change)
     return config, new.changed(changes)
 
 
 def _from_options(options: Mapping[str, Any], run: Path) -> PretrainConfig:
-    return build(PretrainConfig, {**options, "shards": Path(options["shards"]), "run": run})
+    stretches = tuple(map(Stretch.of, options.get("stretches", ())))
+    made = {"shards": words_of(options["shards"]), "stretches": stretches, "run": run}
+    return build(PretrainConfig, {**options, **made})
+
+
+def _names(sources: Sequence[Source]) -> str:
+    return ", ".join(source.name for source in sources if source.name) or "one dataset without a name"
+
+
+def _shown(dataset: str) -> str:
+    """Shorten the fingerprints of a dataset, or of the parts of a mixture, for the eye."""
+    parts = (each.rpartition("=") for each in dataset.split(" "))
+    return " ".join(f"{name}{equals}{fingerprint[:12]}" for name, equals, fingerprint in parts)

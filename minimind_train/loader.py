@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from minimind_data.errors import UserError
-from minimind_data.windows import IGNORED, Windows
-from minimind_train.sampler import SampleOrder, rank_positions
+from minimind_data.windows import IGNORED
+from minimind_train.parts import Order, Samples
+from minimind_train.sampler import rank_positions
 
 __all__ = ["ResumableBatchSampler", "StepBatch", "StepLoader", "WindowDataset"]
 
@@ -37,7 +38,7 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
     A `ShardSet` pickles as its folder's name, so a worker started by `spawn` maps the files for itself.
     """
 
-    def __init__(self, windows: Windows) -> None:
+    def __init__(self, windows: Samples) -> None:
         self.windows = windows
 
     def __len__(self) -> int:
@@ -92,7 +93,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        order: SampleOrder,
+        order: Order,
         global_batch: int,
         *,
         rank: int = 0,
@@ -156,7 +157,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
         Raises:
             UserError: the place belongs to another order of samples, or lies behind the end.
         """
-        here = self._state(0)
+        here = self._state(int(state["position"]))
         different = [name for name in here if name != "position" and state.get(name) != here[name]]
         if different:
             sides = "; ".join(
@@ -179,12 +180,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
         return _Iteration(self, start, (start // n + 1) * n if self.stop is None else self.stop)
 
     def _state(self, position: int) -> dict[str, Any]:
-        return {
-            "position": position,
-            "num_windows": self.order.num_windows,
-            "seed": self.order.seed,
-            "order": self.order.kind,
-        }
+        return {"position": position, **self.order.described(position)}
 
 
 class _Iteration(Iterator[list[int]]):
@@ -270,8 +266,8 @@ class StepLoader:
 
     def __init__(
         self,
-        windows: Windows,
-        order: SampleOrder,
+        windows: Samples,
+        order: Order,
         *,
         start: int,
         stop: int,

@@ -8,7 +8,7 @@ devices, micro-batches or prefetching, so none of these can change the order.
 import operator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,10 @@ class SampleOrder:
                 "there are no windows to put in order: the dataset is empty, or shorter than one window"
             )
         Permutation(self.num_windows, self.seed, 0)  # refuses what it cannot take
+
+    def described(self, position: int) -> dict[str, Any]:  # noqa: ARG002 - the same everywhere, as against a mixture
+        """What decides the order before a position, as JSON holds it: what a saved place must agree in."""
+        return {"num_windows": self.num_windows, "seed": self.seed, "order": self.kind}
 
     def windows(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """The windows at these positions, which may lie in any epochs and in any order."""

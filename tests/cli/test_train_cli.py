@@ -145,9 +145,30 @@ def test_an_allowed_change_goes_on(dataset, tmp_path):
     assert "done, 3 steps" in result.stderr
 
 
+def test_a_mixture_is_one_shards_for_each_part(dataset, tmp_path):
+    run = ["pretrain", "--run", tmp_path / "run"]
+    parts = ["--shards", f"zh={dataset}:0.7", "--shards", f"en={dataset}:0.3"]
+    result = mm_train(*run, *parts, *TINY, "--steps", 5)
+    assert result.exit_code == 0, result.stderr
+    assert "zh: 7 of 10 windows" in result.stderr
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["epochs"]["zh"] > last["epochs"]["en"] > 0
+    again = [*run, "--resume", "--steps", 6, "--allow-change", "steps"]
+    parts = ["--shards", f"zh={dataset}:1", "--shards", f"en={dataset}:1"]
+    refused = mm_train(*again, *parts)
+    assert refused.exit_code == 1
+    assert "weights (in the run: en=0.3 zh=0.7, on the command line: en=0.5 zh=0.5)" in refused.stderr
+    result = mm_train(*again, *parts, "--reweight-at-resume")
+    assert result.exit_code == 0, result.stderr
+    assert "zh: 1 of 2 windows" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
+        (["--shards", "data/zh", "--shards", "en=data/en:1"], "NAME=DIR:WEIGHT"),
+        (["--reweight-at-resume"], "goes with --resume"),
+        (["--resume", "--reweight-at-resume"], "goes with --resume and every part"),
         (["--epochs", "1", "--steps", "1"], "pass one of them"),
         (["--resume-from", "text-00000:1"], "needs --order sequential"),
         (["--resume-from", "text-00000"], "must be SHARD:OFFSET"),
