@@ -21,16 +21,21 @@ from minimind_train.mixture import Stretch
 from minimind_train.model import ModelConfig
 from minimind_train.optim import OptimConfig
 from minimind_train.parts import Datasets, Source, read_sources, shown_weights, words_of
-from minimind_train.runs import RunRecord
+from minimind_train.runs import Change, RunRecord
 from minimind_train.sampler import OrderKind
+from minimind_train.skips import Skips
 
 COMMAND = "pretrain"
 DEFAULT_EPOCHS = 2
 
 _HARMLESS = frozenset({"shards", "device", "micro_batch", "threads", "save_every", "keep", "log_every"})
+_SKIPS = "skip_positions"
 WEIGHTS = "weights"
 """What a change of a mixture's weights is called."""
 _MADE = frozenset({"stretches"})  # not by the user
+_DEEDS = frozenset(
+    {"resume_from", _SKIPS}
+)  # a resume does them because it is told to; they need no permission
 _NOT_RECORDED = frozenset({"run"})  # a run is where it is, also when its folder has been moved
 
 
@@ -55,12 +60,17 @@ class DataConfig:
     resume_from: Annotated[
         str | None, "SHARD:OFFSET, a token; begin at the window that holds it. Needs --order sequential."
     ] = None
+    skip_positions: Annotated[
+        tuple[str, ...],
+        "A:B, leave out the samples at positions A to B - 1 for good. Repeatable; with --resume, in addition to those before.",
+    ] = ()
     stretches: tuple[Stretch, ...] = field(default=(), metadata={"flag": False})
     """Of a mixture: the shares of its parts, and from which position on. Made when the run begins and when it is reweighted."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shards", words_of(self.shards))
         read_sources(self.shards)  # refuses what it cannot read
+        object.__setattr__(self, "skip_positions", Skips.of(self.skip_positions).told())
         if self.seq_len < 1:
             raise ValueError(f"seq_len must be at least 1, not {self.seq_len}")
         if self.resume_from is not None:
@@ -98,7 +108,7 @@ CHANGEABLE = (
     - _NOT_RECORDED
     - _SHAPES
     - _MADE
-    - {"resume_from"}
+    - _DEEDS
 )
 """The names that `--allow-change` takes."""
 
@@ -131,6 +141,7 @@ def recorded(config: PretrainConfig) -> dict[str, Any]:
     flat = {name: value for name, value in flatten(config).items() if name not in _NOT_RECORDED}
     shards, stretches = config.data.shards, config.data.stretches
     mixed = {"shards": list(shards), "stretches": [stretch.told() for stretch in stretches]}
+    flat[_SKIPS] = list(config.data.skip_positions)
     return flat | (mixed if stretches else {"shards": shards[0], "stretches": []})
 
 
@@ -158,8 +169,9 @@ def reconciled(
     Raises:
         UserError: something differs that must not.
     """
-    given = {name: value for name, value in given.items() if name not in {"resume_from", *_NOT_RECORDED}}
-    options = record.options | given
+    skipped = Skips.of((*record.options.get(_SKIPS, ()), *given.get(_SKIPS, ()))).told()
+    given = {name: value for name, value in given.items() if name not in _DEEDS | _NOT_RECORDED}
+    options = record.options | given | {_SKIPS: skipped}
     if given.keys() & runs.ENDS:  # either one says alone when the run ends
         options |= {name: given.get(name) for name in runs.ENDS}
     try:
@@ -186,6 +198,8 @@ def reconciled(
     sides["dataset"] = (_shown(record.dataset), _shown(new.dataset))
     sides["tokenizer"] = (record.tokenizer.sha256[:12], new.tokenizer.sha256[:12])
     changes = runs.agreed_changes(run, sides, step=step, fixed=_SHAPES, allowed=allow_change)
+    if (before := record.options.get(_SKIPS, [])) != list(skipped):
+        changes.append(Change(step=step, name=_SKIPS, old=before, new=list(skipped)))
     return config, new.changed(changes)
 
 

@@ -11,6 +11,7 @@ from minimind_train.config import DEFAULT_EPOCHS, NEEDS_SEQUENTIAL, PretrainConf
 from minimind_train.mixture import MixtureOrder, Stretch
 from minimind_train.parts import Datasets, MixedWindows, epochs_of, introduce, shown_weights
 from minimind_train.progress import Say
+from minimind_train.skips import Skips
 
 __all__ = ["Course"]
 
@@ -26,6 +27,7 @@ class Course:
     Attributes:
         windows: what can be learned.
         order: which window comes when.
+        skips: the positions that are left out.
 
     Raises:
         UserError: there is no window, or none of a part.
@@ -35,6 +37,7 @@ class Course:
         self._datasets = datasets
         self._say = say
         self._data, self._training = config.data, config.training
+        self.skips = Skips.of(config.data.skip_positions)
         self.windows = datasets.windows(
             layout=config.data.layout,
             seq_len=config.data.seq_len,
@@ -51,9 +54,16 @@ class Course:
         return self.order.stretches if isinstance(self.order, MixtureOrder) else ()
 
     def first_position(self) -> int:
-        """Return where the run begins in the data."""
+        """Return where the run begins in the data.
+
+        Raises:
+            UserError: there is no such place, or nothing to learn from there on.
+        """
         place = self._data.resume_from
-        return self.position_of(place, cursor=0) if place else 0
+        first = self.position_of(place, cursor=0) if place else 0
+        if not self.end(0, first)[1]:
+            raise UserError("--skip-positions leaves out all that the run would learn; leave less out")
+        return first
 
     def position_of(self, place: str, *, cursor: int) -> int:
         """Return the position, in the epoch of the cursor, of the window that holds the token SHARD:OFFSET.
@@ -84,9 +94,9 @@ class Course:
         training = self._training
         if training.steps is not None:
             left = max(0, training.steps - step)
-            return cursor + left * training.global_batch, training.steps
+            return self.skips.after(cursor, left * training.global_batch), training.steps
         end = (training.epochs or DEFAULT_EPOCHS) * len(self.windows)
-        return end, step + len(range(cursor, end, training.global_batch))
+        return end, step + -(-self.skips.count(cursor, end) // training.global_batch)
 
     def describe(self, position: int) -> dict[str, Any]:
         """Say of a cursor which epoch its last sample was in and, in sequential order, where the next one begins.
@@ -102,7 +112,12 @@ class Course:
         return told
 
     def introduce(self, position: int) -> Sequence[str]:
-        """Say of a mixture what it is made of."""
-        if not isinstance(self.order, MixtureOrder):
-            return []
-        return introduce(self.order, position, shown_weights(self._datasets.sources))
+        """Say what a mixture is made of, and what is left out."""
+        lines = [
+            f"positions {first} to {stop - 1} are left out"
+            + (f", but the run is at {position} and has been there" if stop <= position else "")
+            for first, stop in self.skips.ranges
+        ]
+        if isinstance(self.order, MixtureOrder):
+            lines += introduce(self.order, position, shown_weights(self._datasets.sources))
+        return lines

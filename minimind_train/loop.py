@@ -210,7 +210,8 @@ def _step(
         )
         raise UserError(
             f"{what} at step {step} (positions {batch.start} to {batch.stop - 1}); the weights before it are in the last "
-            "checkpoint; look at these windows with `mm-data locate`, or start a new run with a lower --learning-rate, a "
+            f"checkpoint; look at these windows with `mm-data locate`, leave them out by --resume --skip-positions "
+            f"{batch.start}:{batch.stop}, or start a new run with a lower --learning-rate, a "
             "--warmup-steps or --dtype fp32"
         )
     optimizer.step()

@@ -166,6 +166,7 @@ class _Job:
                 global_batch=training.global_batch,
                 micro_batch=training.micro_batch,
                 device=device,
+                skips=self.course.skips,
             ) as batches,
         ):
 

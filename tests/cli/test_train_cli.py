@@ -169,6 +169,7 @@ def test_a_mixture_is_one_shards_for_each_part(dataset, tmp_path):
         (["--shards", "data/zh", "--shards", "en=data/en:1"], "NAME=DIR:WEIGHT"),
         (["--reweight-at-resume"], "goes with --resume"),
         (["--resume", "--reweight-at-resume"], "goes with --resume and every part"),
+        (["--skip-positions", "9:8"], "skip_positions must be A:B"),
         (["--epochs", "1", "--steps", "1"], "pass one of them"),
         (["--resume-from", "text-00000:1"], "needs --order sequential"),
         (["--resume-from", "text-00000"], "must be SHARD:OFFSET"),
