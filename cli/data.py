@@ -256,6 +256,9 @@ def locate(
     order: Annotated[
         Literal["shuffled", "sequential"], typer.Option(help="The order of the windows.")
     ] = "shuffled",
+    shuffle_block: Annotated[
+        int, typer.Option(min=1, help="Neighbouring windows that stay together in the shuffle.")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the order.")] = 42,
     as_json: _Json = False,
 ) -> None:
@@ -270,7 +273,7 @@ def locate(
         raise typer.BadParameter(str(error).removeprefix("--shards").removeprefix(":").strip()) from None
     datasets = Datasets.open(folders)
     windows = datasets.windows(layout=layout, seq_len=seq_len, long_documents=long_documents, announce=_say)
-    told = place_of(datasets.order(windows, seed=seed, kind=order), windows, position)
+    told = place_of(datasets.order(windows, seed=seed, kind=order, block=shuffle_block), windows, position)
     if as_json:
         _print_json({"position": position, **told})
         return

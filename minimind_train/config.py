@@ -57,6 +57,10 @@ class DataConfig:
     ] = "cut"
     seq_len: Annotated[int, "Tokens in a window."] = 340
     order: Annotated[OrderKind, "shuffled anew in each epoch, or sequential as in the shards."] = "shuffled"
+    shuffle_block: Annotated[
+        int,
+        "Neighbouring windows that stay together in the shuffle, for slow disks; 1 shuffles each on its own.",
+    ] = 1
     resume_from: Annotated[
         str | None, "SHARD:OFFSET, a token; begin at the window that holds it. Needs --order sequential."
     ] = None
@@ -71,6 +75,8 @@ class DataConfig:
         object.__setattr__(self, "shards", words_of(self.shards))
         read_sources(self.shards)  # refuses what it cannot read
         object.__setattr__(self, "skip_positions", Skips.of(self.skip_positions).told())
+        if not 1 <= self.shuffle_block <= 2**40:
+            raise ValueError(f"shuffle_block must be from 1 to 2^40 windows, not {self.shuffle_block}")
         if self.seq_len < 1:
             raise ValueError(f"seq_len must be at least 1, not {self.seq_len}")
         if self.resume_from is not None:

@@ -45,7 +45,11 @@ class Course:
             announce=say,
         )
         self.order = datasets.order(
-            self.windows, seed=config.training.seed, kind=config.data.order, stretches=config.data.stretches
+            self.windows,
+            seed=config.training.seed,
+            kind=config.data.order,
+            block=config.data.shuffle_block,
+            stretches=config.data.stretches,
         )
 
     @property

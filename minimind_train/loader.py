@@ -161,10 +161,10 @@ class ResumableBatchSampler(Sampler[list[int]]):
             UserError: the place belongs to another order of samples, or lies behind the end.
         """
         here = self._state(int(state["position"]))
-        different = [name for name in here if name != "position" and state.get(name) != here[name]]
+        different = [name for name in here | state if state.get(name) != here.get(name)]
         if different:
             sides = "; ".join(
-                f"{name} is {state.get(name)} in the saved state, {here[name]} here" for name in different
+                f"{name} is {state.get(name)} in the saved state, {here.get(name)} here" for name in different
             )
             raise UserError(f"the saved place belongs to another order of samples: {sides}")
         position = int(state["position"])

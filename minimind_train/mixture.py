@@ -173,12 +173,13 @@ class MixtureOrder:
         *,
         seed: int,
         kind: OrderKind = "shuffled",
+        block: int = 1,
         stretches: Sequence[Stretch],
     ) -> Self:
         """Return the order of parts with so many windows each."""
         names = tuple(sorted(num_windows))
         orders = (
-            SampleOrder(num_windows=num_windows[name], seed=part_seed(seed, name), kind=kind)
+            SampleOrder(num_windows=num_windows[name], seed=part_seed(seed, name), kind=kind, block=block)
             for name in names
         )
         return cls(names=names, parts=tuple(orders), stretches=tuple(stretches), seed=seed, kind=kind)
@@ -197,7 +198,8 @@ class MixtureOrder:
         """What decides the order before a position; see `SampleOrder.described`."""
         before = [stretch.told() for stretch in self.stretches if stretch.start < max(position, 1)]
         sizes = {name: part.num_windows for name, part in zip(self.names, self.parts, strict=True)}
-        return {"num_windows": sizes, "seed": self.seed, "order": self.kind, "stretches": before}
+        told = self.parts[0].described(position) | {"num_windows": sizes, "seed": self.seed}
+        return told | {"stretches": before}
 
     def windows(self, positions: _Ints) -> _Ints:
         """The windows at these positions, which may come in any order."""

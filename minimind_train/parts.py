@@ -244,16 +244,17 @@ class Datasets:
         *,
         seed: int,
         kind: OrderKind,
+        block: int = 1,
         stretches: Sequence[Stretch] = (),
     ) -> Order:
         """Return the order of their windows; of a mixture without `stretches`, by its weights from the first position on."""
         if not isinstance(windows, MixedWindows):
-            return SampleOrder(num_windows=len(windows), seed=seed, kind=kind)
+            return SampleOrder(num_windows=len(windows), seed=seed, kind=kind, block=block)
         if not stretches:
             shares = self.shares(windows)
             stretches = [Stretch(start=0, shares=shares, taken=(0,) * len(shares))]
         sizes = dict(zip(self.names, map(len, windows.parts), strict=True))
-        return MixtureOrder.of(sizes, seed=seed, kind=kind, stretches=stretches)
+        return MixtureOrder.of(sizes, seed=seed, kind=kind, block=block, stretches=stretches)
 
 
 def shown_weights(sources: Sequence[Source]) -> str:

@@ -344,3 +344,10 @@ def test_a_mixture_has_a_place_too_and_new_shares_at_it_are_no_other_order():
     assert taken + flat(other) == windows_in(other.order, 0, 120)
     with pytest.raises(UserError, match="stretches is"):
         ResumableBatchSampler(order.reweighted(23, (2, 1)), 4, stop=120).load_state_dict(state)
+
+
+@pytest.mark.parametrize(("there", "here"), [(8, 1), (1, 8), (8, 4)])
+def test_a_place_in_another_shuffle_block_is_refused_with_both_sides(there, here):
+    state = ResumableBatchSampler(SampleOrder(num_windows=30, block=there), 4).state_dict()
+    with pytest.raises(UserError, match="shuffle_block is .* in the saved state, .* here"):
+        ResumableBatchSampler(SampleOrder(num_windows=30, block=here), 4).load_state_dict(state)
