@@ -17,6 +17,7 @@ from minimind_data.options import build, flatten
 from minimind_data.windows import Layout, LongDocuments
 from minimind_train import loop, runs
 from minimind_train.devices import resolve_device, resolve_dtype
+from minimind_train.evaluate import ValidationConfig
 from minimind_train.mixture import Stretch
 from minimind_train.model import ModelConfig
 from minimind_train.optim import OptimConfig
@@ -28,7 +29,10 @@ from minimind_train.skips import Skips
 COMMAND = "pretrain"
 DEFAULT_EPOCHS = 2
 
-_HARMLESS = frozenset({"shards", "device", "micro_batch", "threads", "save_every", "keep", "log_every"})
+_HARMLESS = frozenset(
+    {"shards", "device", "micro_batch", "threads", "save_every", "keep", "log_every"}
+) | frozenset(flatten(ValidationConfig()))
+_BEFORE_IT_WAS_AN_OPTION = {"shuffle_block": 1}  # what a run does whose record does not say
 _SKIPS = "skip_positions"
 WEIGHTS = "weights"
 """What a change of a mixture's weights is called."""
@@ -95,6 +99,7 @@ class PretrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     training: loop.RunConfig = field(default_factory=loop.RunConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
 
 NEEDS_SEQUENTIAL = (
@@ -124,13 +129,20 @@ def with_stretches(config: PretrainConfig, stretches: tuple[Stretch, ...]) -> Pr
     return replace(config, data=replace(config.data, stretches=stretches))
 
 
+def window_options(data: DataConfig) -> dict[str, Any]:
+    """Return the options of `open_windows` that a run learns with, and is measured with."""
+    return {"layout": data.layout, "seq_len": data.seq_len, "long_documents": data.long_documents}
+
+
 def resolved(config: PretrainConfig, shards: Datasets) -> PretrainConfig:
     """Return the options with nothing left to this machine, to the dataset or to a default."""
     training = config.training
     epochs = DEFAULT_EPOCHS if training.epochs is None and training.steps is None else training.epochs
+    measured_on = config.validation.val_shards and str(Path(config.validation.val_shards).resolve())
     return replace(
         config,
         data=replace(config.data, shards=shards.resolved()),
+        validation=replace(config.validation, val_shards=measured_on),
         model=replace(config.model, vocab_size=shards.tokenizer.vocab_size).resolved(),
         training=replace(
             training,
@@ -177,11 +189,12 @@ def reconciled(
     """
     skipped = Skips.of((*record.options.get(_SKIPS, ()), *given.get(_SKIPS, ()))).told()
     given = {name: value for name, value in given.items() if name not in _DEEDS | _NOT_RECORDED}
-    options = record.options | given | {_SKIPS: skipped}
+    begun = _BEFORE_IT_WAS_AN_OPTION | record.options
+    options = begun | given | {_SKIPS: skipped}
     if given.keys() & runs.ENDS:  # either one says alone when the run ends
         options |= {name: given.get(name) for name in runs.ENDS}
     try:
-        config = _from_options(options, run)
+        config = from_options(options, run)
     except ValueError as error:
         raise UserError(f"{run}: with these options the run cannot go on: {error}") from None
     model = config.model
@@ -189,7 +202,7 @@ def reconciled(
     config = replace(config, model=replace(config.model, vocab_size=model.vocab_size))
     new = replace(record_of(config, shards), changes=record.changes)
     sides = {
-        name: (record.options.get(name), new.options[name])
+        name: (begun.get(name), new.options[name])
         for name in sorted(given.keys() | runs.ENDS if given.keys() & runs.ENDS else given)
         if name not in _HARMLESS
     }
@@ -209,7 +222,8 @@ def reconciled(
     return config, new.changed(changes)
 
 
-def _from_options(options: Mapping[str, Any], run: Path) -> PretrainConfig:
+def from_options(options: Mapping[str, Any], run: Path) -> PretrainConfig:
+    """Return the options of a run from its record."""
     stretches = tuple(map(Stretch.of, options.get("stretches", ())))
     made = {"shards": words_of(options["shards"]), "stretches": stretches, "run": run}
     return build(PretrainConfig, {**options, **made})

@@ -7,9 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from minimind_data.errors import UserError
-from minimind_train.config import DEFAULT_EPOCHS, NEEDS_SEQUENTIAL, PretrainConfig
+from minimind_data.shards import ShardSet
+from minimind_train.config import DEFAULT_EPOCHS, NEEDS_SEQUENTIAL, PretrainConfig, window_options
+from minimind_train.devices import resolve_device
+from minimind_train.evaluate import Evaluator, open_evaluator
 from minimind_train.mixture import MixtureOrder, Stretch
-from minimind_train.parts import Datasets, MixedWindows, epochs_of, introduce, shown_weights
+from minimind_train.parts import (
+    Datasets,
+    MixedWindows,
+    epochs_of,
+    introduce,
+    refuse_other_tokenizer,
+    shown_weights,
+)
 from minimind_train.progress import Say
 from minimind_train.skips import Skips
 
@@ -38,12 +48,8 @@ class Course:
         self._say = say
         self._data, self._training = config.data, config.training
         self.skips = Skips.of(config.data.skip_positions)
-        self.windows = datasets.windows(
-            layout=config.data.layout,
-            seq_len=config.data.seq_len,
-            long_documents=config.data.long_documents,
-            announce=say,
-        )
+        self._validation = config.validation
+        self.windows = datasets.windows(**window_options(config.data), announce=say)
         self.order = datasets.order(
             self.windows,
             seed=config.training.seed,
@@ -114,6 +120,29 @@ class Course:
             _, window = self.order.window(position)
             told["shard"], told["offset"] = self.windows.locate(window)
         return told
+
+    def evaluator(self) -> Evaluator | None:
+        """Return what measures the model on `--val-shards`, or None where there is none.
+
+        Raises:
+            UserError: it is no dataset, or one of another tokenizer, or holds no text.
+        """
+        if not self._validation.val_shards:
+            return None
+        shards = ShardSet.open(self._validation.val_shards)
+        refuse_other_tokenizer(self._datasets.sets[0], shards, "a model is measured with its own")
+        if shards.manifest.fingerprint in {each.manifest.fingerprint for each in self._datasets.sets}:
+            self._say(f"{shards.folder}: is learned too, so what --val-shards measures is memory")
+        training = self._training
+        return open_evaluator(
+            shards,
+            num_windows=self._validation.val_batches * training.global_batch or None,
+            batch=training.micro_batch,
+            device=resolve_device(training.device),
+            dtype=training.dtype,
+            announce=self._say,
+            **window_options(self._data),
+        )
 
     def introduce(self, position: int) -> Sequence[str]:
         """Say what a mixture is made of, and what is left out."""

@@ -32,6 +32,7 @@ from minimind_train.config import (
 )
 from minimind_train.course import Course
 from minimind_train.devices import out_of_memory_is_plain, refuse_too_large, resolve_device
+from minimind_train.evaluate import validation
 from minimind_train.loader import StepLoader
 from minimind_train.losses import summed_cross_entropy
 from minimind_train.metrics import FILE_NAME, MetricsLog
@@ -120,6 +121,7 @@ class _Job:
         self.say = say
         self.course = Course(config, shards, say)
         self.config = with_stretches(config, self.course.stretches)
+        self.evaluator = self.course.evaluator()
 
     def reweight(self, cursor: int) -> None:
         """Let other weights of a mixture hold from the cursor on."""
@@ -154,6 +156,13 @@ class _Job:
         before_steps()
         self._introduce(model, device, step, total_steps, cursor)
         place = SampleCursor(cursor)
+        loss_of = partial(summed_loss, model)
+        measure = {}
+        if self.evaluator:
+            every = self.config.validation.val_every
+            measure["validate"] = validation(
+                self.evaluator, model, loss_of, every=every, total_steps=total_steps
+            )
         options = recorded(self.config)
 
         with (
@@ -189,7 +198,7 @@ class _Job:
                 model,
                 optimizer,
                 batches,
-                partial(_summed_loss, model),
+                loss_of,
                 step=step,
                 cursor=place,
                 total_steps=total_steps,
@@ -199,6 +208,7 @@ class _Job:
                 metrics=metrics,
                 save=save,
                 describe=self.course.describe,
+                **measure,
                 say=self.say,
             )
 
@@ -219,7 +229,8 @@ class _Job:
         self.say(f"{again} at position {cursor}{place}")
 
 
-def _summed_loss(model: MiniMind, micro_batch: Mapping[str, Tensor]) -> Tensor:
+def summed_loss(model: MiniMind, micro_batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the loss of pre-training: of the next token, summed over the micro-batch."""
     return summed_cross_entropy(model(micro_batch["input_ids"]), model.head_weight, micro_batch["targets"])
 
 

@@ -55,6 +55,11 @@ class Progress:
         numbers = (
             f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tok/s"
         )
+        if "val_loss" in record:
+            self._say(
+                f"step {record['step']}/{self._total_steps}  validation loss {record['val_loss']:.4f}  "
+                f"perplexity {record['val_perplexity']:,.2f}  {record['val_bits_per_byte']:.4f} bits a byte"
+            )
         shard = record.get("shard")
         place = f"  next {shard}:{record['offset']}" if shard else ""
         epochs: dict[str, float] = record.get("epochs", {})

@@ -81,6 +81,12 @@ def test_every_option_of_the_contract_is_there():
         "seq-len",
         "layout",
         "long-documents",
+        "shuffle-block",
+        "skip-positions",
+        "reweight-at-resume",
+        "val-shards",
+        "val-every",
+        "val-batches",
         "global-batch",
         "micro-batch",
         "epochs",
@@ -223,6 +229,37 @@ def test_a_run_writes_after_a_prompt(run):
 )
 def test_what_generate_cannot_do(run, arguments, status, complaint):
     result = mm_train("generate", "--run", run, "--prompt", "x", *arguments)
+    assert result.exit_code == status
+    assert complaint in result.stderr
+
+
+def test_a_run_is_measured_as_it_learns_and_from_outside(dataset, tmp_path):
+    run = tmp_path / "run"
+    validation = ["--val-shards", dataset, "--val-every", 2, "--val-batches", 3]
+    result = mm_train("pretrain", "--shards", dataset, "--run", run, *TINY, "--steps", 3, *validation)
+    assert result.exit_code == 0, result.stderr
+    assert "step 2/3  validation loss" in result.stderr
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    result = mm_train("eval", "--run", run, "--shards", dataset, "--windows", 12, "--device", "cpu", "--json")
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert told["loss"] == pytest.approx(last["val_loss"], rel=1e-4)
+    assert {f"val_{name}" for name in told} <= last.keys()
+    plain = mm_train("eval", "--run", run, "--shards", dataset, "--windows", 12, "--device", "cpu").stdout
+    assert f"loss {told['loss']:.4f}" in plain
+    assert "bits a byte" in plain
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "complaint"),
+    [
+        (["--shards", "nowhere"], 1, "nowhere: no dataset"),
+        (["--shards", "DATASET", "--checkpoint", "3"], 1, "no checkpoint of step 3"),
+        (["--shards", "DATASET", "--windows", "0"], 2, "windows"),
+    ],
+)
+def test_what_eval_cannot_do(run, dataset, arguments, status, complaint):
+    result = mm_train("eval", "--run", run, *(dataset if word == "DATASET" else word for word in arguments))
     assert result.exit_code == status
     assert complaint in result.stderr
 

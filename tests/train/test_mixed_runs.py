@@ -1,8 +1,5 @@
 """Runs over mixtures: what they learn when, what they say of it, and weights that change on the way."""
 
-import hashlib
-import json
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,7 +7,6 @@ import numpy as np
 import pytest
 
 from minimind_data.errors import UserError
-from minimind_data.format import TokenizerInfo
 from minimind_data.shards import ShardSet
 from minimind_data.windows import open_windows
 from minimind_train import checkpoint
@@ -19,7 +15,7 @@ from minimind_train.parts import Datasets, MixedWindows, place_of, read_sources
 from minimind_train.pretrain import pretrain, resume
 from minimind_train.runs import Change, RunRecord
 
-from .conftest import Said, config_of, make_dataset, metrics, stop_after, weights
+from .conftest import Said, config_of, make_dataset, metrics, retokenized, stop_after, weights
 
 
 @pytest.fixture(scope="module")
@@ -196,13 +192,7 @@ def test_words_that_name_no_datasets(words, complaint):
 
 
 def test_parts_of_different_tokenizers_are_refused_with_both_sides(tmp_path, small_dataset):
-    other = make_dataset(tmp_path / "other", seed=1)
-    manifest = json.loads((other / "manifest.json").read_text())
-    tokenizer = json.loads((other / "tokenizer.json").read_text())
-    (other / "tokenizer.json").write_text(json.dumps(tokenizer, indent=2))
-    manifest["tokenizer"]["sha256"] = hashlib.sha256((other / "tokenizer.json").read_bytes()).hexdigest()
-    told = replace(ShardSet.open(small_dataset).manifest, tokenizer=TokenizerInfo(**manifest["tokenizer"]))
-    (other / "manifest.json").write_text(told.to_json())
+    other = retokenized(tmp_path / "other")
     with pytest.raises(UserError) as error:
         Datasets.open([f"a={small_dataset}:1", f"b={other}:1"])
     for side in (small_dataset, other):
