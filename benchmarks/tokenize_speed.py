@@ -18,28 +18,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from environments import PEERS
 from machine import describe_machine
+from tasks import write_task
 
-REFERENCE = """
-import json, sys
-import numpy as np
+from minimind_data.cores import num_cores
 from minimind_data.tokenizer import load_tokenizer
-from pathlib import Path
-
-tokenizer = load_tokenizer(Path(sys.argv[2]) if sys.argv[2] else None)
-info = tokenizer.info
-def write(texts, out):
-    for encoding in tokenizer.reference.encode_batch_fast(texts, add_special_tokens=False):
-        out.write(np.array([info.bos_id, *encoding.ids, info.eos_id], "<u2").tobytes())
-with open(sys.argv[1], encoding="utf-8") as lines, open(sys.argv[3], "wb") as out:
-    texts = []
-    for line in lines:
-        texts.append(json.loads(line)["text"])
-        if len(texts) == 1000:
-            write(texts, out)
-            texts = []
-    write(texts, out)
-"""
 
 
 def run(command: list[str]) -> tuple[float, float]:
@@ -70,26 +54,31 @@ def main() -> None:
             for _ in range(arguments.repeat):
                 file.write(arguments.input.read_bytes())
         megabytes = source.stat().st_size / 1e6
-        out, reference_out = Path(folder) / "out", Path(folder) / "reference.bin"
+        out, reference_out = Path(folder) / "out", Path(folder) / "reference"
+        reference_out.mkdir()
+        write_task(
+            load_tokenizer(arguments.tokenizer),
+            text=source,
+            parts=Path(folder),
+            tokenizer_file=Path(folder) / "tokenizer.json",
+            out=reference_out,
+            cores=num_cores(),
+        )
         ours = [str(Path(sys.executable).with_name("mm-data")), "tokenize", str(source), "--out", str(out)]
         ours += ["--tokenizer", str(arguments.tokenizer)] if arguments.tokenizer else []
-        theirs = [
-            sys.executable,
-            "-c",
-            REFERENCE,
-            str(source),
-            str(arguments.tokenizer or ""),
-            str(reference_out),
-        ]
+        theirs = [sys.executable, str(PEERS / "run_tokenizers.py"), str(Path(folder) / "task.json")]
         figures: dict[str, list[tuple[float, float]]] = {"mm-data tokenize": [], "tokenizers": []}
         for _ in range(arguments.rounds):
             shutil.rmtree(out, ignore_errors=True)
             figures["mm-data tokenize"].append(run(ours))
             figures["tokenizers"].append(run(theirs))
         names = [shard["name"] for shard in json.loads((out / "manifest.json").read_bytes())["shards"]]
-        if b"".join((out / f"{name}.bin").read_bytes() for name in names) != reference_out.read_bytes():
+        if (
+            b"".join((out / f"{name}.bin").read_bytes() for name in names)
+            != (reference_out / "tokens.bin").read_bytes()
+        ):
             sys.exit("the two sides wrote different tokens")
-        tokens = reference_out.stat().st_size / 2
+        tokens = (reference_out / "tokens.bin").stat().st_size / 2
     print(describe_machine())
     print(
         f"input {megabytes:.1f} MB, {tokens / 1e6:.2f} M tokens, median of {arguments.rounds}, same bytes on both sides"

@@ -168,7 +168,8 @@ def info(folder: _Folder, as_json: _Json = False) -> None:
     print(
         f"  tokenizer    {ids.vocab_size:,} entries, BOS {ids.bos_id}, EOS {ids.eos_id}, PAD {ids.pad_id}, {ids.sha256[:12]}…"
     )
-    print(f"  options      {', '.join(f'{name} {value}' for name, value in manifest.options.items())}")
+    options = ", ".join(f"{name} {value}" for name, value in manifest.options.items() if value is not None)
+    print(f"  options      {options}")
     print(
         f"  left out     {manifest.empty_texts:,} empty texts, {manifest.set_aside:,} bad records, "
         f"{manifest.duplicates:,} duplicates"

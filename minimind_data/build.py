@@ -11,16 +11,17 @@ manifest takes the old one's place. The old one is taken away first only where s
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from minimind_data.dedup import duplicates
-from minimind_data.engines import encoder_threads, num_cores, run_local
+from minimind_data.engines import encoders_in_our_threads, run_tasks
 from minimind_data.errors import UserError
 from minimind_data.fields import RecordSpec
-from minimind_data.files import disk_full_is_plain, write_atomic
+from minimind_data.files import disk_full_is_plain, sha256_of, write_atomic
 from minimind_data.format import (
+    MANIFEST_NAME,
     TOKENIZER_NAME,
     InputEntry,
     Manifest,
@@ -41,7 +42,7 @@ from minimind_data.plan import (
 from minimind_data.previous import Previous, is_there
 from minimind_data.reuse import reusable
 from minimind_data.sources import STDIN, Source, expand, spool, tell
-from minimind_data.split import HashResult, Job, SplitResult, SplitTask
+from minimind_data.split import HashResult, Job, Report, SplitResult, SplitTask
 from minimind_data.tokenizer import (
     Choice,
     SpecialTokens,
@@ -111,6 +112,8 @@ def commit(out: Path, *, announce: Announce = lambda _: None, progress: Progress
     """
     work = WorkFolder(out)
     plan = work.plan()
+    if plan is None and (out / MANIFEST_NAME).is_file():
+        raise UserError(f"{out}: a finished dataset already; there are no slices to join")
     if plan is None:
         raise UserError(f"{out}: no unfinished build there; begin one with `mm-data tokenize … --task 1/N`")
     told = plan["options"]
@@ -123,10 +126,17 @@ def commit(out: Path, *, announce: Announce = lambda _: None, progress: Progress
         dedup=told["dedup"],
         split_bytes=told["split_bytes"],
     )
-    tokenizer = cached_tokenizer(
-        (work.path / TOKENIZER_NAME).read_text("utf-8"), TokenizerInfo(**plan["tokenizer"])
-    )
+    tokenizer_path, info = work.path / TOKENIZER_NAME, TokenizerInfo(**plan["tokenizer"])
+    if not tokenizer_path.is_file() or sha256_of(tokenizer_path) != info.sha256:
+        raise UserError(
+            f"{tokenizer_path}: missing or changed; run one of the slices again, which restores it"
+        )
+    tokenizer = cached_tokenizer(tokenizer_path.read_text("utf-8"), info)
     sources = [Source(**source) for source in plan["inputs"]]
+    if gone := [source.location for source in sources if source.is_gone()]:
+        raise UserError(
+            f"{gone[0]}: an input of this build, not there any more; put it back, then commit again"
+        )
     with disk_full_is_plain(out), work.locked():
         joined = _Build(sources, options, tokenizer, work, announce=announce, progress=progress)
         return joined.run(only_join=True)
@@ -134,6 +144,8 @@ def commit(out: Path, *, announce: Announce = lambda _: None, progress: Progress
 
 def _spooled(work: WorkFolder, options: TokenizeOptions, progress: Progress) -> Source:
     """Copy standard input to the disk, beside the shards that it will become."""
+    if sys.stdin is None or sys.stdin.closed:  # so it is where a shell closed it with <&-
+        raise UserError("-: standard input is closed; pipe text into this command, or name a file")
     if sys.stdin.isatty():
         raise UserError("-: standard input is a terminal; pipe text into this command, or name a file")
     if options.task is not None:
@@ -141,9 +153,13 @@ def _spooled(work: WorkFolder, options: TokenizeOptions, progress: Progress) -> 
             "-: standard input cannot be cut into slices for several runs; save it to a file first"
         )
     path = work.path / STDIN_NAME
-    with progress("reading standard input", 0) as report:
-        spool(sys.stdin.buffer, path, lambda num_bytes: report(num_bytes, 0))
-    return tell(str(path), options.format, name=STDIN)
+    try:
+        with progress("reading standard input", 0) as report:
+            spool(sys.stdin.buffer, path, lambda num_bytes: report(num_bytes, 0))
+        return tell(str(path), options.format, name=STDIN)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 class _Build:
@@ -166,7 +182,6 @@ class _Build:
         self._work = work
         self._announce = announce
         self._progress = progress
-        self._workers = options.workers or num_cores()
         self._settings = settings_of(options, tokenizer)
         self._start = time.monotonic()
 
@@ -298,7 +313,7 @@ class _Build:
         """Note for every split which of its documents stood before."""
         job = dataclasses.replace(self._job("tokenizers"), step="hash")
         with self._progress("looking for duplicates", _num_bytes(self._tasks)) as report:
-            for _ in run_local(job, self._tasks, self._workers, report, self._announce):
+            for _ in self._run(job, self._tasks, report):
                 pass
         dropped = duplicates(self._work.read_hashes(self._tasks))
         self._tasks = [
@@ -308,7 +323,7 @@ class _Build:
     def _make(self, missing: list[SplitTask]) -> tuple[dict[str, SplitResult], Choice]:
         """Run the missing splits; where the fast backend proves wrong, run all of its splits again without it."""
         made: dict[str, SplitResult] = {}
-        with encoder_threads(self._workers, len(missing)):
+        with encoders_in_our_threads():
             sample = sample_texts(missing, self._options)
             choice = choose_backend(self._tokenizer, self._options.backend, sample)
             self._announce(f"encoding with {choice.name}: {choice.note}")
@@ -317,7 +332,7 @@ class _Build:
             with self._progress("tokenize", _num_bytes(missing)) as report:
                 while left:
                     distrusted = False
-                    for result in run_local(job, left, self._workers, report, self._announce):
+                    for result in self._run(job, left, report):
                         assert not isinstance(result, HashResult)
                         self._work.write_result(result)
                         made[result.name] = result
@@ -330,6 +345,11 @@ class _Build:
                     job = dataclasses.replace(job, backend="tokenizers")
                     left = [task for task in left if distrusted and made[task.name].backend != "tokenizers"]
         return made, choice
+
+    def _run(self, job: Job, tasks: list[SplitTask], report: Report) -> Iterator[SplitResult | HashResult]:
+        return run_tasks(
+            job, tasks, self._options.workers, report, self._announce, engine=self._options.engine
+        )
 
     def _job(self, backend: str) -> Job:
         return Job(

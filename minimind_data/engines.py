@@ -1,4 +1,4 @@
-"""Where tasks run: in this process, or in a pool of processes on this machine.
+"""Where tasks run: in this process, in a pool of processes on this machine, or (`ray_engine.py`) on a Ray cluster.
 
 An engine is given the job and the tasks and yields results as they come, in any order. It knows nothing of shards; that a
 result is right whoever made it is the business of `split.py`.
@@ -9,24 +9,44 @@ import os
 import signal
 import threading
 import traceback
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Literal
 
+from minimind_data.cores import CORES_PER_PROCESS, ENCODER_ENVIRONMENT, num_cores
 from minimind_data.errors import UserError
 from minimind_data.split import HashResult, Job, Report, SplitResult, SplitTask, run_task
-
-_TRIES = 3
-_CORES_PER_PROCESS = 4  # above, one Python thread that reads and parses JSON is what costs
-_ENCODER_THREADS = ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS")  # read once, at an encoder's first batch
-_NO_SPINNING = {"FASTOKENS_SPIN_US": "0"}  # idle encoder threads would take the cores that parse and write
+from minimind_data.tries import Tries
 
 
-def num_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def run_tasks(
+    job: Job,
+    tasks: list[SplitTask],
+    workers: int,
+    report: Report,
+    announce: Callable[[str], None],
+    *,
+    engine: Literal["local", "ray"],
+) -> Iterator[SplitResult | HashResult]:
+    """Run tasks on the engine of this name, with at most `workers` cores busy, or with all that it has where that is 0.
+
+    Raises:
+        UserError: as `run_local` and `ray_engine.run_ray` say, or Ray is not installed.
+    """
+    if engine == "local":
+        return run_local(job, tasks, workers or num_cores(), report, announce)
+    try:
+        from minimind_data.ray_engine import run_ray  # noqa: PLC0415 - Ray is optional, and slow to import
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise UserError(
+            "--engine ray: Ray is not installed; pip install 'minimind-pipeline[ray]', or take --engine local"
+        ) from None
+    return run_ray(job, tasks, workers, report, announce)
 
 
 def run_local(
@@ -41,6 +61,7 @@ def run_local(
         UserError: a task met something that the user must mend, or worker processes died again and again at one split.
     """
     num_processes = _num_processes(workers, len(tasks))
+    job = replace(job, encoder_threads=-(-workers // num_processes))
     if num_processes == 1:
         for task in tasks:
             yield run_task(job, task, report)
@@ -49,24 +70,19 @@ def run_local(
 
 
 def _num_processes(workers: int, num_tasks: int) -> int:
-    return max(1, min(-(-workers // _CORES_PER_PROCESS), num_tasks))
+    return max(1, min(-(-workers // CORES_PER_PROCESS), num_tasks))
 
 
 @contextlib.contextmanager
-def encoder_threads(workers: int, num_tasks: int) -> Iterator[None]:
-    """Tell encoders how many threads are theirs, here and in the worker processes; they ask once, at their first batch."""
-    count = -(-workers // _num_processes(workers, num_tasks))
-    settings = {**dict.fromkeys(_ENCODER_THREADS, str(count)), **_NO_SPINNING}
-    before = {name: os.environ.get(name) for name in settings}
+def encoders_in_our_threads() -> Iterator[None]:
+    """Keep encoders from starting threads of their own, here and in worker processes, unless the user has a setting."""
+    settings = {name: value for name, value in ENCODER_ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(settings)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in settings:
+            del os.environ[name]
 
 
 class _WorkerDiedError(Exception):
@@ -137,8 +153,7 @@ class _Pool:
         self._waiting = deque(tasks)
         self._num_workers = num_workers
         self._report = report
-        self._announce = announce
-        self._deaths: Counter[str] = Counter()
+        self._tries = Tries(announce)
         self._workers: list[_Worker] = []
 
     def run(self) -> Iterator[SplitResult | HashResult]:
@@ -173,16 +188,8 @@ class _Pool:
     def _bury(self, worker: _Worker, cause: str) -> None:
         """Give a dead worker's split to the others, so that there is one fewer to share the memory; or to a new one at last."""
         assert worker.task is not None
-        split = worker.task.split
-        where = f"{split.path}: the worker on bytes {split.start:,} to {split.stop:,} died ({cause})"
         self._workers.remove(worker)
-        self._deaths[worker.task.name] += 1
-        if self._deaths[worker.task.name] == _TRIES:
-            raise UserError(
-                f"{where}, {_TRIES} times; run the same command again, with fewer --workers or a smaller --split-bytes if memory "
-                "was short"
-            )
-        self._announce(f"{where}; that split is tried again")
+        self._tries.again(worker.task, cause)
         self._waiting.append(worker.task)
         if all(other.task is None for other in self._workers):
             self._start()

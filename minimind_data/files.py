@@ -7,10 +7,12 @@ after a crash at any moment the name leads to all of the bytes or to none. Nothi
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import resource
+import secrets
 import shutil
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
@@ -25,7 +27,13 @@ _HASH_BLOCK_BYTES = 4 * 2**20
 
 def partial_name(path: Path) -> Path:
     """Return the temporary name for `path`: of this process alone, so that a dying twin cannot write into our file."""
-    return path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    return path.with_name(f"{path.name}.{_process_number(os.getpid())}{PARTIAL_SUFFIX}")
+
+
+@functools.lru_cache
+def _process_number(process_id: int) -> int:
+    """Return a number that no other process has; a process of another machine may well have our id."""
+    return process_id + (secrets.randbits(64) << 32)
 
 
 def remove_partials(folder: Path, names: Container[str] | None = None) -> None:

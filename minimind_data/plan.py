@@ -72,9 +72,11 @@ class TokenizeOptions:
     dedup: Annotated[Literal["none", "exact"], "Keep only the first of documents with the same text."] = (
         "none"
     )
-    workers: Annotated[int, "Cores to keep busy; 0 takes all."] = 0
+    workers: Annotated[int, "Cores to keep busy, of the whole cluster with --engine ray; 0 takes all."] = 0
     split_bytes: Annotated[int, "Bytes of input that make one shard.", parse_size] = 64 * 2**20
-    engine: Annotated[Literal["local"], "Where the work runs."] = "local"
+    engine: Annotated[
+        Literal["local", "ray"], "Where the work runs: here, or on the Ray cluster of RAY_ADDRESS."
+    ] = "local"
     task: Annotated[
         tuple[int, int] | None, "Make only the I-th of N slices; `mm-data commit` joins them.", parse_slice
     ] = None
@@ -96,6 +98,8 @@ class TokenizeOptions:
         if self.split_bytes < _MIN_SPLIT_BYTES:
             raise ValueError(f"split_bytes must be at least {_MIN_SPLIT_BYTES}, not {self.split_bytes}")
         parse_fraction(self.val_fraction)
+        if self.records.separator is not None and self.format in ("jsonl", "parquet"):
+            raise ValueError(f"separator is for text, it does nothing with format {self.format}")
 
 
 class InputHashes:

@@ -4,6 +4,7 @@ A bar counts bytes and shows their rate and the time left; what else is worth se
 """
 
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import Self
@@ -29,6 +30,7 @@ class ByteProgress:
         self._count = 0
         self._done = 0
         self._start = self._last_line = time.monotonic()
+        self._lock = threading.Lock()
         self._bar: tqdm | None = None
         if sys.stderr.isatty():
             self._bar = tqdm(
@@ -36,7 +38,11 @@ class ByteProgress:
             )
 
     def add(self, num_bytes: int, count: int = 0) -> None:
-        """Tell that this much more is done (less, where work is done over)."""
+        """Tell that this much more is done (less, where work is done over); any thread may."""
+        with self._lock:
+            self._add(num_bytes, count)
+
+    def _add(self, num_bytes: int, count: int) -> None:
         self._done += num_bytes
         self._count += count
         if self._bar is not None:

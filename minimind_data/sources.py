@@ -1,8 +1,7 @@
 """Where records come from: files, folders, globs and object stores, and the form that each file has.
 
 A form is told by content first (compressed files and Parquet have a magic number) and then by name; what neither tells is
-refused, not guessed. Object stores (`s3://`, `gs://`, …) are read through pyarrow's file systems, with their credentials and
-settings from the environment; what they hold is read in ranges, never fetched whole.
+refused, not guessed. What object stores hold (see `stores.py`) is read in ranges, never fetched whole.
 
 Sources of the magic numbers: RFC 1952 (gzip), RFC 8878 (zstd), the Apache Parquet format specification.
 """
@@ -15,8 +14,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Literal, cast, get_args
+from typing import BinaryIO, Literal, cast, get_args
 
+from minimind_data import stores
 from minimind_data.errors import UserError
 
 Form = Literal["jsonl", "parquet", "text"]
@@ -40,9 +40,9 @@ _FORMS: dict[str, Form] = {
     **dict.fromkeys((".parquet", ".pq"), "parquet"),
     **dict.fromkeys((".txt", ".text"), "text"),
 }
-_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _GLOB = re.compile(r"[*?\[]")
 _HEAD_BYTES = 4096
+_MAX_STEM_BYTES = 160  # file systems take 255, and what a build appends takes some 50
 STDIN = "-"
 
 
@@ -62,18 +62,27 @@ class Source:
         """The name of its shards: the file's name without what tells its form."""
         if self.name == STDIN:
             return "stdin"
-        name = PurePosixPath(self.name.split("?")[0]).name
+        name = stores.name_of(self.name) if stores.is_uri(self.name) else PurePosixPath(self.name).name
         for suffixes in (_COMPRESSION_SUFFIXES, tuple(_FORMS)):
             for suffix in suffixes:
                 if name.lower().endswith(suffix) and len(name) > len(suffix):
                     name = name[: -len(suffix)]
                     break
-        return name
+        return name.encode()[:_MAX_STEM_BYTES].decode(errors="ignore")
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it lies in an object store."""
+        return stores.is_uri(self.location)
+
+    def is_absolute(self) -> bool:
+        """Tell whether it can be opened from any working directory."""
+        return self.is_remote or Path(self.location).is_absolute()
 
     def absolute(self) -> "Source":
-        """Return the same source, to be opened from any working directory."""
-        if _URI.match(self.location):
-            return self
+        """Return the same source to be written down: it can be opened from any working directory, and holds no credentials."""
+        if stores.is_uri(self.location):
+            return replace(self, location=stores.without_secrets(self.location))
         return replace(self, location=str(Path(self.location).absolute()))
 
     def open(self) -> BinaryIO:
@@ -93,12 +102,15 @@ class Source:
 
     def stamp(self) -> tuple[int, int]:
         """Return (size in bytes, time of the last change in nanoseconds, 0 where that is not known)."""
-        if not _URI.match(self.location):
-            status = Path(self.location).stat()
+        if not stores.is_uri(self.location):
+            with self.reading():
+                status = Path(self.location).stat()
             return status.st_size, status.st_mtime_ns
-        filesystem, path = _filesystem(self.location)
-        found = filesystem.get_file_info(path)
-        return int(found.size or 0), int(found.mtime_ns or 0)
+        return stores.stamp(self.location)
+
+    def is_gone(self) -> bool:
+        """Tell whether there is no such file any more; an object of a store is only missed when it is read."""
+        return not stores.is_uri(self.location) and not Path(self.location).exists()
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -106,10 +118,15 @@ class Source:
         try:
             yield
         except Exception as error:
-            if not _is_of_reading(error):
+            is_name = self.form == "parquet" and isinstance(error, UnicodeDecodeError)  # of a column
+            if not (is_name or stores.is_of_reading(error)):
                 raise
+            said, remedy = stores.first_line(error), "get it again"
+            if stores.is_uri(self.location):
+                said = stores.without_its_secrets(said, self.location)
+                remedy = "check it and the connection, then run the same command again"
             what = "damaged or cut off" if self.compression or self.form == "parquet" else "cannot be read"
-            raise UserError(f"{self.name}: {what} ({_first_line(error)}); get it again") from None
+            raise UserError(f"{self.name}: {what} ({said}); {remedy}") from None
 
 
 def expand(inputs: Sequence[str], form: Format = "auto") -> tuple[list[Source], list[str]]:
@@ -129,19 +146,23 @@ def expand(inputs: Sequence[str], form: Format = "auto") -> tuple[list[Source], 
     notes: list[str] = []
     taken: dict[str, str] = {}
     for given in inputs:
+        if given == STDIN:
+            raise UserError(
+                "-: standard input can be read once, and by tokenize alone; save it to a file first"
+            )
         files, left_out = _files_of(given, form)
         if left_out:
-            some = ", ".join(PurePosixPath(path).name for path in left_out[:3])
+            some = ", ".join(PurePosixPath(_shown(path)).name for path in left_out[:3])
             notes.append(
-                f"{given}: {len(left_out)} files of no known form are left out ({some}{', …' if len(left_out) > 3 else ''})"
+                f"{_shown(given)}: {len(left_out)} files of no known form are left out ({some}{', …' if len(left_out) > 3 else ''})"
             )
         for location in files:
-            key = location if _URI.match(location) else os.path.realpath(location)
+            key = _shown(location) if stores.is_uri(location) else os.path.realpath(location)
             if key in taken:
                 raise UserError(
-                    f"{location}: named twice (by {taken[key]} and by {given}); its documents would be doubled"
+                    f"{_shown(location)}: named twice (by {taken[key]} and by {_shown(given)}); its documents would be doubled"
                 )
-            taken[key] = given
+            taken[key] = _shown(given)
             sources.append(tell(location, form))
     return sources, notes
 
@@ -152,7 +173,7 @@ def tell(location: str, form: Format = "auto", *, name: str | None = None) -> So
     Raises:
         UserError: it is missing, empty, no file, or its form cannot be told.
     """
-    shown = name or _without_credentials(location)
+    shown = name or _shown(location)
     _check_is_file(location, shown)
     with _open(location, shown) as file:
         head = file.read(_HEAD_BYTES)
@@ -187,7 +208,7 @@ def _form_of(name: str, head: bytes, wanted: Format, *, compressed: bool) -> For
     base = name.lower()
     for suffix in _COMPRESSION_SUFFIXES:
         base = base.removesuffix(suffix)
-    by_name = _FORMS.get(PurePosixPath(base.split("?")[0]).suffix)
+    by_name = _FORMS.get(PurePosixPath(base).suffix)
     form = by_name if wanted == "auto" else wanted
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if form == "parquet":
@@ -211,22 +232,47 @@ def _is_json(line: bytes) -> bool:
 
 def _files_of(given: str, form: Format) -> tuple[list[str], list[str]]:
     """Return (files, files left out) that one input stands for."""
-    if _URI.match(given):
-        return _remote_files(given, form)
-    path = Path(given)
-    if path.is_dir():
-        found = sorted(
-            str(file)
-            for file in path.rglob("*")
-            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        )
-        return _known(given, found, form)
-    if not path.exists() and _GLOB.search(given):
-        matches = sorted(one for one in glob.glob(given, recursive=True) if not Path(one).is_dir())  # noqa: PTH207 - from cwd or root
-        if not matches:
-            raise UserError(f"{given}: no file matches")
-        return matches, []
+    if stores.is_uri(given):
+        found, is_folder = stores.files(given)
+        return _known(given, found, form) if is_folder else (found, [])
+    try:
+        path = Path(given)
+        if path.is_dir():
+            return _known(given, _below(path), form)
+        if not path.exists() and _GLOB.search(given):
+            matches = sorted(one for one in glob.glob(given, recursive=True) if not Path(one).is_dir())  # noqa: PTH207 - from cwd or root
+            if not matches:
+                raise UserError(f"{given}: no file matches")
+            return matches, []
+    except OSError as error:
+        where = error.filename if isinstance(error.filename, str) else given
+        raise UserError(
+            f"{where}: cannot be looked into ({error.strerror}); mend that, or name the files that matter"
+        ) from None
     return [given], []
+
+
+def _below(folder: Path) -> list[str]:
+    """Return the files in a folder and its folders, in order, those with a dot in front left out.
+
+    Links are followed, each folder is seen once. What cannot be listed is an error, for its files would be missing.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found: list[str] = []
+    seen = {os.path.realpath(folder)}
+    for place, folders, names in os.walk(str(folder), onerror=refuse, followlinks=True):
+        found += [str(Path(place, name)) for name in names if not name.startswith(".")]
+        wanted = sorted(name for name in folders if not name.startswith("."))
+        folders.clear()
+        for name in wanted:
+            real = os.path.realpath(Path(place, name))
+            if real not in seen:
+                seen.add(real)
+                folders.append(name)
+    return sorted(found)
 
 
 def _known(given: str, found: list[str], form: Format) -> tuple[list[str], list[str]]:
@@ -237,107 +283,39 @@ def _known(given: str, found: list[str], form: Format) -> tuple[list[str], list[
         left_out = [file for file in found if not _has_known_name(file)]
     if not known:
         raise UserError(
-            f"{given}: a folder without any file of a known form ({', '.join(sorted(_FORMS))}, also .gz or .zst)"
+            f"{_shown(given)}: a folder without any file of a known form ({', '.join(sorted(_FORMS))}, also .gz or .zst)"
         )
     return known, left_out
 
 
 def _has_known_name(file: str) -> bool:
-    base = file.lower()
+    base = _shown(file).lower()
     for suffix in _COMPRESSION_SUFFIXES:
         base = base.removesuffix(suffix)
     return PurePosixPath(base).suffix in _FORMS
 
 
-def _remote_files(given: str, form: Format) -> tuple[list[str], list[str]]:
-    location, _, query = given.partition("?")
-    from pyarrow import fs  # noqa: PLC0415 - takes a tenth of a second
-
-    # In a URI with a query, `?` begins it; `*` and `[` remain for globs.
-    wild = re.search(r"[*\[]", location)
-    with _remote(given):
-        if wild:
-            folder = location[: location.rfind("/", 0, wild.start()) + 1]
-            filesystem, path = _filesystem(_with_query(folder, query))
-            _, pattern = _filesystem(_with_query(location, query), check=False)
-            listed = filesystem.get_file_info(fs.FileSelector(path.rstrip("/"), recursive=True))
-            names = [one.path for one in listed if one.type == fs.FileType.File]
-            matches = sorted(one for one in names if PurePosixPath(one).match(pattern))
-            if not matches:
-                raise UserError(f"{_without_credentials(given)}: no file matches")
-            return [_with_query(_uri_of(location, one), query) for one in matches], []
-        filesystem, path = _filesystem(given)
-        found = filesystem.get_file_info(path)
-        if found.type == fs.FileType.NotFound:
-            raise UserError(f"{_without_credentials(given)}: no such file")
-        if found.type == fs.FileType.File:
-            return [given], []
-        listed = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-        names = sorted(one.path for one in listed if one.type == fs.FileType.File)
-        known, left_out = _known(_without_credentials(given), names, form)
-        return [_with_query(_uri_of(location, one), query) for one in known], left_out
-
-
-def _uri_of(uri: str, path: str) -> str:
-    """Return the URI of another file of the same store; its path includes the bucket."""
-    scheme, rest = uri.split("://", 1)
-    credentials = rest.rpartition("@")[0] if "@" in rest.split("/")[0] else ""
-    return f"{scheme}://{credentials}{'@' if credentials else ''}{path}"
-
-
-def _with_query(uri: str, query: str) -> str:
-    return f"{uri}?{query}" if query else uri
-
-
-def _without_credentials(location: str) -> str:
-    if not _URI.match(location):
-        return location
-    scheme, rest = location.split("?", maxsplit=1)[0].split("://", 1)
-    host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
-
-
-def _filesystem(uri: str, *, check: bool = True) -> tuple[Any, str]:
-    """Return pyarrow's file system for a URI, and the path in it."""
-    from pyarrow import fs  # noqa: PLC0415 - takes a tenth of a second
-
-    if not check:
-        uri = uri.replace("*", "%2A").replace("[", "%5B").replace("]", "%5D")
-    with _remote(uri):
-        filesystem, path = fs.FileSystem.from_uri(uri)
-        return filesystem, path if check else path.replace("%2A", "*").replace("%5B", "[").replace("%5D", "]")
-
-
-@contextlib.contextmanager
-def _remote(uri: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if not _is_of_reading(error):
-            raise
-        raise UserError(
-            f"{_without_credentials(uri)}: cannot be reached ({_first_line(error)}); check the address, the credentials and the "
-            "region"
-        ) from None
+def _shown(location: str) -> str:
+    """Return a path as it is and a URI without its credentials."""
+    return stores.shown(location) if stores.is_uri(location) else location
 
 
 def _check_is_file(location: str, name: str) -> None:
-    if _URI.match(location):
+    if stores.is_uri(location):
         return
     path = Path(location)
-    if path.is_dir():
-        raise UserError(f"{name}: a folder, where a file is needed")
-    if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
-        raise UserError(
-            f"{name}: a pipe or a device, which cannot be read twice; save it to a file, or pipe it into `-`"
-        )
+    with contextlib.suppress(OSError):  # opening it will say
+        if path.is_dir():
+            raise UserError(f"{name}: a folder, where a file is needed")
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+            raise UserError(
+                f"{name}: a pipe or a device, which cannot be read twice; save it to a file, or pipe it into `-`"
+            )
 
 
 def _open(location: str, name: str) -> BinaryIO:
-    if _URI.match(location):
-        filesystem, path = _filesystem(location)
-        with _remote(location):
-            return cast("BinaryIO", filesystem.open_input_file(path))
+    if stores.is_uri(location):
+        return stores.open_file(location)
     try:
         return Path(location).open("rb")
     except FileNotFoundError:
@@ -355,27 +333,26 @@ def _decompressed(raw: BinaryIO, compression: Compression) -> BinaryIO:
     return cast("BinaryIO", pa.CompressedInputStream(file, compression))
 
 
-def _is_of_reading(error: Exception) -> bool:
-    """Tell an error of the system or of pyarrow from everything else; pyarrow's have several unrelated bases."""
-    if isinstance(error, BrokenPipeError):
-        return False
-    return isinstance(error, OSError) or type(error).__module__.startswith("pyarrow")
-
-
-def _first_line(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error)
-    return text.strip().splitlines()[0] if text.strip() else type(error).__name__
-
-
 def spool(stream: BinaryIO, path: Path, report: Callable[[int], None] = lambda _: None) -> None:
     """Copy a stream that can be read only once into a file, which can be read again.
 
     Args:
-        stream: such as standard input.
+        stream: standard input.
         path: the file, made anew.
         report: told the bytes of each block.
+
+    Raises:
+        UserError: the stream cannot be read.
     """
     with path.open("wb") as file:
-        while block := stream.read(2**20):
+        while True:
+            try:
+                block = stream.read(2**20)
+            except OSError as error:
+                raise UserError(
+                    f"{STDIN}: standard input cannot be read ({error.strerror}); pipe text into this command"
+                ) from None
+            if not block:
+                return
             file.write(block)
             report(len(block))

@@ -7,13 +7,11 @@ depends on the input's bytes and the job alone: not on the process, the machine,
 import base64
 import contextlib
 import functools
-import queue
-import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self, TypeVar
+from typing import Literal, Self
 
 import numpy as np
 import orjson
@@ -26,11 +24,11 @@ from minimind_data.fields import RecordSpec
 from minimind_data.files import disk_full_is_plain, sha256_of_bytes, write_atomic
 from minimind_data.format import VALIDATION_NAME, TokenArray, TokenDtype, TokenizerInfo, numpy_dtype
 from minimind_data.records import open_reader, place
+from minimind_data.stages import DifferenceError, ahead, encode_blocks
 from minimind_data.tokenizer import (
     Encoder,
     Ids,
     Offsets,
-    ReferenceEncoder,
     cached_tokenizer,
     first_difference,
     make_encoder,
@@ -41,11 +39,9 @@ from minimind_data.writer import ShardWriter, WrittenShard
 # some four per cent of the work; giants are left to the check at the start, they would cost seconds each.
 _COMPARE_ONE_IN = 1024
 _COMPARE_MAX_CHARS = 2**17
-_STAGE_DEPTH = 2
 SET_ASIDE_SUFFIX = ".set-aside.jsonl"
 HASHES_SUFFIX = ".hashes"
 
-_T = TypeVar("_T")
 Report = Callable[[int, int], None]
 """Told (bytes of input, tokens) as they are done."""
 
@@ -64,6 +60,8 @@ class Job:
     records: RecordSpec
     on_bad_record: Literal["stop", "set-aside"]
     val_fraction: float = 0.0
+    encoder_threads: int = 1
+    """Blocks of text that are encoded at the same time."""
     step: Literal["make", "hash"] = "make"
     """`hash` only notes the hashes of the texts, for `dedup`."""
 
@@ -119,10 +117,6 @@ class HashResult:
     name: str
 
 
-class _DifferenceError(Exception):
-    """The fast backend failed, or it and the reference disagree about a document."""
-
-
 def run_task(job: Job, task: SplitTask, report: Report) -> SplitResult | HashResult:
     """Do the job's step for one split.
 
@@ -157,7 +151,7 @@ def build_split(job: Job, task: SplitTask, report: Report) -> SplitResult:
 
     try:
         return _build(job, task, job.backend, None, count)
-    except _DifferenceError as difference:
+    except DifferenceError as difference:
         report(-told[0], -told[1])
         return _build(job, task, "tokenizers", str(difference), report)
 
@@ -165,11 +159,11 @@ def build_split(job: Job, task: SplitTask, report: Report) -> SplitResult:
 def _build(job: Job, task: SplitTask, backend: str, difference: str | None, report: Report) -> SplitResult:
     reader = open_reader(task.split, job.records)
     encoder = _encoder(job.tokenizer_json, job.tokenizer, backend)
-    blocks = _ahead(_without(reader.blocks(), task.drop))
+    blocks = ahead(_without(reader.blocks(), task.drop))
     bad: list[BadRecord] = []
     empty_texts = compared = num_documents = 0
     with _Writers(job, task.name) as writers:
-        for block, ids, offsets in _ahead(_encode(encoder, blocks)):
+        for block, ids, offsets in ahead(encode_blocks(encoder, blocks, job.encoder_threads)):
             if block.bad and job.on_bad_record == "stop":
                 raise _bad_record_error(job, task.split, block.bad[0])
             bad += block.bad
@@ -299,19 +293,6 @@ def _encoder(tokenizer_json: str, info: TokenizerInfo, backend: str) -> Encoder:
     return make_encoder(cached_tokenizer(tokenizer_json, info), backend)
 
 
-def _encode(encoder: Encoder, blocks: Iterator[Block]) -> Generator[tuple[Block, Ids, Offsets], None, None]:
-    for block in blocks:
-        try:
-            ids, offsets = encoder.encode_batch(block.texts)
-        except (KeyboardInterrupt, SystemExit, MemoryError, UserError):
-            raise
-        except BaseException as error:  # a panic in Rust is no Exception
-            if encoder.name == ReferenceEncoder.name:
-                raise
-            raise _DifferenceError(f"it failed: {type(error).__name__}: {error}") from None
-        yield block, ids, offsets
-
-
 def _compare(job: Job, texts: list[str], ids: Ids, offsets: Offsets, first_number: int) -> int:
     """Hold some documents of a batch against the reference; return how many."""
     # Multiplying by 2^64 / golden ratio scatters the numbers, so that no period in the input hides from the check.
@@ -329,7 +310,7 @@ def _compare(job: Job, texts: list[str], ids: Ids, offsets: Offsets, first_numbe
     tokenizer = cached_tokenizer(job.tokenizer_json, job.tokenizer)
     different = first_difference(tokenizer, [texts[i] for i in chosen], chosen_ids, chosen_offsets)
     if different is not None:
-        raise _DifferenceError(f"document {first_number + chosen[different] + 1} of the split")
+        raise DifferenceError(f"document {first_number + chosen[different] + 1} of the split")
     return len(chosen)
 
 
@@ -350,48 +331,3 @@ def _set_aside_line(bad: BadRecord) -> bytes:
     except UnicodeDecodeError:
         data = {"data_base64": base64.b64encode(bad.data).decode()}
     return orjson.dumps({"line": bad.line, "reason": bad.reason, **data}, option=orjson.OPT_APPEND_NEWLINE)
-
-
-def _ahead(items: Generator[_T, None, None]) -> Generator[_T, None, None]:
-    """Run an iterator in a thread of its own, a few items ahead; its exception is raised where its item would be."""
-    ready: queue.Queue[_T | _End] = queue.Queue(_STAGE_DEPTH)
-    stopped = threading.Event()
-
-    def put(item: _T | _End) -> None:
-        while not stopped.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return
-
-    def produce() -> None:
-        end = _End()
-        try:
-            for item in items:
-                put(item)
-                if stopped.is_set():
-                    break
-        except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the consumer
-            end = _End(error)
-        finally:
-            items.close()
-            put(end)
-
-    thread = threading.Thread(target=produce, daemon=True)
-    thread.start()
-    try:
-        while not isinstance(item := ready.get(), _End):
-            yield item
-        if item.error is not None:
-            raise item.error
-    finally:
-        stopped.set()
-        thread.join()
-
-
-@dataclass(frozen=True)
-class _End:
-    """Stands behind the last item of a stage, with the exception that made it the last, if any."""
-
-    error: BaseException | None = None

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import itertools
 import json
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +169,7 @@ def _special_id(
 
 
 class Encoder(Protocol):
-    """Texts to ids, many at a time."""
+    """Texts to ids, many at a time, for any number of threads."""
 
     name: str
 
@@ -220,14 +221,18 @@ class FastokensEncoder:
         self._make: Callable[[], Any] = make
         self._encoder = make()
         self._num_tokens = 0
+        self._lock = threading.Lock()
 
     def encode_batch(self, texts: list[str]) -> tuple[Ids, Offsets]:
-        """Encode; see `Encoder`."""
-        if self._num_tokens > _FASTOKENS_RENEWAL_TOKENS:
-            self._encoder = self._make()
-            self._num_tokens = 0
-        ids, offsets = self._encoder.encode_batch_flat(texts)
-        self._num_tokens += len(ids) // 4
+        """Encode; see `Encoder`. Threads may call this at the same time, and share the caches."""
+        with self._lock:
+            if self._num_tokens > _FASTOKENS_RENEWAL_TOKENS:
+                self._encoder = self._make()
+                self._num_tokens = 0
+            encoder = self._encoder
+        ids, offsets = encoder.encode_batch_flat(texts)
+        with self._lock:
+            self._num_tokens += len(ids) // 4
         return np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<u8").astype(np.int64)
 
 

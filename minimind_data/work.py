@@ -17,7 +17,14 @@ from typing import Any
 import orjson
 
 from minimind_data.errors import UserError
-from minimind_data.files import FolderLock, fsync_folder, is_disk_full, remove_partials, write_atomic
+from minimind_data.files import (
+    FolderLock,
+    checksum_of_json,
+    fsync_folder,
+    is_disk_full,
+    remove_partials,
+    write_atomic,
+)
 from minimind_data.format import MANIFEST_NAME, SET_ASIDE_NAME, TOKENIZER_NAME, VALIDATION_NAME, Manifest
 from minimind_data.options import differences
 from minimind_data.plan import flat_settings, slice_of
@@ -36,6 +43,7 @@ WORK_FOLDER_NAME = ".mm-build"
 STDIN_NAME = "stdin"
 PLAN_NAME = "plan.json"
 _LOCK_NAME = "lock"
+_CHECKSUM = "checksum"
 _PREVIOUS_NAME = "previous"
 _RESULT_SUFFIX = ".result.json"
 _SHARD_SUFFIXES = (".bin", ".idx")
@@ -132,25 +140,34 @@ class WorkFolder:
             names = names.union(begun["shards"])
         plan = {**settings, "inputs": list(inputs), "shards": sorted(names)}
         if plan != begun:
-            write_atomic(path, json.dumps(plan, indent=1))
+            _write_told(path, plan)
 
     def plan(self) -> dict[str, Any] | None:
-        """Return what was begun, or None."""
-        try:
-            told: dict[str, Any] = json.loads((self.path / PLAN_NAME).read_bytes())
-        except FileNotFoundError:
-            return None
-        return told
+        """Return what was begun, or None.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        remedy = (
+            f"delete {self.path} and run the command that began this build again, which makes all splits anew"
+        )
+        return _read_told(self.path / PLAN_NAME, remedy)
 
     def write_result(self, result: SplitResult) -> None:
         """Put down that a split is made."""
-        write_atomic(self.path / f"{result.name}{_RESULT_SUFFIX}", json.dumps(asdict(result)))
+        _write_told(self.path / f"{result.name}{_RESULT_SUFFIX}", asdict(result))
 
     def read_result(self, name: str) -> SplitResult | None:
-        """Return what the split of this shard gave, or None where it is not made."""
-        try:
-            told = json.loads((self.path / f"{name}{_RESULT_SUFFIX}").read_bytes())
-        except FileNotFoundError:
+        """Return what the split of this shard gave, or None where it is not made.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        told = _read_told(
+            self.path / f"{name}{_RESULT_SUFFIX}",
+            "delete it and run the command that made this split again, which makes it anew",
+        )
+        if told is None:
             return None
         shards = {side: told[side] and WrittenShard(**told[side]) for side in ("shard", "val_shard")}
         return SplitResult(**{**told, **shards})
@@ -228,6 +245,24 @@ class WorkFolder:
         (self.path / PLAN_NAME).unlink(missing_ok=True)  # last: it says which shards may be stale
         for path in self.path.glob(f"{_LOCK_NAME}-*"):
             path.unlink()
+
+
+def _write_told(path: Path, told: dict[str, Any]) -> None:
+    write_atomic(path, json.dumps({**told, _CHECKSUM: checksum_of_json(told)}, indent=1))
+
+
+def _read_told(path: Path, remedy: str) -> dict[str, Any] | None:
+    """Read what `_write_told` wrote; None where there is no file."""
+    told: Any = None
+    try:
+        told = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError):
+        pass  # said below
+    if not isinstance(told, dict) or told.pop(_CHECKSUM, None) != checksum_of_json(told):
+        raise UserError(f"{path}: damaged; {remedy}")
+    return told
 
 
 def _first_manifest(*folders: Path) -> Manifest | None:

@@ -32,7 +32,6 @@ DEFAULT_EPOCHS = 2
 _HARMLESS = frozenset(
     {"shards", "device", "micro_batch", "threads", "save_every", "keep", "log_every"}
 ) | frozenset(flatten(ValidationConfig()))
-_BEFORE_IT_WAS_AN_OPTION = {"shuffle_block": 1}  # what a run does whose record does not say
 _SKIPS = "skip_positions"
 WEIGHTS = "weights"
 """What a change of a mixture's weights is called."""
@@ -41,6 +40,10 @@ _DEEDS = frozenset(
     {"resume_from", _SKIPS}
 )  # a resume does them because it is told to; they need no permission
 _NOT_RECORDED = frozenset({"run"})  # a run is where it is, also when its folder has been moved
+_BEFORE_IT_WAS_AN_OPTION = {
+    "document_mask": False,
+    "shuffle_block": 1,
+}  # what a run does whose record does not say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,11 @@ class DataConfig:
         LongDocuments,
         "In layout pack, a document longer than a window: cut to one, fragment over several, or drop.",
     ] = "cut"
+    document_mask: Annotated[
+        bool | None,
+        "Attention and positions stay inside each document of a window, and no step between documents is learned. By default on "
+        "in layout pack, off in concat; in pad a window is one document, so it changes nothing.",
+    ] = None
     seq_len: Annotated[int, "Tokens in a window."] = 340
     order: Annotated[OrderKind, "shuffled anew in each epoch, or sequential as in the shards."] = "shuffled"
     shuffle_block: Annotated[
@@ -131,7 +139,12 @@ def with_stretches(config: PretrainConfig, stretches: tuple[Stretch, ...]) -> Pr
 
 def window_options(data: DataConfig) -> dict[str, Any]:
     """Return the options of `open_windows` that a run learns with, and is measured with."""
-    return {"layout": data.layout, "seq_len": data.seq_len, "long_documents": data.long_documents}
+    return {
+        "layout": data.layout,
+        "seq_len": data.seq_len,
+        "long_documents": data.long_documents,
+        "documents_apart": bool(data.document_mask),
+    }
 
 
 def resolved(config: PretrainConfig, shards: Datasets) -> PretrainConfig:
@@ -139,9 +152,11 @@ def resolved(config: PretrainConfig, shards: Datasets) -> PretrainConfig:
     training = config.training
     epochs = DEFAULT_EPOCHS if training.epochs is None and training.steps is None else training.epochs
     measured_on = config.validation.val_shards and str(Path(config.validation.val_shards).resolve())
+    # Neighbours in pack have nothing in common but that their lengths fit; concat is the plain token stream that others train on.
+    masked = config.data.layout == "pack" if config.data.document_mask is None else config.data.document_mask
     return replace(
         config,
-        data=replace(config.data, shards=shards.resolved()),
+        data=replace(config.data, shards=shards.resolved(), document_mask=masked),
         validation=replace(config.validation, val_shards=measured_on),
         model=replace(config.model, vocab_size=shards.tokenizer.vocab_size).resolved(),
         training=replace(

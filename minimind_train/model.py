@@ -1,9 +1,10 @@
 """MiniMind's dense language model: a stack of pre-norm transformer layers under tied embeddings.
 
-RMSNorm in float32, rotary positions in the rotate-half convention with position = index, grouped-query attention,
-SwiGLU, an optional norm of queries and keys. Parameters have the names that MiniMind and Hugging Face give them, so
-weights pass between the three by name. The module holds parameters and nothing else: no buffers, no state between
-calls; what decoding must remember is a `KVCache` that the caller passes in.
+RMSNorm in float32, rotary positions in the rotate-half convention with position = index (in the row, or in its
+document where rows hold several), grouped-query attention, SwiGLU, an optional norm of queries and keys. Parameters
+have the names that MiniMind and Hugging Face give them, so weights pass between the three by name. The module holds
+parameters and nothing else: no buffers, no state between calls; what decoding must remember is a `KVCache` that the
+caller passes in.
 
 Shapes: B batch, L new positions, T all positions, H hidden size, V vocabulary, D size of a head. Attention keeps the
 heads in the third place, [B, L, heads, D], because that is how the projections lay them out in memory.
@@ -19,6 +20,8 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from minimind_train.documents import Documents
 
 _LARGEST = {
     # Far above any model that one machine trains; whether one fits is decided by its parameters.
@@ -167,6 +170,10 @@ def rotary_tables(start: int, stop: int, config: ModelConfig, device: torch.devi
     return angles.cos(), angles.sin()
 
 
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines, [L, 1, D/2]; [B, L, 1, D/2] where the positions begin again inside of rows."""
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pair (x[i], x[i + D/2]) of every head by its position's i-th angle."""
     first, second = x.chunk(2, dim=-1)
@@ -188,8 +195,10 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None, layer: int) -> Tensor:
-        """Let each position of [B, L, H] read those up to its own."""
+    def forward(
+        self, x: Tensor, rotary: Rotary, cache: KVCache | None, layer: int, documents: Documents | None
+    ) -> Tensor:
+        """Let each position of [B, L, H] read those up to its own, of all or of its document."""
         queries, keys, values = (
             project(x).unflatten(-1, (-1, self.head_size))
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -199,6 +208,16 @@ class Attention(nn.Module):
         queries, keys = rotate(queries, *rotary), rotate(keys, *rotary)
         if cache is not None:
             keys, values = cache.append(layer, keys, values)
+        dropout_p = self.dropout if self.training else 0.0
+        if documents is None:
+            mixed = self._attend(queries, keys, values, dropout_p)
+        else:
+            mixed = documents.attend(queries, keys, values, dropout_p)
+        out: Tensor = self.o_proj(mixed.flatten(2))
+        return functional.dropout(out, self.dropout, self.training)
+
+    @staticmethod
+    def _attend(queries: Tensor, keys: Tensor, values: Tensor, dropout_p: float) -> Tensor:
         num_new, num_all = queries.shape[1], keys.shape[1]
         # `is_causal` would align the first new position with the first of all; a single new one sees everything.
         mask = None
@@ -209,12 +228,11 @@ class Attention(nn.Module):
             keys.transpose(1, 2),
             values.transpose(1, 2),
             attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout_p,
             is_causal=num_new == num_all > 1,
             enable_gqa=queries.shape[2] != keys.shape[2],
         )
-        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
-        return functional.dropout(out, self.dropout, self.training)
+        return mixed.transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -242,9 +260,11 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None, layer: int) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Rotary, cache: KVCache | None, layer: int, documents: Documents | None
+    ) -> Tensor:
         """Take [B, L, H] to [B, L, H]."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary, cache, layer)
+        x = x + self.self_attn(self.input_layernorm(x), rotary, cache, layer, documents)
         mixed: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return mixed
 
@@ -274,14 +294,23 @@ class MiniMind(nn.Module):
         """The output matrix [V, H]: the embedding's own where they are tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, input_ids: Tensor, *, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, *, position_ids: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """Return the hidden states [B, L, H] after the last norm.
 
-        With a cache, `input_ids` continues what the cache has read, and is read into it.
+        Args:
+            input_ids: tokens, int64 [B, L].
+            position_ids: the place of each token in its document, int64 [B, L], from 0 without a gap, below L. A document begins
+                at every 0; a token reads only what stands before it in its own. Without it a row is one document.
+            cache: what was read before; `input_ids` continues it, and is read into it. A cache is of one document a row, so it
+                does not go with `position_ids`.
 
         Raises:
-            ValueError: the sequence would be longer than `max_position_embeddings`.
+            ValueError: the sequence would be longer than `max_position_embeddings`, or there is a cache beside `position_ids`.
         """
+        if cache is not None and position_ids is not None:
+            raise ValueError("a cache holds one document a row; leave position_ids out to continue it")
         start = 0 if cache is None else cache.length
         stop = start + input_ids.shape[1]
         if stop > self.config.max_position_embeddings:
@@ -289,10 +318,12 @@ class MiniMind(nn.Module):
                 f"a sequence of {stop} tokens is longer than max_position_embeddings, which is "
                 f"{self.config.max_position_embeddings}"
             )
-        rotary = rotary_tables(start, stop, self.config, input_ids.device)
+        rotary, documents = rotary_tables(start, stop, self.config, input_ids.device), None
+        if position_ids is not None:
+            rotary, documents = (rotary[0][position_ids], rotary[1][position_ids]), Documents(position_ids)
         x = functional.dropout(self.model.embed_tokens(input_ids), self.config.dropout, self.training)
         for number, layer in enumerate(self.model.layers):
-            x = layer(x, rotary, cache, number)
+            x = layer(x, rotary, cache, number, documents)
         if cache is not None:
             cache.advance(stop - start)
         hidden: Tensor = self.model.norm(x)

@@ -231,7 +231,8 @@ class _Job:
 
 def summed_loss(model: MiniMind, micro_batch: Mapping[str, Tensor]) -> Tensor:
     """Return the loss of pre-training: of the next token, summed over the micro-batch."""
-    return summed_cross_entropy(model(micro_batch["input_ids"]), model.head_weight, micro_batch["targets"])
+    hidden = model(micro_batch["input_ids"], position_ids=micro_batch.get("position_ids"))
+    return summed_cross_entropy(hidden, model.head_weight, micro_batch["targets"])
 
 
 def _open_shards(words: Sequence[str]) -> Datasets:
@@ -256,5 +257,6 @@ def _refuse_unfit(config: PretrainConfig, shards: Datasets) -> None:
     what = f"{size / 1e6:,.1f} M parameters, their gradients and AdamW's two averages"
     device = resolve_device(config.training.device)
     refuse_too_large(what, 16 * size, device, "take a smaller --hidden-size or --num-hidden-layers")
-    samples = 16 * config.training.global_batch * config.data.seq_len  # two int64 a token
+    # Two int64 a token, and its position where documents are kept apart.
+    samples = (24 if config.data.document_mask else 16) * config.training.global_batch * config.data.seq_len
     refuse_too_large("the samples of a step", samples, torch.device("cpu"), "take a smaller --global-batch")

@@ -19,9 +19,9 @@ import numpy as np
 import orjson
 import pytest
 
-from minimind_data import engines
 from minimind_data import split as split_module
 from minimind_data import tokenizer as tokenizer_module
+from minimind_data import tries
 from minimind_data.build import TokenizeOptions, tokenize
 from minimind_data.errors import UserError
 from minimind_data.files import remove_partials
@@ -423,7 +423,7 @@ def test_a_worker_that_dies_is_named_and_its_split_is_made_by_another(tmp_path, 
 
 @pytest.mark.slow
 def test_a_split_that_kills_its_workers_is_given_up_with_its_name(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(engines, "_TRIES", 1)
+    monkeypatch.setattr(tries, "MAX_TRIES", 1)
 
     @contextmanager
     def kill(*_):

@@ -226,7 +226,7 @@ def test_slices_join_to_the_same_dataset(tmp_path, a, b):
     assert not (out / "manifest.json").exists()
     commit(out)
     assert tree(out) == tree(tmp_path / "whole")
-    with pytest.raises(UserError, match="no unfinished build there"):
+    with pytest.raises(UserError, match="a finished dataset already"):
         commit(out)
 
 

@@ -152,7 +152,7 @@ def test_the_page_draws_turns_and_asks_nobody(browser, page):
     browser.open(page.as_uri())
     assert browser.run("document.title") == "d: what is in it"
     assert browser.run("document.querySelectorAll('#plot rect.bar').length") == 3
-    assert browser.run("document.querySelectorAll('#waste tr').length") == 4
+    assert browser.run("document.querySelectorAll('#waste tr').length") == 6
     assert browser.run("document.querySelectorAll('img, iframe').length") == 0
     assert browser.run(WHERE).startswith("Window 0 of ")
 

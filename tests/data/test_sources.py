@@ -69,6 +69,9 @@ def test_a_file_named_twice_is_refused(folder):
         ("noform", "noform"),
         (".jsonl", ".jsonl"),
         ("-", "stdin"),
+        ("what?.jsonl", "what?"),
+        ("s3://bucket/a%20b%3F.jsonl", "a b?"),
+        ("é" * 120 + ".jsonl", "é" * 80),
     ],
 )
 def test_shards_are_named_after_their_source(name, stem):
@@ -132,3 +135,43 @@ def test_inputs_that_are_none(tmp_path):
         given = name if "://" in name else str(tmp_path / name)
         with pytest.raises(UserError, match=complaint):
             expand([given])
+
+
+def test_links_are_followed_once_and_nothing_is_left_out_in_silence(folder):
+    corpus = folder / "corpus"
+    (corpus / "f.parquet").unlink()
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "linked.jsonl").write_bytes(LINE)
+    (corpus / "link").symlink_to(folder / "elsewhere")
+    (corpus / "b" / "loop").symlink_to(corpus)
+    names = [source.name for source in expand(["corpus"])[0]]
+    assert "corpus/link/linked.jsonl" in names
+    assert len(names) == len({os.path.realpath(name) for name in names}) == 6
+    (corpus / "gone.jsonl").symlink_to("nowhere.jsonl")
+    with pytest.raises(UserError, match=r"corpus/gone\.jsonl: no such file"):
+        expand(["corpus"])
+    (corpus / "gone.jsonl").unlink()
+    os.mkfifo(corpus / "pipe.jsonl")
+    with pytest.raises(UserError, match=r"corpus/pipe\.jsonl: a pipe or a device"):
+        expand(["corpus"])
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(folder, monkeypatch):
+    listed = os.scandir
+
+    def refuse(path):
+        if str(path) == "corpus/b":
+            raise PermissionError(13, "Permission denied", "corpus/b")
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # permissions bind no test that runs as root
+    with pytest.raises(UserError, match=r"corpus/b: cannot be looked into \(Permission denied\)"):
+        expand(["corpus"])
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a/" * 3000, "loop", "loop/x", "file.jsonl/x"])
+def test_paths_that_no_system_takes(tmp_path, name):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file.jsonl").write_bytes(LINE)
+    with pytest.raises(UserError, match=r"(no such file|cannot be (opened|looked into))"):
+        expand([str(tmp_path / name)])

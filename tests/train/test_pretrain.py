@@ -12,10 +12,11 @@ from minimind_data.errors import UserError
 from minimind_data.shards import ShardSet
 from minimind_data.windows import IGNORED, open_windows
 from minimind_train import checkpoint, devices
-from minimind_train.pretrain import resume
+from minimind_train.pretrain import pretrain, resume
 from minimind_train.runs import RunRecord
+from minimind_train.sampler import SampleOrder
 
-from .conftest import Said, metrics, steps
+from .conftest import Said, config_of, metrics, steps
 
 
 def test_a_run_folder_has_all_that_the_run_is(whole_run, small_dataset):
@@ -66,6 +67,31 @@ def test_layout_pack_trains_too(begin, tmp_path, small_dataset):
     assert outcome.cursor == len(windows)
     assert sum(record["targets"] for record in metrics(tmp_path / "run")) == (targets != IGNORED).sum()
     assert any("of all places filled" in line for line in said)
+
+
+@pytest.mark.parametrize("layout", ["concat", "pad", "pack"])
+def test_the_document_mask(tmp_path, small_dataset, layout):
+    shards = shutil.copytree(small_dataset, tmp_path / "data")
+    losses, targets = {}, {}
+    for document_mask in (None, True, False):
+        run = tmp_path / f"{document_mask}"
+        chosen = {"layout": layout, "seq_len": 40, "steps": 2, "document_mask": document_mask}
+        pretrain(config_of(run, shards, **chosen), Said())
+        assert RunRecord.read(run).options["document_mask"] is (
+            layout == "pack" if document_mask is None else document_mask
+        )
+        losses[document_mask] = [record["loss"] for record in metrics(run)]
+        targets[document_mask] = [record["targets"] for record in metrics(run)]
+    assert losses[None] == losses[layout == "pack"]
+    if layout == "pad":
+        assert losses[True] == pytest.approx(losses[False], rel=1e-6)
+    else:
+        assert losses[True] != pytest.approx(losses[False], rel=1e-5)
+    # Only concat has steps between documents to leave out.
+    assert (targets[True] == targets[False]) is (layout != "concat")
+    batches = open_windows(ShardSet.open(shards), layout=layout, seq_len=40, documents_apart=True)
+    learned = batches.fetch(SampleOrder(num_windows=len(batches), seed=42).windows(np.arange(8)))["targets"]
+    assert targets[True][0] == (learned != IGNORED).sum()
 
 
 def test_a_run_of_more_steps_than_the_dataset_has_goes_on_into_further_epochs(begin, tmp_path):

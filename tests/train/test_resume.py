@@ -82,6 +82,7 @@ def test_a_moved_dataset_is_the_same_dataset(stopped_run, whole_run, small_datas
         ("learning_rate", 1e-3, "in the run: 0.0005, on the command line: 0.001"),
         ("seq_len", 8, "in the run: 16, on the command line: 8"),
         ("layout", "pad", "in the run: concat, on the command line: pad"),
+        ("document_mask", True, "in the run: False, on the command line: True"),
         ("order", "sequential", "in the run: shuffled, on the command line: sequential"),
         ("shuffle_block", 4, "in the run: 1, on the command line: 4"),
         ("seed", 1, "in the run: 42, on the command line: 1"),
@@ -104,6 +105,45 @@ def test_what_would_make_another_run_is_refused_with_both_sides(stopped_run, nam
     assert remedy in str(error.value)
     assert (stopped_run / "config.json").read_bytes() == before
     assert (name in CHANGEABLE) is (name != "hidden_size")
+
+
+@pytest.fixture
+def masked(tmp_path, small_dataset):
+    """Options of a run that keeps documents apart, on a dataset that a packing plan may be written into."""
+    shards = shutil.copytree(small_dataset, tmp_path / "data")
+    return {"shards": shards, "layout": "pack", "seq_len": 40, "keep": 0, "dropout": 0.1}
+
+
+def test_a_run_with_a_document_mask_is_resumed_exactly(begin, tmp_path, masked):
+    begin(**masked)
+    run = tmp_path / "run"
+    assert RunRecord.read(run).options["document_mask"] is True
+    assert checkpoint.load(run, 6).state.config["document_mask"] is True
+    last, told = weights(run, 12), metrics(run)
+    stop_after(run, 6)
+    with pytest.raises(UserError, match=r"document_mask \(in the run: True, on the command line: False\)"):
+        resume(run, {"document_mask": False})
+    resume(run, {}, say=Said())
+    assert (weights(run, 12), metrics(run)) == (last, told)
+    stop_after(run, 6)
+    resume(run, {"document_mask": False}, allow_change={"document_mask"}, say=Said())
+    assert weights(run, 12) != last
+    assert RunRecord.read(run).changes == (Change(step=6, name="document_mask", old=True, new=False),)
+
+
+def test_a_run_from_before_the_document_mask_goes_on_without_it(begin, tmp_path, masked):
+    begin(**masked, document_mask=False)
+    run = tmp_path / "run"
+    last = weights(run, 12)
+    stop_after(run, 6)
+    record = RunRecord.read(run)
+    del record.options["document_mask"]
+    record.write(run)
+    with pytest.raises(UserError, match=r"document_mask \(in the run: False, on the command line: True\)"):
+        resume(run, {"document_mask": True})
+    resume(run, {}, say=Said())
+    assert weights(run, 12) == last
+    assert RunRecord.read(run).options["document_mask"] is False
 
 
 def test_another_dataset_is_refused_unless_it_is_asked_for(stopped_run, other_dataset):
