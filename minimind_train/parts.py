@@ -23,6 +23,7 @@ from minimind_data.shards import ShardSet
 from minimind_data.windows import Windows, open_windows
 from minimind_train.mixture import MAX_PARTS, MixtureOrder, Stretch, shares_of
 from minimind_train.sampler import OrderKind, SampleOrder
+from minimind_train.skips import Skips
 
 __all__ = [
     "Datasets",
@@ -30,6 +31,7 @@ __all__ = [
     "Order",
     "Samples",
     "Source",
+    "course_of",
     "epochs_of",
     "introduce",
     "place_of",
@@ -296,6 +298,27 @@ def introduce(order: MixtureOrder, position: int, wanted: str) -> list[str]:
             f"{part.num_windows:,} windows, {epochs:.4f} epochs done"
         )
     return lines
+
+
+def course_of(
+    options: Mapping[str, Any], announce: Callable[[str], None]
+) -> tuple[Windows | MixedWindows, Order, Skips]:
+    """Return what a run reads, in which order, and what it leaves out, from the options in its record.
+
+    Raises:
+        UserError: a dataset is not where it was.
+    """
+    datasets = Datasets.open(words_of(options["shards"]))
+    cut = {name: options[name] for name in ("layout", "seq_len", "long_documents") if name in options}
+    windows = datasets.windows(announce=announce, **cut)
+    order = datasets.order(
+        windows,
+        seed=options["seed"],
+        kind=options["order"],
+        block=options.get("shuffle_block", 1),
+        stretches=[Stretch.of(told) for told in options.get("stretches", ())],
+    )
+    return windows, order, Skips.of(options.get("skip_positions", ()))
 
 
 def place_of(order: Order, windows: Windows | MixedWindows, position: int) -> dict[str, Any]:

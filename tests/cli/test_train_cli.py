@@ -7,6 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from minimind_cli import data
 from minimind_cli.train import make
 from minimind_data.build import TokenizeOptions, tokenize
 
@@ -167,6 +168,37 @@ def test_a_mixture_is_one_shards_for_each_part(dataset, tmp_path):
     result = mm_train(*again, *parts, "--reweight-at-resume")
     assert result.exit_code == 0, result.stderr
     assert "zh: 1 of 2 windows" in result.stderr
+
+
+def test_a_run_says_where_its_positions_lie_with_all_that_changed(dataset, tmp_path):
+    run = tmp_path / "run"
+    parts = [f"zh={dataset}:0.7", f"en={dataset}:0.3"]
+    shards = [word for part in parts for word in ("--shards", part)]
+    begin = ["--steps", 3, "--skip-positions", "5:7", "--shuffle-block", 3, "--seed", 5]
+    assert mm_train("pretrain", "--run", run, *shards, *TINY, *begin).exit_code == 0
+    other = ["--shards", f"zh={dataset}:0", "--shards", f"en={dataset}:1", "--reweight-at-resume"]
+    more = ["--steps", 4, "--allow-change", "steps"]
+    assert mm_train("pretrain", "--run", run, "--resume", *other, *more).exit_code == 0
+
+    def located(position, *words):
+        result = CliRunner().invoke(
+            data.app, ["locate", *map(str, words), "--position", str(position), "--json"]
+        )
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)
+
+    flags = [*parts, "--seq-len", 32, "--shuffle-block", 3, "--seed", 5]
+    told = [located(position, "--run", run) for position in range(18)]
+    assert [one.pop("left_out", False) for one in told] == [position in {5, 6} for position in range(18)]
+    assert told[:14] == [located(position, *flags) for position in range(14)]
+    assert {one["part"] for one in told[14:]} == {"en"}
+    words = ["locate", "--run", str(run), "--position", "5"]
+    assert CliRunner().invoke(data.app, words).stdout.endswith("left out\n")
+    for wrong in (["--seed", "5"], ["--seq-len", "8"], [str(dataset)]):
+        assert CliRunner().invoke(data.app, [*words, *wrong]).exit_code == 2
+    missing = CliRunner().invoke(data.app, ["locate", "--position", "5", str(dataset)])
+    assert missing.exit_code == 2
+    assert "pass DIR and --seq-len" in " ".join(missing.stderr.split())
 
 
 @pytest.mark.parametrize(

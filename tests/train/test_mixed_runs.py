@@ -1,5 +1,6 @@
 """Runs over mixtures: what they learn when, what they say of it, and weights that change on the way."""
 
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -40,11 +41,14 @@ def begin_mixed(tmp_path, parts):
     return begin
 
 
-def test_windows_of_a_mixture_are_those_of_its_parts(small_dataset, other_dataset):
+@pytest.mark.parametrize("apart", [False, True])
+def test_windows_of_a_mixture_are_those_of_its_parts(apart, small_dataset, other_dataset):
     singles = [
-        open_windows(ShardSet.open(d), layout="concat", seq_len=16) for d in (small_dataset, other_dataset)
+        open_windows(ShardSet.open(d), layout="concat", seq_len=16, documents_apart=apart)
+        for d in (small_dataset, other_dataset)
     ]
     mixed = MixedWindows(["a", "b"], singles)
+    assert ("position_ids" in mixed.fetch(np.arange(2))) is apart
     assert len(mixed) == sum(map(len, singles))
     everything = mixed.fetch(np.arange(len(mixed)))
     for name, rows in everything.items():
@@ -149,6 +153,23 @@ def test_weights_are_in_tokens_whatever_a_window_is(layout, tmp_path):
     ]
     assert abs(tokens[0] / tokens[1] - 1) < Fraction(1, 1000)
     assert (shares == (1, 1)) is (layout == "concat")
+
+
+def test_a_run_over_a_mixture_in_any_layout_keeps_documents_apart(tmp_path, small_dataset, other_dataset):
+    copies = [shutil.copytree(d, tmp_path / d.name) for d in (small_dataset, other_dataset)]
+    words = [f"p{number}={copy}:1" for number, copy in enumerate(copies)]
+    options = {"layout": "pack", "seq_len": 64, "steps": 6, "keep": 0, "val_shards": str(copies[1])}
+    pretrain(config_of(tmp_path / "run", words, **options), Said())
+    last, there = weights(tmp_path / "run", 6), metrics(tmp_path / "run")
+    assert RunRecord.read(tmp_path / "run").options["document_mask"] is True
+    stop_after(tmp_path / "run", 3)
+    resume(tmp_path / "run", {"micro_batch": 8, "val_every": 1000}, say=Said())
+    assert [record["epochs"] for record in metrics(tmp_path / "run")] == [
+        record["epochs"] for record in there
+    ]
+    stop_after(tmp_path / "run", 3)
+    resume(tmp_path / "run", {"micro_batch": 4}, say=Said())
+    assert weights(tmp_path / "run", 6) == last
 
 
 @pytest.mark.parametrize("order", ["shuffled", "sequential"])
