@@ -36,9 +36,7 @@ _SKIPS = "skip_positions"
 WEIGHTS = "weights"
 """What a change of a mixture's weights is called."""
 _MADE = frozenset({"stretches"})  # not by the user
-_DEEDS = frozenset(
-    {"resume_from", _SKIPS}
-)  # a resume does them because it is told to; they need no permission
+_DEEDS = frozenset({"resume_from", _SKIPS})  # a resume does these because it is told to: no permission needed
 _NOT_RECORDED = frozenset({"run"})  # a run is where it is, also when its folder has been moved
 _BEFORE_IT_WAS_AN_OPTION = {
     "document_mask": False,

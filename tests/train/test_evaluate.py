@@ -46,7 +46,7 @@ def model(whole_run):
     return model_of(whole_run, step=9, say=Said())
 
 
-def plainly(model, windows, tokenizer):
+def plainly(model, windows):
     """(loss, targets, bytes of text) of all windows, the plain way."""
     batch = windows.fetch(np.arange(len(windows)))
     targets = torch.from_numpy(batch["targets"])
@@ -62,7 +62,7 @@ def plainly(model, windows, tokenizer):
 def test_the_numbers_are_those_of_the_plain_way(model, other_dataset, layout):
     shards = ShardSet.open(other_dataset)
     windows = open_windows(shards, layout=layout, seq_len=16)
-    loss, targets, num_bytes = plainly(model, windows, None)
+    loss, targets, num_bytes = plainly(model, windows)
     for batch in (1, 7, 1000):
         found = evaluator_of(other_dataset, batch=batch, layout=layout).measure(
             model, partial(summed_loss, model)
