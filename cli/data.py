@@ -26,11 +26,11 @@ from minimind_data.train_tokenizer import train_tokenizer as run_training
 from minimind_data.verify import dataset_bytes
 from minimind_data.verify import verify as verify_dataset
 from minimind_data.windows import IGNORED, Layout, LongDocuments, open_windows
+from minimind_train.parts import course_of, place_of, read_sources, words_of
 from minimind_train.permutation import MAX_SEED
-from minimind_train.sampler import SampleOrder
 
 from . import shards as shard_commands
-from .options import command, make_app
+from .options import Given, command, make_app
 from .stats import stats
 
 app = make_app("Turn text into memory-mapped shards, and look into them.")
@@ -243,14 +243,30 @@ def window(
 
 @command(app)
 def locate(
-    folder: _Folder,
-    seq_len: Annotated[int, typer.Option(help="Tokens of input_ids in a window.")],
+    given: Given,
     position: Annotated[int, typer.Option(help="Samples consumed since the run began.")],
+    folders: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="DIR...",
+            help="Folder of the dataset; of a mixture, each NAME=DIR:WEIGHT, as for mm-train pretrain --shards.",
+        ),
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a run, in place of DIR and all else: what it reads there, with all that changed on the way."
+        ),
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of input_ids in a window.")] = None,
     layout: _Layout = "concat",
     long_documents: _LongDocuments = "cut",
     order: Annotated[
         Literal["shuffled", "sequential"], typer.Option(help="The order of the windows.")
     ] = "shuffled",
+    shuffle_block: Annotated[
+        int, typer.Option(min=1, help="Neighbouring windows that stay together in the shuffle.")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the order.")] = 42,
     as_json: _Json = False,
 ) -> None:
@@ -259,19 +275,42 @@ def locate(
         raise UserError(f"--position counts samples, from 0 to 2^63 - 1, not {position}")
     if not 0 <= seed <= MAX_SEED:
         raise UserError(f"--seed must be from 0 to 2^64 - 1, not {seed}")
-    windows = open_windows(
-        ShardSet.open(folder), layout=layout, seq_len=seq_len, long_documents=long_documents, announce=_say
+    options: dict[str, Any] = {
+        "shards": folders or [],
+        "seq_len": seq_len,
+        "layout": layout,
+        "long_documents": long_documents,
+        "order": order,
+        "shuffle_block": shuffle_block,
+        "seed": seed,
+    }
+    if run:
+        if excess := {"folders", *options} & given:
+            names = ", ".join(
+                "DIR" if name == "folders" else f"--{name.replace('_', '-')}" for name in sorted(excess)
+            )
+            raise typer.BadParameter(f"--run says all of the order; leave out {names}")
+        from minimind_train.runs import RunRecord  # noqa: PLC0415 - it imports torch, which takes seconds
+
+        options = RunRecord.read(run).options
+    elif not folders or seq_len is None:
+        raise typer.BadParameter("pass DIR and --seq-len, or the folder of a run by --run")
+    try:
+        read_sources(words_of(options["shards"]))
+    except ValueError as error:
+        raise typer.BadParameter(str(error).removeprefix("--shards").removeprefix(":").strip()) from None
+    windows, ordered, skips = course_of(options, _say)
+    told = place_of(ordered, windows, position) | (
+        {"left_out": True} if not skips.count(position, position + 1) else {}
     )
-    epoch, number = SampleOrder(num_windows=len(windows), seed=seed, kind=order).window(position)
-    shard, offset = windows.locate(number)
     if as_json:
-        _print_json(
-            {"position": position, "epoch": epoch, "window": number, "shard": shard, "offset": offset}
-        )
-    else:
-        print(
-            f"position {position:,}: epoch {epoch}, window {number:,} of {len(windows):,}, shard {shard}, offset {offset:,}"
-        )
+        _print_json({"position": position, **told})
+        return
+    part, whole = (f"part {told['part']}, ", "") if "part" in told else ("", f" of {len(windows):,}")
+    print(
+        f"position {position:,}: {part}epoch {told['epoch']}, window {told['window']:,}{whole}, "
+        f"shard {told['shard']}, offset {told['offset']:,}{', left out' if 'left_out' in told else ''}"
+    )
 
 
 command(app)(stats)

@@ -84,6 +84,8 @@ def _flag(name: str, annotation: Any, default: Any) -> inspect.Parameter:
             "parser": _plain(parser),
             "metavar": parser.__name__.removeprefix("parse_").upper(),
         }
+    if get_origin(kind) is tuple:  # of any length: the flag is repeated
+        kind, default = list[get_args(kind)[0]], list(default)  # type: ignore[misc]
     if parser is parse_size and isinstance(default, int):
         default = format_size(default)  # as a user would write it; the parser reads it back
     return inspect.Parameter(
@@ -114,6 +116,7 @@ def _argument(kind: Any, name: str, values: dict[str, Any], context: typer.Conte
     if not is_dataclass(kind):
         return values[name]
     assert isinstance(kind, type)
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     try:
         return build(kind, values)
     except ValueError as error:  # a value that the dataclass itself refuses is wrong usage

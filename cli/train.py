@@ -4,10 +4,12 @@ Each command is made only when it is asked for, because its options live beside 
 `mm-train --help` does not.
 """
 
+import json
 import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +24,7 @@ def _pretrain(app: typer.Typer) -> None:
     from minimind_train.pretrain import (  # noqa: PLC0415
         CHANGEABLE,
         NEEDS_SEQUENTIAL,
+        WEIGHTS,
         PretrainConfig,
         pretrain,
         resume,
@@ -40,8 +43,19 @@ def _pretrain(app: typer.Typer) -> None:
                 metavar="NAME", help="With --resume: an option that may differ from here on. Repeatable."
             ),
         ] = None,
+        reweight: Annotated[
+            bool,
+            typer.Option(
+                "--reweight-at-resume",
+                help="With --resume and --shards: the parts of the mixture have new weights from here on; each goes on where it is.",
+            ),
+        ] = False,
     ) -> None:
         allowed = {name.lstrip("-").replace("-", "_") for name in allow_change or ()}
+        if reweight and not (go_on and "shards" in given):
+            raise typer.BadParameter(
+                "--reweight-at-resume goes with --resume and every part of the mixture as --shards NAME=DIR:WEIGHT"
+            )
         if unknown := allowed - CHANGEABLE:
             raise typer.BadParameter(
                 f"--allow-change {min(unknown)}: the names are {', '.join(sorted(CHANGEABLE))}"
@@ -55,7 +69,7 @@ def _pretrain(app: typer.Typer) -> None:
         run = config.training.run
         if go_on:
             values = {name: value for name, value in flatten(config).items() if name in given}
-            outcome = resume(run, values, allow_change=allowed)
+            outcome = resume(run, values, allow_change=allowed | ({WEIGHTS} if reweight else set()))
         else:
             outcome = pretrain(config)
         if outcome.stopped_by:
@@ -94,7 +108,48 @@ def _generate(app: typer.Typer) -> None:
     command(app, "generate")(run_command)
 
 
-_COMMANDS: dict[str, Callable[[typer.Typer], None]] = {"pretrain": _pretrain, "generate": _generate}
+def _eval(app: typer.Typer) -> None:
+    """Measure a trained model on a dataset: loss, perplexity, bits per byte."""
+    from minimind_train.run_evaluation import evaluate_run  # noqa: PLC0415 - see the module's docstring
+
+    def run_command(
+        run: Annotated[Path, typer.Option(help="Folder of the run.")],
+        shards: Annotated[Path, typer.Option(metavar="DIR", help="Dataset of the same tokenizer.")],
+        windows: Annotated[
+            int | None,
+            typer.Option(min=1, metavar="N", help="Windows of it, spread evenly over it; all by default."),
+        ] = None,
+        micro_batch: Annotated[
+            int, typer.Option(min=1, max=2**20, help="Windows that go through the model at once.")
+        ] = 32,
+        checkpoint: Annotated[
+            int | None, typer.Option(metavar="STEP", help="Step of the checkpoint; the newest by default.")
+        ] = None,
+        device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+        as_json: Annotated[
+            bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
+        ] = False,
+    ) -> None:
+        found = evaluate_run(
+            run, shards, step=checkpoint, num_windows=windows, batch=micro_batch, device=device
+        )
+        if as_json:
+            print(json.dumps(asdict(found)))
+        else:
+            print(
+                f"{shards}: loss {found.loss:.4f}, perplexity {found.perplexity:,.2f}, {found.bits_per_byte:.4f} bits a byte "
+                f"({found.targets:,} targets, {found.bytes:,} bytes)"
+            )
+
+    run_command.__doc__ = _eval.__doc__
+    command(app, "eval")(run_command)
+
+
+_COMMANDS: dict[str, Callable[[typer.Typer], None]] = {
+    "pretrain": _pretrain,
+    "generate": _generate,
+    "eval": _eval,
+}
 
 
 def _share_cores() -> None:

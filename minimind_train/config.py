@@ -5,7 +5,7 @@ it later is taken over where it cannot change the result (devices, micro-batch, 
 shown, unless the user allows that change by name, in which case it is noted in `config.json`.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,28 +14,44 @@ import torch
 
 from minimind_data.errors import UserError
 from minimind_data.options import build, flatten
-from minimind_data.shards import ShardSet
 from minimind_data.windows import Layout, LongDocuments
 from minimind_train import loop, runs
 from minimind_train.devices import resolve_device, resolve_dtype
+from minimind_train.evaluate import ValidationConfig
+from minimind_train.mixture import Stretch
 from minimind_train.model import ModelConfig
 from minimind_train.optim import OptimConfig
-from minimind_train.runs import RunRecord
+from minimind_train.parts import Datasets, Source, read_sources, shown_weights, words_of
+from minimind_train.runs import Change, RunRecord
 from minimind_train.sampler import OrderKind
+from minimind_train.skips import Skips
 
 COMMAND = "pretrain"
 DEFAULT_EPOCHS = 2
 
-_HARMLESS = frozenset({"shards", "device", "micro_batch", "threads", "save_every", "keep", "log_every"})
+_HARMLESS = frozenset(
+    {"shards", "device", "micro_batch", "threads", "save_every", "keep", "log_every"}
+) | frozenset(flatten(ValidationConfig()))
+_SKIPS = "skip_positions"
+WEIGHTS = "weights"
+"""What a change of a mixture's weights is called."""
+_MADE = frozenset({"stretches"})  # not by the user
+_DEEDS = frozenset({"resume_from", _SKIPS})  # a resume does these because it is told to: no permission needed
 _NOT_RECORDED = frozenset({"run"})  # a run is where it is, also when its folder has been moved
-_BEFORE_IT_WAS_AN_OPTION = {"document_mask": False}  # what a run does whose record does not say
+_BEFORE_IT_WAS_AN_OPTION = {
+    "document_mask": False,
+    "shuffle_block": 1,
+}  # what a run does whose record does not say
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is learned, cut in which windows, in which order."""
 
-    shards: Annotated[Path, "Dataset made by mm-data tokenize."] = Path("data")
+    shards: Annotated[
+        tuple[str, ...],
+        "DIR, a dataset made by mm-data tokenize; or, repeated, NAME=DIR:WEIGHT, the parts of a mixture and their weights in tokens.",
+    ] = ("data",)
     layout: Annotated[
         Layout,
         "concat: windows of the token stream; pad: one document a window; pack: whole documents share one.",
@@ -51,11 +67,26 @@ class DataConfig:
     ] = None
     seq_len: Annotated[int, "Tokens in a window."] = 340
     order: Annotated[OrderKind, "shuffled anew in each epoch, or sequential as in the shards."] = "shuffled"
+    shuffle_block: Annotated[
+        int,
+        "Neighbouring windows that stay together in the shuffle, for slow disks; 1 shuffles each on its own.",
+    ] = 1
     resume_from: Annotated[
         str | None, "SHARD:OFFSET, a token; begin at the window that holds it. Needs --order sequential."
     ] = None
+    skip_positions: Annotated[
+        tuple[str, ...],
+        "A:B, leave out the samples at positions A to B - 1 for good. Repeatable; with --resume, in addition to those before.",
+    ] = ()
+    stretches: tuple[Stretch, ...] = field(default=(), metadata={"flag": False})
+    """Of a mixture: the shares of its parts, and from which position on. Made when the run begins and when it is reweighted."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "shards", words_of(self.shards))
+        read_sources(self.shards)  # refuses what it cannot read
+        object.__setattr__(self, "skip_positions", Skips.of(self.skip_positions).told())
+        if not 1 <= self.shuffle_block <= 2**40:
+            raise ValueError(f"shuffle_block must be from 1 to 2^40 windows, not {self.shuffle_block}")
         if self.seq_len < 1:
             raise ValueError(f"seq_len must be at least 1, not {self.seq_len}")
         if self.resume_from is not None:
@@ -74,6 +105,7 @@ class PretrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     training: loop.RunConfig = field(default_factory=loop.RunConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
 
 NEEDS_SEQUENTIAL = (
@@ -92,21 +124,39 @@ CHANGEABLE = (
     - _HARMLESS
     - _NOT_RECORDED
     - _SHAPES
-    - {"resume_from"}
+    - _MADE
+    - _DEEDS
 )
 """The names that `--allow-change` takes."""
 
 
-def resolved(config: PretrainConfig, shards: ShardSet) -> PretrainConfig:
+def with_stretches(config: PretrainConfig, stretches: tuple[Stretch, ...]) -> PretrainConfig:
+    """Return the options with the shares of a mixture that hold, and from where on."""
+    return replace(config, data=replace(config.data, stretches=stretches))
+
+
+def window_options(data: DataConfig) -> dict[str, Any]:
+    """Return the options of `open_windows` that a run learns with, and is measured with."""
+    return {
+        "layout": data.layout,
+        "seq_len": data.seq_len,
+        "long_documents": data.long_documents,
+        "documents_apart": bool(data.document_mask),
+    }
+
+
+def resolved(config: PretrainConfig, shards: Datasets) -> PretrainConfig:
     """Return the options with nothing left to this machine, to the dataset or to a default."""
     training = config.training
     epochs = DEFAULT_EPOCHS if training.epochs is None and training.steps is None else training.epochs
+    measured_on = config.validation.val_shards and str(Path(config.validation.val_shards).resolve())
     # Neighbours in pack have nothing in common but that their lengths fit; concat is the plain token stream that others train on.
     masked = config.data.layout == "pack" if config.data.document_mask is None else config.data.document_mask
     return replace(
         config,
-        data=replace(config.data, shards=shards.folder.resolve(), document_mask=masked),
-        model=replace(config.model, vocab_size=shards.manifest.tokenizer.vocab_size).resolved(),
+        data=replace(config.data, shards=shards.resolved(), document_mask=masked),
+        validation=replace(config.validation, val_shards=measured_on),
+        model=replace(config.model, vocab_size=shards.tokenizer.vocab_size).resolved(),
         training=replace(
             training,
             epochs=epochs,
@@ -120,16 +170,19 @@ def resolved(config: PretrainConfig, shards: ShardSet) -> PretrainConfig:
 def recorded(config: PretrainConfig) -> dict[str, Any]:
     """Return the options as `config.json` holds them."""
     flat = {name: value for name, value in flatten(config).items() if name not in _NOT_RECORDED}
-    return flat | {"shards": str(config.data.shards)}
+    shards, stretches = config.data.shards, config.data.stretches
+    mixed = {"shards": list(shards), "stretches": [stretch.told() for stretch in stretches]}
+    flat[_SKIPS] = list(config.data.skip_positions)
+    return flat | (mixed if stretches else {"shards": shards[0], "stretches": []})
 
 
-def record_of(config: PretrainConfig, shards: ShardSet) -> RunRecord:
+def record_of(config: PretrainConfig, shards: Datasets) -> RunRecord:
     """Return what `config.json` says of a run that begins with these options, resolved, on this dataset."""
     return RunRecord(
         command=COMMAND,
         options=recorded(config),
-        dataset=shards.manifest.fingerprint,
-        tokenizer=shards.manifest.tokenizer,
+        dataset=shards.fingerprint,
+        tokenizer=shards.tokenizer,
     )
 
 
@@ -137,7 +190,7 @@ def reconciled(
     run: Path,
     record: RunRecord,
     given: Mapping[str, Any],
-    shards: ShardSet,
+    shards: Datasets,
     *,
     step: int,
     allow_change: Collection[str],
@@ -147,13 +200,14 @@ def reconciled(
     Raises:
         UserError: something differs that must not.
     """
-    given = {name: value for name, value in given.items() if name not in {"resume_from", *_NOT_RECORDED}}
+    skipped = Skips.of((*record.options.get(_SKIPS, ()), *given.get(_SKIPS, ()))).told()
+    given = {name: value for name, value in given.items() if name not in _DEEDS | _NOT_RECORDED}
     begun = _BEFORE_IT_WAS_AN_OPTION | record.options
-    options = begun | given
+    options = begun | given | {_SKIPS: skipped}
     if given.keys() & runs.ENDS:  # either one says alone when the run ends
         options |= {name: given.get(name) for name in runs.ENDS}
     try:
-        config = _from_options(options, run)
+        config = from_options(options, run)
     except ValueError as error:
         raise UserError(f"{run}: with these options the run cannot go on: {error}") from None
     model = config.model
@@ -165,11 +219,34 @@ def reconciled(
         for name in sorted(given.keys() | runs.ENDS if given.keys() & runs.ENDS else given)
         if name not in _HARMLESS
     }
-    sides["dataset"] = (record.dataset[:12], new.dataset[:12])
+    then, now = read_sources(words_of(record.options["shards"])), shards.sources
+    if [source.name for source in then] != [source.name for source in now]:
+        raise UserError(
+            f"{run}: --shards has other parts (in the run: {_names(then)}, on the command line: {_names(now)}); the parts of a "
+            "run stay, where one may wait with weight 0; write them all, or start a new run in another --run"
+        )
+    if "shards" in given and shards.mixed:
+        sides[WEIGHTS] = (shown_weights(then), shown_weights(now))
+    sides["dataset"] = (_shown(record.dataset), _shown(new.dataset))
     sides["tokenizer"] = (record.tokenizer.sha256[:12], new.tokenizer.sha256[:12])
     changes = runs.agreed_changes(run, sides, step=step, fixed=_SHAPES, allowed=allow_change)
+    if (before := record.options.get(_SKIPS, [])) != list(skipped):
+        changes.append(Change(step=step, name=_SKIPS, old=before, new=list(skipped)))
     return config, new.changed(changes)
 
 
-def _from_options(options: Mapping[str, Any], run: Path) -> PretrainConfig:
-    return build(PretrainConfig, {**options, "shards": Path(options["shards"]), "run": run})
+def from_options(options: Mapping[str, Any], run: Path) -> PretrainConfig:
+    """Return the options of a run from its record."""
+    stretches = tuple(map(Stretch.of, options.get("stretches", ())))
+    made = {"shards": words_of(options["shards"]), "stretches": stretches, "run": run}
+    return build(PretrainConfig, {**options, **made})
+
+
+def _names(sources: Sequence[Source]) -> str:
+    return ", ".join(source.name for source in sources if source.name) or "one dataset without a name"
+
+
+def _shown(dataset: str) -> str:
+    """Shorten the fingerprints of a dataset, or of the parts of a mixture, for the eye."""
+    parts = (each.rpartition("=") for each in dataset.split(" "))
+    return " ".join(f"{name}{equals}{fingerprint[:12]}" for name, equals, fingerprint in parts)

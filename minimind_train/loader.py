@@ -25,8 +25,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from minimind_data.errors import UserError
-from minimind_data.windows import IGNORED, Windows
-from minimind_train.sampler import SampleOrder, rank_positions
+from minimind_data.windows import IGNORED
+from minimind_train.parts import Order, Samples
+from minimind_train.sampler import rank_positions
+from minimind_train.skips import NO_SKIPS, Skips
 
 __all__ = ["ResumableBatchSampler", "StepBatch", "StepLoader", "WindowDataset"]
 
@@ -37,7 +39,7 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
     A `ShardSet` pickles as its folder's name, so a worker started by `spawn` maps the files for itself.
     """
 
-    def __init__(self, windows: Windows) -> None:
+    def __init__(self, windows: Samples) -> None:
         self.windows = windows
 
     def __len__(self) -> int:
@@ -88,11 +90,12 @@ class ResumableBatchSampler(Sampler[list[int]]):
         start: the position to begin at.
         stop: the position to end at; without it each iteration ends with its epoch.
         drop_last: leave out a last batch that is shorter than the others.
+        skips: positions that are left out.
     """
 
     def __init__(
         self,
-        order: SampleOrder,
+        order: Order,
         global_batch: int,
         *,
         rank: int = 0,
@@ -100,6 +103,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
         start: int = 0,
         stop: int | None = None,
         drop_last: bool = False,
+        skips: Skips = NO_SKIPS,
     ) -> None:
         _check_shares(global_batch, rank, world_size)
         _check_range(start, start if stop is None else stop)
@@ -108,6 +112,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
         self.rank = rank
         self.world_size = world_size
         self.drop_last = drop_last
+        self.skips = skips
         self.stop = stop
         self._latest = self._iteration(start)
 
@@ -127,7 +132,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
             UserError: the last batch would leave a rank without a sample, where every rank must take part.
         """
         iteration = self._iteration(self._next_start)
-        rest = (iteration.stop - iteration.start) % self.global_batch
+        rest = self.skips.count(iteration.start, iteration.stop) % self.global_batch
         if not self.drop_last and 0 < rest < self.world_size:
             raise UserError(
                 f"the last batch before position {iteration.stop} would have {rest} samples for {self.world_size} ranks; "
@@ -146,9 +151,8 @@ class ResumableBatchSampler(Sampler[list[int]]):
             raise ValueError(
                 f"the iteration has {len(self._latest)} batches, so {batches_consumed} cannot have been consumed"
             )
-        return self._state(
-            self._latest.place_after(self._latest.start + batches_consumed * self.global_batch)
-        )
+        end = self.skips.after(self._latest.start, batches_consumed * self.global_batch)
+        return self._state(self._latest.place_after(end))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved place.
@@ -156,11 +160,11 @@ class ResumableBatchSampler(Sampler[list[int]]):
         Raises:
             UserError: the place belongs to another order of samples, or lies behind the end.
         """
-        here = self._state(0)
-        different = [name for name in here if name != "position" and state.get(name) != here[name]]
+        here = self._state(int(state["position"]))
+        different = [name for name in here | state if state.get(name) != here.get(name)]
         if different:
             sides = "; ".join(
-                f"{name} is {state.get(name)} in the saved state, {here[name]} here" for name in different
+                f"{name} is {state.get(name)} in the saved state, {here.get(name)} here" for name in different
             )
             raise UserError(f"the saved place belongs to another order of samples: {sides}")
         position = int(state["position"])
@@ -179,12 +183,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
         return _Iteration(self, start, (start // n + 1) * n if self.stop is None else self.stop)
 
     def _state(self, position: int) -> dict[str, Any]:
-        return {
-            "position": position,
-            "num_windows": self.order.num_windows,
-            "seed": self.order.seed,
-            "order": self.order.kind,
-        }
+        return {"position": position, **self.order.described(position)}
 
 
 class _Iteration(Iterator[list[int]]):
@@ -203,7 +202,7 @@ class _Iteration(Iterator[list[int]]):
 
     def __len__(self) -> int:
         """Return the number of its batches."""
-        whole, rest = divmod(self.stop - self.start, self.sampler.global_batch)
+        whole, rest = divmod(self.sampler.skips.count(self.start, self.stop), self.sampler.global_batch)
         return whole + (rest > 0 and not self.sampler.drop_last)
 
     def __next__(self) -> list[int]:
@@ -211,16 +210,17 @@ class _Iteration(Iterator[list[int]]):
         if self.position >= self.stop:
             self.finished = True
             raise StopIteration
-        end = min(self.position + sampler.global_batch, self.stop)
-        positions = rank_positions(self.position, end, sampler.rank, sampler.world_size)
-        self.position = self.place_after(end)
+        first = sampler.skips.kept_before(self.position)
+        last = min(first + sampler.global_batch, sampler.skips.kept_before(self.stop))
+        positions = sampler.skips.kept(rank_positions(first, last, sampler.rank, sampler.world_size))
+        self.position = self.place_after(sampler.skips.after(self.position, last - first))
         windows: list[int] = sampler.order.windows(positions).tolist()
         return windows
 
     def place_after(self, end: int) -> int:
         """Where the place is when everything before `end` is done: a remainder that is dropped is passed over."""
-        needed = self.sampler.global_batch if self.sampler.drop_last else 0
-        return self.stop if end + needed > self.stop else end
+        needed = self.sampler.global_batch if self.sampler.drop_last else 1
+        return self.stop if self.sampler.skips.count(end, self.stop) < needed else end
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position, "stop": self.stop}
@@ -235,7 +235,7 @@ class StepBatch:
     """What one rank learns in one optimizer step.
 
     Attributes:
-        start: the first position of the global batch.
+        start: the cursor before the step. The batch is made of the positions from here to `stop` that are not left out.
         stop: the position behind its last; the cursor after the step.
         micro_batches: this rank's share, cut into tensors [micro_batch or less, seq_len]. Where the global batch is short a
             rank may have one fewer than another, or none.
@@ -266,12 +266,13 @@ class StepLoader:
         world_size: how many ranks share a step.
         device: where the tensors go. For CUDA they go by way of pinned memory, without waiting.
         prefetch: how many steps are kept ready.
+        skips: positions that are left out.
     """
 
     def __init__(
         self,
-        windows: Windows,
-        order: SampleOrder,
+        windows: Samples,
+        order: Order,
         *,
         start: int,
         stop: int,
@@ -281,6 +282,7 @@ class StepLoader:
         world_size: int = 1,
         device: torch.device | str = "cpu",
         prefetch: int = 2,
+        skips: Skips = NO_SKIPS,
     ) -> None:
         _check_shares(global_batch, rank, world_size)
         _check_range(start, stop)
@@ -302,12 +304,13 @@ class StepLoader:
         self.world_size = world_size
         self.device = torch.device(device)
         self.prefetch = prefetch
+        self.skips = skips
         # Weak, so that an iteration ends as soon as its loop has dropped it.
         self._iteration: weakref.ref[Generator[StepBatch, None, None]] | None = None
 
     def __len__(self) -> int:
         """Return the number of steps."""
-        return len(range(self.start, self.stop, self.global_batch))
+        return len(self._firsts())
 
     def __iter__(self) -> Iterator[StepBatch]:
         """Begin at `start`; an earlier iteration of this loader ends."""
@@ -332,22 +335,27 @@ class StepLoader:
         self._iteration = None
 
     def _iterate(self) -> Generator[StepBatch, None, None]:
-        starts = iter(range(self.start, self.stop, self.global_batch))
+        firsts = iter(self._firsts())
         # One thread, so the steps are read one after the other. A future carries an exception to where the step is consumed.
         thread = ThreadPoolExecutor(1, thread_name_prefix="step-loader")
         try:
-            steps = deque(thread.submit(self._read, start) for start in islice(starts, self.prefetch))
+            steps = deque(thread.submit(self._read, first) for first in islice(firsts, self.prefetch))
             while steps:
                 step = steps.popleft()
-                steps.extend(thread.submit(self._read, start) for start in islice(starts, 1))
+                steps.extend(thread.submit(self._read, first) for first in islice(firsts, 1))
                 yield self._on_device(step.result())
         finally:
             thread.shutdown(cancel_futures=True)
 
-    def _read(self, start: int) -> StepBatch:
+    def _firsts(self) -> range:
+        """The first sample of each step, by its number among the positions that are kept."""
+        return range(self.skips.kept_before(self.start), self.skips.kept_before(self.stop), self.global_batch)
+
+    def _read(self, first: int) -> StepBatch:
         """Read one step; runs in the thread."""
-        stop = min(start + self.global_batch, self.stop)
-        positions = rank_positions(start, stop, self.rank, self.world_size)
+        begun, last = self._firsts().start, min(first + self.global_batch, self._firsts().stop)
+        start, stop = (self.skips.after(self.start, number - begun) for number in (first, last))
+        positions = self.skips.kept(rank_positions(first, last, self.rank, self.world_size))
         if not positions.size:
             return StepBatch(start=start, stop=stop, micro_batches=[], num_targets=0)
         arrays = self.windows.fetch(self.order.windows(positions))

@@ -100,6 +100,7 @@ def run(
     metrics: MetricsLog,
     save: Callable[[int, int], None],
     describe: Callable[[int], dict[str, Any]],
+    validate: Callable[[int], dict[str, Any]] = lambda _: {},
     say: Say,
 ) -> Outcome:
     """Train until the batches end or a signal asks to stop.
@@ -118,6 +119,7 @@ def run(
         metrics: takes a line for each logged step.
         save: called with (step, cursor) when a checkpoint is due.
         describe: what metrics say of a cursor besides its position: epoch, perhaps shard and offset.
+        validate: called with each finished step; what it returns goes into the step's line of metrics, which is then written.
         say: takes lines for the user.
 
     Raises:
@@ -157,7 +159,9 @@ def run(
                 "targets": batch.num_targets,
                 "tokens_per_second": round(num_tokens / seconds, 1),
             }
-            logged = step % config.log_every == 0 or step in {1, total_steps}
+            measured = validate(step)
+            record |= measured
+            logged = bool(measured) or step % config.log_every == 0 or step in {1, total_steps}
             if logged:
                 metrics.write(record)
                 num_tokens, seconds = 0, 0.0
@@ -168,7 +172,7 @@ def run(
             if stopping or step == total_steps or (config.save_every and step % config.save_every == 0):
                 metrics.sync()
                 save(step, cursor.position)
-            then = time.perf_counter()  # saving is not counted as training
+            then = time.perf_counter()  # neither measuring nor saving is counted as training
             if stopping:
                 break
     stopped_by = stopping if step < total_steps else None
@@ -210,7 +214,8 @@ def _step(
         )
         raise UserError(
             f"{what} at step {step} (positions {batch.start} to {batch.stop - 1}); the weights before it are in the last "
-            "checkpoint; look at these windows with `mm-data locate`, or start a new run with a lower --learning-rate, a "
+            f"checkpoint; look at these windows with `mm-data locate`, leave them out by --resume --skip-positions "
+            f"{batch.start}:{batch.stop}, or start a new run with a lower --learning-rate, a "
             "--warmup-steps or --dtype fp32"
         )
     optimizer.step()

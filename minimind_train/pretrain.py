@@ -4,7 +4,8 @@ A run is what `config.json` says, from the first step to the last. Its options, 
 `config.py`.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,32 +16,34 @@ from torch import Tensor
 from minimind_data.errors import UserError
 from minimind_data.files import disk_full_is_plain
 from minimind_data.format import FormatError
-from minimind_data.shards import ShardSet
-from minimind_data.windows import Windows, open_windows
 from minimind_train import checkpoint, loop, runs
 from minimind_train.checkpoint import Checkpoint, CheckpointState
 from minimind_train.config import (
     CHANGEABLE,
     COMMAND,
-    DEFAULT_EPOCHS,
     NEEDS_SEQUENTIAL,
+    WEIGHTS,
     PretrainConfig,
     reconciled,
     record_of,
     recorded,
     resolved,
+    with_stretches,
 )
+from minimind_train.course import Course
 from minimind_train.devices import out_of_memory_is_plain, refuse_too_large, resolve_device
+from minimind_train.evaluate import validation
 from minimind_train.loader import StepLoader
 from minimind_train.losses import summed_cross_entropy
 from minimind_train.metrics import FILE_NAME, MetricsLog
 from minimind_train.model import MiniMind, count_parameters, initialize
 from minimind_train.optim import make_optimizer
+from minimind_train.parts import Datasets, words_of
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.runs import RunRecord, moved_cursor
-from minimind_train.sampler import SampleCursor, SampleOrder
+from minimind_train.sampler import SampleCursor
 
-__all__ = ["CHANGEABLE", "NEEDS_SEQUENTIAL", "PretrainConfig", "pretrain", "resume"]
+__all__ = ["CHANGEABLE", "NEEDS_SEQUENTIAL", "WEIGHTS", "PretrainConfig", "pretrain", "resume"]
 
 
 def pretrain(config: PretrainConfig, say: Say = say_on_stderr) -> loop.Outcome:
@@ -51,15 +54,14 @@ def pretrain(config: PretrainConfig, say: Say = say_on_stderr) -> loop.Outcome:
     """
     run = config.training.run
     runs.refuse_occupied(run)
-    shards = ShardSet.open(config.data.shards)
-    config = resolved(config, shards)
-    job = _Job(run, config, shards, say)
-    cursor = job.first_position()
+    shards = Datasets.open(config.data.shards)
+    job = _Job(run, resolved(config, shards), shards, say)
+    cursor = job.course.first_position()
     with disk_full_is_plain(run):
         run.mkdir(parents=True, exist_ok=True)
     with disk_full_is_plain(run), runs.lock(run):
         runs.refuse_occupied(run)
-        runs.create(run, record_of(config, shards), shards.folder)
+        runs.create(run, record_of(job.config, shards), shards.folder)
         return job.train(None, step=0, cursor=cursor)
 
 
@@ -93,15 +95,18 @@ def resume(
         step = found.state.step if found else 0
         if not found:
             say(f"{run}: no checkpoint yet, so the run begins again")
-        shards = _open_shards(given.get("shards", record.options["shards"]))
+        shards = _open_shards(words_of(given.get("shards", record.options["shards"])))
         kept = record.without_moves_after(step)
         config, new_record = reconciled(run, kept, given, shards, step=step, allow_change=allow_change)
         job = _Job(run, config, shards, say)
-        cursor = kept.cursor_at(step, found.state.cursor if found else job.first_position())
+        cursor = kept.cursor_at(step, found.state.cursor if found else job.course.first_position())
         if "resume_from" in given:
-            moved = job.position_of(given["resume_from"], epoch=cursor // len(job.windows))
+            moved = job.course.position_of(given["resume_from"], cursor=cursor)
             new_record = new_record.changed([moved_cursor(step, cursor, moved)])
             cursor = moved
+        if any(change.name == WEIGHTS for change in new_record.changes[len(kept.changes) :]):
+            job.reweight(cursor)
+            new_record = replace(new_record, options=recorded(job.config))
         update = partial(runs.update, run, record, new_record, shards.folder)
         return job.train(found, step=step, cursor=cursor, before_steps=update)
 
@@ -109,38 +114,19 @@ def resume(
 class _Job:
     """A run with its options resolved and its data open, from wherever it begins."""
 
-    def __init__(self, run: Path, config: PretrainConfig, shards: ShardSet, say: Say) -> None:
+    def __init__(self, run: Path, config: PretrainConfig, shards: Datasets, say: Say) -> None:
         _refuse_unfit(config, shards)
         self.run = run
-        self.config = config
         self.shards = shards
         self.say = say
-        self.windows: Windows = open_windows(
-            shards,
-            layout=config.data.layout,
-            seq_len=config.data.seq_len,
-            long_documents=config.data.long_documents,
-            documents_apart=bool(config.data.document_mask),
-            announce=say,
-        )
-        self.order = SampleOrder(
-            num_windows=len(self.windows), seed=config.training.seed, kind=config.data.order
-        )
+        self.course = Course(config, shards, say)
+        self.config = with_stretches(config, self.course.stretches)
+        self.evaluator = self.course.evaluator()
 
-    def first_position(self) -> int:
-        """Return where the run begins in the data."""
-        place = self.config.data.resume_from
-        return self.position_of(place, epoch=0) if place else 0
-
-    def position_of(self, place: str, *, epoch: int) -> int:
-        """Return the position of the window that holds the token SHARD:OFFSET."""
-        if self.config.data.order != "sequential":
-            raise UserError(NEEDS_SEQUENTIAL)
-        shard, _, offset = place.rpartition(":")
-        window = self.windows.window_of(shard, int(offset))
-        begin_shard, begin = self.windows.locate(window)
-        self.say(f"beginning at window {window}, which begins at {begin_shard}:{begin} and holds {place}")
-        return self.order.position_of(window, epoch)
+    def reweight(self, cursor: int) -> None:
+        """Let other weights of a mixture hold from the cursor on."""
+        self.course.reweight(cursor)
+        self.config = with_stretches(self.config, self.course.stretches)
 
     @out_of_memory_is_plain(
         "go on with --resume and a smaller --micro-batch, or free some memory; earlier checkpoints are intact"
@@ -155,7 +141,7 @@ class _Job:
     ) -> loop.Outcome:
         """Build the model, put the checkpoint into it, and hand all to the loop; `before_steps` runs once that fits."""
         training = self.config.training
-        end, total_steps = self._course(step, cursor)
+        end, total_steps = self.course.end(step, cursor)
         if step >= total_steps:
             self.say(f"{self.run}: finished already, {step} steps; nothing to do")
             return loop.Outcome(step=step, total_steps=total_steps, cursor=cursor, loss=None)
@@ -170,18 +156,26 @@ class _Job:
         before_steps()
         self._introduce(model, device, step, total_steps, cursor)
         place = SampleCursor(cursor)
+        loss_of = partial(summed_loss, model)
+        measure = {}
+        if self.evaluator:
+            every = self.config.validation.val_every
+            measure["validate"] = validation(
+                self.evaluator, model, loss_of, every=every, total_steps=total_steps
+            )
         options = recorded(self.config)
 
         with (
             MetricsLog(self.run / FILE_NAME, last_step=step) as metrics,
             StepLoader(
-                self.windows,
-                self.order,
+                self.course.windows,
+                self.course.order,
                 start=cursor,
                 stop=end,
                 global_batch=training.global_batch,
                 micro_batch=training.micro_batch,
                 device=device,
+                skips=self.course.skips,
             ) as batches,
         ):
 
@@ -190,7 +184,7 @@ class _Job:
                     step=step,
                     cursor=cursor,
                     config=options,
-                    dataset=self.shards.manifest.fingerprint,
+                    dataset=self.shards.fingerprint,
                     metrics_lines=metrics.num_lines,
                 )
                 checkpoint.save(self.run, state, model, optimizer, keep=training.keep)
@@ -204,7 +198,7 @@ class _Job:
                 model,
                 optimizer,
                 batches,
-                partial(_summed_loss, model),
+                loss_of,
                 step=step,
                 cursor=place,
                 total_steps=total_steps,
@@ -213,26 +207,10 @@ class _Job:
                 device=device,
                 metrics=metrics,
                 save=save,
-                describe=self._describe,
+                describe=self.course.describe,
+                **measure,
                 say=self.say,
             )
-
-    def _course(self, step: int, cursor: int) -> tuple[int, int]:
-        """Return the position at which the run ends and the steps of the whole run, as seen from here."""
-        training = self.config.training
-        if training.steps is not None:
-            left = max(0, training.steps - step)
-            return cursor + left * training.global_batch, training.steps
-        end = (training.epochs or DEFAULT_EPOCHS) * len(self.windows)
-        return end, step + len(range(cursor, end, training.global_batch))
-
-    def _describe(self, position: int) -> dict[str, Any]:
-        """Say of a cursor which epoch its last sample was in and, in sequential order, where the next one begins."""
-        told: dict[str, Any] = {"epoch": max(0, position - 1) // len(self.windows)}
-        if self.config.data.order == "sequential":
-            _, window = self.order.window(position)
-            told["shard"], told["offset"] = self.windows.locate(window)
-        return told
 
     def _introduce(
         self, model: MiniMind, device: torch.device, step: int, total_steps: int, cursor: int
@@ -240,27 +218,32 @@ class _Job:
         training = self.config.training
         self.say(
             f"{self.run}: {count_parameters(model) / 1e6:.1f} M parameters on {device.type} in {training.dtype}, "
-            f"{len(self.windows):,} windows of {self.windows.seq_len} tokens"
+            f"{len(self.course.windows):,} windows of {self.course.windows.seq_len} tokens"
         )
+        for line in self.course.introduce(cursor):
+            self.say(line)
         again = f"going on after step {step} of {total_steps}" if step else f"step 1 of {total_steps}"
-        place = "".join(f", {name} {value}" for name, value in self._describe(cursor).items())
+        place = "".join(
+            f", {name} {value}" for name, value in self.course.describe(cursor).items() if name != "epochs"
+        )
         self.say(f"{again} at position {cursor}{place}")
 
 
-def _summed_loss(model: MiniMind, micro_batch: Mapping[str, Tensor]) -> Tensor:
+def summed_loss(model: MiniMind, micro_batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the loss of pre-training: of the next token, summed over the micro-batch."""
     hidden = model(micro_batch["input_ids"], position_ids=micro_batch.get("position_ids"))
     return summed_cross_entropy(hidden, model.head_weight, micro_batch["targets"])
 
 
-def _open_shards(folder: Path | str) -> ShardSet:
+def _open_shards(words: Sequence[str]) -> Datasets:
     try:
-        return ShardSet.open(folder)
+        return Datasets.open(words)
     except FormatError as error:
         raise UserError(f"{error}; if the dataset has moved, say where by --shards") from None
 
 
-def _refuse_unfit(config: PretrainConfig, shards: ShardSet) -> None:
-    vocab_size, room = shards.manifest.tokenizer.vocab_size, config.model.vocab_size
+def _refuse_unfit(config: PretrainConfig, shards: Datasets) -> None:
+    vocab_size, room = shards.tokenizer.vocab_size, config.model.vocab_size
     if vocab_size > room:
         raise UserError(
             f"{shards.folder}: a vocabulary of {vocab_size} entries does not fit a model of {room}; start a new run"

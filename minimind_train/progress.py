@@ -36,7 +36,7 @@ class Progress:
     def __init__(self, *, step: int, total_steps: int, say: Say) -> None:
         self._say = say
         self._total_steps = total_steps
-        self._shard: str | None = None
+        self._shown: tuple[str | None, list[int]] = (None, [])
         self._last_line = -math.inf
         self._bar = (
             tqdm(
@@ -55,8 +55,16 @@ class Progress:
         numbers = (
             f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tok/s"
         )
+        if "val_loss" in record:
+            self._say(
+                f"step {record['step']}/{self._total_steps}  validation loss {record['val_loss']:.4f}  "
+                f"perplexity {record['val_perplexity']:,.2f}  {record['val_bits_per_byte']:.4f} bits a byte"
+            )
         shard = record.get("shard")
         place = f"  next {shard}:{record['offset']}" if shard else ""
+        epochs: dict[str, float] = record.get("epochs", {})
+        if epochs:
+            place += "  epochs " + " ".join(f"{name} {done:.2f}" for name, done in epochs.items())
         if self._bar is None:
             now = time.monotonic()
             if logged and (
@@ -67,9 +75,11 @@ class Progress:
             return
         self._bar.postfix = numbers.replace("  ", " ")
         self._bar.update()
-        if shard != self._shard:  # the line has no room for a name that seldom changes
-            self._say(f"step {record['step']}:{place}".replace("  ", " "))
-            self._shard = shard
+        shown = (shard, [int(done) for done in epochs.values()])
+        if shown != self._shown:  # the line has no room for what seldom changes
+            if place:
+                self._say(f"step {record['step']}:{place}".replace("  ", " "))
+            self._shown = shown
 
     def __enter__(self) -> Self:
         return self

@@ -41,6 +41,9 @@ _CURSOR = "cursor"
 ENDS = frozenset({"epochs", "steps"})
 """The options that say when a run ends; one of them is None."""
 
+_ALLOWING = {"weights": "--reweight-at-resume"}
+"""Changes that have a flag of their own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
@@ -221,7 +224,7 @@ def agreed_changes(
         shown = "; ".join(map(show, sorted(refused)))
         # Of two ends of a run that change places, the one that holds from here on is enough.
         names = sorted(name for name in refused if name not in ENDS or different[name][1] is not None)
-        flags = " ".join(f"--allow-change {name}" for name in names)
+        flags = " ".join(_ALLOWING.get(name, f"--allow-change {name}") for name in names)
         raise UserError(
             f"{run}: this would be another run: {shown}; leave that out, or pass {flags} to change it from step {step + 1} on"
         )

@@ -8,11 +8,12 @@ devices, micro-batches or prefetching, so none of these can change the order.
 import operator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from minimind_train.blocks import BlockPermutation
 from minimind_train.permutation import Permutation
 
 __all__ = ["OrderKind", "SampleCursor", "SampleOrder", "rank_positions"]
@@ -20,6 +21,7 @@ __all__ = ["OrderKind", "SampleCursor", "SampleOrder", "rank_positions"]
 OrderKind = Literal["shuffled", "sequential"]
 
 _permutation: Final = lru_cache(maxsize=16)(Permutation)
+_block_permutation: Final = lru_cache(maxsize=16)(BlockPermutation)
 """A batch touches one epoch or two, batch after batch; their keys are mixed once."""
 
 
@@ -31,11 +33,14 @@ class SampleOrder:
         num_windows: n, the windows of the dataset; every epoch visits each once.
         seed: another seed, another order. Sequential order ignores it.
         kind: `shuffled`, anew in each epoch, or `sequential`, as the windows stand in the shards.
+        block: windows that stand next to each other in the shards and stay together in the shuffle; see `blocks.py`. 1 shuffles
+            each on its own. Sequential order ignores it.
     """
 
     num_windows: int
     seed: int = 0
     kind: OrderKind = "shuffled"
+    block: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(OrderKind):
@@ -44,7 +49,14 @@ class SampleOrder:
             raise ValueError(
                 "there are no windows to put in order: the dataset is empty, or shorter than one window"
             )
+        if self.block < 1:
+            raise ValueError(f"shuffle_block must be at least 1, not {self.block}")
         Permutation(self.num_windows, self.seed, 0)  # refuses what it cannot take
+
+    def described(self, position: int) -> dict[str, Any]:  # noqa: ARG002 - the same everywhere, as against a mixture
+        """What decides the order before a position, as JSON holds it: what a saved place must agree in."""
+        told = {"num_windows": self.num_windows, "seed": self.seed, "order": self.kind}
+        return told | ({"shuffle_block": self.block} if self.block > 1 else {})
 
     def windows(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """The windows at these positions, which may lie in any epochs and in any order."""
@@ -58,11 +70,11 @@ class SampleOrder:
             return indices
         first = int(epochs.flat[0])
         if (epochs == first).all():  # nearly always
-            return _permutation(self.num_windows, self.seed, first)[indices]
+            return self._permutation(first)[indices]
         windows = np.empty_like(indices)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            windows[here] = _permutation(self.num_windows, self.seed, epoch)[indices[here]]
+            windows[here] = self._permutation(epoch)[indices[here]]
         return windows
 
     def window(self, position: int) -> tuple[int, int]:
@@ -70,9 +82,7 @@ class SampleOrder:
         if position < 0:
             raise ValueError(f"a position counts samples from 0, and cannot be {position}")
         epoch, index = divmod(operator.index(position), self.num_windows)
-        return epoch, index if self.kind == "sequential" else _permutation(
-            self.num_windows, self.seed, epoch
-        )[index]
+        return epoch, index if self.kind == "sequential" else self._permutation(epoch)[index]
 
     def position_of(self, window: int, epoch: int = 0) -> int:
         """The position at which an epoch visits a window."""
@@ -82,8 +92,13 @@ class SampleOrder:
             raise ValueError(f"epochs count from 0, and cannot be {epoch}")
         index = window
         if self.kind == "shuffled":
-            index = _permutation(self.num_windows, self.seed, epoch).inverse(window)
+            index = self._permutation(epoch).inverse(window)
         return epoch * self.num_windows + operator.index(index)
+
+    def _permutation(self, epoch: int) -> Permutation | BlockPermutation:
+        if self.block == 1:
+            return _permutation(self.num_windows, self.seed, epoch)
+        return _block_permutation(self.num_windows, self.block, self.seed, epoch)
 
 
 @dataclass

@@ -115,6 +115,22 @@ def test_locate_agrees_with_window(run, dataset):
     assert "position 5: epoch 0" in run("locate", dataset, "--seq-len", 16, "--position", 5).stdout
 
 
+def test_locate_speaks_mixtures(run, dataset):
+    words = ["locate", f"b={dataset}:0.25", f"a={dataset}:3/4", "--seq-len", 16]
+    told = [json.loads(run(*words, "--position", position, "--json").stdout) for position in range(8)]
+    assert [one.pop("part") for one in told].count("a") == 6
+    assert set(told[0]) == {"position", "epoch", "window", "shard", "offset"}
+    window = json.loads(run("window", dataset, told[5]["window"], "--seq-len", 16, "--json").stdout)
+    assert (window["shard"], window["offset"]) == (told[5]["shard"], told[5]["offset"])
+    assert (
+        "part a, epoch"
+        in run(*words, "--position", 10**9).stdout + run(*words, "--position", 10**9 + 1).stdout
+    )
+    wrong = run("locate", f"a={dataset}:x", "--seq-len", 16, "--position", 1)
+    assert wrong.exit_code == 2
+    assert "such as 0.7 or 1/3" in " ".join(wrong.stderr.split())
+
+
 def test_verify_finds_every_flipped_byte(run, dataset):
     assert run("verify", dataset).exit_code == 0
     assert json.loads(run("verify", dataset, "--json").stdout)["ok"] is True

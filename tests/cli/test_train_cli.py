@@ -7,6 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from minimind_cli import data
 from minimind_cli.train import make
 from minimind_data.build import TokenizeOptions, tokenize
 
@@ -81,6 +82,12 @@ def test_every_option_of_the_contract_is_there():
         "seq-len",
         "layout",
         "long-documents",
+        "shuffle-block",
+        "skip-positions",
+        "reweight-at-resume",
+        "val-shards",
+        "val-every",
+        "val-batches",
         "global-batch",
         "micro-batch",
         "epochs",
@@ -145,9 +152,62 @@ def test_an_allowed_change_goes_on(dataset, tmp_path):
     assert "done, 3 steps" in result.stderr
 
 
+def test_a_mixture_is_one_shards_for_each_part(dataset, tmp_path):
+    run = ["pretrain", "--run", tmp_path / "run"]
+    parts = ["--shards", f"zh={dataset}:0.7", "--shards", f"en={dataset}:0.3"]
+    result = mm_train(*run, *parts, *TINY, "--steps", 5)
+    assert result.exit_code == 0, result.stderr
+    assert "zh: 7 of 10 windows" in result.stderr
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["epochs"]["zh"] > last["epochs"]["en"] > 0
+    again = [*run, "--resume", "--steps", 6, "--allow-change", "steps"]
+    parts = ["--shards", f"zh={dataset}:1", "--shards", f"en={dataset}:1"]
+    refused = mm_train(*again, *parts)
+    assert refused.exit_code == 1
+    assert "weights (in the run: en=0.3 zh=0.7, on the command line: en=0.5 zh=0.5)" in refused.stderr
+    result = mm_train(*again, *parts, "--reweight-at-resume")
+    assert result.exit_code == 0, result.stderr
+    assert "zh: 1 of 2 windows" in result.stderr
+
+
+def test_a_run_says_where_its_positions_lie_with_all_that_changed(dataset, tmp_path):
+    run = tmp_path / "run"
+    parts = [f"zh={dataset}:0.7", f"en={dataset}:0.3"]
+    shards = [word for part in parts for word in ("--shards", part)]
+    begin = ["--steps", 3, "--skip-positions", "5:7", "--shuffle-block", 3, "--seed", 5]
+    assert mm_train("pretrain", "--run", run, *shards, *TINY, *begin).exit_code == 0
+    other = ["--shards", f"zh={dataset}:0", "--shards", f"en={dataset}:1", "--reweight-at-resume"]
+    more = ["--steps", 4, "--allow-change", "steps"]
+    assert mm_train("pretrain", "--run", run, "--resume", *other, *more).exit_code == 0
+
+    def located(position, *words):
+        result = CliRunner().invoke(
+            data.app, ["locate", *map(str, words), "--position", str(position), "--json"]
+        )
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)
+
+    flags = [*parts, "--seq-len", 32, "--shuffle-block", 3, "--seed", 5]
+    told = [located(position, "--run", run) for position in range(18)]
+    assert [one.pop("left_out", False) for one in told] == [position in {5, 6} for position in range(18)]
+    assert told[:14] == [located(position, *flags) for position in range(14)]
+    assert {one["part"] for one in told[14:]} == {"en"}
+    words = ["locate", "--run", str(run), "--position", "5"]
+    assert CliRunner().invoke(data.app, words).stdout.endswith("left out\n")
+    for wrong in (["--seed", "5"], ["--seq-len", "8"], [str(dataset)]):
+        assert CliRunner().invoke(data.app, [*words, *wrong]).exit_code == 2
+    missing = CliRunner().invoke(data.app, ["locate", "--position", "5", str(dataset)])
+    assert missing.exit_code == 2
+    assert "pass DIR and --seq-len" in " ".join(missing.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
+        (["--shards", "data/zh", "--shards", "en=data/en:1"], "NAME=DIR:WEIGHT"),
+        (["--reweight-at-resume"], "goes with --resume"),
+        (["--resume", "--reweight-at-resume"], "goes with --resume and every part"),
+        (["--skip-positions", "9:8"], "skip_positions must be A:B"),
         (["--epochs", "1", "--steps", "1"], "pass one of them"),
         (["--resume-from", "text-00000:1"], "needs --order sequential"),
         (["--resume-from", "text-00000"], "must be SHARD:OFFSET"),
@@ -201,6 +261,37 @@ def test_a_run_writes_after_a_prompt(run):
 )
 def test_what_generate_cannot_do(run, arguments, status, complaint):
     result = mm_train("generate", "--run", run, "--prompt", "x", *arguments)
+    assert result.exit_code == status
+    assert complaint in result.stderr
+
+
+def test_a_run_is_measured_as_it_learns_and_from_outside(dataset, tmp_path):
+    run = tmp_path / "run"
+    validation = ["--val-shards", dataset, "--val-every", 2, "--val-batches", 3]
+    result = mm_train("pretrain", "--shards", dataset, "--run", run, *TINY, "--steps", 3, *validation)
+    assert result.exit_code == 0, result.stderr
+    assert "step 2/3  validation loss" in result.stderr
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    result = mm_train("eval", "--run", run, "--shards", dataset, "--windows", 12, "--device", "cpu", "--json")
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert told["loss"] == pytest.approx(last["val_loss"], rel=1e-4)
+    assert {f"val_{name}" for name in told} <= last.keys()
+    plain = mm_train("eval", "--run", run, "--shards", dataset, "--windows", 12, "--device", "cpu").stdout
+    assert f"loss {told['loss']:.4f}" in plain
+    assert "bits a byte" in plain
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "complaint"),
+    [
+        (["--shards", "nowhere"], 1, "nowhere: no dataset"),
+        (["--shards", "DATASET", "--checkpoint", "3"], 1, "no checkpoint of step 3"),
+        (["--shards", "DATASET", "--windows", "0"], 2, "windows"),
+    ],
+)
+def test_what_eval_cannot_do(run, dataset, arguments, status, complaint):
+    result = mm_train("eval", "--run", run, *(dataset if word == "DATASET" else word for word in arguments))
     assert result.exit_code == status
     assert complaint in result.stderr
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +66,17 @@ def make_dataset(folder: Path, seed: int = 0) -> Path:
         shards=tuple(entries),
     )
     (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+    return folder
+
+
+def retokenized(folder: Path) -> Path:
+    """Write the dataset of `make_dataset` with a tokenizer of the same entries in another file, so another tokenizer."""
+    make_dataset(folder)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()), indent=2))
+    manifest = Manifest.read(folder)
+    info = replace(manifest.tokenizer, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    (folder / "manifest.json").write_text(replace(manifest, tokenizer=info).to_json(), encoding="utf-8")
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import pickle
 from itertools import chain, islice
 
@@ -16,6 +17,7 @@ from minimind_data.shards import ShardSet
 from minimind_data.windows import open_windows
 from minimind_data.writer import ShardWriter
 from minimind_train.loader import ResumableBatchSampler, StepLoader, WindowDataset
+from minimind_train.mixture import MixtureOrder, Stretch
 from minimind_train.sampler import SampleOrder
 
 SEQ_LEN = 4
@@ -326,3 +328,26 @@ def test_torchdata_stopped_again_and_again_on_every_rank_leaves_nothing_out(
             whole[rank::world_size] = batch
         union += whole
     assert union == windows_in(order, 0, 70)
+
+
+def test_a_mixture_has_a_place_too_and_new_shares_at_it_are_no_other_order():
+    first = Stretch(start=0, shares=(1, 2), taken=(0, 0))
+    order = MixtureOrder.of({"a": 30, "b": 21}, seed=1, stretches=[first])
+    sampler = ResumableBatchSampler(order, 4, stop=120)
+    taken = flat(islice(iter(sampler), 6))
+    state = json.loads(json.dumps(sampler.state_dict()))
+    again = ResumableBatchSampler(order, 5, stop=120)
+    again.load_state_dict(state)
+    assert taken + flat(again) == windows_in(order, 0, 120)
+    other = ResumableBatchSampler(order.reweighted(24, (2, 1)), 4, stop=120)
+    other.load_state_dict(state)
+    assert taken + flat(other) == windows_in(other.order, 0, 120)
+    with pytest.raises(UserError, match="stretches is"):
+        ResumableBatchSampler(order.reweighted(23, (2, 1)), 4, stop=120).load_state_dict(state)
+
+
+@pytest.mark.parametrize(("there", "here"), [(8, 1), (1, 8), (8, 4)])
+def test_a_place_in_another_shuffle_block_is_refused_with_both_sides(there, here):
+    state = ResumableBatchSampler(SampleOrder(num_windows=30, block=there), 4).state_dict()
+    with pytest.raises(UserError, match="shuffle_block is .* in the saved state, .* here"):
+        ResumableBatchSampler(SampleOrder(num_windows=30, block=here), 4).load_state_dict(state)

@@ -84,6 +84,7 @@ def test_a_moved_dataset_is_the_same_dataset(stopped_run, whole_run, small_datas
         ("layout", "pad", "in the run: concat, on the command line: pad"),
         ("document_mask", True, "in the run: False, on the command line: True"),
         ("order", "sequential", "in the run: shuffled, on the command line: sequential"),
+        ("shuffle_block", 4, "in the run: 1, on the command line: 4"),
         ("seed", 1, "in the run: 42, on the command line: 1"),
         ("global_batch", 4, "in the run: 8, on the command line: 4"),
         ("steps", 13, "in the run: 12, on the command line: 13"),

@@ -1,0 +1,210 @@
+"""How well a model knows a text that it does not learn: loss, perplexity and bits per byte.
+
+The windows are the same every time, so two numbers can be compared, and so can two runs. **loss** is the mean over all learned
+targets, in nats; **perplexity** is its exponential. **bits per byte** is what the model needs for the text, all targets together, over
+the bytes of the text in UTF-8; it does not depend on the vocabulary. Special tokens are no text: they cost bits and count no bytes.
+
+Measuring leaves no trace in a run: it draws no random number, moves no weight, and puts the model back into training.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from minimind_data.errors import UserError
+from minimind_data.format import TOKENIZER_NAME
+from minimind_data.pieces import pieces_of
+from minimind_data.shards import ShardSet
+from minimind_data.tokenizer import Tokenizer, cached_tokenizer
+from minimind_data.windows import IGNORED, Windows, open_windows
+from minimind_train.devices import Dtype, autocast
+from minimind_train.loop import SummedLoss
+
+__all__ = ["Evaluation", "Evaluator", "ValidationConfig", "open_evaluator", "validation"]
+
+_MAX_EXPONENT = 700.0
+"""Above it a perplexity is no float; a model that bad is told by its loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """On what, and how often, a run is measured."""
+
+    val_shards: Annotated[
+        str | None, "DIR, a dataset to measure the model on as it learns; of the same tokenizer."
+    ] = None
+    val_every: Annotated[int, "Steps from one measurement to the next; the last step always has one."] = 1000
+    val_batches: Annotated[
+        int, "Global batches of it, the same every time, spread evenly over it; 0 takes all of it."
+    ] = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("val_every", 1), ("val_batches", 0)):
+            if not least <= getattr(self, name) <= 10**12:
+                raise ValueError(f"{name} must be from {least} to 10^12, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What came out."""
+
+    loss: float
+    """Nats per learned target."""
+    perplexity: float
+    bits_per_byte: float
+    targets: int
+    """Learned targets."""
+    bytes: int
+    """Of their text."""
+
+
+class Evaluator:
+    """Measures models on fixed windows of a dataset.
+
+    Args:
+        windows: the dataset, cut as the model is used to.
+        tokenizer: the dataset's.
+        num_windows: how many of the windows, spread evenly; None takes all.
+        batch: windows that go through the model at once.
+        device: where the model is.
+        dtype: of matrix products, resolved.
+
+    Raises:
+        UserError: there is no text in these windows.
+    """
+
+    def __init__(
+        self,
+        windows: Windows,
+        tokenizer: Tokenizer,
+        *,
+        num_windows: int | None,
+        batch: int,
+        device: torch.device,
+        dtype: Dtype,
+    ) -> None:
+        self._windows = windows
+        self._count = min(num_windows or len(windows), len(windows))
+        self._batch = batch
+        self._device = device
+        self._dtype = dtype
+        self._bytes_of = _byte_counter(tokenizer)
+        self._num_bytes: int | None = None  # the same every time, so counted once
+        if not any(self._bytes_of(samples) for samples in self._batches()):
+            raise UserError(
+                f"{windows.shards.folder}: the {self._count:,} windows to measure on hold no text; take more of them or another dataset"
+            )
+
+    def measure(self, model: nn.Module, summed_loss: SummedLoss) -> Evaluation:
+        """Return what the model makes of the windows; it is left in the mode that it was in.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        was_training = model.training
+        model.eval()
+        loss_sum, num_targets, num_bytes = 0.0, 0, 0
+        try:
+            with torch.no_grad(), autocast(self._dtype, self._device):
+                for samples in self._batches():
+                    tensors = {
+                        name: torch.from_numpy(array).to(self._device) for name, array in samples.items()
+                    }
+                    loss_sum += float(summed_loss(tensors))
+                    num_targets += int(np.count_nonzero(samples["targets"] != IGNORED))
+                    if self._num_bytes is None:
+                        num_bytes += self._bytes_of(samples)
+        finally:
+            model.train(was_training)
+        if self._num_bytes is None:
+            self._num_bytes = num_bytes
+        loss = loss_sum / num_targets
+        if not math.isfinite(loss):
+            raise UserError(
+                f"{self._windows.shards.folder}: the model's loss there is {loss}; go back to an earlier checkpoint"
+            )
+        return Evaluation(
+            loss=loss,
+            perplexity=math.exp(min(loss, _MAX_EXPONENT)),
+            bits_per_byte=loss_sum / math.log(2) / self._num_bytes,
+            targets=num_targets,
+            bytes=self._num_bytes,
+        )
+
+    def _batches(self) -> Iterator[dict[str, NDArray[np.int64]]]:
+        for first in range(0, self._count, self._batch):
+            places = np.arange(first, min(first + self._batch, self._count), dtype=np.int64)
+            yield self._windows.fetch(places * len(self._windows) // self._count)
+
+
+def open_evaluator(
+    shards: ShardSet,
+    *,
+    num_windows: int | None,
+    batch: int,
+    device: torch.device,
+    dtype: Dtype,
+    announce: Callable[[str], None],
+    **options: Any,
+) -> Evaluator:
+    """Return what measures on a dataset; `options` are those of `open_windows`, the others those of `Evaluator`.
+
+    Raises:
+        UserError: the dataset has no such window, or there is no text in them.
+    """
+    windows = open_windows(shards, announce=announce, **options)
+    text = (shards.folder / TOKENIZER_NAME).read_bytes().decode()
+    tokenizer = cached_tokenizer(text, shards.manifest.tokenizer)
+    return Evaluator(windows, tokenizer, num_windows=num_windows, batch=batch, device=device, dtype=dtype)
+
+
+def validation(
+    evaluator: Evaluator, model: nn.Module, summed_loss: SummedLoss, *, every: int, total_steps: int
+) -> Callable[[int], dict[str, Any]]:
+    """Return what a loop calls after each step: it measures where that is due, and gives what metrics say of it."""
+
+    def validate(step: int) -> dict[str, Any]:
+        if step % every and step != total_steps:
+            return {}
+        found = asdict(evaluator.measure(model, summed_loss))
+        return {f"val_{name}": value for name, value in found.items()}
+
+    return validate
+
+
+def _byte_counter(tokenizer: Tokenizer) -> Callable[[dict[str, NDArray[np.int64]]], int]:
+    """Return what counts the bytes of the text in a batch's targets: exactly where tokens are bytes, else by decoding."""
+    pieces = pieces_of(tokenizer)
+    if not pieces.exact:
+        return lambda samples: sum(
+            _decoded_bytes(tokenizer, *row)
+            for row in zip(samples["input_ids"], samples["targets"], strict=True)
+        )
+    num_bytes = pieces.num_bytes
+    num_bytes[sorted(pieces.special)] = 0
+
+    def count(samples: dict[str, NDArray[np.int64]]) -> int:
+        targets = samples["targets"]
+        return int(num_bytes[targets[targets != IGNORED]].sum())
+
+    return count
+
+
+def _decoded_bytes(tokenizer: Tokenizer, input_ids: NDArray[np.int64], targets: NDArray[np.int64]) -> int:
+    """Return the bytes that the targets of a window add to what stands before them."""
+    learned = np.flatnonzero(targets != IGNORED)
+    if not learned.size:
+        return 0
+    # With the token before them, as many decoders leave out a space at the beginning.
+    before = [int(input_ids[learned[0]])]
+    whole, begun = (
+        tokenizer.reference.decode(ids, skip_special_tokens=True)
+        for ids in (before + targets[learned].tolist(), before)
+    )
+    return len(whole.encode()) - len(begun.encode())

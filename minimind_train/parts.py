@@ -1,0 +1,343 @@
+"""What a run reads: one dataset, or several as the parts of a mixture, opened, checked and cut in windows.
+
+    --shards data/mine                                          one dataset
+    --shards zh=data/zh:0.7 --shards en=data/en:0.3             NAME=DIR:WEIGHT, the parts of a mixture
+
+Weights are in tokens. A part's turns are counted in windows, so its weight is divided by the tokens that its windows hold on the
+average, PAD left out: the same for all in layout concat, nearly so in pack, and very different in pad, where a window is a document.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minimind_data.errors import UserError
+from minimind_data.format import TokenizerInfo
+from minimind_data.shards import ShardSet
+from minimind_data.windows import Windows, open_windows
+from minimind_train.mixture import MAX_PARTS, MixtureOrder, Stretch, shares_of
+from minimind_train.sampler import OrderKind, SampleOrder
+from minimind_train.skips import Skips
+
+__all__ = [
+    "Datasets",
+    "MixedWindows",
+    "Order",
+    "Samples",
+    "Source",
+    "course_of",
+    "epochs_of",
+    "introduce",
+    "place_of",
+    "read_sources",
+    "refuse_other_tokenizer",
+    "shown_weights",
+    "words_of",
+]
+
+_MIXED = re.compile(r"(?P<name>[^=:/\\]*)=(?P<folder>.+):(?P<weight>[^:]*)", re.DOTALL)
+_NAME = re.compile(r"[\w.-]+")
+
+Order = SampleOrder | MixtureOrder
+"""Which of the windows comes when."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A dataset on the command line."""
+
+    name: str
+    """Of the part; empty for a dataset that is no part of a mixture."""
+    folder: Path
+    weight: Fraction = Fraction(1)
+    """In tokens, against those of the other parts."""
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.folder}:{self.weight}" if self.name else str(self.folder)
+
+
+def read_sources(texts: Sequence[str]) -> tuple[Source, ...]:
+    """Read what stands behind `--shards`: one DIR, or each NAME=DIR:WEIGHT; sorted by name.
+
+    Raises:
+        ValueError: it is neither; the message says what one looks like.
+    """
+    if len(texts) == 1 and not _MIXED.fullmatch(texts[0]):
+        return (Source(name="", folder=Path(texts[0])),)
+    sources = sorted(map(_read_source, texts), key=lambda source: source.name)
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--shards: two parts are named {name}; give each a name of its own")
+    if not 1 <= len(sources) <= MAX_PARTS:
+        raise ValueError(f"--shards: a mixture has 1 to {MAX_PARTS} parts, not {len(sources)}")
+    if not any(source.weight for source in sources):
+        raise ValueError("--shards: every weight is 0, so there is nothing to learn; give one part a weight")
+    return tuple(sources)
+
+
+def words_of(shards: str | Path | Sequence[str]) -> tuple[str, ...]:
+    """Return what was written behind `--shards`, however it was kept."""
+    return (str(shards),) if isinstance(shards, str | Path) else tuple(shards)
+
+
+def _read_source(text: str) -> Source:
+    found = _MIXED.fullmatch(text)
+    if not found or not _NAME.fullmatch(found["name"]):
+        raise ValueError(
+            f"--shards: a part of a mixture is NAME=DIR:WEIGHT, such as zh=data/zh:0.7, not {text!r}"
+        )
+    try:
+        weight = Fraction(found["weight"])
+    except (ValueError, ZeroDivisionError):
+        weight = Fraction(-1)
+    if not 0 <= weight <= 10**12 or weight.denominator > 10**12:
+        raise ValueError(
+            f"--shards {text}: the weight is a number from 0 to 10^12 with at most 12 decimals, such as 0.7 or 1/3, "
+            f"not {found['weight']!r}"
+        )
+    return Source(name=found["name"], folder=Path(found["folder"]), weight=weight)
+
+
+class Samples(Protocol):
+    """What a loader needs of windows, those of one dataset or of a mixture."""
+
+    @property
+    def labels(self) -> bool:
+        """Whether samples are unshifted."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of windows."""
+        ...
+
+    def fetch(self, windows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+        """Return a batch; see `Windows.fetch`."""
+        ...
+
+
+class MixedWindows:
+    """The windows of all parts as one list, numbered part after part as in `MixtureOrder`."""
+
+    def __init__(self, names: Sequence[str], parts: Sequence[Windows]) -> None:
+        self.names = tuple(names)
+        self.parts = tuple(parts)
+        self.seq_len = parts[0].seq_len
+        self.labels = parts[0].labels
+        self._starts = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        """Return the number of windows of all parts."""
+        return int(self._starts[-1])
+
+    def fetch(self, windows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+        """Return a batch, one gather for each part that is in it; see `Windows.fetch`."""
+        if len(windows) and (windows.min() < 0 or windows.max() >= len(self)):
+            raise IndexError(f"windows {windows.min()}…{windows.max()} asked for, there are {len(self)}")
+        owners = np.searchsorted(self._starts, windows, side="right") - 1
+        present: list[int] = np.unique(owners).tolist() or [0]
+        if len(present) == 1:
+            return self.parts[present[0]].fetch(windows - self._starts[present[0]])
+        batch: dict[str, NDArray[np.int64]] = {}
+        for part in present:
+            here = owners == part
+            for name, rows in self.parts[part].fetch(windows[here] - self._starts[part]).items():
+                batch.setdefault(name, np.empty((len(windows), *rows.shape[1:]), rows.dtype))[here] = rows
+        return batch
+
+    def locate(self, window: int) -> tuple[str, int]:
+        """Return (PART/SHARD, token offset) of the first token of a window."""
+        part = int(np.searchsorted(self._starts, window, side="right")) - 1
+        shard, offset = self.parts[part].locate(window - int(self._starts[part]))
+        return f"{self.names[part]}/{shard}", offset
+
+
+class Datasets:
+    """The dataset of a run, or its datasets, opened.
+
+    Attributes:
+        sources: what they are called and where they lie, by name.
+        sets: the opened datasets, in the same order.
+    """
+
+    def __init__(self, sources: Sequence[Source], sets: Sequence[ShardSet]) -> None:
+        self.sources = tuple(sources)
+        self.sets = tuple(sets)
+
+    @classmethod
+    def open(cls, texts: Sequence[str]) -> Self:
+        """Open what stands behind `--shards`.
+
+        Raises:
+            ValueError: the words say no dataset.
+            FormatError: a folder is no dataset, or damaged.
+            UserError: the parts have different tokenizers.
+        """
+        sources = read_sources(texts)
+        made = cls(sources, [ShardSet.open(source.folder) for source in sources])
+        first = made.sets[0]
+        for other in made.sets[1:]:
+            refuse_other_tokenizer(first, other, "the parts of a mixture share one")
+        return made
+
+    @property
+    def mixed(self) -> bool:
+        """Whether these are the parts of a mixture."""
+        return bool(self.sources[0].name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the parts."""
+        return tuple(source.name for source in self.sources)
+
+    @property
+    def folder(self) -> Path:
+        """A folder that has the tokenizer."""
+        return self.sets[0].folder
+
+    @property
+    def tokenizer(self) -> TokenizerInfo:
+        """The tokenizer of all of them."""
+        return self.sets[0].manifest.tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """What names the tokens: the dataset's fingerprint, or NAME=FINGERPRINT of each part."""
+        prints = [shards.manifest.fingerprint for shards in self.sets]
+        if not self.mixed:
+            return prints[0]
+        return " ".join(f"{name}={each}" for name, each in zip(self.names, prints, strict=True))
+
+    def resolved(self) -> tuple[str, ...]:
+        """Return the words that open them from anywhere."""
+        resolved = (
+            Source(name=source.name, folder=source.folder.resolve(), weight=source.weight)
+            for source in self.sources
+        )
+        return tuple(map(str, resolved))
+
+    def windows(self, *, announce: Callable[[str], None], **options: Any) -> Windows | MixedWindows:
+        """Lay windows over them; `options` are those of `open_windows`.
+
+        Raises:
+            UserError: one of them has no such window.
+        """
+        parts = [open_windows(shards, announce=announce, **options) for shards in self.sets]
+        return MixedWindows(self.names, parts) if self.mixed else parts[0]
+
+    def shares(self, windows: MixedWindows) -> tuple[int, ...]:
+        """Return how many windows of a period each part gives, for its weight in tokens."""
+        return shares_of(
+            [
+                source.weight * len(part) / max(1, len(part) * part.seq_len - part.padding)
+                for source, part in zip(self.sources, windows.parts, strict=True)
+            ]
+        )
+
+    def order(
+        self,
+        windows: Windows | MixedWindows,
+        *,
+        seed: int,
+        kind: OrderKind,
+        block: int = 1,
+        stretches: Sequence[Stretch] = (),
+    ) -> Order:
+        """Return the order of their windows; of a mixture without `stretches`, by its weights from the first position on."""
+        if not isinstance(windows, MixedWindows):
+            return SampleOrder(num_windows=len(windows), seed=seed, kind=kind, block=block)
+        if not stretches:
+            shares = self.shares(windows)
+            stretches = [Stretch(start=0, shares=shares, taken=(0,) * len(shares))]
+        sizes = dict(zip(self.names, map(len, windows.parts), strict=True))
+        return MixtureOrder.of(sizes, seed=seed, kind=kind, block=block, stretches=stretches)
+
+
+def shown_weights(sources: Sequence[Source]) -> str:
+    """Return the weights, each as its share of all of them, so that 7 and 3 are 0.7 and 0.3."""
+    total = sum(source.weight for source in sources)
+    return " ".join(f"{source.name}={float(source.weight / total):.6g}" for source in sources)
+
+
+def refuse_other_tokenizer(one: ShardSet, other: ShardSet, why: str) -> None:
+    """Refuse two datasets of different tokenizers.
+
+    Raises:
+        UserError: they differ; the message shows both sides.
+    """
+    sides = [shards.manifest.tokenizer for shards in (one, other)]
+    if sides[0] != sides[1]:
+        shown = [
+            f"{shards.folder} ({info.vocab_size:,} entries, BOS {info.bos_id}, EOS {info.eos_id}, PAD {info.pad_id}, "
+            f"{info.sha256[:12]}…)"
+            for shards, info in zip((one, other), sides, strict=True)
+        ]
+        raise UserError(
+            f"{shown[0]} and {shown[1]} have different tokenizers, and {why}; tokenize one of them again with the other's "
+            "by mm-data tokenize --tokenizer DIR"
+        )
+
+
+def introduce(order: MixtureOrder, position: int, wanted: str) -> list[str]:
+    """Say of a mixture what holds at a position: the shares, how near they come to the weights, and where each part is."""
+    stretch = next(stretch for stretch in reversed(order.stretches) if stretch.start <= position)
+    lines = [
+        f"mixture of {len(order.names)}, wanted of the tokens: {wanted}; a pattern of {stretch.period} windows:"
+    ]
+    for name, part, share, epochs in zip(
+        order.names, order.parts, stretch.shares, epochs_of(order, position).values(), strict=True
+    ):
+        lines.append(
+            f"  {name}: {share} of {stretch.period} windows ({share / stretch.period:.4f}), "
+            f"{part.num_windows:,} windows, {epochs:.4f} epochs done"
+        )
+    return lines
+
+
+def course_of(
+    options: Mapping[str, Any], announce: Callable[[str], None]
+) -> tuple[Windows | MixedWindows, Order, Skips]:
+    """Return what a run reads, in which order, and what it leaves out, from the options in its record.
+
+    Raises:
+        UserError: a dataset is not where it was.
+    """
+    datasets = Datasets.open(words_of(options["shards"]))
+    cut = {name: options[name] for name in ("layout", "seq_len", "long_documents") if name in options}
+    windows = datasets.windows(announce=announce, **cut)
+    order = datasets.order(
+        windows,
+        seed=options["seed"],
+        kind=options["order"],
+        block=options.get("shuffle_block", 1),
+        stretches=[Stretch.of(told) for told in options.get("stretches", ())],
+    )
+    return windows, order, Skips.of(options.get("skip_positions", ()))
+
+
+def place_of(order: Order, windows: Windows | MixedWindows, position: int) -> dict[str, Any]:
+    """Say which window stands at a position: `part` (of a mixture), `epoch`, `window`, `shard` and `offset`, all of the part."""
+    if isinstance(order, MixtureOrder) and isinstance(windows, MixedWindows):
+        place = order.place(position)
+        shard, offset = windows.parts[place.part].locate(place.window)
+        part = {"part": order.names[place.part]}
+        return part | {"epoch": place.epoch, "window": place.window, "shard": shard, "offset": offset}
+    assert isinstance(order, SampleOrder)
+    epoch, window = order.window(position)
+    shard, offset = windows.locate(window)
+    return {"epoch": epoch, "window": window, "shard": shard, "offset": offset}
+
+
+def epochs_of(order: MixtureOrder, position: int) -> dict[str, float]:
+    """Return how often each part has been gone through before a position, such as 1.25."""
+    counts: Mapping[str, int] = dict(zip(order.names, order.taken(position), strict=True))
+    return {
+        name: round(count / part.num_windows, 4)
+        for (name, count), part in zip(counts.items(), order.parts, strict=True)
+    }

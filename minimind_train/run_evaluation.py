@@ -1,0 +1,62 @@
+"""A run that is measured from outside: the model of a checkpoint on any dataset of its tokenizer."""
+
+from functools import partial
+from pathlib import Path
+
+from minimind_data.errors import UserError
+from minimind_data.shards import ShardSet
+from minimind_train.config import from_options, window_options
+from minimind_train.devices import resolve_device
+from minimind_train.evaluate import Evaluation, open_evaluator
+from minimind_train.pretrain import summed_loss
+from minimind_train.progress import Say, say_on_stderr
+from minimind_train.runs import RunRecord
+from minimind_train.trained import model_of
+
+
+def evaluate_run(
+    run: Path,
+    dataset: Path,
+    *,
+    step: int | None = None,
+    num_windows: int | None = None,
+    batch: int = 32,
+    device: str = "auto",
+    say: Say = say_on_stderr,
+) -> Evaluation:
+    """Measure the model of a run as the run itself does with `--val-shards`.
+
+    Args:
+        run: its folder; it may still be training.
+        dataset: the folder of a dataset of the run's tokenizer.
+        step: whose checkpoint; the newest whole one by default.
+        num_windows: how many windows, spread evenly; all by default.
+        batch: windows that go through the model at once.
+        device: where to compute.
+        say: takes lines for the user.
+
+    Raises:
+        UserError: there is no such run, checkpoint or dataset, or the tokenizers differ; the message shows both sides.
+    """
+    record = RunRecord.read(run)
+    shards = ShardSet.open(dataset)
+    here = shards.manifest.tokenizer
+    if here != record.tokenizer:
+        raise UserError(
+            f"{dataset}: its tokenizer ({here.vocab_size:,} entries, {here.sha256[:12]}…) is not that of {run} "
+            f"({record.tokenizer.vocab_size:,} entries, {record.tokenizer.sha256[:12]}…); tokenize its text again with "
+            f"--tokenizer {run}"
+        )
+    config = from_options(record.options, run)
+    place = resolve_device(device)
+    evaluator = open_evaluator(
+        shards,
+        num_windows=num_windows,
+        batch=batch,
+        device=place,
+        dtype=config.training.dtype,
+        announce=say,
+        **window_options(config.data),
+    )
+    model = model_of(run, step=step, say=say).to(place)
+    return evaluator.measure(model, partial(summed_loss, model))

@@ -1,0 +1,88 @@
+"""Positions that a run leaves out, such as those on which it diverged, as arithmetic.
+
+A range A:B leaves out the positions A to B - 1, once and for all: what stands there is not learned, nothing else moves up, and a
+position means what it always did. Global batches are made of the positions that are kept, so they stay whole.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["MAX_POSITION", "NO_SKIPS", "Skips"]
+
+MAX_POSITION = 2**62
+"""Behind any position that a run can reach."""
+
+_RANGE = re.compile(r"([0-9]{1,19}):([0-9]{1,19})")
+
+
+@dataclass(frozen=True)
+class Skips:
+    """Ranges of positions that are left out.
+
+    Attributes:
+        ranges: (first, behind the last) of each, ascending, with something kept between them.
+    """
+
+    ranges: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> Self:
+        """Read ranges written A:B, in any order; they may overlap.
+
+        Raises:
+            ValueError: one of them is no range; the message says what one looks like.
+        """
+        ranges: list[tuple[int, int]] = []
+        for text in texts:
+            found = _RANGE.fullmatch(text)
+            first, stop = map(int, found.groups()) if found else (0, 0)
+            if not first < stop <= MAX_POSITION:
+                raise ValueError(
+                    f"skip_positions must be A:B, which leaves out the positions A to B - 1, such as 64000:64256, not {text!r}"
+                )
+            ranges.append((first, stop))
+        merged: list[tuple[int, int]] = []
+        for first, stop in sorted(ranges):
+            if merged and first <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+            else:
+                merged.append((first, stop))
+        return cls(tuple(merged))
+
+    def told(self) -> tuple[str, ...]:
+        """Return the ranges as `of` reads them."""
+        return tuple(f"{first}:{stop}" for first, stop in self.ranges)
+
+    def kept_before(self, position: int) -> int:
+        """How many positions before this one are kept."""
+        return position - sum(min(stop, position) - first for first, stop in self.ranges if first < position)
+
+    def count(self, start: int, stop: int) -> int:
+        """How many positions of [start, stop) are kept."""
+        return self.kept_before(stop) - self.kept_before(start)
+
+    def kept(self, numbers: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """The positions that are kept, by their number among these: int64 of the same shape."""
+        numbers = np.asarray(numbers, np.int64)
+        if not self.ranges:
+            return numbers
+        lengths = np.array([stop - first for first, stop in self.ranges], np.int64)
+        skipped = np.cumsum(np.concatenate([[0], lengths]))
+        # A range stands before the kept position that it pushes back, whose number is its own start less all before it.
+        pushed = np.array([first for first, _ in self.ranges], np.int64) - skipped[:-1]
+        found: NDArray[np.int64] = numbers + skipped[np.searchsorted(pushed, numbers, side="right")]
+        return found
+
+    def after(self, start: int, num_samples: int) -> int:
+        """The position behind so many kept ones, counted from `start`; `start` itself where there are to be none."""
+        if not num_samples:
+            return start
+        return int(self.kept([self.kept_before(start) + num_samples - 1])[0]) + 1
+
+
+NO_SKIPS = Skips()
