@@ -1,7 +1,7 @@
 """Exact duplicates: which documents of a build have the text of an earlier one.
 
 Every split's texts are hashed first (16 bytes a document, on disk), then all hashes are sorted at once; the first document of
-each text, in the order of the dataset, stays. So what is dropped depends on the inputs alone. Memory: about 50 bytes for every
+each text, in the order of the dataset, stays. So what is dropped depends on the inputs alone. Memory: about 60 bytes for every
 document of all inputs while the hashes are sorted; texts are never held.
 """
 
