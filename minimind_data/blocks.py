@@ -24,6 +24,11 @@ class Split:
     """Where each file is one document: the files that share this split with the first."""
 
     @property
+    def sources(self) -> tuple[Source, ...]:
+        """Everything that it is read from."""
+        return (self.source, *self.more)
+
+    @property
     def path(self) -> str:
         """The name of the source, for messages."""
         return self.source.name

@@ -190,6 +190,8 @@ class _Build:
         options, work = self._options, self._work
         work.remove_partials(self._tasks, options.task)
         hashes = InputHashes(self._sources)
+        if options.task is None:  # a slice writes no manifest, and need not read the inputs of all others
+            hashes.begin()
         previous = work.previous()
         same_inputs = False
         if previous is not None:

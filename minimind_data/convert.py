@@ -167,6 +167,7 @@ def _import(source: Source, options: ConvertOptions, progress: Callable[[int], R
     with new_folder(options.out) as folder:
         files = [*source.token_files, *source.side_files]
         hashes = InputHashes([InputSource(name=str(path), location=str(path), form="text") for path in files])
+        hashes.begin()
         made = _Import(source, tokenizer, options, folder, separator_id)
         made.run(progress(sum(path.stat().st_size for path in source.token_files)))
         return made.commit(tuple(replace(entry, form=source.format) for entry in hashes.entries()))

@@ -111,7 +111,11 @@ class InputHashes:
         self._digests: list[str] = []
         self._failure: UserError | None = None
         self._thread = threading.Thread(target=self._hash, daemon=True)
-        self._thread.start()
+
+    def begin(self) -> None:
+        """Read the inputs in the background from now on, where `entries` will be asked for."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def entries(self) -> tuple[InputEntry, ...]:
         """Wait for the hashes.
@@ -119,6 +123,7 @@ class InputHashes:
         Raises:
             UserError: an input changed since this was made, or cannot be read.
         """
+        self.begin()
         self._thread.join()
         if self._failure is not None:
             raise self._failure

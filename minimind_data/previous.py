@@ -75,10 +75,9 @@ class Previous:
                 record = orjson.loads(line)
                 self._bad_records.setdefault(record.pop("path"), []).append(record)
         if task.split.more:
-            files = [task.split.source, *task.split.more]
             return [
                 {**record, "line": number}
-                for number, source in enumerate(files, 1)
+                for number, source in enumerate(task.split.sources, 1)
                 for record in self._bad_records.get(source.name, [])
             ]
         entry = self._entries.get(task.name) or self._val_entries[task.name]

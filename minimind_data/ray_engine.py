@@ -90,7 +90,7 @@ def run_ray(
     """
     with _connected(), _token(job) as (token_path, token):
         num_cores = cores_per_task(_cores_of_nodes(), workers)
-        sources = {source for task in tasks for source in (task.split.source, *task.split.more)}
+        sources = {source for task in tasks for source in task.split.sources}
         shared = _Shared(
             job=replace(job, encoder_threads=num_cores),
             folder=None if job.out.is_absolute() and all(map(Source.is_absolute, sources)) else Path.cwd(),
@@ -282,7 +282,7 @@ def _check(shared: _Shared, task: SplitTask, node: str) -> None:
         raise UserError(
             f"{shared.job.out}: node {node} does not see this folder as it is; --out {shared_by_all}"
         )
-    for source in (task.split.source, *task.split.more):
+    for source in task.split.sources:
         try:
             is_same_file = _stamp(source) == shared.inputs[source.location]
         except (OSError, UserError):

@@ -30,29 +30,29 @@ def plan_splits(sources: Sequence[Source], split_bytes: int, spec: RecordSpec) -
     Raises:
         UserError: a source is unreadable.
     """
-    planned: list[list[Split]] = []
-    group: list[Source] = []
-    sizes: list[int] = []
-    for source in sources:
-        if source.form == "text" and spec.separator is None:
-            size = source.stamp()[0]
-            if group and sum(sizes) + size <= split_bytes:
-                group.append(source)
-                sizes.append(size)
-                planned.append([])
-                first = len(planned) - len(group)
-                planned[first] = [_text_files(group, sum(sizes))]
-            else:
-                group, sizes = [source], [size]
-                planned.append([_text_files(group, size)])
+    planned: list[list[Split]] = [[] for _ in sources]
+    first, weight = 0, 0  # of the group of text files that is being filled
+
+    def close_group(stop: int) -> None:
+        if weight:
+            files = tuple(sources[first:stop])
+            planned[first] = [Split(source=files[0], more=files[1:], start=0, stop=weight, num_bytes=weight)]
+
+    for number, source in enumerate(sources):
+        if source.form != "text" or spec.separator is not None:
+            close_group(number)
+            weight = 0
+            planned[number] = _splits_of(source, split_bytes, spec)
             continue
-        group, sizes = [], []
-        planned.append(_splits_of(source, split_bytes, spec))
+        size = source.stamp()[0]
+        if weight + size > split_bytes:
+            close_group(number)
+            weight = 0
+        if not weight:
+            first = number
+        weight += size
+    close_group(len(sources))
     return planned
-
-
-def _text_files(files: Sequence[Source], size: int) -> Split:
-    return Split(source=files[0], more=tuple(files[1:]), start=0, stop=size, num_bytes=size)
 
 
 def _splits_of(source: Source, split_bytes: int, spec: RecordSpec) -> list[Split]:
@@ -268,7 +268,7 @@ class TextFileRecords:
         """Yield the texts; see `RecordReader`."""
         texts = _Texts(self._spec)
         weight = 0
-        for source in (self._split.source, *self._split.more):
+        for source in self._split.sources:
             with source.reading(), source.open_text() as file:
                 data = file.read()
             self._digests.append(sha256_of_bytes(data))
@@ -292,7 +292,7 @@ def place(split: Split, spec: RecordSpec, line: int) -> str:
     """Return path:line of the record with this number in a split, for a message; in Parquet the row stands for the line."""
     source = split.source
     if source.form == "text" and spec.separator is None:
-        return (source, *split.more)[line - 1].name
+        return split.sources[line - 1].name
     return f"{source.name}:{records_before(split, spec) + line}"
 
 

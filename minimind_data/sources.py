@@ -205,11 +205,7 @@ def _form_of(name: str, head: bytes, wanted: Format, *, compressed: bool) -> For
         raise UserError(f"{name}: a compressed Parquet file; decompress it, Parquet compresses by itself")
     if is_parquet and wanted in ("auto", "parquet"):
         return "parquet"
-    base = name.lower()
-    for suffix in _COMPRESSION_SUFFIXES:
-        base = base.removesuffix(suffix)
-    by_name = _FORMS.get(PurePosixPath(base).suffix)
-    form = by_name if wanted == "auto" else wanted
+    form = _form_by_name(name) if wanted == "auto" else wanted
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if form == "parquet":
         raise UserError(f"{name}: no Parquet file, whatever its name says (it should begin with PAR1)")
@@ -279,8 +275,8 @@ def _known(given: str, found: list[str], form: Format) -> tuple[list[str], list[
     if form != "auto":
         known, left_out = found, []
     else:
-        known = [file for file in found if _has_known_name(file)]
-        left_out = [file for file in found if not _has_known_name(file)]
+        known = [file for file in found if _form_by_name(_shown(file))]
+        left_out = [file for file in found if not _form_by_name(_shown(file))]
     if not known:
         raise UserError(
             f"{_shown(given)}: a folder without any file of a known form ({', '.join(sorted(_FORMS))}, also .gz or .zst)"
@@ -288,11 +284,12 @@ def _known(given: str, found: list[str], form: Format) -> tuple[list[str], list[
     return known, left_out
 
 
-def _has_known_name(file: str) -> bool:
-    base = _shown(file).lower()
+def _form_by_name(name: str) -> Form | None:
+    """Return the form that a name, as it is shown, promises; None where it promises none."""
+    base = name.lower()
     for suffix in _COMPRESSION_SUFFIXES:
         base = base.removesuffix(suffix)
-    return PurePosixPath(base).suffix in _FORMS
+    return _FORMS.get(PurePosixPath(base).suffix)
 
 
 def _shown(location: str) -> str:

@@ -212,8 +212,7 @@ class WorkFolder:
                 records = previous.bad_records(task, result)
             for record in records:
                 if task.split.more:
-                    files = [task.split.source, *task.split.more]
-                    told = {**record, "path": files[record["line"] - 1].name, "line": 1}
+                    told = {**record, "path": task.split.sources[record["line"] - 1].name, "line": 1}
                 else:
                     told = {**record, "path": task.split.path, "line": record["line"] + first_line}
                 lines.append(
