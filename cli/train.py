@@ -11,27 +11,31 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .options import Given, command, make_app
 
+if TYPE_CHECKING:
+    from minimind_train.job import Phase
+
 
 def _pretrain(app: typer.Typer) -> None:
     """Train a model, or go on with a stopped run."""
+    from minimind_train.pretrain import PRETRAIN  # noqa: PLC0415 - see the module's docstring
+
+    _register_phase(app, PRETRAIN, _pretrain.__doc__)
+
+
+def _register_phase(app: typer.Typer, phase: "Phase[Any]", help_text: str | None) -> None:
+    """Make the command of a kind of training: its options as flags, and what goes with `--resume`."""
     from minimind_data.options import flatten  # noqa: PLC0415 - see the module's docstring
-    from minimind_train.pretrain import (  # noqa: PLC0415
-        CHANGEABLE,
-        NEEDS_SEQUENTIAL,
-        WEIGHTS,
-        PretrainConfig,
-        pretrain,
-        resume,
-    )
+    from minimind_train.config import NEEDS_SEQUENTIAL, WEIGHTS, changeable  # noqa: PLC0415
+    from minimind_train.job import begin, resume  # noqa: PLC0415
 
     def run_command(
-        config: PretrainConfig,
+        config: Any,
         given: Given,
         go_on: Annotated[
             bool,
@@ -56,9 +60,9 @@ def _pretrain(app: typer.Typer) -> None:
             raise typer.BadParameter(
                 "--reweight-at-resume goes with --resume and every part of the mixture as --shards NAME=DIR:WEIGHT"
             )
-        if unknown := allowed - CHANGEABLE:
+        if unknown := allowed - changeable(phase.config):
             raise typer.BadParameter(
-                f"--allow-change {min(unknown)}: the names are {', '.join(sorted(CHANGEABLE))}"
+                f"--allow-change {min(unknown)}: the names are {', '.join(sorted(changeable(phase.config)))}"
             )
         if allowed and not go_on:
             raise typer.BadParameter(
@@ -69,21 +73,22 @@ def _pretrain(app: typer.Typer) -> None:
         run = config.training.run
         if go_on:
             values = {name: value for name, value in flatten(config).items() if name in given}
-            outcome = resume(run, values, allow_change=allowed | ({WEIGHTS} if reweight else set()))
+            outcome = resume(phase, run, values, allow_change=allowed | ({WEIGHTS} if reweight else set()))
         else:
-            outcome = pretrain(config)
+            outcome = begin(phase, config)
         if outcome.stopped_by:
             print(
                 f"stopped by {outcome.stopped_by.name} after step {outcome.step} of {outcome.total_steps}, which is saved; "
-                f"go on with: mm-train pretrain --run {shlex.quote(str(run))} --resume",
+                f"go on with: mm-train {phase.command} --run {shlex.quote(str(run))} --resume",
                 file=sys.stderr,
             )
             raise typer.Exit(128 + outcome.stopped_by)
         if outcome.loss is not None:
             print(f"{run}: done, {outcome.step} steps, last loss {outcome.loss:.4f}", file=sys.stderr)
 
-    run_command.__doc__ = _pretrain.__doc__
-    command(app, "pretrain")(run_command)
+    run_command.__annotations__["config"] = phase.config
+    run_command.__doc__ = help_text
+    command(app, phase.command)(run_command)
 
 
 def _generate(app: typer.Typer) -> None:

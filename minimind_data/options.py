@@ -8,7 +8,7 @@ The command line makes its flags from these dataclasses, so a default or a help 
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 if TYPE_CHECKING:
@@ -43,30 +43,41 @@ def format_size(size: int) -> str:
     return str(size)
 
 
-def leaves(cls: type) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (name, annotation with extras, default) for every option of a dataclass, nested dataclasses flattened."""
+def leaves(cls: type, defaults: object = None) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (name, annotation with extras, default) for every option of a dataclass, nested dataclasses flattened.
+
+    Defaults are those of `defaults`, an instance; without one, those of the fields. Where a dataclass composes another by a
+    factory, what the factory makes has the say, so that one set of options can have other defaults in another place.
+    """
     hints = get_type_hints(cls, include_extras=True)
     for field in fields(cls):
         kind = hints[field.name]
         if is_dataclass(kind):
             assert isinstance(kind, type)
-            yield from leaves(kind)
+            made = None if field.default_factory is MISSING else field.default_factory()
+            yield from leaves(kind, made if defaults is None else getattr(defaults, field.name))
         elif field.metadata.get("flag", True):
-            yield field.name, kind, field.default
+            yield field.name, kind, field.default if defaults is None else getattr(defaults, field.name)
 
 
-def build(cls: type[_T], values: dict[str, Any]) -> _T:
-    """Make `cls` from flat option values, filling nested dataclasses; names that it does not know are left alone."""
+def build(cls: type[_T], values: dict[str, Any], defaults: _T | None = None) -> _T:
+    """Make `cls` from flat option values, filling nested dataclasses; names that it does not know are left alone.
+
+    What `values` leaves out is as in `defaults`, by default as in what the factories of `cls` make.
+    """
     hints = get_type_hints(cls)
     made: dict[str, Any] = {}
     for field in fields(cls):  # type: ignore[arg-type]
         kind = hints[field.name]
         if is_dataclass(kind):
             assert isinstance(kind, type)
-            made[field.name] = build(kind, values)
+            inner = None if field.default_factory is MISSING else field.default_factory()
+            made[field.name] = build(
+                kind, values, inner if defaults is None else getattr(defaults, field.name)
+            )
         elif field.name in values:
             made[field.name] = values[field.name]
-    return cls(**made)
+    return cls(**made) if defaults is None else replace(defaults, **made)  # type: ignore[type-var]
 
 
 def flatten(options: "DataclassInstance") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a pre-training run can be told, and which of it `--resume` may change.
+"""What a run of any phase can be told, and which of it `--resume` may change.
 
 The options are resolved once, when a run begins, and from then on they are what `config.json` says. What the user writes against
 it later is taken over where it cannot change the result (devices, micro-batch, logging), and otherwise refused with both sides
@@ -6,9 +6,9 @@ shown, unless the user allows that change by name, in which case it is noted in 
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import Field, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 import torch
 
@@ -26,7 +26,6 @@ from minimind_train.runs import Change, RunRecord
 from minimind_train.sampler import OrderKind
 from minimind_train.skips import Skips
 
-COMMAND = "pretrain"
 DEFAULT_EPOCHS = 2
 
 _HARMLESS = frozenset(
@@ -97,16 +96,38 @@ class DataConfig:
                 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """Everything that a pre-training run can be told."""
+class PhaseConfig(Protocol):
+    """What the options of every phase have; a phase composes them with its own."""
 
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    training: loop.RunConfig = field(default_factory=loop.RunConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
+    @property
+    def data(self) -> DataConfig:
+        """What is learned."""
+        ...
+
+    @property
+    def model(self) -> ModelConfig:
+        """The shape of the model."""
+        ...
+
+    @property
+    def optim(self) -> OptimConfig:
+        """How the weights move."""
+        ...
+
+    @property
+    def training(self) -> loop.RunConfig:
+        """How long, how large, how often."""
+        ...
+
+    @property
+    def validation(self) -> ValidationConfig:
+        """On what the run is measured."""
+        ...
+
+
+ConfigT = TypeVar("ConfigT", bound=PhaseConfig)
 
 NEEDS_SEQUENTIAL = (
     "--resume-from needs --order sequential: in a shuffled order no place of a shard is a place of the run"
@@ -119,18 +140,14 @@ _SHAPES = frozenset(flatten(ModelConfig())) - {
     "rope_theta",
 }
 
-CHANGEABLE = (
-    frozenset({"dataset", "tokenizer", *flatten(PretrainConfig())})
-    - _HARMLESS
-    - _NOT_RECORDED
-    - _SHAPES
-    - _MADE
-    - _DEEDS
-)
-"""The names that `--allow-change` takes."""
+
+def changeable(kind: type[PhaseConfig]) -> frozenset[str]:
+    """Return the names that `--allow-change` takes in a phase with these options."""
+    names = frozenset({"dataset", "tokenizer", *flatten(kind())})
+    return names - _HARMLESS - _NOT_RECORDED - _SHAPES - _MADE - _DEEDS
 
 
-def with_stretches(config: PretrainConfig, stretches: tuple[Stretch, ...]) -> PretrainConfig:
+def with_stretches(config: ConfigT, stretches: tuple[Stretch, ...]) -> ConfigT:
     """Return the options with the shares of a mixture that hold, and from where on."""
     return replace(config, data=replace(config.data, stretches=stretches))
 
@@ -145,7 +162,7 @@ def window_options(data: DataConfig) -> dict[str, Any]:
     }
 
 
-def resolved(config: PretrainConfig, shards: Datasets) -> PretrainConfig:
+def resolved(config: ConfigT, shards: Datasets) -> ConfigT:
     """Return the options with nothing left to this machine, to the dataset or to a default."""
     training = config.training
     epochs = DEFAULT_EPOCHS if training.epochs is None and training.steps is None else training.epochs
@@ -167,7 +184,7 @@ def resolved(config: PretrainConfig, shards: Datasets) -> PretrainConfig:
     )
 
 
-def recorded(config: PretrainConfig) -> dict[str, Any]:
+def recorded(config: PhaseConfig) -> dict[str, Any]:
     """Return the options as `config.json` holds them."""
     flat = {name: value for name, value in flatten(config).items() if name not in _NOT_RECORDED}
     shards, stretches = config.data.shards, config.data.stretches
@@ -176,10 +193,10 @@ def recorded(config: PretrainConfig) -> dict[str, Any]:
     return flat | (mixed if stretches else {"shards": shards[0], "stretches": []})
 
 
-def record_of(config: PretrainConfig, shards: Datasets) -> RunRecord:
+def record_of(command: str, config: PhaseConfig, shards: Datasets) -> RunRecord:
     """Return what `config.json` says of a run that begins with these options, resolved, on this dataset."""
     return RunRecord(
-        command=COMMAND,
+        command=command,
         options=recorded(config),
         dataset=shards.fingerprint,
         tokenizer=shards.tokenizer,
@@ -187,6 +204,7 @@ def record_of(config: PretrainConfig, shards: Datasets) -> RunRecord:
 
 
 def reconciled(
+    kind: type[ConfigT],
     run: Path,
     record: RunRecord,
     given: Mapping[str, Any],
@@ -194,8 +212,8 @@ def reconciled(
     *,
     step: int,
     allow_change: Collection[str],
-) -> tuple[PretrainConfig, RunRecord]:
-    """Hold what the user wrote against what the run is; return the options that hold from here on, and their record.
+) -> tuple[ConfigT, RunRecord]:
+    """Hold what the user wrote against what the run, of this kind of options, is; return the options that hold from here on, and their record.
 
     Raises:
         UserError: something differs that must not.
@@ -207,13 +225,13 @@ def reconciled(
     if given.keys() & runs.ENDS:  # either one says alone when the run ends
         options |= {name: given.get(name) for name in runs.ENDS}
     try:
-        config = from_options(options, run)
+        config = from_options(kind, options, run)
     except ValueError as error:
         raise UserError(f"{run}: with these options the run cannot go on: {error}") from None
     model = config.model
     config = resolved(config, shards)
     config = replace(config, model=replace(config.model, vocab_size=model.vocab_size))
-    new = replace(record_of(config, shards), changes=record.changes)
+    new = replace(record_of(record.command, config, shards), changes=record.changes)
     sides = {
         name: (begun.get(name), new.options[name])
         for name in sorted(given.keys() | runs.ENDS if given.keys() & runs.ENDS else given)
@@ -235,11 +253,11 @@ def reconciled(
     return config, new.changed(changes)
 
 
-def from_options(options: Mapping[str, Any], run: Path) -> PretrainConfig:
+def from_options(kind: type[ConfigT], options: Mapping[str, Any], run: Path) -> ConfigT:
     """Return the options of a run from its record."""
     stretches = tuple(map(Stretch.of, options.get("stretches", ())))
     made = {"shards": words_of(options["shards"]), "stretches": stretches, "run": run}
-    return build(PretrainConfig, {**options, **made})
+    return build(kind, {**options, **made})
 
 
 def _names(sources: Sequence[Source]) -> str:

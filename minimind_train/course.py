@@ -8,7 +8,7 @@ from typing import Any
 
 from minimind_data.errors import UserError
 from minimind_data.shards import ShardSet
-from minimind_train.config import DEFAULT_EPOCHS, NEEDS_SEQUENTIAL, PretrainConfig, window_options
+from minimind_train.config import DEFAULT_EPOCHS, NEEDS_SEQUENTIAL, PhaseConfig, window_options
 from minimind_train.devices import resolve_device
 from minimind_train.evaluate import Evaluator, open_evaluator
 from minimind_train.mixture import MixtureOrder, Stretch
@@ -43,7 +43,7 @@ class Course:
         UserError: there is no window, or none of a part.
     """
 
-    def __init__(self, config: PretrainConfig, datasets: Datasets, say: Say) -> None:
+    def __init__(self, config: PhaseConfig, datasets: Datasets, say: Say) -> None:
         self._datasets = datasets
         self._say = say
         self._data, self._training = config.data, config.training

@@ -15,7 +15,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from minimind_data.errors import UserError
 from minimind_data.format import TOKENIZER_NAME
@@ -24,7 +23,7 @@ from minimind_data.shards import ShardSet
 from minimind_data.tokenizer import Tokenizer, cached_tokenizer
 from minimind_data.windows import IGNORED, Windows, open_windows
 from minimind_train.devices import Dtype, autocast
-from minimind_train.loop import SummedLoss
+from minimind_train.objective import Objective
 
 __all__ = ["Evaluation", "Evaluator", "ValidationConfig", "open_evaluator", "validation"]
 
@@ -101,14 +100,14 @@ class Evaluator:
                 f"{windows.shards.folder}: the {self._count:,} windows to measure on hold no text; take more of them or another dataset"
             )
 
-    def measure(self, model: nn.Module, summed_loss: SummedLoss) -> Evaluation:
-        """Return what the model makes of the windows; it is left in the mode that it was in.
+    def measure(self, objective: Objective) -> Evaluation:
+        """Return what the objective's model makes of the windows; it is left in the mode that it was in.
 
         Raises:
             UserError: the loss is not finite.
         """
-        was_training = model.training
-        model.eval()
+        was_training = objective.training
+        objective.eval()
         loss_sum, num_targets, num_bytes = 0.0, 0, 0
         try:
             with torch.no_grad(), autocast(self._dtype, self._device):
@@ -116,12 +115,12 @@ class Evaluator:
                     tensors = {
                         name: torch.from_numpy(array).to(self._device) for name, array in samples.items()
                     }
-                    loss_sum += float(summed_loss(tensors))
-                    num_targets += int(np.count_nonzero(samples["targets"] != IGNORED))
+                    loss_sum += float(objective(tensors).summed)
+                    num_targets += objective.num_terms(samples)
                     if self._num_bytes is None:
                         num_bytes += self._bytes_of(samples)
         finally:
-            model.train(was_training)
+            objective.train(was_training)
         if self._num_bytes is None:
             self._num_bytes = num_bytes
         loss = loss_sum / num_targets
@@ -165,14 +164,14 @@ def open_evaluator(
 
 
 def validation(
-    evaluator: Evaluator, model: nn.Module, summed_loss: SummedLoss, *, every: int, total_steps: int
+    evaluator: Evaluator, objective: Objective, *, every: int, total_steps: int
 ) -> Callable[[int], dict[str, Any]]:
     """Return what a loop calls after each step: it measures where that is due, and gives what metrics say of it."""
 
     def validate(step: int) -> dict[str, Any]:
         if step % every and step != total_steps:
             return {}
-        found = asdict(evaluator.measure(model, summed_loss))
+        found = asdict(evaluator.measure(objective))
         return {f"val_{name}": value for name, value in found.items()}
 
     return validate

@@ -12,7 +12,7 @@ holds, and the loop that completes a step moves the cursor.
 
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -21,6 +21,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -30,7 +31,7 @@ from minimind_train.parts import Order, Samples
 from minimind_train.sampler import rank_positions
 from minimind_train.skips import NO_SKIPS, Skips
 
-__all__ = ["ResumableBatchSampler", "StepBatch", "StepLoader", "WindowDataset"]
+__all__ = ["ResumableBatchSampler", "StepBatch", "StepLoader", "WindowDataset", "num_targets"]
 
 
 class WindowDataset(Dataset[dict[str, Tensor]]):
@@ -240,12 +241,26 @@ class StepBatch:
         micro_batches: this rank's share, cut into tensors [micro_batch or less, seq_len]. Where the global batch is short a
             rank may have one fewer than another, or none.
         num_targets: how many of this rank's targets are learned.
+        num_terms: of how many terms the objective's sum over this rank's share is made; in pre-training, the targets.
+        num_windows: samples of this rank's share.
     """
 
     start: int
     stop: int
     micro_batches: list[dict[str, Tensor]]
     num_targets: int
+    num_terms: int
+    num_windows: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions of this rank's share that go through the model, PAD included."""
+        return sum(
+            tensor.numel()
+            for micro_batch in self.micro_batches
+            for name, tensor in micro_batch.items()
+            if name.endswith("input_ids")
+        )
 
 
 class StepLoader:
@@ -267,6 +282,7 @@ class StepLoader:
         device: where the tensors go. For CUDA they go by way of pinned memory, without waiting.
         prefetch: how many steps are kept ready.
         skips: positions that are left out.
+        num_terms: how many terms the objective's sum over samples has; without it, their learned targets.
     """
 
     def __init__(
@@ -283,6 +299,7 @@ class StepLoader:
         device: torch.device | str = "cpu",
         prefetch: int = 2,
         skips: Skips = NO_SKIPS,
+        num_terms: Callable[[Mapping[str, NDArray[np.int64]]], int] | None = None,
     ) -> None:
         _check_shares(global_batch, rank, world_size)
         _check_range(start, stop)
@@ -305,6 +322,7 @@ class StepLoader:
         self.device = torch.device(device)
         self.prefetch = prefetch
         self.skips = skips
+        self.num_terms = num_terms or num_targets
         # Weak, so that an iteration ends as soon as its loop has dropped it.
         self._iteration: weakref.ref[Generator[StepBatch, None, None]] | None = None
 
@@ -357,7 +375,9 @@ class StepLoader:
         start, stop = (self.skips.after(self.start, number - begun) for number in (first, last))
         positions = self.skips.kept(rank_positions(first, last, self.rank, self.world_size))
         if not positions.size:
-            return StepBatch(start=start, stop=stop, micro_batches=[], num_targets=0)
+            return StepBatch(
+                start=start, stop=stop, micro_batches=[], num_targets=0, num_terms=0, num_windows=0
+            )
         arrays = self.windows.fetch(self.order.windows(positions))
         share = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if self.device.type == "cuda":
@@ -369,7 +389,9 @@ class StepLoader:
             start=start,
             stop=stop,
             micro_batches=[dict(zip(share, tensors, strict=True)) for tensors in micro_batches],
-            num_targets=int(np.count_nonzero(arrays["targets"] != IGNORED)),
+            num_targets=num_targets(arrays),
+            num_terms=self.num_terms(arrays),
+            num_windows=len(positions),
         )
 
     def _on_device(self, step: StepBatch) -> StepBatch:
@@ -379,6 +401,13 @@ class StepLoader:
             for batch in step.micro_batches
         ]
         return replace(step, micro_batches=micro_batches)
+
+
+def num_targets(samples: Mapping[str, NDArray[np.int64]]) -> int:
+    """Return how many targets of a batch are learned."""
+    return sum(
+        int(np.count_nonzero(array != IGNORED)) for name, array in samples.items() if name.endswith("targets")
+    )
 
 
 def _check_shares(global_batch: int, rank: int, world_size: int) -> None:

@@ -1,33 +1,29 @@
 """The only training loop: batches in, weights moved, metrics and checkpoints out.
 
-A phase (pre-training, …) brings the model, its summed loss and the batches; what a step *is* stands here once. The loss of a
-step is the sum over all valid targets of the global batch divided by their number, so cutting the batch into micro-batches
-changes nothing but rounding. Nothing random is carried from step to step, so a run that begins again at step s does what the
-first one did.
+A phase (pre-training, …) brings its objective and the batches; what a step is stands in `step`. Nothing random is carried from
+step to step, so a run that begins again at step s does what the first one did.
 """
 
 import hashlib
-import math
 import signal
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minimind_data.errors import UserError
 from minimind_train.devices import Dtype, autocast
 from minimind_train.interrupt import StopRequest
-from minimind_train.loader import StepBatch, StepLoader
+from minimind_train.loader import StepLoader
 from minimind_train.metrics import MetricsLog
-from minimind_train.optim import OptimConfig, clip_gradients, learning_rate
+from minimind_train.objective import Objective
+from minimind_train.optim import OptimConfig, learning_rate
 from minimind_train.progress import Progress, Say
 from minimind_train.sampler import SampleCursor
+from minimind_train.step import take_step
 
 _LIMITS = {
     # So that no position of a run leaves 64 bits, and no count of steps the exact numbers of a float.
@@ -41,9 +37,6 @@ _LIMITS = {
     "seed": (0, 2**64 - 1),
     "threads": (0, 1024),  # far above any machine; torch itself crashes on far more
 }
-
-SummedLoss = Callable[[Mapping[str, Tensor]], Tensor]
-"""From a micro-batch, through the model, to the sum of the losses at its valid targets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +79,9 @@ class Outcome:
 
 
 def run(
-    model: nn.Module,
+    objective: Objective,
     optimizer: Optimizer,
     batches: StepLoader,
-    summed_loss: SummedLoss,
     *,
     step: int,
     cursor: SampleCursor,
@@ -106,10 +98,9 @@ def run(
     """Train until the batches end or a signal asks to stop.
 
     Args:
-        model: moved in place.
+        objective: what is learned, over the model that is moved in place.
         optimizer: over the model's parameters.
-        batches: the global batches from the cursor on.
-        summed_loss: the phase's loss, over this model.
+        batches: the global batches from the cursor on, counting the objective's terms.
         step: optimizer steps that are already done.
         cursor: samples that they consumed; advanced after each step.
         total_steps: steps of the whole run, for the schedule.
@@ -125,9 +116,10 @@ def run(
     Raises:
         UserError: the loss or the gradient is no longer finite. The weights are those of the step before.
     """
-    model.train()
+    objective.train()
     forward = autocast(config.dtype, device)
-    loss, num_tokens, seconds = None, 0, 0.0
+    loss: float | None = None
+    num_tokens, seconds = 0, 0.0
     stopping: signal.Signals | None = None
     with StopRequest() as stop, Progress(step=step, total_steps=total_steps, say=say) as progress:
         then = time.perf_counter()
@@ -136,18 +128,18 @@ def run(
             rate = learning_rate(step, total_steps, optim)
             # Before each step, from nothing but its number: dropout after a resume is what it would have been.
             torch.manual_seed(_mix(config.seed, step, batches.rank))
-            loss, norm = _step(
-                model,
+            result = take_step(
+                objective,
                 optimizer,
                 batch,
-                summed_loss,
                 step=step,
                 rate=rate,
                 grad_clip=optim.grad_clip,
                 forward=forward,
             )
+            loss = result.loss
             cursor.advance(batch.stop - batch.start)
-            num_tokens += sum(micro_batch["input_ids"].numel() for micro_batch in batch.micro_batches)
+            num_tokens += batch.num_tokens
             seconds += time.perf_counter() - then
             record = {
                 "step": step,
@@ -155,9 +147,11 @@ def run(
                 **describe(cursor.position),
                 "loss": loss,
                 "lr": rate,
-                "grad_norm": norm,
+                "grad_norm": result.grad_norm,
                 "targets": batch.num_targets,
                 "tokens_per_second": round(num_tokens / seconds, 1),
+                **({} if result.auxiliary is None else {"auxiliary_loss": result.auxiliary}),
+                **result.measures,
             }
             measured = validate(step)
             record |= measured
@@ -179,47 +173,6 @@ def run(
     return Outcome(
         step=step, total_steps=total_steps, cursor=cursor.position, loss=loss, stopped_by=stopped_by
     )
-
-
-def _step(
-    model: nn.Module,
-    optimizer: Optimizer,
-    batch: StepBatch,
-    summed_loss: SummedLoss,
-    *,
-    step: int,
-    rate: float,
-    grad_clip: float,
-    forward: AbstractContextManager[object],
-) -> tuple[float, float]:
-    """Move the weights by one global batch; return its loss and the norm of its gradient."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
-    num_targets = max(batch.num_targets, 1)  # a batch of nothing but padding has loss 0, not 0/0
-    loss_sum = torch.zeros((), device=next(model.parameters()).device)
-    for micro_batch in batch.micro_batches:
-        with forward:
-            loss = summed_loss(micro_batch) / num_targets
-        loss.backward()  # type: ignore[no-untyped-call]
-        loss_sum += loss.detach()
-    norm = clip_gradients(model.parameters(), grad_clip)
-    # Both numbers come to the host together, because each such trip waits for the device.
-    loss_here, norm_here = torch.stack((loss_sum, norm)).tolist()
-    if not (math.isfinite(loss_here) and math.isfinite(norm_here)):
-        what = (
-            f"the loss is {loss_here}"
-            if not math.isfinite(loss_here)
-            else f"the gradient's norm is {norm_here}"
-        )
-        raise UserError(
-            f"{what} at step {step} (positions {batch.start} to {batch.stop - 1}); the weights before it are in the last "
-            f"checkpoint; look at these windows with `mm-data locate`, leave them out by --resume --skip-positions "
-            f"{batch.start}:{batch.stop}, or start a new run with a lower --learning-rate, a "
-            "--warmup-steps or --dtype fp32"
-        )
-    optimizer.step()
-    return loss_here, norm_here
 
 
 def _mix(seed: int, step: int, rank: int) -> int:

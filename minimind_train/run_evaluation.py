@@ -1,14 +1,16 @@
 """A run that is measured from outside: the model of a checkpoint on any dataset of its tokenizer."""
 
-from functools import partial
 from pathlib import Path
 
 from minimind_data.errors import UserError
+from minimind_data.options import build
 from minimind_data.shards import ShardSet
-from minimind_train.config import from_options, window_options
+from minimind_train.config import DataConfig, window_options
 from minimind_train.devices import resolve_device
 from minimind_train.evaluate import Evaluation, open_evaluator
-from minimind_train.pretrain import summed_loss
+from minimind_train.loop import RunConfig
+from minimind_train.objective import NextToken
+from minimind_train.parts import words_of
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.runs import RunRecord
 from minimind_train.trained import model_of
@@ -47,16 +49,16 @@ def evaluate_run(
             f"({record.tokenizer.vocab_size:,} entries, {record.tokenizer.sha256[:12]}…); tokenize its text again with "
             f"--tokenizer {run}"
         )
-    config = from_options(record.options, run)
+    known = {**record.options, "shards": words_of(record.options["shards"]), "stretches": ()}
     place = resolve_device(device)
     evaluator = open_evaluator(
         shards,
         num_windows=num_windows,
         batch=batch,
         device=place,
-        dtype=config.training.dtype,
+        dtype=build(RunConfig, record.options).dtype,
         announce=say,
-        **window_options(config.data),
+        **window_options(build(DataConfig, known)),
     )
     model = model_of(run, step=step, say=say).to(place)
-    return evaluator.measure(model, partial(summed_loss, model))
+    return evaluator.measure(NextToken(model))

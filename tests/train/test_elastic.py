@@ -206,14 +206,14 @@ def seen_by_loop(monkeypatch, small_dataset, other_dataset):
         rows = windows.fetch(np.arange(len(windows)))["input_ids"]
         numbers |= {row.tobytes(): (part, number) for number, row in enumerate(rows)}
         assert len(numbers) >= len(windows)
-    seen, original = [], loop._step
+    seen, original = [], loop.take_step
 
-    def recording(model, optimizer, batch, *arguments, step, **keywords):
+    def recording(objective, optimizer, batch, *arguments, step, **keywords):
         for micro_batch in batch.micro_batches:
             seen.extend((step, *numbers[row.numpy().tobytes()]) for row in micro_batch["input_ids"])
-        return original(model, optimizer, batch, *arguments, step=step, **keywords)
+        return original(objective, optimizer, batch, *arguments, step=step, **keywords)
 
-    monkeypatch.setattr(loop, "_step", recording)
+    monkeypatch.setattr(loop, "take_step", recording)
     return seen
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -18,7 +17,8 @@ from minimind_data.shards import ShardSet
 from minimind_data.tokenizer import cached_tokenizer
 from minimind_data.windows import IGNORED, open_windows
 from minimind_train.evaluate import Evaluator, _byte_counter, open_evaluator
-from minimind_train.pretrain import pretrain, resume, summed_loss
+from minimind_train.objective import MicroLoss, NextToken
+from minimind_train.pretrain import pretrain, resume
 from minimind_train.run_evaluation import evaluate_run
 from minimind_train.runs import RunRecord
 from minimind_train.trained import model_of
@@ -26,6 +26,18 @@ from minimind_train.trained import model_of
 from .conftest import Said, config_of, metrics, retokenized, steps, stop_after, weights
 
 CPU = torch.device("cpu")
+
+
+class Saying(NextToken):
+    """Says one loss of whatever comes, which it shows first."""
+
+    def __init__(self, model, show, loss):
+        super().__init__(model)
+        self.show, self.loss = show, loss
+
+    def forward(self, batch):
+        self.show(batch)
+        return MicroLoss(torch.tensor(self.loss))
 
 
 def evaluator_of(folder, *, num_windows=None, batch=8, layout="concat", seq_len=16):
@@ -64,9 +76,7 @@ def test_the_numbers_are_those_of_the_plain_way(model, other_dataset, layout):
     windows = open_windows(shards, layout=layout, seq_len=16)
     loss, targets, num_bytes = plainly(model, windows)
     for batch in (1, 7, 1000):
-        found = evaluator_of(other_dataset, batch=batch, layout=layout).measure(
-            model, partial(summed_loss, model)
-        )
+        found = evaluator_of(other_dataset, batch=batch, layout=layout).measure(NextToken(model))
         assert found.loss == pytest.approx(loss, rel=1e-5)
         assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
         assert (found.targets, found.bytes) == (targets, num_bytes)
@@ -78,8 +88,8 @@ def test_bytes_of_whole_documents_are_those_of_their_text(other_dataset):
     tokenizer = cached_tokenizer((other_dataset / TOKENIZER_NAME).read_text(), shards.manifest.tokenizer)
     texts = [tokenizer.reference.decode(shard.tokens.tolist(), skip_special_tokens=True) for shard in shards]
     evaluator = evaluator_of(other_dataset, layout="pad", seq_len=100)
-    silent = nn.Linear(1, 1)
-    assert evaluator.measure(silent, lambda _: torch.zeros(())).bytes == sum(len(t.encode()) for t in texts)
+    silent = Saying(nn.Linear(1, 1), lambda _: None, 0.0)
+    assert evaluator.measure(silent).bytes == sum(len(t.encode()) for t in texts)
 
 
 def test_some_windows_are_spread_evenly_and_the_same_every_time(model, other_dataset):
@@ -88,17 +98,17 @@ def test_some_windows_are_spread_evenly_and_the_same_every_time(model, other_dat
 
     def recording(batch):
         seen.extend(row.tobytes() for row in batch["input_ids"].numpy())
-        return torch.zeros(())
 
+    objective = Saying(model, recording, 0.0)
     evaluator = evaluator_of(other_dataset, num_windows=10, batch=4)
-    first = evaluator.measure(model, recording)
+    first = evaluator.measure(objective)
     n = len(windows)
     wanted = windows.fetch(np.array([i * n // 10 for i in range(10)]))["input_ids"]
     assert seen == [row.tobytes() for row in wanted]
-    assert evaluator.measure(model, recording) == first
+    assert evaluator.measure(objective) == first
     assert seen == 2 * [row.tobytes() for row in wanted]
     seen.clear()
-    evaluator_of(other_dataset, num_windows=10**9).measure(model, recording)
+    evaluator_of(other_dataset, num_windows=10**9).measure(objective)
     assert len(seen) == n
 
 
@@ -128,11 +138,14 @@ def test_a_model_stays_in_its_mode_and_a_random_generator_where_it_is(model, oth
         state = torch.get_rng_state()
         modes = []
 
-        def noting(batch, modes=modes):
-            modes.append((model.training, torch.is_grad_enabled()))
-            return summed_loss(model, batch)
+        class Noting(NextToken):
+            def forward(self, batch, modes=modes):
+                modes.append((self.model.training, torch.is_grad_enabled()))
+                return super().forward(batch)
 
-        evaluator.measure(model, noting)
+        objective = Noting(model)
+        objective.train(training)
+        evaluator.measure(objective)
         assert set(modes) == {(False, False)}
         assert model.training is training
         assert torch.equal(torch.get_rng_state(), state)
@@ -141,7 +154,7 @@ def test_a_model_stays_in_its_mode_and_a_random_generator_where_it_is(model, oth
 
 def test_a_loss_that_is_no_number_is_said(model, other_dataset):
     with pytest.raises(UserError, match="the model's loss there is nan"):
-        evaluator_of(other_dataset).measure(model, lambda _: torch.tensor(math.nan))
+        evaluator_of(other_dataset).measure(Saying(model, lambda _: None, math.nan))
 
 
 def test_a_dataset_without_text_is_refused(other_dataset):

@@ -2,7 +2,6 @@ import json
 import os
 import signal
 import threading
-from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from minimind_train.loader import StepLoader
 from minimind_train.losses import summed_cross_entropy
 from minimind_train.metrics import MetricsLog
 from minimind_train.model import MiniMind, ModelConfig, initialize
+from minimind_train.objective import MicroLoss, NextToken
 from minimind_train.optim import OptimConfig, learning_rate, make_optimizer
 from minimind_train.sampler import SampleCursor, SampleOrder
 
@@ -43,6 +43,15 @@ def plain_loss(model, micro_batch):
     return summed_cross_entropy(model(micro_batch["input_ids"]), model.head_weight, micro_batch["targets"])
 
 
+class Plain(NextToken):
+    def __init__(self, model, loss):
+        super().__init__(model)
+        self.loss = loss
+
+    def forward(self, micro_batch):
+        return MicroLoss(self.loss(self.model, micro_batch))
+
+
 class Run:
     """A run that can be stopped and gone on with in memory."""
 
@@ -69,7 +78,7 @@ class Run:
         self.model = MiniMind(config)
         initialize(self.model, 0)
         self.optimizer = make_optimizer(self.model, OPTIM)
-        self.loss = partial(loss, self.model)
+        self.objective = Plain(self.model, loss)
         self.order = SampleOrder(num_windows=NUM_WINDOWS, seed=1, kind=kind)
         self.total_steps = total_steps
         self.config = loop.RunConfig(
@@ -92,10 +101,9 @@ class Run:
             ) as batches,
         ):
             outcome = loop.run(
-                self.model,
+                self.objective,
                 self.optimizer,
                 batches,
-                self.loss,
                 step=self.step,
                 cursor=self.cursor,
                 total_steps=self.total_steps,

@@ -148,7 +148,7 @@ def test_memory_that_runs_out_is_a_sentence(begin, tmp_path, monkeypatch, error)
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("minimind_train.loop._step", fail)
+        patch.setattr("minimind_train.loop.take_step", fail)
         with pytest.raises(
             UserError, match=r"^the memory is used up \(.+\); go on with --resume and a smaller"
         ):
@@ -160,6 +160,6 @@ def test_other_runtime_errors_are_ours(begin, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr("minimind_train.loop._step", fail)
+    monkeypatch.setattr("minimind_train.loop.take_step", fail)
     with pytest.raises(RuntimeError, match="a defect"):
         begin()

@@ -9,7 +9,8 @@ from minimind_data.errors import UserError
 from minimind_data.shards import ShardSet
 from minimind_data.windows import open_windows
 from minimind_train import checkpoint
-from minimind_train.pretrain import CHANGEABLE, resume
+from minimind_train.config import changeable
+from minimind_train.pretrain import PretrainConfig, resume
 from minimind_train.runs import Change, RunRecord
 
 from .conftest import OPTIONS, Said, metrics, steps, stop_after, weights
@@ -104,7 +105,7 @@ def test_what_would_make_another_run_is_refused_with_both_sides(stopped_run, nam
     remedy = "start a new run in another --run" if name == "hidden_size" else f"--allow-change {name}"
     assert remedy in str(error.value)
     assert (stopped_run / "config.json").read_bytes() == before
-    assert (name in CHANGEABLE) is (name != "hidden_size")
+    assert (name in changeable(PretrainConfig)) is (name != "hidden_size")
 
 
 @pytest.fixture

@@ -1,0 +1,273 @@
+"""A run of any phase: begun, gone on with, and handed to the loop.
+
+A run is what `config.json` says, from the first step to the last. A phase brings its options and its objective; which options
+`--resume` may change is in `config`.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic
+
+import torch
+
+from minimind_data.errors import UserError
+from minimind_data.files import disk_full_is_plain
+from minimind_data.format import FormatError
+from minimind_train import checkpoint, loop, runs
+from minimind_train.checkpoint import Checkpoint, CheckpointState
+from minimind_train.config import (
+    WEIGHTS,
+    ConfigT,
+    PhaseConfig,
+    reconciled,
+    record_of,
+    recorded,
+    resolved,
+    with_stretches,
+)
+from minimind_train.course import Course
+from minimind_train.devices import out_of_memory_is_plain, refuse_too_large, resolve_device
+from minimind_train.evaluate import validation
+from minimind_train.loader import StepLoader
+from minimind_train.metrics import FILE_NAME, MetricsLog
+from minimind_train.model import MiniMind, count_parameters, initialize
+from minimind_train.objective import Objective
+from minimind_train.optim import make_optimizer
+from minimind_train.parts import Datasets, words_of
+from minimind_train.progress import Say, say_on_stderr
+from minimind_train.runs import RunRecord, moved_cursor
+from minimind_train.sampler import SampleCursor
+
+__all__ = ["Phase", "begin", "resume"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase(Generic[ConfigT]):
+    """What distinguishes one kind of training from another."""
+
+    command: str
+    """What `mm-train` calls it, and what the run's record says."""
+    config: type[ConfigT]
+    """Its options; made without arguments, they are its defaults."""
+    objective: Callable[[MiniMind, ConfigT], Objective]
+    """What it learns by, over a model and by options that are resolved."""
+
+
+def begin(phase: Phase[ConfigT], config: ConfigT, say: Say = say_on_stderr) -> loop.Outcome:
+    """Begin a run and train until it ends or a signal stops it.
+
+    Args:
+        phase: what kind of training.
+        config: its options.
+        say: takes lines for the user.
+
+    Raises:
+        UserError: the run cannot be made or cannot go on; the message says why and what to do.
+    """
+    run = config.training.run
+    runs.refuse_occupied(run)
+    shards = Datasets.open(config.data.shards)
+    job = _Job(phase, resolved(config, shards), shards, say)
+    cursor = job.course.first_position()
+    with disk_full_is_plain(run):
+        run.mkdir(parents=True, exist_ok=True)
+    with disk_full_is_plain(run), runs.lock(run):
+        runs.refuse_occupied(run)
+        runs.create(run, record_of(phase.command, job.config, shards), shards.folder)
+        return job.train(None, step=0, cursor=cursor)
+
+
+def resume(
+    phase: Phase[ConfigT],
+    run: Path,
+    given: Mapping[str, Any],
+    *,
+    allow_change: Collection[str] = (),
+    say: Say = say_on_stderr,
+) -> loop.Outcome:
+    """Go on with a run from its newest whole checkpoint.
+
+    Args:
+        phase: what kind of training the run is.
+        run: its folder.
+        given: the options that the user wrote, by flat name; `resume_from` moves the cursor.
+        allow_change: names of options that may differ from what the run was begun with.
+        say: takes lines for the user.
+
+    Raises:
+        UserError: there is no run, or an option differs that must not; the message shows both sides.
+    """
+    RunRecord.read(run)  # before the lock, which would leave its file in any folder
+    with disk_full_is_plain(run), runs.lock(run):
+        record = RunRecord.read(run)
+        if record.command != phase.command:
+            raise UserError(
+                f"{run}: a run of `mm-train {record.command}`, not of {phase.command}; resume it with that command"
+            )
+        runs.clean(run)
+        found = checkpoint.load_latest(run, say)
+        step = found.state.step if found else 0
+        if not found:
+            say(f"{run}: no checkpoint yet, so the run begins again")
+        shards = _open_shards(words_of(given.get("shards", record.options["shards"])))
+        kept = record.without_moves_after(step)
+        config, new_record = reconciled(
+            phase.config, run, kept, given, shards, step=step, allow_change=allow_change
+        )
+        job = _Job(phase, config, shards, say)
+        cursor = kept.cursor_at(step, found.state.cursor if found else job.course.first_position())
+        if "resume_from" in given:
+            moved = job.course.position_of(given["resume_from"], cursor=cursor)
+            new_record = new_record.changed([moved_cursor(step, cursor, moved)])
+            cursor = moved
+        if any(change.name == WEIGHTS for change in new_record.changes[len(kept.changes) :]):
+            job.reweight(cursor)
+            new_record = replace(new_record, options=recorded(job.config))
+        update = partial(runs.update, run, record, new_record, shards.folder)
+        return job.train(found, step=step, cursor=cursor, before_steps=update)
+
+
+class _Job(Generic[ConfigT]):
+    """A run with its options resolved and its data open, from wherever it begins."""
+
+    def __init__(self, phase: Phase[ConfigT], config: ConfigT, shards: Datasets, say: Say) -> None:
+        _refuse_unfit(config, shards)
+        self.phase = phase
+        self.run = config.training.run
+        self.shards = shards
+        self.say = say
+        self.course = Course(config, shards, say)
+        self.config = with_stretches(config, self.course.stretches)
+        self.evaluator = self.course.evaluator()
+
+    def reweight(self, cursor: int) -> None:
+        """Let other weights of a mixture hold from the cursor on."""
+        self.course.reweight(cursor)
+        self.config = with_stretches(self.config, self.course.stretches)
+
+    @out_of_memory_is_plain(
+        "go on with --resume and a smaller --micro-batch, or free some memory; earlier checkpoints are intact"
+    )
+    def train(
+        self,
+        found: Checkpoint | None,
+        *,
+        step: int,
+        cursor: int,
+        before_steps: Callable[[], None] = lambda: None,
+    ) -> loop.Outcome:
+        """Build the model, put the checkpoint into it, and hand all to the loop; `before_steps` runs once that fits."""
+        training = self.config.training
+        end, total_steps = self.course.end(step, cursor)
+        if step >= total_steps:
+            self.say(f"{self.run}: finished already, {step} steps; nothing to do")
+            return loop.Outcome(step=step, total_steps=total_steps, cursor=cursor, loss=None)
+        torch.set_num_threads(training.threads)
+        device = resolve_device(training.device)
+        model = MiniMind(self.config.model)
+        initialize(model, training.seed)
+        model.to(device)
+        optimizer = make_optimizer(model, self.config.optim)
+        if found:
+            found.restore(model, optimizer)
+        before_steps()
+        self._introduce(model, device, step, total_steps, cursor)
+        place = SampleCursor(cursor)
+        objective = self.phase.objective(model, self.config)
+        measure = {}
+        if self.evaluator:
+            every = self.config.validation.val_every
+            measure["validate"] = validation(self.evaluator, objective, every=every, total_steps=total_steps)
+        options = recorded(self.config)
+
+        with (
+            MetricsLog(self.run / FILE_NAME, last_step=step) as metrics,
+            StepLoader(
+                self.course.windows,
+                self.course.order,
+                start=cursor,
+                stop=end,
+                global_batch=training.global_batch,
+                micro_batch=training.micro_batch,
+                device=device,
+                skips=self.course.skips,
+                num_terms=objective.num_terms,
+            ) as batches,
+        ):
+
+            def save(step: int, cursor: int) -> None:
+                state = CheckpointState(
+                    step=step,
+                    cursor=cursor,
+                    config=options,
+                    dataset=self.shards.fingerprint,
+                    metrics_lines=metrics.num_lines,
+                )
+                checkpoint.save(self.run, state, model, optimizer, keep=training.keep)
+
+            if found and (lost := found.state.metrics_lines - metrics.num_lines) > 0:
+                self.say(
+                    f"{self.run / FILE_NAME}: {lost} of the {found.state.metrics_lines} lines up to step {step} are gone or broken; "
+                    "training goes on the same without them; to have them again, put them back from a backup while the run is stopped"
+                )
+            return loop.run(
+                objective,
+                optimizer,
+                batches,
+                step=step,
+                cursor=place,
+                total_steps=total_steps,
+                config=training,
+                optim=self.config.optim,
+                device=device,
+                metrics=metrics,
+                save=save,
+                describe=self.course.describe,
+                **measure,
+                say=self.say,
+            )
+
+    def _introduce(
+        self, model: MiniMind, device: torch.device, step: int, total_steps: int, cursor: int
+    ) -> None:
+        training = self.config.training
+        self.say(
+            f"{self.run}: {count_parameters(model) / 1e6:.1f} M parameters on {device.type} in {training.dtype}, "
+            f"{len(self.course.windows):,} windows of {self.course.windows.seq_len} tokens"
+        )
+        for line in self.course.introduce(cursor):
+            self.say(line)
+        again = f"going on after step {step} of {total_steps}" if step else f"step 1 of {total_steps}"
+        place = "".join(
+            f", {name} {value}" for name, value in self.course.describe(cursor).items() if name != "epochs"
+        )
+        self.say(f"{again} at position {cursor}{place}")
+
+
+def _open_shards(words: Sequence[str]) -> Datasets:
+    try:
+        return Datasets.open(words)
+    except FormatError as error:
+        raise UserError(f"{error}; if the dataset has moved, say where by --shards") from None
+
+
+def _refuse_unfit(config: PhaseConfig, shards: Datasets) -> None:
+    vocab_size, room = shards.tokenizer.vocab_size, config.model.vocab_size
+    if vocab_size > room:
+        raise UserError(
+            f"{shards.folder}: a vocabulary of {vocab_size} entries does not fit a model of {room}; start a new run"
+        )
+    if config.data.seq_len > config.model.max_position_embeddings:
+        raise UserError(
+            f"--seq-len {config.data.seq_len} is longer than the model's --max-position-embeddings "
+            f"{config.model.max_position_embeddings}; change one of them"
+        )
+    size = config.model.num_parameters
+    what = f"{size / 1e6:,.1f} M parameters, their gradients and AdamW's two averages"
+    device = resolve_device(config.training.device)
+    refuse_too_large(what, 16 * size, device, "take a smaller --hidden-size or --num-hidden-layers")
+    # Two int64 a token, and its position where documents are kept apart.
+    samples = (24 if config.data.document_mask else 16) * config.training.global_batch * config.data.seq_len
+    refuse_too_large("the samples of a step", samples, torch.device("cpu"), "take a smaller --global-batch")

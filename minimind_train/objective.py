@@ -1,0 +1,64 @@
+"""What a phase learns by: from a micro-batch, through the model, to numbers that can be added up.
+
+An objective is a module that holds the model, so that what wraps modules (data parallelism, sharding) wraps one forward pass and
+knows where it begins and ends. It gives sums, never means: the loop divides by what the whole global batch has, over all
+micro-batches and ranks, so that cutting a batch differently changes nothing but rounding.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from minimind_train.loader import num_targets
+from minimind_train.losses import summed_cross_entropy
+from minimind_train.model import MiniMind
+
+
+class MicroLoss(NamedTuple):
+    """What one micro-batch gives; every tensor is a float32 scalar on the model's device."""
+
+    summed: Tensor
+    """The sum of the losses at its terms; the loop divides by the terms of the step."""
+    auxiliary: Tensor | None = None
+    """A mean over its windows that is learned too, weighed by their share of the step's windows."""
+    measures: Mapping[str, Tensor] = {}
+    """More sums over its terms, to be shown as means and not learned."""
+
+
+class Objective(nn.Module):
+    """The base of all objectives.
+
+    Args:
+        model: what is learned.
+    """
+
+    def __init__(self, model: MiniMind) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training  # a new module would say that it trains, whatever its parts do
+
+    def forward(self, micro_batch: Mapping[str, Tensor]) -> MicroLoss:
+        """Return what a micro-batch, tensors [B, seq_len] by name, gives."""
+        raise NotImplementedError
+
+    @staticmethod
+    def num_terms(samples: Mapping[str, NDArray[np.int64]]) -> int:
+        """Return how many terms the sum over these samples has."""
+        raise NotImplementedError
+
+
+class NextToken(Objective):
+    """Cross-entropy of the next token, where there is one to learn: pre-training, and SFT with its mask in the targets."""
+
+    def forward(self, micro_batch: Mapping[str, Tensor]) -> MicroLoss:
+        """Take `input_ids`, `targets` and, where documents are kept apart, `position_ids`, int64 [B, seq_len] each."""
+        hidden = self.model(micro_batch["input_ids"], position_ids=micro_batch.get("position_ids"))
+        return MicroLoss(summed_cross_entropy(hidden, self.model.head_weight, micro_batch["targets"]))
+
+    @staticmethod
+    def num_terms(samples: Mapping[str, NDArray[np.int64]]) -> int:
+        """Return the number of learned targets."""
+        return num_targets(samples)

@@ -1,0 +1,109 @@
+"""One optimizer step: the gradient of a global batch, clipped, and the weights moved by it.
+
+The loss of a step is the sum over all terms of the global batch divided by their number, so cutting the batch into micro-batches
+changes nothing but rounding.
+"""
+
+import math
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch.optim import Optimizer
+
+from minimind_data.errors import UserError
+from minimind_train.loader import StepBatch
+from minimind_train.objective import Objective
+from minimind_train.optim import clip_gradients
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a step gave, on the host."""
+
+    loss: float
+    """Mean over the terms of the global batch."""
+    grad_norm: float
+    """Before clipping."""
+    auxiliary: float | None
+    """Mean over the windows of the global batch; None where the objective has none."""
+    measures: dict[str, float]
+    """Means over the terms."""
+
+
+def take_step(
+    objective: Objective,
+    optimizer: Optimizer,
+    batch: StepBatch,
+    *,
+    step: int,
+    rate: float,
+    grad_clip: float,
+    forward: AbstractContextManager[object],
+) -> StepResult:
+    """Move the weights by one global batch.
+
+    Args:
+        objective: over the model whose weights move.
+        optimizer: over its parameters.
+        batch: the step's samples.
+        step: its number, for the error.
+        rate: the learning rate.
+        grad_clip: the longest gradient norm that is let through; 0 lets all through.
+        forward: entered around each forward pass.
+
+    Raises:
+        UserError: the loss or the gradient is not finite. The weights are those of the step before.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    num_terms = max(batch.num_terms, 1)  # a batch of nothing but padding has loss 0, not 0/0
+    sums: dict[str, torch.Tensor] = {"loss": torch.zeros((), device=next(objective.parameters()).device)}
+    for micro_batch in batch.micro_batches:
+        with forward:
+            found = objective(micro_batch)
+            loss = found.summed / num_terms
+            learned = loss
+            if found.auxiliary is not None:
+                share = len(next(iter(micro_batch.values()))) / batch.num_windows
+                auxiliary = found.auxiliary * share
+                learned = loss + auxiliary
+                _add(sums, "auxiliary", auxiliary)
+        learned.backward()
+        _add(sums, "loss", loss)
+        for name, value in found.measures.items():
+            _add(sums, f"measure {name}", value / num_terms)
+    norm = clip_gradients(objective.parameters(), grad_clip)
+    # All numbers come to the host together, because each such trip waits for the device.
+    *values, norm_here = torch.stack((*sums.values(), norm)).tolist()
+    here = dict(zip(sums, values, strict=True))
+    _refuse_nonfinite(step, batch, here["loss"] + here.get("auxiliary", 0.0), norm_here)
+    optimizer.step()
+    return StepResult(
+        loss=here["loss"],
+        grad_norm=norm_here,
+        auxiliary=here.get("auxiliary"),
+        measures={
+            name.removeprefix("measure "): value
+            for name, value in here.items()
+            if name.startswith("measure ")
+        },
+    )
+
+
+def _add(sums: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
+    value = value.detach().float()
+    sums[name] = sums[name] + value if name in sums else value
+
+
+def _refuse_nonfinite(step: int, batch: StepBatch, loss: float, norm: float) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+    raise UserError(
+        f"{what} at step {step} (positions {batch.start} to {batch.stop - 1}); the weights before it are in the last "
+        f"checkpoint; look at these windows with `mm-data locate`, leave them out by --resume --skip-positions "
+        f"{batch.start}:{batch.stop}, or start a new run with a lower --learning-rate, a "
+        "--warmup-steps or --dtype fp32"
+    )
