@@ -19,7 +19,7 @@ from minimind_train import loop, runs
 from minimind_train.devices import resolve_device, resolve_dtype
 from minimind_train.evaluate import ValidationConfig
 from minimind_train.mixture import Stretch
-from minimind_train.model import ModelConfig
+from minimind_train.model_config import NO_SHAPES, ModelConfig
 from minimind_train.optim import OptimConfig
 from minimind_train.parts import Datasets, Source, read_sources, shown_weights, words_of
 from minimind_train.runs import Change, RunRecord
@@ -37,7 +37,7 @@ WEIGHTS = "weights"
 _MADE = frozenset({"stretches"})  # not by the user
 _DEEDS = frozenset({"resume_from", _SKIPS})  # a resume does these because it is told to: no permission needed
 _NOT_RECORDED = frozenset({"run"})  # a run is where it is, also when its folder has been moved
-_BEFORE_IT_WAS_AN_OPTION = {
+_BEFORE_IT_WAS_AN_OPTION = flatten(ModelConfig()) | {
     "document_mask": False,
     "shuffle_block": 1,
 }  # what a run does whose record does not say
@@ -133,12 +133,7 @@ NEEDS_SEQUENTIAL = (
     "--resume-from needs --order sequential: in a shuffled order no place of a shard is a place of the run"
 )
 
-_SHAPES = frozenset(flatten(ModelConfig())) - {
-    "dropout",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_theta",
-}
+_SHAPES = frozenset(flatten(ModelConfig())) - NO_SHAPES
 
 
 def changeable(kind: type[PhaseConfig]) -> frozenset[str]:

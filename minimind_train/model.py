@@ -1,10 +1,9 @@
-"""MiniMind's dense language model: a stack of pre-norm transformer layers under tied embeddings.
+"""MiniMind's language model: a stack of pre-norm transformer layers under tied embeddings.
 
-RMSNorm in float32, rotary positions in the rotate-half convention with position = index (in the row, or in its
-document where rows hold several), grouped-query attention, SwiGLU, an optional norm of queries and keys. Parameters
-have the names that MiniMind and Hugging Face give them, so weights pass between the three by name. The module holds
-parameters and nothing else: no buffers, no state between calls; what decoding must remember is a `KVCache` that the
-caller passes in.
+RMSNorm in float32, rotary positions (`rotary`), grouped-query attention, SwiGLU or a mixture of experts (`moe`), an optional
+norm of queries and keys. Parameters have the names that MiniMind and Hugging Face give them, so weights pass between the three
+by name. The module holds parameters and nothing else: no buffers, no state between calls; what decoding must remember is a
+`KVCache` that the caller passes in, and what balances experts is handed from layer to layer as a value.
 
 Shapes: B batch, L new positions, T all positions, H hidden size, V vocabulary, D size of a head. Attention keeps the
 heads in the third place, [B, L, heads, D], because that is how the projections lay them out in memory.
@@ -13,101 +12,16 @@ Works in float32, under bf16 autocast, and with all weights in bf16. Under autoc
 and the norms hand out bf16, so that the projections after a norm do not each cast the same tensor.
 """
 
-import math
-from dataclasses import dataclass, field, replace
-from typing import Annotated
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from minimind_train.documents import Documents
+from minimind_train.model_config import ModelConfig
+from minimind_train.moe import MLP, Mixture
+from minimind_train.rotary import Rotary, rotary_tables, rotate
 
-_LARGEST = {
-    # Far above any model that one machine trains; whether one fits is decided by its parameters.
-    "hidden_size": 2**20,
-    "num_hidden_layers": 2**12,
-    "num_attention_heads": 2**16,
-    "num_key_value_heads": 2**16,
-    "head_dim": 2**20,
-    "intermediate_size": 2**22,
-    "vocab_size": 2**31,
-    "max_position_embeddings": 2**31,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The shape of the model, under MiniMind's names; the defaults are minimind-3 (64 million parameters)."""
-
-    hidden_size: Annotated[int, "Width of the residual stream."] = 768
-    num_hidden_layers: Annotated[int, "Transformer layers."] = 8
-    num_attention_heads: Annotated[int, "Query heads in each layer."] = 8
-    num_key_value_heads: Annotated[int, "Key and value heads; each serves an equal group of query heads."] = 4
-    head_dim: Annotated[int | None, "Size of one head; by default hidden_size / num_attention_heads."] = None
-    intermediate_size: Annotated[
-        int | None, "Width inside the MLP; by default hidden_size times pi, rounded up to a multiple of 64."
-    ] = None
-    vocab_size: Annotated[int, "Entries of the vocabulary; the dataset sets it."] = field(
-        default=6400, metadata={"flag": False}
-    )
-    max_position_embeddings: Annotated[int, "Longest sequence that the model may be given, in tokens."] = (
-        32768
-    )
-    rms_norm_eps: Annotated[float, "Added to the mean square in every norm."] = 1e-6
-    rope_theta: Annotated[float, "Base of the rotary wavelengths."] = 1e6
-    tie_word_embeddings: Annotated[bool, "Use the embedding matrix as the output matrix too."] = True
-    dropout: Annotated[float, "Chance of dropping an activation in training."] = 0.0
-    qk_norm: Annotated[bool, "Norm queries and keys before their rotation, as minimind-3 does."] = True
-
-    def __post_init__(self) -> None:
-        for name, most in _LARGEST.items():
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= most:
-                raise ValueError(f"{name} must be from 1 to {most}, not {value}")
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} attention heads; "
-                "change one of them, or set head_dim"
-            )
-        if self.head_size % 2:
-            raise ValueError(f"head_dim must be even for the rotary positions, not {self.head_size}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} must be a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        for name in ("rms_norm_eps", "rope_theta"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
-
-    @property
-    def head_size(self) -> int:
-        """`head_dim`, or what it is by default."""
-        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
-
-    @property
-    def mlp_size(self) -> int:
-        """`intermediate_size`, or what it is by default."""
-        if self.intermediate_size is None:
-            return math.ceil(self.hidden_size * math.pi / 64) * 64
-        return self.intermediate_size
-
-    @property
-    def num_parameters(self) -> int:
-        """The number of weights, shared ones once: what `count_parameters` finds in a model that was made."""
-        hidden, head = self.hidden_size, self.head_size
-        attention = 2 * hidden * head * (self.num_attention_heads + self.num_key_value_heads)
-        norms = 2 * hidden + (2 * head if self.qk_norm else 0)
-        layer = attention + 3 * hidden * self.mlp_size + norms
-        embeddings = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_hidden_layers * layer + hidden
-
-    def resolved(self) -> "ModelConfig":
-        """The same shape with nothing left to a default: what a run records, and what other programs read."""
-        return replace(self, head_dim=self.head_size, intermediate_size=self.mlp_size)
+__all__ = ["Attention", "KVCache", "MiniMind", "ModelConfig", "RMSNorm", "count_parameters", "initialize"]
 
 
 class KVCache:
@@ -156,28 +70,6 @@ class RMSNorm(nn.Module):
         normed = functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
         device = x.device.type
         return normed.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
-
-
-def rotary_tables(start: int, stop: int, config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines of the positions [start, stop), each float32 [L, 1, D/2].
-
-    They are made anew in every pass: half a head of angles costs nothing beside a layer, and a table that is not kept
-    can neither be too short nor be stored in a checkpoint.
-    """
-    size = config.head_size
-    frequencies = 1.0 / (config.rope_theta ** (torch.arange(0, size, 2, device=device).float() / size))
-    angles = torch.arange(start, stop, device=device).float()[:, None, None] * frequencies
-    return angles.cos(), angles.sin()
-
-
-Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines, [L, 1, D/2]; [B, L, 1, D/2] where the positions begin again inside of rows."""
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pair (x[i], x[i + D/2]) of every head by its position's i-th angle."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -235,38 +127,28 @@ class Attention(nn.Module):
         return mixed.transpose(1, 2)
 
 
-class MLP(nn.Module):
-    """SwiGLU: one projection gates another."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
-        self.down_proj = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix the last axis."""
-        out: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
-
-
 class Layer(nn.Module):
-    """Attention and MLP, each after a norm and added to the residual stream."""
+    """Attention and MLP, or experts in its place, each after a norm and added to the residual stream."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = Mixture(config) if config.use_moe else MLP(config.hidden_size, config.mlp_size)
 
     def forward(
         self, x: Tensor, rotary: Rotary, cache: KVCache | None, layer: int, documents: Documents | None
-    ) -> Tensor:
-        """Take [B, L, H] to [B, L, H]."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Take [B, L, H] to [B, L, H], and say of experts how unevenly they were used, float32 []; of an MLP nothing."""
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache, layer, documents)
-        mixed: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return mixed
+        mixed: Tensor
+        imbalance: Tensor | None = None
+        if isinstance(self.mlp, Mixture):
+            mixed, imbalance = self.mlp(self.post_attention_layernorm(x))
+        else:
+            mixed = self.mlp(self.post_attention_layernorm(x))
+        return x + mixed, imbalance
 
 
 class Decoder(nn.Module):
@@ -307,27 +189,47 @@ class MiniMind(nn.Module):
                 does not go with `position_ids`.
 
         Raises:
-            ValueError: the sequence would be longer than `max_position_embeddings`, or there is a cache beside `position_ids`.
+            ValueError: the sequence would be longer than the model can read, or there is a cache beside `position_ids`.
         """
+        return self._read(input_ids, position_ids, cache)[0]
+
+    def hidden_and_balance(
+        self, input_ids: Tensor, *, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the hidden states as `forward` does, and the loss that balances the experts of all layers.
+
+        That loss is float32 [], a mean over the windows with its coefficient, to be added to a mean loss over targets. It is None
+        where there is nothing to balance: in a dense model, with the coefficient 0, and outside of training.
+        """
+        hidden, imbalances = self._read(input_ids, position_ids, None)
+        if not imbalances:
+            return hidden, None
+        return hidden, torch.stack(imbalances).sum() * self.config.router_aux_loss_coef
+
+    def _read(
+        self, input_ids: Tensor, position_ids: Tensor | None, cache: KVCache | None
+    ) -> tuple[Tensor, list[Tensor]]:
         if cache is not None and position_ids is not None:
             raise ValueError("a cache holds one document a row; leave position_ids out to continue it")
         start = 0 if cache is None else cache.length
         stop = start + input_ids.shape[1]
-        if stop > self.config.max_position_embeddings:
+        if stop > self.config.longest_sequence:
             raise ValueError(
                 f"a sequence of {stop} tokens is longer than max_position_embeddings, which is "
-                f"{self.config.max_position_embeddings}"
+                f"{self.config.longest_sequence}"
             )
         rotary, documents = rotary_tables(start, stop, self.config, input_ids.device), None
         if position_ids is not None:
             rotary, documents = (rotary[0][position_ids], rotary[1][position_ids]), Documents(position_ids)
         x = functional.dropout(self.model.embed_tokens(input_ids), self.config.dropout, self.training)
+        imbalances = []
         for number, layer in enumerate(self.model.layers):
-            x = layer(x, rotary, cache, number, documents)
+            x, imbalance = layer(x, rotary, cache, number, documents)
+            if imbalance is not None:
+                imbalances.append(imbalance)
         if cache is not None:
             cache.advance(stop - start)
-        hidden: Tensor = self.model.norm(x)
-        return hidden
+        return self.model.norm(x), imbalances
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the scores [..., V] of the next token for hidden states [..., H]."""

@@ -11,9 +11,8 @@ from minimind_train.model import (
     ModelConfig,
     count_parameters,
     initialize,
-    rotary_tables,
-    rotate,
 )
+from minimind_train.rotary import rotary_tables, rotate
 
 SMALL = ModelConfig(
     hidden_size=24,

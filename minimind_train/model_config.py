@@ -1,0 +1,223 @@
+"""The shape of the model, option by option, and how many weights that makes. Imports no torch."""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
+
+_LIMITS = {
+    # Far above any model that one machine trains; whether one fits is decided by its parameters.
+    "hidden_size": (1, 2**20),
+    "num_hidden_layers": (1, 2**12),
+    "num_attention_heads": (1, 2**16),
+    "num_key_value_heads": (1, 2**16),
+    "head_dim": (1, 2**20),
+    "intermediate_size": (1, 2**22),
+    "vocab_size": (1, 2**31),
+    "max_position_embeddings": (1, 2**31),
+    "num_experts": (1, 2**12),
+    "num_experts_per_tok": (1, 2**12),
+    "n_shared_experts": (0, 2**12),
+    "moe_intermediate_size": (1, 2**22),
+}
+
+NO_SHAPES = frozenset(
+    {
+        "dropout",
+        "inference_rope_scaling",
+        "max_position_embeddings",
+        "norm_topk_prob",
+        "num_experts_per_tok",
+        "rms_norm_eps",
+        "rope_theta",
+        "router_aux_loss_coef",
+        "scoring_func",
+        "seq_aux",
+        "yarn_attention_factor",
+        "yarn_beta_fast",
+        "yarn_beta_slow",
+        "yarn_factor",
+        "yarn_original_max_position_embeddings",
+    }
+)
+"""The options that decide the shape of no weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """YaRN (https://arxiv.org/abs/2309.00071): longer contexts than a model was trained on; the defaults are MiniMind's."""
+
+    inference_rope_scaling: Annotated[
+        bool, "Stretch the rotary positions by YaRN, for contexts longer than the model was trained on."
+    ] = False
+    yarn_factor: Annotated[float, "How many times longer a context YaRN makes room for."] = 16.0
+    yarn_original_max_position_embeddings: Annotated[
+        int, "Tokens in the longest context before the stretching."
+    ] = 2048
+    yarn_beta_fast: Annotated[float, "Wavelengths that turn more often in that context stay as they are."] = (
+        32.0
+    )
+    yarn_beta_slow: Annotated[float, "Wavelengths that turn less often in it are stretched in full."] = 1.0
+    yarn_attention_factor: Annotated[
+        float, "Scales the rotated queries and keys; 1 as in MiniMind, 0.1 ln(factor) + 1 in the paper."
+    ] = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.yarn_factor <= 2**20:
+            raise ValueError(f"yarn_factor must be from 1 to {2**20}, not {self.yarn_factor}")
+        if not 1 <= self.yarn_original_max_position_embeddings <= 2**31:
+            raise ValueError(
+                "yarn_original_max_position_embeddings must be from 1 to 2^31, not "
+                f"{self.yarn_original_max_position_embeddings}"
+            )
+        if not 0 < self.yarn_beta_slow <= self.yarn_beta_fast < math.inf:
+            raise ValueError(
+                f"yarn_beta_slow {self.yarn_beta_slow} must be positive and at most yarn_beta_fast {self.yarn_beta_fast}"
+            )
+        if not 0 < self.yarn_attention_factor < math.inf:
+            raise ValueError(
+                f"yarn_attention_factor must be a positive number, not {self.yarn_attention_factor}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of the model, under MiniMind's names; the defaults are minimind-3 (64 million parameters)."""
+
+    hidden_size: Annotated[int, "Width of the residual stream."] = 768
+    num_hidden_layers: Annotated[int, "Transformer layers."] = 8
+    num_attention_heads: Annotated[int, "Query heads in each layer."] = 8
+    num_key_value_heads: Annotated[int, "Key and value heads; each serves an equal group of query heads."] = 4
+    head_dim: Annotated[int | None, "Size of one head; by default hidden_size / num_attention_heads."] = None
+    intermediate_size: Annotated[
+        int | None, "Width inside the MLP; by default hidden_size times pi, rounded up to a multiple of 64."
+    ] = None
+    vocab_size: Annotated[int, "Entries of the vocabulary; the dataset sets it."] = field(
+        default=6400, metadata={"flag": False}
+    )
+    max_position_embeddings: Annotated[int, "Longest sequence that the model may be given, in tokens."] = (
+        32768
+    )
+    rms_norm_eps: Annotated[float, "Added to the mean square in every norm."] = 1e-6
+    rope_theta: Annotated[float, "Base of the rotary wavelengths."] = 1e6
+    tie_word_embeddings: Annotated[bool, "Use the embedding matrix as the output matrix too."] = True
+    dropout: Annotated[float, "Chance of dropping an activation in training."] = 0.0
+    qk_norm: Annotated[bool, "Norm queries and keys before their rotation, as minimind-3 does."] = True
+    use_moe: Annotated[bool, "Give each layer a mixture of experts in place of its MLP."] = False
+    num_experts: Annotated[int, "Experts in each layer, of which the router chooses (n_routed_experts)."] = 4
+    num_experts_per_tok: Annotated[int, "Experts that each token goes through."] = 1
+    n_shared_experts: Annotated[int, "Experts beside them that every token goes through."] = 0
+    moe_intermediate_size: Annotated[
+        int | None, "Width inside an expert, a shared one too; by default that of the MLP, intermediate_size."
+    ] = None
+    scoring_func: Annotated[
+        Literal["softmax", "sigmoid"],
+        "How the router scores: softmax over the experts, or sigmoid for each, as in DeepSeek-V3.",
+    ] = "softmax"
+    norm_topk_prob: Annotated[bool, "Let the weights of a token's experts add up to 1."] = True
+    router_aux_loss_coef: Annotated[
+        float, "Weight of the loss that balances the experts (aux_loss_alpha); 0 leaves it out."
+    ] = 5e-4
+    seq_aux: Annotated[
+        bool,
+        "Balance the experts within each window, so that the micro-batch has no say, as in DeepSeek-V2; else over the whole "
+        "micro-batch, as minimind-3 does.",
+    ] = True
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in _LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name} must be from {least} to {most}, not {value}")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} attention heads; "
+                "change one of them, or set head_dim"
+            )
+        if self.head_size % 2:
+            raise ValueError(f"head_dim must be even for the rotary positions, not {self.head_size}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+        for name in ("rms_norm_eps", "rope_theta"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
+        if self.rope_scaling.inference_rope_scaling and self.rope_theta <= 1:
+            raise ValueError(f"rope_theta must be above 1 for inference_rope_scaling, not {self.rope_theta}")
+        self._check_mixture()
+
+    def _check_mixture(self) -> None:
+        if self.use_moe and self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} must be at most num_experts {self.num_experts}"
+            )
+        if not 0 <= self.router_aux_loss_coef < math.inf:
+            raise ValueError(f"router_aux_loss_coef must be 0 or more, not {self.router_aux_loss_coef}")
+
+    @property
+    def head_size(self) -> int:
+        """`head_dim`, or what it is by default."""
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def mlp_size(self) -> int:
+        """`intermediate_size`, or what it is by default."""
+        if self.intermediate_size is None:
+            return math.ceil(self.hidden_size * math.pi / 64) * 64
+        return self.intermediate_size
+
+    @property
+    def expert_size(self) -> int:
+        """`moe_intermediate_size`, or what it is by default."""
+        return self.mlp_size if self.moe_intermediate_size is None else self.moe_intermediate_size
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens that a sequence may have: `max_position_embeddings`, or what YaRN makes of the original context."""
+        scaling = self.rope_scaling
+        if not scaling.inference_rope_scaling:
+            return self.max_position_embeddings
+        stretched = int(scaling.yarn_factor * scaling.yarn_original_max_position_embeddings)
+        return max(self.max_position_embeddings, stretched)
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of weights, shared ones once: what `count_parameters` finds in a model that was made."""
+        return self._count_parameters(self.num_experts)
+
+    @property
+    def num_active_parameters(self) -> int:
+        """The weights that one token meets: all but the experts that it is not sent to."""
+        return self._count_parameters(self.num_experts_per_tok)
+
+    def _count_parameters(self, num_experts: int) -> int:
+        """Count the weights with so many experts of each layer that the router chooses from."""
+        hidden, head = self.hidden_size, self.head_size
+        attention = 2 * hidden * head * (self.num_attention_heads + self.num_key_value_heads)
+        norms = 2 * hidden + (2 * head if self.qk_norm else 0)
+        mlp = 3 * hidden * self.mlp_size
+        if self.use_moe:
+            router = hidden * self.num_experts
+            mlp = router + 3 * hidden * self.expert_size * (num_experts + self.n_shared_experts)
+        embeddings = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * (attention + mlp + norms) + hidden
+
+    def resolved(self) -> "ModelConfig":
+        """The same shape with nothing left to a default: what a run records, and what other programs read."""
+        return replace(
+            self,
+            head_dim=self.head_size,
+            intermediate_size=self.mlp_size,
+            moe_intermediate_size=self.expert_size,
+        )
+
+
+def parameter_line(config: ModelConfig) -> str:
+    """Return the line that MiniMind prints of a model: all its weights and, of a mixture of experts, the active ones."""
+    total, active = config.num_parameters, config.num_active_parameters
+    told = f"Model Params: {total / 1e6:.2f}M"
+    return f"{told}-A{active / 1e6:.2f}M" if active < total else told
