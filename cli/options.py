@@ -3,7 +3,7 @@
     @command(app)
     def tokenize(inputs: Annotated[list[str], typer.Argument()], options: TokenizeOptions, given: Given) -> None: ...
 
-A parameter annotated `Given` receives the names of the options that stood on the command line, as against defaults. The
+A parameter annotated `Given` receives the names of the options that the user passed, as against defaults. The
 wrapper is also the border where a `UserError` becomes one sentence and exit status 1, and an interrupt status 130.
 """
 
@@ -25,6 +25,8 @@ from minimind_data.options import build, format_size, leaves, parse_size
 Given = NewType("Given", frozenset[str])
 
 _CONTEXT = "typer_context"
+_GIVEN = frozenset({"COMMANDLINE", "DEFAULT_MAP"})
+"""Where an option comes from that the user wrote, or that stands in something that the user named, as a preset."""
 
 
 def make_app(help_text: str) -> typer.Typer:
@@ -112,7 +114,7 @@ def _plain(parser: Callable[[str], Any]) -> Callable[[str], Any]:
 def _argument(kind: Any, name: str, values: dict[str, Any], context: typer.Context) -> Any:
     if kind is Given:
         sources = {key: context.get_parameter_source(key) for key in values}
-        return frozenset(key for key, source in sources.items() if source and source.name == "COMMANDLINE")
+        return frozenset(key for key, source in sources.items() if source and source.name in _GIVEN)
     if not is_dataclass(kind):
         return values[name]
     assert isinstance(kind, type)

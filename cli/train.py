@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from minimind_train.presets import PRESETS
+
 from .options import Given, command, make_app
 
 if TYPE_CHECKING:
@@ -26,6 +28,15 @@ def _pretrain(app: typer.Typer) -> None:
     from minimind_train.pretrain import PRETRAIN  # noqa: PLC0415 - see the module's docstring
 
     _register_phase(app, PRETRAIN, _pretrain.__doc__)
+
+
+def _use_preset(context: typer.Context, name: str | None) -> str | None:
+    """Let a preset's options be the defaults of this command line, and count as given."""
+    if name is not None:
+        if name not in PRESETS:
+            raise typer.BadParameter(f"{name}: the presets are {', '.join(PRESETS)}")
+        context.default_map = {**PRESETS[name], **(context.default_map or {})}
+    return name
 
 
 def _register_phase(app: typer.Typer, phase: "Phase[Any]", help_text: str | None) -> None:
@@ -54,6 +65,16 @@ def _register_phase(app: typer.Typer, phase: "Phase[Any]", help_text: str | None
                 help="With --resume and --shards: the parts of the mixture have new weights from here on; each goes on where it is.",
             ),
         ] = False,
+        _preset: Annotated[
+            str | None,
+            typer.Option(
+                "--preset",
+                metavar="NAME",
+                is_eager=True,
+                callback=_use_preset,
+                help=f"A published size: {', '.join(PRESETS)}. What else is passed wins over it.",
+            ),
+        ] = None,
     ) -> None:
         allowed = {name.lstrip("-").replace("-", "_") for name in allow_change or ()}
         if reweight and not (go_on and "shards" in given):
@@ -95,17 +116,21 @@ def _generate(app: typer.Typer) -> None:
     """Print what a trained model writes."""
     from minimind_train.completion import complete  # noqa: PLC0415 - see the module's docstring
     from minimind_train.generate import GenerateOptions  # noqa: PLC0415
+    from minimind_train.model_config import RopeScaling  # noqa: PLC0415
 
     def run_command(
         run: Annotated[Path, typer.Option(help="Folder of the run.")],
         prompt: Annotated[str, typer.Option(help="Text to go on from.")],
         options: GenerateOptions,
+        scaling: RopeScaling,
+        given: Given,
         checkpoint: Annotated[
             int | None, typer.Option(metavar="STEP", help="Step of the checkpoint; the newest by default.")
         ] = None,
         device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     ) -> None:
-        for text in complete(run, prompt, options, step=checkpoint, device=device):
+        changes = {name: value for name, value in asdict(scaling).items() if name in given}
+        for text in complete(run, prompt, options, step=checkpoint, device=device, changes=changes):
             print(text, end="", flush=True)
         print()
 

@@ -31,6 +31,7 @@ DEFAULT_EPOCHS = 2
 _HARMLESS = frozenset(
     {"shards", "device", "micro_batch", "threads", "save_every", "keep", "log_every"}
 ) | frozenset(flatten(ValidationConfig()))
+_MICRO_BATCH = frozenset({"micro_batch"})  # harmless but where experts are balanced over it
 _SKIPS = "skip_positions"
 WEIGHTS = "weights"
 """What a change of a mixture's weights is called."""
@@ -139,7 +140,7 @@ _SHAPES = frozenset(flatten(ModelConfig())) - NO_SHAPES
 def changeable(kind: type[PhaseConfig]) -> frozenset[str]:
     """Return the names that `--allow-change` takes in a phase with these options."""
     names = frozenset({"dataset", "tokenizer", *flatten(kind())})
-    return names - _HARMLESS - _NOT_RECORDED - _SHAPES - _MADE - _DEEDS
+    return names - (_HARMLESS - _MICRO_BATCH) - _NOT_RECORDED - _SHAPES - _MADE - _DEEDS
 
 
 def with_stretches(config: ConfigT, stretches: tuple[Stretch, ...]) -> ConfigT:
@@ -227,10 +228,11 @@ def reconciled(
     config = resolved(config, shards)
     config = replace(config, model=replace(config.model, vocab_size=model.vocab_size))
     new = replace(record_of(record.command, config, shards), changes=record.changes)
+    harmless = _HARMLESS - _MICRO_BATCH if config.model.balances_micro_batches else _HARMLESS
     sides = {
         name: (begun.get(name), new.options[name])
         for name in sorted(given.keys() | runs.ENDS if given.keys() & runs.ENDS else given)
-        if name not in _HARMLESS
+        if name not in harmless
     }
     then, now = read_sources(words_of(record.options["shards"])), shards.sources
     if [source.name for source in then] != [source.name for source in now]:

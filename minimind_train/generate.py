@@ -61,10 +61,10 @@ def _check_prompt(model: MiniMind, prompt_ids: Sequence[int]) -> None:
     config = model.config
     if not prompt_ids:
         raise UserError("the prompt has no tokens; begin it with BOS at least")
-    if len(prompt_ids) > config.max_position_embeddings:
+    if len(prompt_ids) > config.longest_sequence:
         raise UserError(
-            f"the prompt has {len(prompt_ids)} tokens and the model reads at most {config.max_position_embeddings}; "
-            "shorten the prompt"
+            f"the prompt has {len(prompt_ids)} tokens and the model reads at most {config.longest_sequence}; "
+            "shorten the prompt, or stretch the positions by --inference-rope-scaling"
         )
     if max(prompt_ids) >= config.vocab_size:
         raise UserError(
@@ -81,7 +81,7 @@ def _generate(
     cache = KVCache()
     unread = list(prompt_ids)
     # The last token needs no position of its own: nothing is asked of the model after it.
-    room = model.config.max_position_embeddings - len(prompt_ids) + 1
+    room = model.config.longest_sequence - len(prompt_ids) + 1
     for _ in range(min(options.max_new_tokens, room)):
         logits = _next_logits(model, torch.tensor([unread], device=device), cache)
         if not logits.isfinite().all():

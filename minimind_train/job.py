@@ -32,7 +32,8 @@ from minimind_train.devices import out_of_memory_is_plain, refuse_too_large, res
 from minimind_train.evaluate import validation
 from minimind_train.loader import StepLoader
 from minimind_train.metrics import FILE_NAME, MetricsLog
-from minimind_train.model import MiniMind, count_parameters, initialize
+from minimind_train.model import MiniMind, initialize
+from minimind_train.model_config import parameter_line
 from minimind_train.objective import Objective
 from minimind_train.optim import make_optimizer
 from minimind_train.parts import Datasets, words_of
@@ -173,7 +174,7 @@ class _Job(Generic[ConfigT]):
         if found:
             found.restore(model, optimizer)
         before_steps()
-        self._introduce(model, device, step, total_steps, cursor)
+        self._introduce(device, step, total_steps, cursor)
         place = SampleCursor(cursor)
         objective = self.phase.objective(model, self.config)
         measure = {}
@@ -229,13 +230,12 @@ class _Job(Generic[ConfigT]):
                 say=self.say,
             )
 
-    def _introduce(
-        self, model: MiniMind, device: torch.device, step: int, total_steps: int, cursor: int
-    ) -> None:
+    def _introduce(self, device: torch.device, step: int, total_steps: int, cursor: int) -> None:
         training = self.config.training
+        self.say(parameter_line(self.config.model))
         self.say(
-            f"{self.run}: {count_parameters(model) / 1e6:.1f} M parameters on {device.type} in {training.dtype}, "
-            f"{len(self.course.windows):,} windows of {self.course.windows.seq_len} tokens"
+            f"{self.run}: on {device.type} in {training.dtype}, {len(self.course.windows):,} windows of "
+            f"{self.course.windows.seq_len} tokens"
         )
         for line in self.course.introduce(cursor):
             self.say(line)
@@ -259,10 +259,10 @@ def _refuse_unfit(config: PhaseConfig, shards: Datasets) -> None:
         raise UserError(
             f"{shards.folder}: a vocabulary of {vocab_size} entries does not fit a model of {room}; start a new run"
         )
-    if config.data.seq_len > config.model.max_position_embeddings:
+    if config.data.seq_len > config.model.longest_sequence:
         raise UserError(
             f"--seq-len {config.data.seq_len} is longer than the model's --max-position-embeddings "
-            f"{config.model.max_position_embeddings}; change one of them"
+            f"{config.model.longest_sequence}; change one of them"
         )
     size = config.model.num_parameters
     what = f"{size / 1e6:,.1f} M parameters, their gradients and AdamW's two averages"

@@ -185,6 +185,11 @@ class ModelConfig:
         return max(self.max_position_embeddings, stretched)
 
     @property
+    def balances_micro_batches(self) -> bool:
+        """Whether how a batch is cut has a say in what is learned."""
+        return self.use_moe and not self.seq_aux and self.router_aux_loss_coef > 0
+
+    @property
     def num_parameters(self) -> int:
         """The number of weights, shared ones once: what `count_parameters` finds in a model that was made."""
         return self._count_parameters(self.num_experts)

@@ -55,8 +55,12 @@ class NextToken(Objective):
 
     def forward(self, micro_batch: Mapping[str, Tensor]) -> MicroLoss:
         """Take `input_ids`, `targets` and, where documents are kept apart, `position_ids`, int64 [B, seq_len] each."""
-        hidden = self.model(micro_batch["input_ids"], position_ids=micro_batch.get("position_ids"))
-        return MicroLoss(summed_cross_entropy(hidden, self.model.head_weight, micro_batch["targets"]))
+        hidden, balance = self.model.hidden_and_balance(
+            micro_batch["input_ids"], position_ids=micro_batch.get("position_ids")
+        )
+        return MicroLoss(
+            summed_cross_entropy(hidden, self.model.head_weight, micro_batch["targets"]), auxiliary=balance
+        )
 
     @staticmethod
     def num_terms(samples: Mapping[str, NDArray[np.int64]]) -> int:

@@ -1,50 +1,58 @@
 """The model of a run, as one of its checkpoints has it; the run may still be training."""
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from minimind_data.errors import UserError
 from minimind_data.options import build
 from minimind_train import checkpoint
 from minimind_train.checkpoint import Checkpoint, GoneCheckpointError
-from minimind_train.model import MiniMind, ModelConfig
+from minimind_train.model import MiniMind
+from minimind_train.model_config import ModelConfig
 from minimind_train.progress import Say
 
 _MAX_TRIES = 5
 
 
-def model_of(run: Path, *, step: int | None, say: Say) -> MiniMind:
+def model_of(
+    run: Path, *, step: int | None, say: Say, changes: Mapping[str, Any] = MappingProxyType({})
+) -> MiniMind:
     """Return the model of a run, on the CPU, in the mode of use.
 
     Args:
         run: its folder.
         step: whose checkpoint; the newest whole one by default.
         say: is told of damaged checkpoints.
+        changes: options of the model that are to differ from the run's, such as those of its positions.
 
     Raises:
-        UserError: there is no such checkpoint.
+        UserError: there is no such checkpoint, or no such model.
     """
-    return _newest_model_patiently(run, say) if step is None else _restored(checkpoint.load(run, step))
-
-
-def _newest_model_patiently(run: Path, say: Say) -> MiniMind:
-    """Return the newest model of a run, which may be training, and may delete a checkpoint that is being read."""
-    for _ in range(_MAX_TRIES - 1):
+    if step is not None:
+        return _restored(checkpoint.load(run, step), changes)
+    for _ in range(_MAX_TRIES - 1):  # a run that is training may delete a checkpoint that is being read
         with contextlib.suppress(GoneCheckpointError):
-            return _newest_model(run, say)
-    return _newest_model(run, say)
+            return _restored(_newest(run, say), changes)
+    return _restored(_newest(run, say), changes)
 
 
-def _newest_model(run: Path, say: Say) -> MiniMind:
+def _newest(run: Path, say: Say) -> Checkpoint:
     found = checkpoint.load_latest(run, say)
     if found is None:
         raise UserError(
             f"{run}: no checkpoint yet; the first comes after --save-every steps, or when the run ends"
         )
-    return _restored(found)
+    return found
 
 
-def _restored(found: Checkpoint) -> MiniMind:
-    model = MiniMind(build(ModelConfig, found.state.config)).eval()
+def _restored(found: Checkpoint, changes: Mapping[str, Any]) -> MiniMind:
+    try:
+        config = build(ModelConfig, {**found.state.config, **changes})
+    except ValueError as error:
+        raise UserError(f"{found.folder}: its model cannot be used like that: {error}") from None
+    model = MiniMind(config).eval()
     found.restore(model)
     return model

@@ -123,6 +123,26 @@ def test_a_run_says_what_it_does_on_stderr_and_nothing_on_stdout(dataset, tmp_pa
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 
+def test_a_preset_is_what_nothing_else_says(dataset, tmp_path):
+    run = tmp_path / "run"
+    begin = ["pretrain", "--shards", dataset, "--run", run, "--preset", "minimind2-moe", *TINY]
+    result = mm_train(*begin, "--intermediate-size", 24, "--n-shared-experts", 2, "--steps", 2)
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"^Model Params: 0\.\d\dM", result.stderr, re.MULTILINE)
+    options = json.loads((run / "config.json").read_text())["options"]
+    named = ("hidden_size", "num_key_value_heads", "intermediate_size", "n_shared_experts")
+    assert [options[name] for name in named] == [16, 1, 24, 2]
+    assert (options["use_moe"], options["num_experts_per_tok"], options["qk_norm"]) == (True, 2, False)
+    again = mm_train("pretrain", "--run", run, "--resume", "--preset", "minimind-3")
+    assert again.exit_code == 1
+    assert "hidden_size (in the run: 16, on the command line: 768)" in again.stderr
+    unknown = mm_train(*begin, "--preset", "minimind-4")
+    assert unknown.exit_code == 2
+    assert "the presets are minimind-3, minimind-3-moe, minimind2-small" in re.sub(
+        r"\s+", " ", unknown.stderr
+    )
+
+
 def test_a_second_start_is_refused_and_a_second_resume_does_nothing(run, dataset):
     result = mm_train("pretrain", "--shards", dataset, "--run", run, *TINY, "--steps", 4)
     assert result.exit_code == 1
@@ -249,6 +269,12 @@ def test_a_run_writes_after_a_prompt(run):
     assert mm_train(*arguments, "--temperature", 0).exit_code == 0
     earlier = mm_train(*arguments, "--checkpoint", 2)
     assert earlier.exit_code == 0
+    greedy = [*arguments, "--temperature", 0, "--max-new-tokens", 4]
+    stretched = mm_train(*greedy, "--inference-rope-scaling", "--yarn-original-max-position-embeddings", 8)
+    assert stretched.exit_code == 0
+    refused = mm_train(*greedy, "--inference-rope-scaling", "--yarn-factor", 0)
+    assert refused.exit_code == 2
+    assert "yarn_factor must be from 1" in refused.stderr
 
 
 @pytest.mark.parametrize(
