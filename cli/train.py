@@ -39,6 +39,13 @@ def _use_preset(context: typer.Context, name: str | None) -> str | None:
     return name
 
 
+def _sft(app: typer.Typer) -> None:
+    """Teach a trained model to answer, from conversations (supervised fine-tuning), or go on with a stopped run."""
+    from minimind_train.sft import SFT  # noqa: PLC0415 - see the module's docstring
+
+    _register_phase(app, SFT, _sft.__doc__)
+
+
 def _register_phase(app: typer.Typer, phase: "Phase[Any]", help_text: str | None) -> None:
     """Make the command of a kind of training: its options as flags, and what goes with `--resume`."""
     from minimind_data.options import flatten  # noqa: PLC0415 - see the module's docstring
@@ -96,7 +103,7 @@ def _register_phase(app: typer.Typer, phase: "Phase[Any]", help_text: str | None
             values = {name: value for name, value in flatten(config).items() if name in given}
             outcome = resume(phase, run, values, allow_change=allowed | ({WEIGHTS} if reweight else set()))
         else:
-            outcome = begin(phase, config)
+            outcome = begin(phase, config, given=given)
         if outcome.stopped_by:
             print(
                 f"stopped by {outcome.stopped_by.name} after step {outcome.step} of {outcome.total_steps}, which is saved; "
@@ -177,6 +184,7 @@ def _eval(app: typer.Typer) -> None:
 
 _COMMANDS: dict[str, Callable[[typer.Typer], None]] = {
     "pretrain": _pretrain,
+    "sft": _sft,
     "generate": _generate,
     "eval": _eval,
 }

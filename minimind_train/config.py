@@ -26,8 +26,6 @@ from minimind_train.runs import Change, RunRecord
 from minimind_train.sampler import OrderKind
 from minimind_train.skips import Skips
 
-DEFAULT_EPOCHS = 2
-
 _HARMLESS = frozenset(
     {"shards", "device", "micro_batch", "threads", "save_every", "keep", "log_every"}
 ) | frozenset(flatten(ValidationConfig()))
@@ -35,12 +33,18 @@ _MICRO_BATCH = frozenset({"micro_batch"})  # harmless but where experts are bala
 _SKIPS = "skip_positions"
 WEIGHTS = "weights"
 """What a change of a mixture's weights is called."""
-_MADE = frozenset({"stretches"})  # not by the user
+_MADE = frozenset({"stretches", "from_sha256"})  # not by the user
 _DEEDS = frozenset({"resume_from", _SKIPS})  # a resume does these because it is told to: no permission needed
 _NOT_RECORDED = frozenset({"run"})  # a run is where it is, also when its folder has been moved
+_ORIGIN = frozenset(
+    {"from_weight", "from_step"}
+)  # where they lie may change; that they are the same is checked
 _BEFORE_IT_WAS_AN_OPTION = flatten(ModelConfig()) | {
     "document_mask": False,
     "shuffle_block": 1,
+    "from_weight": None,
+    "from_step": None,
+    "from_sha256": None,
 }  # what a run does whose record does not say
 
 
@@ -97,10 +101,38 @@ class DataConfig:
                 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """From which weights a run begins."""
+
+    from_weight: Annotated[
+        str | None, "Folder of a run whose weights this one begins from; they decide the shape of the model."
+    ] = None
+    from_step: Annotated[
+        int | None, "With --from-weight: the step of the checkpoint; the newest whole one by default."
+    ] = None
+    from_sha256: str | None = field(default=None, metadata={"flag": False})
+    """Of the weights, whatever file they lay in."""
+
+    def __post_init__(self) -> None:
+        if self.from_step is not None and self.from_weight is None:
+            raise ValueError("from_step says which checkpoint of --from-weight; pass both or neither")
+
+
 class PhaseConfig(Protocol):
     """What the options of every phase have; a phase composes them with its own."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def default_epochs(self) -> int:
+        """Times through the dataset where nobody says how long."""
+        ...
+
+    @property
+    def start(self) -> StartConfig:
+        """From which weights it begins."""
+        ...
 
     @property
     def data(self) -> DataConfig:
@@ -140,7 +172,7 @@ _SHAPES = frozenset(flatten(ModelConfig())) - NO_SHAPES
 def changeable(kind: type[PhaseConfig]) -> frozenset[str]:
     """Return the names that `--allow-change` takes in a phase with these options."""
     names = frozenset({"dataset", "tokenizer", *flatten(kind())})
-    return names - (_HARMLESS - _MICRO_BATCH) - _NOT_RECORDED - _SHAPES - _MADE - _DEEDS
+    return names - (_HARMLESS - _MICRO_BATCH) - _NOT_RECORDED - _SHAPES - _MADE - _DEEDS - _ORIGIN
 
 
 def with_stretches(config: ConfigT, stretches: tuple[Stretch, ...]) -> ConfigT:
@@ -161,15 +193,21 @@ def window_options(data: DataConfig) -> dict[str, Any]:
 def resolved(config: ConfigT, shards: Datasets) -> ConfigT:
     """Return the options with nothing left to this machine, to the dataset or to a default."""
     training = config.training
-    epochs = DEFAULT_EPOCHS if training.epochs is None and training.steps is None else training.epochs
-    measured_on = config.validation.val_shards and str(Path(config.validation.val_shards).resolve())
+    epochs = config.default_epochs if training.epochs is None and training.steps is None else training.epochs
+    measured_on, origin = (
+        path and str(Path(path).resolve())
+        for path in (config.validation.val_shards, config.start.from_weight)
+    )
     # Neighbours in pack have nothing in common but that their lengths fit; concat is the plain token stream that others train on.
     masked = config.data.layout == "pack" if config.data.document_mask is None else config.data.document_mask
+    # Weights that were trained before bring their own room for entries, which may be more than the tokenizer has.
+    entries = config.model.vocab_size if config.start.from_sha256 else shards.tokenizer.vocab_size
     return replace(
         config,
         data=replace(config.data, shards=shards.resolved(), document_mask=masked),
+        start=replace(config.start, from_weight=origin),
         validation=replace(config.validation, val_shards=measured_on),
-        model=replace(config.model, vocab_size=shards.tokenizer.vocab_size).resolved(),
+        model=replace(config.model, vocab_size=entries).resolved(),
         training=replace(
             training,
             epochs=epochs,
@@ -232,7 +270,7 @@ def reconciled(
     sides = {
         name: (begun.get(name), new.options[name])
         for name in sorted(given.keys() | runs.ENDS if given.keys() & runs.ENDS else given)
-        if name not in harmless
+        if name not in harmless | _ORIGIN
     }
     then, now = read_sources(words_of(record.options["shards"])), shards.sources
     if [source.name for source in then] != [source.name for source in now]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from minimind_data.errors import UserError
 from minimind_data.shards import ShardSet
-from minimind_train.config import DEFAULT_EPOCHS, NEEDS_SEQUENTIAL, PhaseConfig, window_options
+from minimind_train.config import NEEDS_SEQUENTIAL, PhaseConfig, window_options
 from minimind_train.devices import resolve_device
 from minimind_train.evaluate import Evaluator, open_evaluator
 from minimind_train.mixture import MixtureOrder, Stretch
@@ -105,7 +105,8 @@ class Course:
         if training.steps is not None:
             left = max(0, training.steps - step)
             return self.skips.after(cursor, left * training.global_batch), training.steps
-        end = (training.epochs or DEFAULT_EPOCHS) * len(self.windows)
+        assert training.epochs is not None  # since the options are resolved
+        end = training.epochs * len(self.windows)
         return end, step + -(-self.skips.count(cursor, end) // training.global_batch)
 
     def describe(self, position: int) -> dict[str, Any]:

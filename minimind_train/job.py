@@ -8,13 +8,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, Literal
 
 import torch
 
 from minimind_data.errors import UserError
 from minimind_data.files import disk_full_is_plain
 from minimind_data.format import FormatError
+from minimind_data.shards import ShardSet
 from minimind_train import checkpoint, loop, runs
 from minimind_train.checkpoint import Checkpoint, CheckpointState
 from minimind_train.config import (
@@ -37,9 +38,11 @@ from minimind_train.model_config import parameter_line
 from minimind_train.objective import Objective
 from minimind_train.optim import make_optimizer
 from minimind_train.parts import Datasets, words_of
+from minimind_train.pretrained import Weights
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.runs import RunRecord, moved_cursor
 from minimind_train.sampler import SampleCursor
+from minimind_train.start import begun_from, weights_again
 
 __all__ = ["Phase", "begin", "resume"]
 
@@ -50,19 +53,28 @@ class Phase(Generic[ConfigT]):
 
     command: str
     """What `mm-train` calls it, and what the run's record says."""
+    dataset: Literal["pretrain", "sft", "dpo"]
+    """The kind of dataset that it learns."""
     config: type[ConfigT]
     """Its options; made without arguments, they are its defaults."""
     objective: Callable[[MiniMind, ConfigT], Objective]
     """What it learns by, over a model and by options that are resolved."""
 
 
-def begin(phase: Phase[ConfigT], config: ConfigT, say: Say = say_on_stderr) -> loop.Outcome:
+def begin(
+    phase: Phase[ConfigT],
+    config: ConfigT,
+    say: Say = say_on_stderr,
+    *,
+    given: Collection[str] | None = None,
+) -> loop.Outcome:
     """Begin a run and train until it ends or a signal stops it.
 
     Args:
         phase: what kind of training.
         config: its options.
         say: takes lines for the user.
+        given: which of them the user wrote, by flat name; by default those that are not as without a word.
 
     Raises:
         UserError: the run cannot be made or cannot go on; the message says why and what to do.
@@ -70,6 +82,8 @@ def begin(phase: Phase[ConfigT], config: ConfigT, say: Say = say_on_stderr) -> l
     run = config.training.run
     runs.refuse_occupied(run)
     shards = Datasets.open(config.data.shards)
+    _refuse_other_kind(phase, shards.sets)
+    config, weights = begun_from(config, shards, given, say)
     job = _Job(phase, resolved(config, shards), shards, say)
     cursor = job.course.first_position()
     with disk_full_is_plain(run):
@@ -77,7 +91,7 @@ def begin(phase: Phase[ConfigT], config: ConfigT, say: Say = say_on_stderr) -> l
     with disk_full_is_plain(run), runs.lock(run):
         runs.refuse_occupied(run)
         runs.create(run, record_of(phase.command, job.config, shards), shards.folder)
-        return job.train(None, step=0, cursor=cursor)
+        return job.train(None, weights, step=0, cursor=cursor)
 
 
 def resume(
@@ -117,7 +131,9 @@ def resume(
         config, new_record = reconciled(
             phase.config, run, kept, given, shards, step=step, allow_change=allow_change
         )
+        _refuse_other_kind(phase, shards.sets)
         job = _Job(phase, config, shards, say)
+        weights = job.weights_again(found, moved="from_weight" in given)
         cursor = kept.cursor_at(step, found.state.cursor if found else job.course.first_position())
         if "resume_from" in given:
             moved = job.course.position_of(given["resume_from"], cursor=cursor)
@@ -127,7 +143,7 @@ def resume(
             job.reweight(cursor)
             new_record = replace(new_record, options=recorded(job.config))
         update = partial(runs.update, run, record, new_record, shards.folder)
-        return job.train(found, step=step, cursor=cursor, before_steps=update)
+        return job.train(found, weights, step=step, cursor=cursor, before_steps=update)
 
 
 class _Job(Generic[ConfigT]):
@@ -148,18 +164,27 @@ class _Job(Generic[ConfigT]):
         self.course.reweight(cursor)
         self.config = with_stretches(self.config, self.course.stretches)
 
+    def weights_again(self, found: Checkpoint | None, *, moved: bool) -> Weights | None:
+        """Return the weights that the run began from where a resume needs them: before its first checkpoint, or to see that they moved."""
+        if found is None:
+            return weights_again(self.config, f"{self.run} has no checkpoint yet", self.say)
+        if moved:
+            return weights_again(self.config, "--from-weight says where they are now", self.say)
+        return None
+
     @out_of_memory_is_plain(
         "go on with --resume and a smaller --micro-batch, or free some memory; earlier checkpoints are intact"
     )
     def train(
         self,
         found: Checkpoint | None,
+        weights: Weights | None,
         *,
         step: int,
         cursor: int,
         before_steps: Callable[[], None] = lambda: None,
     ) -> loop.Outcome:
-        """Build the model, put the checkpoint into it, and hand all to the loop; `before_steps` runs once that fits."""
+        """Build the model, put what it begins from into it, and hand all to the loop; `before_steps` runs once that fits."""
         training = self.config.training
         end, total_steps = self.course.end(step, cursor)
         if step >= total_steps:
@@ -168,7 +193,10 @@ class _Job(Generic[ConfigT]):
         torch.set_num_threads(training.threads)
         device = resolve_device(training.device)
         model = MiniMind(self.config.model)
-        initialize(model, training.seed)
+        if weights:
+            model.load_state_dict(weights.tensors)
+        else:
+            initialize(model, training.seed)
         model.to(device)
         optimizer = make_optimizer(model, self.config.optim)
         if found:
@@ -244,6 +272,16 @@ class _Job(Generic[ConfigT]):
             f", {name} {value}" for name, value in self.course.describe(cursor).items() if name != "epochs"
         )
         self.say(f"{again} at position {cursor}{place}")
+
+
+def _refuse_other_kind(phase: Phase[Any], sets: Sequence[ShardSet]) -> None:
+    for shards in sets:
+        kind = shards.manifest.kind
+        if kind != phase.dataset:
+            raise UserError(
+                f"{shards.folder}: a dataset of kind {kind}, and `mm-train {phase.command}` learns kind {phase.dataset}; make one by "
+                f"`mm-data tokenize --kind {phase.dataset}`, or train on this one by `mm-train {kind}`"
+            )
 
 
 def _open_shards(words: Sequence[str]) -> Datasets:

@@ -44,7 +44,9 @@ class RunConfig:
     """How long, how large, how often: what every phase asks of the loop."""
 
     run: Annotated[Path, "Folder of the run: its options, metrics and checkpoints."] = Path("runs/pretrain")
-    epochs: Annotated[int | None, "Times through the dataset; 2 where --steps says nothing."] = None
+    epochs: Annotated[
+        int | None, "Times through the dataset; where --steps says nothing, 2, and 1 in dpo."
+    ] = None
     steps: Annotated[int | None, "Optimizer steps of the whole run, in place of --epochs."] = None
     global_batch: Annotated[int, "Windows in an optimizer step, over all devices."] = 256
     micro_batch: Annotated[int, "Windows that go through the model at once; less takes less memory."] = 32

@@ -3,10 +3,10 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from minimind_train import job, loop
-from minimind_train.config import DataConfig
+from minimind_train.config import DataConfig, StartConfig
 from minimind_train.evaluate import ValidationConfig
 from minimind_train.job import Phase
 from minimind_train.model import MiniMind, ModelConfig
@@ -21,6 +21,9 @@ __all__ = ["PRETRAIN", "PretrainConfig", "pretrain", "resume"]
 class PretrainConfig:
     """Everything that a pre-training run can be told."""
 
+    default_epochs: ClassVar[int] = 2
+
+    start: StartConfig = field(default_factory=StartConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -32,7 +35,7 @@ def _objective(model: MiniMind, _: PretrainConfig) -> NextToken:
     return NextToken(model)
 
 
-PRETRAIN = Phase(command="pretrain", config=PretrainConfig, objective=_objective)
+PRETRAIN = Phase(command="pretrain", dataset="pretrain", config=PretrainConfig, objective=_objective)
 
 
 def pretrain(config: PretrainConfig, say: Say = say_on_stderr) -> loop.Outcome:

@@ -31,6 +31,13 @@ def model_of(
     Raises:
         UserError: there is no such checkpoint, or no such model.
     """
+    return model_and_step_of(run, step=step, say=say, changes=changes)[0]
+
+
+def model_and_step_of(
+    run: Path, *, step: int | None, say: Say, changes: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[MiniMind, int]:
+    """Return what `model_of` does, and the step of the checkpoint."""
     if step is not None:
         return _restored(checkpoint.load(run, step), changes)
     for _ in range(_MAX_TRIES - 1):  # a run that is training may delete a checkpoint that is being read
@@ -48,11 +55,11 @@ def _newest(run: Path, say: Say) -> Checkpoint:
     return found
 
 
-def _restored(found: Checkpoint, changes: Mapping[str, Any]) -> MiniMind:
+def _restored(found: Checkpoint, changes: Mapping[str, Any]) -> tuple[MiniMind, int]:
     try:
         config = build(ModelConfig, {**found.state.config, **changes})
     except ValueError as error:
         raise UserError(f"{found.folder}: its model cannot be used like that: {error}") from None
     model = MiniMind(config).eval()
     found.restore(model)
-    return model
+    return model, found.state.step

@@ -1,0 +1,109 @@
+"""Where a run begins: from random weights, or from weights that were trained before.
+
+Weights bring the shape of the model with them. What they were is noted in the run's options, by their checksum, so that whoever
+needs them again (a resume before the first checkpoint, a run whose checkpoints hold less than all weights) gets the same ones or
+a plain error.
+"""
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+from minimind_data.errors import UserError
+from minimind_data.options import build, flatten
+from minimind_train.config import ConfigT, PhaseConfig
+from minimind_train.model_config import NO_SHAPES, ModelConfig
+from minimind_train.parts import Datasets
+from minimind_train.pretrained import Weights, checksum_of_tensors, load_weights
+from minimind_train.progress import Say
+
+__all__ = ["begun_from", "weights_again"]
+
+_OF_TRAINING = frozenset({"dropout"})
+"""What says how a model is trained, and so is no property of its weights."""
+
+
+def begun_from(
+    config: ConfigT, shards: Datasets, given: Collection[str] | None, say: Say
+) -> tuple[ConfigT, Weights | None]:
+    """Return the options of a new run with the model's taken from its weights, and these; None where it begins from none.
+
+    Args:
+        config: the options as the user gave them.
+        shards: what the run reads.
+        given: which of the options the user wrote; by default those that are not as without a word.
+        say: is told of damaged checkpoints.
+
+    Raises:
+        UserError: there are no weights, they have another shape than the user says, or another tokenizer than the dataset.
+    """
+    origin = config.start.from_weight
+    if origin is None:
+        return config, None
+    weights = load_weights(Path(origin), step=config.start.from_step, say=say)
+    _refuse_other_tokenizer(origin, weights, shards)
+    here, there = flatten(config.model), flatten(weights.config)
+    if given is None:
+        usual = flatten(type(config)().model)
+        given = [name for name, value in here.items() if value != usual[name]]
+    said = here.keys() & set(given)
+    for name in sorted(said - NO_SHAPES):
+        if here[name] != there[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{origin}: its {name} is {there[name]}, and {flag} says {here[name]}; the weights decide the shape of the "
+                f"model, so leave {flag} out"
+            )
+    chosen = {name: here[name] for name in _OF_TRAINING | said}
+    try:
+        model = build(ModelConfig, {**there, **chosen})
+    except ValueError as error:
+        raise UserError(f"{origin}: its model cannot be changed like that: {error}") from None
+    start = replace(
+        config.start,
+        from_weight=str(Path(origin).resolve()),
+        from_step=weights.step,
+        from_sha256=checksum_of_tensors(weights.tensors),
+    )
+    return replace(config, model=model, start=start), weights
+
+
+def weights_again(config: PhaseConfig, why: str, say: Say) -> Weights | None:
+    """Return the weights that a run was begun from, or None where it began from none.
+
+    Args:
+        config: the run's options.
+        why: what they are needed for, such as `the run has no checkpoint yet`.
+        say: is told of damaged checkpoints.
+
+    Raises:
+        UserError: they are gone, or others.
+    """
+    start = config.start
+    if start.from_weight is None:
+        return None
+    if start.from_sha256 is None:
+        raise UserError("the run began from no weights, so leave --from-weight out")
+    where = f"{why}, so it needs the weights that it began from"
+    try:
+        weights = load_weights(Path(start.from_weight), step=start.from_step, say=say)
+    except UserError as error:
+        raise UserError(
+            f"{where}, and these are gone ({error}); put them back, or say where they are by --from-weight"
+        ) from None
+    if (found := checksum_of_tensors(weights.tensors)) != start.from_sha256:
+        raise UserError(
+            f"{where}, and {start.from_weight} holds others (in the run: {start.from_sha256[:12]}…, there: {found[:12]}…); "
+            "say where they are by --from-weight, with --from-step where they are no newest checkpoint"
+        )
+    return weights
+
+
+def _refuse_other_tokenizer(origin: str, weights: Weights, shards: Datasets) -> None:
+    there, here = weights.tokenizer, shards.tokenizer
+    if there is None or there == here:
+        return
+    raise UserError(
+        f"{origin}: its tokenizer ({there.vocab_size:,} entries, {there.sha256[:12]}…) is not that of {shards.folder} "
+        f"({here.vocab_size:,} entries, {here.sha256[:12]}…); tokenize the text again with --tokenizer {origin}"
+    )
