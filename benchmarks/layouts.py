@@ -29,10 +29,10 @@ from minimind_data.plan import TokenizeOptions
 from minimind_data.shards import ShardSet
 from minimind_data.windows import IGNORED, Windows, open_windows
 from minimind_train import checkpoint
-from minimind_train.devices import autocast
 from minimind_train.losses import summed_cross_entropy
 from minimind_train.metrics import FILE_NAME
 from minimind_train.model import MiniMind, ModelConfig
+from minimind_train.precision import autocast
 from minimind_train.pretrain import PretrainConfig, pretrain
 
 KINDS = (("pad", False), ("concat", False), ("concat", True), ("pack", False), ("pack", True))

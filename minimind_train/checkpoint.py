@@ -73,6 +73,8 @@ class CheckpointState:
     """Fingerprint of the dataset."""
     metrics_lines: int
     """Lines that metrics.jsonl had; how often they came may have changed on the way."""
+    loss_scale: dict[str, Any] | None = None
+    """In fp16: what its loss is multiplied by, and how that came about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +239,8 @@ def _checked(folder: Path) -> CheckpointState:
         told = json.loads((folder / STATE_NAME).read_bytes())
         problem, version = _problem(folder, told), told.get("format_version")
         if problem is None and version == FORMAT_VERSION:
-            return CheckpointState(**{field.name: told[field.name] for field in fields(CheckpointState)})
+            known = {field.name for field in fields(CheckpointState)}
+            return CheckpointState(**{name: value for name, value in told.items() if name in known})
     except PermissionError:
         raise  # not damaged, and nothing that should be deleted
     except OSError as error:

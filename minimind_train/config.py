@@ -16,12 +16,13 @@ from minimind_data.errors import UserError
 from minimind_data.options import build, flatten
 from minimind_data.windows import Layout, LongDocuments
 from minimind_train import loop, runs
-from minimind_train.devices import resolve_device, resolve_dtype
+from minimind_train.devices import resolve_device
 from minimind_train.evaluate import ValidationConfig
 from minimind_train.mixture import Stretch
 from minimind_train.model_config import NO_SHAPES, ModelConfig
 from minimind_train.optim import OptimConfig
 from minimind_train.parts import Datasets, Source, read_sources, shown_weights, words_of
+from minimind_train.precision import resolve_dtype
 from minimind_train.runs import Change, RunRecord
 from minimind_train.sampler import OrderKind
 from minimind_train.skips import Skips
@@ -45,6 +46,7 @@ _BEFORE_IT_WAS_AN_OPTION = flatten(ModelConfig()) | {
     "from_weight": None,
     "from_step": None,
     "from_sha256": None,
+    "tf32": False,
 }  # what a run does whose record does not say
 
 

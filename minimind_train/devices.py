@@ -1,18 +1,14 @@
-"""Where a run computes and in what precision: what `auto` means on this machine."""
+"""Where a run computes: what `auto` means on this machine, and how much memory there is."""
 
 import contextlib
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from typing import Literal
 
 import torch
 
 from minimind_data.errors import UserError
 
 _DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
-
-Dtype = Literal["auto", "bf16", "fp32"]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -36,15 +32,6 @@ def resolve_device(name: str) -> torch.device:
     ):  # what torch raises differs from backend to backend
         raise refusal from None
     return device
-
-
-def resolve_dtype(name: Dtype, device: torch.device) -> Literal["bf16", "fp32"]:
-    """Return the dtype of the matrix products: bf16 under `auto` where the device multiplies it natively, else fp32."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if device.type == "cpu" and _cpu_multiplies_bf16() else "fp32"
 
 
 def memory_of(device: torch.device) -> int | None:
@@ -87,16 +74,3 @@ def out_of_memory_is_plain(remedy: str) -> Iterator[None]:
             raise
         reason = str(error).partition("\n")[0] or "MemoryError"
         raise UserError(f"the memory is used up ({reason}); {remedy}") from None
-
-
-def autocast(dtype: str, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context of a forward pass: weights stay float32, matrix products are in `dtype`."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16")
-
-
-def _cpu_multiplies_bf16() -> bool:
-    # Private in torch, so they may go; without them fp32 is right, if slower.
-    probes = (
-        getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
-    return any(probe() for probe in probes if probe is not None)

@@ -22,8 +22,8 @@ from minimind_data.pieces import pieces_of
 from minimind_data.shards import ShardSet
 from minimind_data.tokenizer import Tokenizer, cached_tokenizer
 from minimind_data.windows import IGNORED, Windows, open_windows
-from minimind_train.devices import Dtype, autocast
 from minimind_train.objective import Objective
+from minimind_train.precision import Dtype, autocast
 
 __all__ = ["Evaluation", "Evaluator", "ValidationConfig", "open_evaluator", "validation"]
 

@@ -38,6 +38,7 @@ from minimind_train.model_config import parameter_line
 from minimind_train.objective import Objective
 from minimind_train.optim import make_optimizer
 from minimind_train.parts import Datasets, words_of
+from minimind_train.precision import LossScale, allow_tf32
 from minimind_train.pretrained import Weights
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.runs import RunRecord, moved_cursor
@@ -192,6 +193,7 @@ class _Job(Generic[ConfigT]):
             return loop.Outcome(step=step, total_steps=total_steps, cursor=cursor, loss=None)
         torch.set_num_threads(training.threads)
         device = resolve_device(training.device)
+        allow_tf32(training.tf32, device)
         model = MiniMind(self.config.model)
         if weights:
             model.load_state_dict(weights.tensors)
@@ -204,6 +206,7 @@ class _Job(Generic[ConfigT]):
         before_steps()
         self._introduce(device, step, total_steps, cursor)
         place = SampleCursor(cursor)
+        scale = LossScale(**(found and found.state.loss_scale) or {}) if training.dtype == "fp16" else None
         objective = self.phase.objective(model, self.config)
         measure = {}
         if self.evaluator:
@@ -233,6 +236,7 @@ class _Job(Generic[ConfigT]):
                     config=options,
                     dataset=self.shards.fingerprint,
                     metrics_lines=metrics.num_lines,
+                    loss_scale=scale.told() if scale else None,
                 )
                 checkpoint.save(self.run, state, model, optimizer, keep=training.keep)
 
@@ -255,6 +259,7 @@ class _Job(Generic[ConfigT]):
                 save=save,
                 describe=self.course.describe,
                 **measure,
+                scale=scale,
                 say=self.say,
             )
 

@@ -15,12 +15,12 @@ from typing import Annotated, Any
 import torch
 from torch.optim import Optimizer
 
-from minimind_train.devices import Dtype, autocast
 from minimind_train.interrupt import StopRequest
 from minimind_train.loader import StepLoader
 from minimind_train.metrics import MetricsLog
 from minimind_train.objective import Objective
 from minimind_train.optim import OptimConfig, learning_rate
+from minimind_train.precision import Dtype, LossScale, autocast
 from minimind_train.progress import Progress, Say
 from minimind_train.sampler import SampleCursor
 from minimind_train.step import take_step
@@ -52,7 +52,12 @@ class RunConfig:
     micro_batch: Annotated[int, "Windows that go through the model at once; less takes less memory."] = 32
     seed: Annotated[int, "Seed of the first weights, of the order and of dropout."] = 42
     device: Annotated[str, "auto, cpu, cuda, cuda:1, …"] = "auto"
-    dtype: Annotated[Dtype, "Of matrix products; auto is bf16 where the device has it natively."] = "auto"
+    dtype: Annotated[
+        Dtype, "Of matrix products; auto is bf16 where the device has it natively, else fp32."
+    ] = "auto"
+    tf32: Annotated[bool, "Let a GPU that can compute float32 matrix products in TF32, which is faster."] = (
+        True
+    )
     threads: Annotated[int, "CPU threads of torch; 0 leaves the choice to torch."] = 0
     save_every: Annotated[int, "Steps from checkpoint to checkpoint; 0 saves only when the run ends."] = 1000
     keep: Annotated[int, "Newest checkpoints that stay; 0 keeps all."] = 3
@@ -95,6 +100,7 @@ def run(
     save: Callable[[int, int], None],
     describe: Callable[[int], dict[str, Any]],
     validate: Callable[[int], dict[str, Any]] = lambda _: {},
+    scale: LossScale | None = None,
     say: Say,
 ) -> Outcome:
     """Train until the batches end or a signal asks to stop.
@@ -113,6 +119,7 @@ def run(
         save: called with (step, cursor) when a checkpoint is due.
         describe: what metrics say of a cursor besides its position: epoch, perhaps shard and offset.
         validate: called with each finished step; what it returns goes into the step's line of metrics, which is then written.
+        scale: of the loss, in fp16.
         say: takes lines for the user.
 
     Raises:
@@ -138,6 +145,7 @@ def run(
                 rate=rate,
                 grad_clip=optim.grad_clip,
                 forward=forward,
+                scale=scale,
             )
             loss = result.loss
             cursor.advance(batch.stop - batch.start)
@@ -149,7 +157,10 @@ def run(
                 **describe(cursor.position),
                 "loss": loss,
                 "lr": rate,
-                "grad_norm": result.grad_norm,
+                **({} if result.grad_norm is None else {"grad_norm": result.grad_norm}),
+                **(
+                    {} if scale is None else {"loss_scale": scale.value, "skipped_steps": scale.skipped_steps}
+                ),
                 "targets": batch.num_targets,
                 "tokens_per_second": round(num_tokens / seconds, 1),
                 **({} if result.auxiliary is None else {"auxiliary_loss": result.auxiliary}),

@@ -62,7 +62,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden_NH.device)
         if with_gradients:
             grad_hidden_NH = torch.empty_like(hidden_NH)
-            # Summed over the chunks, so in float32 even where the products are in bf16.
+            # Summed over the chunks, so in float32 even where the products are in fewer bits.
             grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
         for start in range(0, num_tokens, chunk):
             here = slice(start, start + chunk)
@@ -80,6 +80,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_hidden_NH[here] = grad_logits @ weight
                 if dtype == torch.float32:
                     grad_weight_VH.addmm_(grad_logits.t(), hidden)
+                elif dtype == torch.float16:
+                    # A token that is the target all over a chunk adds up as many hidden states, which could leave fp16.
+                    shrink = 2.0 ** -chunk.bit_length()
+                    grad_weight_VH.add_(grad_logits.t() @ (hidden * shrink), alpha=1 / shrink)
                 else:
                     grad_weight_VH += grad_logits.t() @ hidden
         if with_gradients:

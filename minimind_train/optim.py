@@ -71,6 +71,12 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     )
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale the gradients down to a joint norm of `max_norm` at most (0: any), and return the norm they had."""
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float, *, scale: float = 1.0) -> Tensor:
+    """Scale the gradients down to a joint norm of `max_norm` at most (0: any), and return the norm they had.
+
+    Gradients that were computed of `scale` times the loss are divided by it first.
+    """
+    parameters = list(parameters)
+    if scale != 1:
+        torch._foreach_mul_([each.grad for each in parameters if each.grad is not None], 1 / scale)
     return nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)

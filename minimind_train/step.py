@@ -15,6 +15,7 @@ from minimind_data.errors import UserError
 from minimind_train.loader import StepBatch
 from minimind_train.objective import Objective
 from minimind_train.optim import clip_gradients
+from minimind_train.precision import LossScale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +24,8 @@ class StepResult:
 
     loss: float
     """Mean over the terms of the global batch."""
-    grad_norm: float
-    """Before clipping."""
+    grad_norm: float | None
+    """Before clipping; None where it overflowed in fp16, so that the step moved nothing."""
     auxiliary: float | None
     """Mean over the windows of the global batch; None where the objective has none."""
     measures: dict[str, float]
@@ -40,6 +41,7 @@ def take_step(
     rate: float,
     grad_clip: float,
     forward: AbstractContextManager[object],
+    scale: LossScale | None = None,
 ) -> StepResult:
     """Move the weights by one global batch.
 
@@ -51,6 +53,7 @@ def take_step(
         rate: the learning rate.
         grad_clip: the longest gradient norm that is let through; 0 lets all through.
         forward: entered around each forward pass.
+        scale: of the loss, in fp16; told how the step went.
 
     Raises:
         UserError: the loss or the gradient is not finite. The weights are those of the step before.
@@ -59,6 +62,7 @@ def take_step(
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     num_terms = max(batch.num_terms, 1)  # a batch of nothing but padding has loss 0, not 0/0
+    factor = scale.value if scale else 1.0
     sums: dict[str, torch.Tensor] = {"loss": torch.zeros((), device=next(objective.parameters()).device)}
     for micro_batch in batch.micro_batches:
         with forward:
@@ -70,19 +74,22 @@ def take_step(
                 auxiliary = found.auxiliary * share
                 learned = loss + auxiliary
                 _add(sums, "auxiliary", auxiliary)
-        learned.backward()
+        (learned * factor).backward()
         _add(sums, "loss", loss)
         for name, value in found.measures.items():
             _add(sums, f"measure {name}", value / num_terms)
-    norm = clip_gradients(objective.parameters(), grad_clip)
+    norm = clip_gradients(objective.parameters(), grad_clip, scale=factor)
     # All numbers come to the host together, because each such trip waits for the device.
     *values, norm_here = torch.stack((*sums.values(), norm)).tolist()
     here = dict(zip(sums, values, strict=True))
-    _refuse_nonfinite(step, batch, here["loss"] + here.get("auxiliary", 0.0), norm_here)
-    optimizer.step()
+    learned_here = here["loss"] + here.get("auxiliary", 0.0)
+    skipped = scale is not None and scale.skips(learned_here, norm_here)
+    if not skipped:
+        _refuse_nonfinite(step, batch, learned_here, norm_here)
+        optimizer.step()
     return StepResult(
         loss=here["loss"],
-        grad_norm=norm_here,
+        grad_norm=None if skipped else norm_here,
         auxiliary=here.get("auxiliary"),
         measures={
             name.removeprefix("measure "): value

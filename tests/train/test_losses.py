@@ -61,10 +61,11 @@ def test_nothing_to_learn_gives_zero_loss_and_zero_gradients(road):
     assert torch.equal(grad_weight, torch.zeros_like(weight))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.usefixtures("chunk")
-def test_bf16_autocast_keeps_the_sum_in_float32():
+def test_autocast_keeps_the_sum_in_float32(dtype):
     hidden, weight, targets = make(64)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         loss, *gradients = results(summed_cross_entropy, hidden, weight, targets)
         expected_loss, *expected = results(plain, hidden, weight, targets)
     assert loss.dtype == torch.float32
@@ -121,7 +122,23 @@ def test_the_sum_over_parts_is_the_sum():
     torch.testing.assert_close(whole[2], parts[0][2] + parts[1][2], rtol=1e-5, atol=1e-5)
 
 
-def test_no_tensor_as_large_as_all_logits_is_made():
+def test_many_equal_targets_do_not_overflow_the_gradient_in_fp16():
+    num_tokens = 5000
+    hidden, weight, targets = make(num_tokens)
+    targets = torch.zeros_like(targets)
+    with torch.no_grad():
+        hidden.abs_().add_(20)
+        weight.zero_()
+    with torch.autocast("cpu", torch.float16):
+        _, _, gradient = results(summed_cross_entropy, hidden, weight, targets)
+    _, _, expected = results(plain, hidden, weight, targets)
+    assert expected.abs().max() > torch.finfo(torch.float16).max
+    torch.testing.assert_close(gradient, expected, rtol=2e-3, atol=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("learning", [True, False])
+def test_no_tensor_as_large_as_all_logits_is_made(learning, dtype):
     num_tokens, vocab = 3000, 2**13
     hidden = torch.zeros(1, num_tokens, 8, requires_grad=True)
     weight = torch.zeros(vocab, 8, requires_grad=True)
@@ -136,8 +153,14 @@ def test_no_tensor_as_large_as_all_logits_is_made():
                 largest = max(largest, out.numel())
             return out
 
-    with Watch():
-        summed_cross_entropy(hidden, weight, targets).backward()
+    with (
+        torch.set_grad_enabled(learning),
+        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+        Watch(),
+    ):
+        loss = summed_cross_entropy(hidden, weight, targets)
+        if learning:
+            loss.backward()
     assert 0 < largest <= losses._CHUNK_LOGITS < num_tokens * vocab / 5
 
 
