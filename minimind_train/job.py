@@ -308,9 +308,10 @@ def _refuse_unfit(config: PhaseConfig, shards: Datasets) -> None:
             f"{config.model.longest_sequence}; change one of them"
         )
     size = config.model.num_parameters
-    what = f"{size / 1e6:,.1f} M parameters, their gradients and AdamW's two averages"
+    what = f"{size / 1e6:,.1f} M parameters, their gradients and the optimizer's averages"
     device = resolve_device(config.training.device)
-    refuse_too_large(what, 16 * size, device, "take a smaller --hidden-size or --num-hidden-layers")
+    least = 12 if config.optim.optimizer == "muon" else 16
+    refuse_too_large(what, least * size, device, "take a smaller --hidden-size or --num-hidden-layers")
     # Two int64 a token, and its position where documents are kept apart.
     samples = (24 if config.data.document_mask else 16) * config.training.global_batch * config.data.seq_len
     refuse_too_large("the samples of a step", samples, torch.device("cpu"), "take a smaller --global-batch")

@@ -6,6 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from minimind_data.errors import UserError
+from minimind_train import checkpoint
+from minimind_train.model import MiniMind, ModelConfig, initialize
+from minimind_train.objective import NextToken
 from minimind_train.optim import OptimConfig, clip_gradients, learning_rate, make_optimizer
 
 PEAK = 5e-4
@@ -52,6 +56,7 @@ def test_a_step_outside_the_run_is_refused(step):
         {"beta1": 1.0},
         {"beta2": -0.1},
         {"eps": 0.0},
+        {"muon_momentum": 1.0},
         {"grad_clip": -1.0},
         {"grad_clip": math.nan},
     ],
@@ -171,3 +176,128 @@ def test_gradients_below_the_norm_are_left_alone(max_norm):
     before = copy.deepcopy(gradients(model))
     torch.testing.assert_close(clip_gradients(model.parameters(), max_norm), before.norm())
     assert torch.equal(gradients(model), before)
+
+
+SMALL = ModelConfig(
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    vocab_size=30,
+    use_moe=True,
+    num_experts=2,
+)
+MUON = OptimConfig(optimizer="muon", learning_rate=0.02, weight_decay=0.1)
+
+
+def mixture(seed=0):
+    model = MiniMind(SMALL)
+    initialize(model, seed)
+    return model
+
+
+def learn(model, optimizer, steps):
+    objective = NextToken(model)
+    for step in steps:
+        tokens = torch.randint(0, 30, (3, 9), generator=torch.Generator().manual_seed(step))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, 20, MUON)
+        optimizer.zero_grad()
+        objective({"input_ids": tokens[:, :-1], "targets": tokens[:, 1:]}).summed.backward()
+        optimizer.step()
+
+
+def test_muon_has_the_matrices_inside_of_layers_and_adamw_the_rest():
+    model = mixture()
+    muon, adamw = make_optimizer(model, MUON).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in (muon, adamw):
+        assert (group["lr"], group["weight_decay"]) == (0.02, 0.1)
+    orthogonal, other = ({names[id(each)] for each in group["params"]} for group in (muon, adamw))
+    assert orthogonal | other == set(names.values())
+    assert len(orthogonal) == 2 * (4 + 2 * 3)
+    assert other == {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        *(
+            f"model.layers.{layer}.{name}.weight"
+            for layer in (0, 1)
+            for name in (
+                "input_layernorm",
+                "post_attention_layernorm",
+                "self_attn.q_norm",
+                "self_attn.k_norm",
+                "mlp.gate",
+            )
+        ),
+    }
+
+
+def test_a_step_of_muon_brings_the_singular_values_of_the_momentum_near_one():
+    model = mixture()
+    optimizer = make_optimizer(model, MUON)
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    momentum = dict.fromkeys(before, 0.0)
+    for step in (1, 2, 3):
+        for number, (_, parameter) in enumerate(model.named_parameters()):
+            generator = torch.Generator().manual_seed(100 * step + number)
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+        for name, parameter in model.named_parameters():
+            if "_proj" not in name:
+                continue
+            momentum[name] = 0.95 * momentum[name] + 0.05 * parameter.grad
+            looked_ahead = 0.95 * momentum[name] + 0.05 * parameter.grad
+            moved = before[name] * (1 - 0.02 * 0.1) - parameter.detach()
+            size = 0.02 * 0.2 * max(parameter.shape) ** 0.5
+            left, values, right = torch.linalg.svd(looked_ahead, full_matrices=False)
+            values = values / values.norm()
+            for _ in range(5):  # Newton-Schulz is a polynomial of the singular values, and turns nothing
+                values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+            torch.testing.assert_close(left.T @ (moved / size) @ right.T, values.diag(), rtol=0, atol=0.06)
+            assert values.median() == pytest.approx(1, abs=0.35)
+        before = {name: each.detach().clone() for name, each in model.named_parameters()}
+
+
+def test_beside_muon_adamw_does_what_it_does_alone():
+    alone, beside = mixture(), mixture()
+    optimizers = [
+        make_optimizer(alone, OptimConfig(learning_rate=0.02, weight_decay=0.1)),
+        make_optimizer(beside, MUON),
+    ]
+    for model, optimizer in zip((alone, beside), optimizers, strict=True):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    for (name, one), other in zip(alone.named_parameters(), beside.parameters(), strict=True):
+        assert torch.equal(one, other) is ("_proj" not in name)
+
+
+@pytest.mark.parametrize("stopped_after", [0, 1, 4])
+def test_muon_resumes_from_a_checkpoint_bit_for_bit(tmp_path, stopped_after):
+    whole, steps = mixture(), range(1, 8)
+    learn(whole, make_optimizer(whole, MUON), steps)
+    first = mixture()
+    optimizer = make_optimizer(first, MUON)
+    learn(first, optimizer, steps[:stopped_after])
+    state = checkpoint.CheckpointState(step=stopped_after, cursor=0, config={}, dataset="", metrics_lines=0)
+    checkpoint.save(tmp_path, state, first, optimizer)
+    second = mixture(seed=9)
+    optimizer = make_optimizer(second, MUON)
+    checkpoint.load(tmp_path, stopped_after).restore(second, optimizer)
+    learn(second, optimizer, steps[stopped_after:])
+    for expected, ours in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(expected, ours)
+
+
+def test_a_torch_without_muon_is_told_of(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(UserError, match=r"--optimizer muon needs torch 2\.9"):
+        make_optimizer(mixture(), MUON)
+
+
+def test_what_is_not_learned_is_not_moved():
+    model = network()
+    model[0].weight.requires_grad_(False)
+    (group,) = make_optimizer(model, OptimConfig()).param_groups
+    assert len(group["params"]) == 5
