@@ -104,6 +104,8 @@ def _register_phase(app: typer.Typer, phase: "Phase[Any]", help_text: str | None
             outcome = resume(phase, run, values, allow_change=allowed | ({WEIGHTS} if reweight else set()))
         else:
             outcome = begin(phase, config, given=given)
+        if outcome.rank:  # of several processes that torchrun started, the first says it for all
+            raise typer.Exit(128 + outcome.stopped_by if outcome.stopped_by else 0)
         if outcome.stopped_by:
             print(
                 f"stopped by {outcome.stopped_by.name} after step {outcome.step} of {outcome.total_steps}, which is saved; "

@@ -6,10 +6,12 @@ All of it is arithmetic on the cursor; nothing here is learned or saved.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from minimind_data.errors import UserError
 from minimind_data.shards import ShardSet
 from minimind_train.config import NEEDS_SEQUENTIAL, PhaseConfig, window_options
-from minimind_train.devices import resolve_device
+from minimind_train.distributed import World
 from minimind_train.evaluate import Evaluator, open_evaluator
 from minimind_train.mixture import MixtureOrder, Stretch
 from minimind_train.parts import (
@@ -122,8 +124,8 @@ class Course:
             told["shard"], told["offset"] = self.windows.locate(window)
         return told
 
-    def evaluator(self) -> Evaluator | None:
-        """Return what measures the model on `--val-shards`, or None where there is none.
+    def evaluator(self, device: torch.device, world: World) -> Evaluator | None:
+        """Return what measures a model that is on `device` on `--val-shards`, each rank its share, or None where there is none.
 
         Raises:
             UserError: it is no dataset, or one of another tokenizer, or holds no text.
@@ -139,9 +141,10 @@ class Course:
             shards,
             num_windows=self._validation.val_batches * training.global_batch or None,
             batch=training.micro_batch,
-            device=resolve_device(training.device),
+            device=device,
             dtype=training.dtype,
             announce=self._say,
+            world=world,
             **window_options(self._data),
         )
 

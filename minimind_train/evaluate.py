@@ -22,6 +22,7 @@ from minimind_data.pieces import pieces_of
 from minimind_data.shards import ShardSet
 from minimind_data.tokenizer import Tokenizer, cached_tokenizer
 from minimind_data.windows import IGNORED, Windows, open_windows
+from minimind_train.distributed import ALONE, World
 from minimind_train.objective import Objective
 from minimind_train.precision import Dtype, autocast
 
@@ -73,6 +74,7 @@ class Evaluator:
         batch: windows that go through the model at once.
         device: where the model is.
         dtype: of matrix products, resolved.
+        world: the ranks that share the windows out, each measuring every so manieth batch.
 
     Raises:
         UserError: there is no text in these windows.
@@ -87,12 +89,14 @@ class Evaluator:
         batch: int,
         device: torch.device,
         dtype: Dtype,
+        world: World = ALONE,
     ) -> None:
         self._windows = windows
         self._count = min(num_windows or len(windows), len(windows))
         self._batch = batch
         self._device = device
         self._dtype = dtype
+        self._world = world
         self._bytes_of = _byte_counter(tokenizer)
         self._num_bytes: int | None = None  # the same every time, so counted once
         if not any(self._bytes_of(samples) for samples in self._batches()):
@@ -111,16 +115,21 @@ class Evaluator:
         loss_sum, num_targets, num_bytes = 0.0, 0, 0
         try:
             with torch.no_grad(), autocast(self._dtype, self._device):
-                for samples in self._batches():
+                for samples, counts in self._own_batches():
                     tensors = {
                         name: torch.from_numpy(array).to(self._device) for name, array in samples.items()
                     }
-                    loss_sum += float(objective(tensors).summed)
+                    summed = float(objective(tensors).summed)
+                    if not counts:
+                        continue
+                    loss_sum += summed
                     num_targets += objective.num_terms(samples)
                     if self._num_bytes is None:
                         num_bytes += self._bytes_of(samples)
         finally:
             objective.train(was_training)
+        loss_sum, *counted = self._world.total((loss_sum, num_targets, num_bytes))
+        num_targets, num_bytes = map(int, counted)
         if self._num_bytes is None:
             self._num_bytes = num_bytes
         loss = loss_sum / num_targets
@@ -137,9 +146,24 @@ class Evaluator:
         )
 
     def _batches(self) -> Iterator[dict[str, NDArray[np.int64]]]:
-        for first in range(0, self._count, self._batch):
-            places = np.arange(first, min(first + self._batch, self._count), dtype=np.int64)
-            yield self._windows.fetch(places * len(self._windows) // self._count)
+        return map(self._fetched, self._firsts)
+
+    def _own_batches(self) -> Iterator[tuple[dict[str, NDArray[np.int64]], bool]]:
+        """Yield this rank's batches, and whether they count: in a pass that all ranks make together, each needs one to make."""
+        own = self._firsts[self._world.rank :: self._world.size]
+        for first in own:
+            yield self._fetched(first), True
+        if len(own) * self._world.size < len(self._firsts):
+            yield self._fetched(0), False
+
+    @property
+    def _firsts(self) -> range:
+        """The first of the windows of each batch."""
+        return range(0, self._count, self._batch)
+
+    def _fetched(self, first: int) -> dict[str, NDArray[np.int64]]:
+        places = np.arange(first, min(first + self._batch, self._count), dtype=np.int64)
+        return self._windows.fetch(places * len(self._windows) // self._count)
 
 
 def open_evaluator(
@@ -150,6 +174,7 @@ def open_evaluator(
     device: torch.device,
     dtype: Dtype,
     announce: Callable[[str], None],
+    world: World = ALONE,
     **options: Any,
 ) -> Evaluator:
     """Return what measures on a dataset; `options` are those of `open_windows`, the others those of `Evaluator`.
@@ -160,7 +185,9 @@ def open_evaluator(
     windows = open_windows(shards, announce=announce, **options)
     text = (shards.folder / TOKENIZER_NAME).read_bytes().decode()
     tokenizer = cached_tokenizer(text, shards.manifest.tokenizer)
-    return Evaluator(windows, tokenizer, num_windows=num_windows, batch=batch, device=device, dtype=dtype)
+    return Evaluator(
+        windows, tokenizer, num_windows=num_windows, batch=batch, device=device, dtype=dtype, world=world
+    )
 
 
 def validation(

@@ -4,7 +4,9 @@ A run is what `config.json` says, from the first step to the last. A phase bring
 `--resume` may change is in `config`.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,14 +31,16 @@ from minimind_train.config import (
     with_stretches,
 )
 from minimind_train.course import Course
-from minimind_train.devices import out_of_memory_is_plain, refuse_too_large, resolve_device
+from minimind_train.devices import out_of_memory_is_plain, refuse_too_large
+from minimind_train.distributed import ALONE, World, joined, launched_place
 from minimind_train.evaluate import validation
 from minimind_train.loader import StepLoader
-from minimind_train.metrics import FILE_NAME, MetricsLog
+from minimind_train.metrics import FILE_NAME, MetricsLog, NoMetrics
 from minimind_train.model import MiniMind, initialize
 from minimind_train.model_config import parameter_line
 from minimind_train.objective import Objective
 from minimind_train.optim import make_optimizer
+from minimind_train.parallel import shared_out
 from minimind_train.parts import Datasets, words_of
 from minimind_train.precision import LossScale, allow_tf32
 from minimind_train.pretrained import Weights
@@ -80,19 +84,7 @@ def begin(
     Raises:
         UserError: the run cannot be made or cannot go on; the message says why and what to do.
     """
-    run = config.training.run
-    runs.refuse_occupied(run)
-    shards = Datasets.open(config.data.shards)
-    _refuse_other_kind(phase, shards.sets)
-    config, weights = begun_from(config, shards, given, say)
-    job = _Job(phase, resolved(config, shards), shards, say)
-    cursor = job.course.first_position()
-    with disk_full_is_plain(run):
-        run.mkdir(parents=True, exist_ok=True)
-    with disk_full_is_plain(run), runs.lock(run):
-        runs.refuse_occupied(run)
-        runs.create(run, record_of(phase.command, job.config, shards), shards.folder)
-        return job.train(None, weights, step=0, cursor=cursor)
+    return _among_ranks(phase, partial(_beginning, phase, config, say, given=given))
 
 
 def resume(
@@ -115,6 +107,84 @@ def resume(
     Raises:
         UserError: there is no run, or an option differs that must not; the message shows both sides.
     """
+    return _among_ranks(phase, partial(_going_on, phase, run, given, say, allow_change=allow_change))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start(Generic[ConfigT]):
+    """From where on a run trains, and by which options: what rank 0 finds out, and all ranks go by."""
+
+    config: ConfigT
+    """With nothing left to be resolved."""
+    found: Checkpoint | None
+    step: int
+    cursor: int
+
+
+_Prepared = tuple["_Job[ConfigT]", _Start[ConfigT], Weights | None, Callable[[], None]]
+"""What trains, from where on, from which weights if it is a beginning, and what is to be done once all of that fits."""
+
+
+def _among_ranks(
+    phase: Phase[ConfigT], prepare: Callable[[World], AbstractContextManager[_Prepared[ConfigT]]]
+) -> loop.Outcome:
+    with joined(launched_place() or ALONE.place) as world:
+        return _train_as_rank(phase, prepare, world)
+
+
+def _train_as_rank(
+    phase: Phase[ConfigT],
+    prepare: Callable[[World], AbstractContextManager[_Prepared[ConfigT]]],
+    world: World,
+) -> loop.Outcome:
+    """Prepare the run, or wait for what rank 0 has prepared, and train."""
+    if world.leads:
+        with contextlib.ExitStack() as held:
+            with world.leading():
+                job, start, weights, before_steps = held.enter_context(prepare(world))
+            return job.train(world.told(start), weights, before_steps)
+    start = world.told(None)
+    run = start.config.training.run
+    if not (run / runs.CONFIG_NAME).is_file():
+        raise UserError(
+            f"{run.absolute()}: rank {world.rank} does not see the run that rank 0 has there; take a --run in a folder that all "
+            "machines share"
+        )
+    shards = _open_shards(start.config.data.shards)
+    return _Job(phase, start.config, shards, _say_nothing, world).train(start)
+
+
+@contextlib.contextmanager
+def _beginning(
+    phase: Phase[ConfigT], config: ConfigT, say: Say, world: World, *, given: Collection[str] | None
+) -> Iterator[_Prepared[ConfigT]]:
+    """Make the run folder, and hold its lock."""
+    run = config.training.run
+    runs.refuse_occupied(run)
+    shards = Datasets.open(config.data.shards)
+    _refuse_other_kind(phase, shards.sets)
+    config, weights = begun_from(config, shards, given, say)
+    job = _Job(phase, resolved(config, shards), shards, say, world)
+    start = _Start(config=job.config, found=None, step=0, cursor=job.course.first_position())
+    with disk_full_is_plain(run):
+        run.mkdir(parents=True, exist_ok=True)
+    with disk_full_is_plain(run), runs.lock(run):
+        runs.refuse_occupied(run)
+        runs.create(run, record_of(phase.command, job.config, shards), shards.folder)
+        yield job, start, weights, lambda: None
+
+
+@contextlib.contextmanager
+def _going_on(
+    phase: Phase[ConfigT],
+    run: Path,
+    given: Mapping[str, Any],
+    say: Say,
+    world: World,
+    *,
+    allow_change: Collection[str],
+) -> Iterator[_Prepared[ConfigT]]:
+    """Find out where the run is, and hold the lock of its folder."""
     RunRecord.read(run)  # before the lock, which would leave its file in any folder
     with disk_full_is_plain(run), runs.lock(run):
         record = RunRecord.read(run)
@@ -133,7 +203,7 @@ def resume(
             phase.config, run, kept, given, shards, step=step, allow_change=allow_change
         )
         _refuse_other_kind(phase, shards.sets)
-        job = _Job(phase, config, shards, say)
+        job = _Job(phase, config, shards, say, world)
         weights = job.weights_again(found, moved="from_weight" in given)
         cursor = kept.cursor_at(step, found.state.cursor if found else job.course.first_position())
         if "resume_from" in given:
@@ -143,22 +213,26 @@ def resume(
         if any(change.name == WEIGHTS for change in new_record.changes[len(kept.changes) :]):
             job.reweight(cursor)
             new_record = replace(new_record, options=recorded(job.config))
-        update = partial(runs.update, run, record, new_record, shards.folder)
-        return job.train(found, weights, step=step, cursor=cursor, before_steps=update)
+        start = _Start(config=job.config, found=found, step=step, cursor=cursor)
+        yield job, start, weights, partial(runs.update, run, record, new_record, shards.folder)
 
 
 class _Job(Generic[ConfigT]):
-    """A run with its options resolved and its data open, from wherever it begins."""
+    """One rank of a run, with the options resolved and the data open, from wherever it begins."""
 
-    def __init__(self, phase: Phase[ConfigT], config: ConfigT, shards: Datasets, say: Say) -> None:
-        _refuse_unfit(config, shards)
+    def __init__(
+        self, phase: Phase[ConfigT], config: ConfigT, shards: Datasets, say: Say, world: World
+    ) -> None:
+        self.device = world.device(config.training.device)
+        _refuse_unfit(config, shards, self.device, world)
         self.phase = phase
+        self.world = world
         self.run = config.training.run
         self.shards = shards
         self.say = say
         self.course = Course(config, shards, say)
         self.config = with_stretches(config, self.course.stretches)
-        self.evaluator = self.course.evaluator()
+        self.evaluator = self.course.evaluator(self.device, world)
 
     def reweight(self, cursor: int) -> None:
         """Let other weights of a mixture hold from the cursor on."""
@@ -178,33 +252,37 @@ class _Job(Generic[ConfigT]):
     )
     def train(
         self,
-        found: Checkpoint | None,
-        weights: Weights | None,
-        *,
-        step: int,
-        cursor: int,
+        start: _Start[ConfigT],
+        weights: Weights | None = None,
         before_steps: Callable[[], None] = lambda: None,
     ) -> loop.Outcome:
-        """Build the model, put what it begins from into it, and hand all to the loop; `before_steps` runs once that fits."""
-        training = self.config.training
+        """Build the model, put what it begins from into it, and hand all to the loop.
+
+        Args:
+            start: where it goes on.
+            weights: what it begins from, if anything; rank 0 alone needs them.
+            before_steps: runs once all of that fits.
+        """
+        training, world = self.config.training, self.world
+        found, step, cursor = start.found, start.step, start.cursor
         end, total_steps = self.course.end(step, cursor)
         if step >= total_steps:
             self.say(f"{self.run}: finished already, {step} steps; nothing to do")
-            return loop.Outcome(step=step, total_steps=total_steps, cursor=cursor, loss=None)
+            return loop.Outcome(step=step, total_steps=total_steps, cursor=cursor, loss=None, rank=world.rank)
         torch.set_num_threads(training.threads)
-        device = resolve_device(training.device)
-        allow_tf32(training.tf32, device)
+        allow_tf32(training.tf32, self.device)
         model = MiniMind(self.config.model)
         if weights:
             model.load_state_dict(weights.tensors)
         else:
             initialize(model, training.seed)
-        model.to(device)
+        model.to(self.device)
         optimizer = make_optimizer(model, self.config.optim)
         if found:
             found.restore(model, optimizer)
+        world.wait()  # for all ranks: what does not fit one of them leaves the run as it was
         before_steps()
-        self._introduce(device, step, total_steps, cursor)
+        self._introduce(step, total_steps, cursor)
         place = SampleCursor(cursor)
         scale = LossScale(**(found and found.state.loss_scale) or {}) if training.dtype == "fp16" else None
         objective = self.phase.objective(model, self.config)
@@ -215,7 +293,7 @@ class _Job(Generic[ConfigT]):
         options = recorded(self.config)
 
         with (
-            MetricsLog(self.run / FILE_NAME, last_step=step) as metrics,
+            MetricsLog(self.run / FILE_NAME, last_step=step) if world.leads else NoMetrics() as metrics,
             StepLoader(
                 self.course.windows,
                 self.course.order,
@@ -223,13 +301,17 @@ class _Job(Generic[ConfigT]):
                 stop=end,
                 global_batch=training.global_batch,
                 micro_batch=training.micro_batch,
-                device=device,
+                rank=world.rank,
+                world_size=world.size,
+                device=self.device,
                 skips=self.course.skips,
                 num_terms=objective.num_terms,
             ) as batches,
         ):
 
             def save(step: int, cursor: int) -> None:
+                if not world.leads:
+                    return
                 state = CheckpointState(
                     step=step,
                     cursor=cursor,
@@ -240,13 +322,13 @@ class _Job(Generic[ConfigT]):
                 )
                 checkpoint.save(self.run, state, model, optimizer, keep=training.keep)
 
-            if found and (lost := found.state.metrics_lines - metrics.num_lines) > 0:
+            if world.leads and found and (lost := found.state.metrics_lines - metrics.num_lines) > 0:
                 self.say(
                     f"{self.run / FILE_NAME}: {lost} of the {found.state.metrics_lines} lines up to step {step} are gone or broken; "
                     "training goes on the same without them; to have them again, put them back from a backup while the run is stopped"
                 )
             return loop.run(
-                objective,
+                shared_out(objective, world, self.device),
                 optimizer,
                 batches,
                 step=step,
@@ -254,20 +336,22 @@ class _Job(Generic[ConfigT]):
                 total_steps=total_steps,
                 config=training,
                 optim=self.config.optim,
-                device=device,
+                device=self.device,
                 metrics=metrics,
                 save=save,
                 describe=self.course.describe,
                 **measure,
                 scale=scale,
                 say=self.say,
+                world=world,
             )
 
-    def _introduce(self, device: torch.device, step: int, total_steps: int, cursor: int) -> None:
-        training = self.config.training
+    def _introduce(self, step: int, total_steps: int, cursor: int) -> None:
+        training, processes = self.config.training, self.world.size
+        where = self.device.type if processes == 1 else f"{self.device.type}, {processes} processes,"
         self.say(parameter_line(self.config.model))
         self.say(
-            f"{self.run}: on {device.type} in {training.dtype}, {len(self.course.windows):,} windows of "
+            f"{self.run}: on {where} in {training.dtype}, {len(self.course.windows):,} windows of "
             f"{self.course.windows.seq_len} tokens"
         )
         for line in self.course.introduce(cursor):
@@ -296,7 +380,16 @@ def _open_shards(words: Sequence[str]) -> Datasets:
         raise UserError(f"{error}; if the dataset has moved, say where by --shards") from None
 
 
-def _refuse_unfit(config: PhaseConfig, shards: Datasets) -> None:
+def _say_nothing(_: str) -> None:
+    """Take a line that rank 0 says too."""
+
+
+def _refuse_unfit(config: PhaseConfig, shards: Datasets, device: torch.device, world: World) -> None:
+    if config.training.global_batch < world.size:
+        raise UserError(
+            f"--global-batch {config.training.global_batch} has no sample for some of {world.size} processes; take a larger one, "
+            "or fewer processes"
+        )
     vocab_size, room = shards.tokenizer.vocab_size, config.model.vocab_size
     if vocab_size > room:
         raise UserError(
@@ -309,7 +402,6 @@ def _refuse_unfit(config: PhaseConfig, shards: Datasets) -> None:
         )
     size = config.model.num_parameters
     what = f"{size / 1e6:,.1f} M parameters, their gradients and the optimizer's averages"
-    device = resolve_device(config.training.device)
     least = 12 if config.optim.optimizer == "muon" else 16
     refuse_too_large(what, least * size, device, "take a smaller --hidden-size or --num-hidden-layers")
     # Two int64 a token, and its position where documents are kept apart.

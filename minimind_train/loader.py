@@ -238,8 +238,10 @@ class StepBatch:
     Attributes:
         start: the cursor before the step. The batch is made of the positions from here to `stop` that are not left out.
         stop: the position behind its last; the cursor after the step.
-        micro_batches: this rank's share, cut into tensors [micro_batch or less, seq_len]. Where the global batch is short a
-            rank may have one fewer than another, or none.
+        micro_batches: this rank's share, cut into tensors [micro_batch or less, seq_len]. Where shares differ a rank may have one
+            fewer than another, or none.
+        stand_in: where this rank has one fewer, a micro-batch of one window in its place, which is not learned: ranks that add up
+            gradients must all make as many passes.
         num_targets: how many of this rank's targets are learned.
         num_terms: of how many terms the objective's sum over this rank's share is made; in pre-training, the targets.
         num_windows: samples of this rank's share.
@@ -251,6 +253,7 @@ class StepBatch:
     num_targets: int
     num_terms: int
     num_windows: int
+    stand_in: dict[str, Tensor] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -373,15 +376,19 @@ class StepLoader:
         """Read one step; runs in the thread."""
         begun, last = self._firsts().start, min(first + self.global_batch, self._firsts().stop)
         start, stop = (self.skips.after(self.start, number - begun) for number in (first, last))
-        positions = self.skips.kept(rank_positions(first, last, self.rank, self.world_size))
-        if not positions.size:
-            return StepBatch(
-                start=start, stop=stop, micro_batches=[], num_targets=0, num_terms=0, num_windows=0
-            )
-        arrays = self.windows.fetch(self.order.windows(positions))
-        share = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        if self.device.type == "cuda":
-            share = {name: tensor.pin_memory() for name, tensor in share.items()}
+        of_most, own = (rank_positions(first, last, rank, self.world_size) for rank in (0, self.rank))
+        stand_in = None
+        if -(-len(own) // self.micro_batch) < -(-len(of_most) // self.micro_batch):
+            _, stand_in = self._fetched(of_most[:1])
+        if not own.size:
+            nothing: dict[str, Any] = {
+                "micro_batches": [],
+                "num_targets": 0,
+                "num_terms": 0,
+                "num_windows": 0,
+            }
+            return StepBatch(start=start, stop=stop, stand_in=stand_in, **nothing)
+        arrays, share = self._fetched(own)
         micro_batches = zip(
             *(torch.split(tensor, self.micro_batch) for tensor in share.values()), strict=True
         )
@@ -391,16 +398,26 @@ class StepLoader:
             micro_batches=[dict(zip(share, tensors, strict=True)) for tensors in micro_batches],
             num_targets=num_targets(arrays),
             num_terms=self.num_terms(arrays),
-            num_windows=len(positions),
+            num_windows=len(own),
+            stand_in=stand_in,
         )
+
+    def _fetched(self, numbers: NDArray[np.int64]) -> tuple[dict[str, NDArray[np.int64]], dict[str, Tensor]]:
+        """Read samples, by their numbers among the positions that are kept: as they are, and as tensors that a device can take."""
+        arrays = self.windows.fetch(self.order.windows(self.skips.kept(numbers)))
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if self.device.type == "cuda":
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return arrays, tensors
 
     def _on_device(self, step: StepBatch) -> StepBatch:
         """Send a step to the device; called by the consumer, so that the kernels on its stream wait for the copies."""
-        micro_batches = [
-            {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-            for batch in step.micro_batches
-        ]
-        return replace(step, micro_batches=micro_batches)
+
+        def sent(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+        stand_in = None if step.stand_in is None else sent(step.stand_in)
+        return replace(step, micro_batches=[sent(batch) for batch in step.micro_batches], stand_in=stand_in)
 
 
 def num_targets(samples: Mapping[str, NDArray[np.int64]]) -> int:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
+from minimind_train.distributed import ALONE, World
 from minimind_train.interrupt import StopRequest
 from minimind_train.loader import StepLoader
-from minimind_train.metrics import MetricsLog
-from minimind_train.objective import Objective
+from minimind_train.metrics import MetricsLog, NoMetrics
 from minimind_train.optim import OptimConfig, learning_rate
 from minimind_train.precision import Dtype, LossScale, autocast
 from minimind_train.progress import Progress, Say
@@ -83,10 +84,12 @@ class Outcome:
     """Of the last step; None where there was none to do."""
     stopped_by: signal.Signals | None = None
     """The signal that ended it before its time."""
+    rank: int = 0
+    """Of the process that knows it, for where only one is to say it."""
 
 
 def run(
-    objective: Objective,
+    objective: nn.Module,
     optimizer: Optimizer,
     batches: StepLoader,
     *,
@@ -96,19 +99,20 @@ def run(
     config: RunConfig,
     optim: OptimConfig,
     device: torch.device,
-    metrics: MetricsLog,
+    metrics: MetricsLog | NoMetrics,
     save: Callable[[int, int], None],
     describe: Callable[[int], dict[str, Any]],
     validate: Callable[[int], dict[str, Any]] = lambda _: {},
     scale: LossScale | None = None,
     say: Say,
+    world: World = ALONE,
 ) -> Outcome:
     """Train until the batches end or a signal asks to stop.
 
     Args:
-        objective: what is learned, over the model that is moved in place.
+        objective: what is learned, over the model that is moved in place; see `take_step`.
         optimizer: over the model's parameters.
-        batches: the global batches from the cursor on, counting the objective's terms.
+        batches: this rank's share of the global batches from the cursor on, counting the objective's terms.
         step: optimizer steps that are already done.
         cursor: samples that they consumed; advanced after each step.
         total_steps: steps of the whole run, for the schedule.
@@ -121,6 +125,7 @@ def run(
         validate: called with each finished step; what it returns goes into the step's line of metrics, which is then written.
         scale: of the loss, in fp16.
         say: takes lines for the user.
+        world: the ranks that learn together; all stop after the same step, and only the first shows its progress.
 
     Raises:
         UserError: the loss or the gradient is no longer finite. The weights are those of the step before.
@@ -130,7 +135,8 @@ def run(
     loss: float | None = None
     num_tokens, seconds = 0, 0.0
     stopping: signal.Signals | None = None
-    with StopRequest() as stop, Progress(step=step, total_steps=total_steps, say=say) as progress:
+    shown = Progress(step=step, total_steps=total_steps, say=say, visible=world.leads)
+    with StopRequest() as stop, shown as progress:
         then = time.perf_counter()
         for batch in batches:
             step += 1
@@ -146,10 +152,11 @@ def run(
                 grad_clip=optim.grad_clip,
                 forward=forward,
                 scale=scale,
+                world=world,
             )
             loss = result.loss
             cursor.advance(batch.stop - batch.start)
-            num_tokens += batch.num_tokens
+            num_tokens += result.num_tokens
             seconds += time.perf_counter() - then
             record = {
                 "step": step,
@@ -161,7 +168,7 @@ def run(
                 **(
                     {} if scale is None else {"loss_scale": scale.value, "skipped_steps": scale.skipped_steps}
                 ),
-                "targets": batch.num_targets,
+                "targets": result.num_targets,
                 "tokens_per_second": round(num_tokens / seconds, 1),
                 **({} if result.auxiliary is None else {"auxiliary_loss": result.auxiliary}),
                 **result.measures,
@@ -173,9 +180,8 @@ def run(
                 metrics.write(record)
                 num_tokens, seconds = 0, 0.0
             progress.update(record, logged=logged)
-            stopping = (
-                stop.signal
-            )  # read once: a signal that comes after this line ends the next step, saved like this one
+            # Read once: a signal that comes after this line ends the next step, saved like this one.
+            stopping = world.agreed_stop(stop.signal)
             if stopping or step == total_steps or (config.save_every and step % config.save_every == 0):
                 metrics.sync()
                 save(step, cursor.position)
@@ -184,7 +190,12 @@ def run(
                 break
     stopped_by = stopping if step < total_steps else None
     return Outcome(
-        step=step, total_steps=total_steps, cursor=cursor.position, loss=loss, stopped_by=stopped_by
+        step=step,
+        total_steps=total_steps,
+        cursor=cursor.position,
+        loss=loss,
+        stopped_by=stopped_by,
+        rank=world.rank,
     )
 
 

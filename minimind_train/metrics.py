@@ -57,6 +57,25 @@ class MetricsLog:
         self._file.close()
 
 
+class NoMetrics:
+    """Takes what a `MetricsLog` takes, and writes nothing: that of the ranks that do not write."""
+
+    num_lines = 0
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def sync(self) -> None:
+        """Do nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
 def _cut_back(path: Path, last_step: int) -> int:
     """Keep the whole lines up to a step, and return their number; the file changes as a whole or not at all."""
     if not path.exists():

@@ -31,9 +31,10 @@ class Progress:
         step: steps that are already done.
         total_steps: steps of the whole run.
         say: takes the plain lines.
+        visible: whether a terminal shows it.
     """
 
-    def __init__(self, *, step: int, total_steps: int, say: Say) -> None:
+    def __init__(self, *, step: int, total_steps: int, say: Say, visible: bool = True) -> None:
         self._say = say
         self._total_steps = total_steps
         self._shown: tuple[str | None, list[int]] = (None, [])
@@ -46,7 +47,7 @@ class Progress:
                 ncols=min(_MAX_COLUMNS, shutil.get_terminal_size().columns),
                 bar_format="{n_fmt}/{total_fmt}{postfix} {remaining} left {bar}",
             )
-            if sys.stderr.isatty()
+            if visible and sys.stderr.isatty()
             else None
         )
 

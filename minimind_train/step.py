@@ -1,7 +1,8 @@
 """One optimizer step: the gradient of a global batch, clipped, and the weights moved by it.
 
-The loss of a step is the sum over all terms of the global batch divided by their number, so cutting the batch into micro-batches
-changes nothing but rounding.
+The loss of a step is the sum over all terms of the global batch divided by their number, so cutting the batch into micro-batches,
+or sharing it out among ranks, changes nothing but rounding. What ranks share out and add up is on the host, and little: how
+many terms they have before the passes, what came out after them. Gradients are added up once, in the last pass.
 """
 
 import math
@@ -9,12 +10,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from minimind_data.errors import UserError
+from minimind_train.distributed import ALONE, World
 from minimind_train.loader import StepBatch
-from minimind_train.objective import Objective
 from minimind_train.optim import clip_gradients
+from minimind_train.parallel import gradients_added_up
 from minimind_train.precision import LossScale
 
 
@@ -30,10 +33,14 @@ class StepResult:
     """Mean over the windows of the global batch; None where the objective has none."""
     measures: dict[str, float]
     """Means over the terms."""
+    num_targets: int
+    """Learned targets of the global batch."""
+    num_tokens: int
+    """Positions of the global batch that went through the model, PAD included."""
 
 
 def take_step(
-    objective: Objective,
+    objective: nn.Module,
     optimizer: Optimizer,
     batch: StepBatch,
     *,
@@ -42,18 +49,20 @@ def take_step(
     grad_clip: float,
     forward: AbstractContextManager[object],
     scale: LossScale | None = None,
+    world: World = ALONE,
 ) -> StepResult:
     """Move the weights by one global batch.
 
     Args:
-        objective: over the model whose weights move.
+        objective: over the model whose weights move; an `Objective`, wrapped as `parallel` does it where there are several ranks.
         optimizer: over its parameters.
-        batch: the step's samples.
+        batch: this rank's share of the step's samples.
         step: its number, for the error.
         rate: the learning rate.
         grad_clip: the longest gradient norm that is let through; 0 lets all through.
         forward: entered around each forward pass.
         scale: of the loss, in fp16; told how the step went.
+        world: the ranks that share the step.
 
     Raises:
         UserError: the loss or the gradient is not finite. The weights are those of the step before.
@@ -61,27 +70,34 @@ def take_step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
-    num_terms = max(batch.num_terms, 1)  # a batch of nothing but padding has loss 0, not 0/0
+    num_terms, num_windows, num_targets, num_tokens = map(
+        int, world.total((batch.num_terms, batch.num_windows, batch.num_targets, batch.num_tokens))
+    )
+    num_terms = max(num_terms, 1)  # a batch of nothing but padding has loss 0, not 0/0
     factor = scale.value if scale else 1.0
     sums: dict[str, torch.Tensor] = {"loss": torch.zeros((), device=next(objective.parameters()).device)}
-    for micro_batch in batch.micro_batches:
-        with forward:
-            found = objective(micro_batch)
-            loss = found.summed / num_terms
-            learned = loss
-            if found.auxiliary is not None:
-                share = len(next(iter(micro_batch.values()))) / batch.num_windows
-                auxiliary = found.auxiliary * share
-                learned = loss + auxiliary
-                _add(sums, "auxiliary", auxiliary)
-        (learned * factor).backward()
+    # The pass that stands in comes first: the last one is waited for by all ranks, so it should be of use.
+    passes = [(batch.stand_in, 0)] if batch.stand_in is not None else []
+    passes += [(micro_batch, 1) for micro_batch in batch.micro_batches]
+    for number, (micro_batch, counts) in enumerate(passes, 1):
+        with gradients_added_up(objective, wanted=number == len(passes)):
+            with forward:
+                found = objective(micro_batch)
+                loss = found.summed * counts / num_terms
+                learned = loss
+                if found.auxiliary is not None:
+                    share = counts * len(next(iter(micro_batch.values()))) / num_windows
+                    auxiliary = found.auxiliary * share
+                    learned = loss + auxiliary
+                    _add(sums, "auxiliary", auxiliary)
+            (learned * (factor * world.size)).backward()  # ranks average their gradients
         _add(sums, "loss", loss)
         for name, value in found.measures.items():
-            _add(sums, f"measure {name}", value / num_terms)
+            _add(sums, f"measure {name}", value * counts / num_terms)
     norm = clip_gradients(objective.parameters(), grad_clip, scale=factor)
     # All numbers come to the host together, because each such trip waits for the device.
     *values, norm_here = torch.stack((*sums.values(), norm)).tolist()
-    here = dict(zip(sums, values, strict=True))
+    here = dict(zip(sums, world.total(values), strict=True))
     learned_here = here["loss"] + here.get("auxiliary", 0.0)
     skipped = scale is not None and scale.skips(learned_here, norm_here)
     if not skipped:
@@ -96,6 +112,8 @@ def take_step(
             for name, value in here.items()
             if name.startswith("measure ")
         },
+        num_targets=num_targets,
+        num_tokens=num_tokens,
     )
 
 
