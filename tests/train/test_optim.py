@@ -254,7 +254,7 @@ def test_a_step_of_muon_brings_the_singular_values_of_the_momentum_near_one():
             values = values / values.norm()
             for _ in range(5):  # Newton-Schulz is a polynomial of the singular values, and turns nothing
                 values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
-            torch.testing.assert_close(left.T @ (moved / size) @ right.T, values.diag(), rtol=0, atol=0.06)
+            torch.testing.assert_close(left.T @ (moved / size) @ right.T, values.diag(), rtol=0, atol=0.15)
             assert values.median() == pytest.approx(1, abs=0.35)
         before = {name: each.detach().clone() for name, each in model.named_parameters()}
 
