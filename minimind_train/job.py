@@ -34,7 +34,6 @@ from minimind_train.course import Course
 from minimind_train.devices import out_of_memory_is_plain, refuse_too_large
 from minimind_train.distributed import ALONE, World, joined, launched_place
 from minimind_train.evaluate import validation
-from minimind_train.loader import StepLoader
 from minimind_train.metrics import FILE_NAME, MetricsLog, NoMetrics
 from minimind_train.model import MiniMind, initialize
 from minimind_train.model_config import parameter_line
@@ -48,6 +47,7 @@ from minimind_train.progress import Say, say_on_stderr
 from minimind_train.runs import RunRecord, moved_cursor
 from minimind_train.sampler import SampleCursor
 from minimind_train.start import begun_from, weights_again
+from minimind_train.step_loader import StepLoader
 
 __all__ = ["Phase", "begin", "resume"]
 

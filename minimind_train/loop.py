@@ -18,13 +18,13 @@ from torch.optim import Optimizer
 
 from minimind_train.distributed import ALONE, World
 from minimind_train.interrupt import StopRequest
-from minimind_train.loader import StepLoader
 from minimind_train.metrics import MetricsLog, NoMetrics
 from minimind_train.optim import OptimConfig, learning_rate
 from minimind_train.precision import Dtype, LossScale, autocast
 from minimind_train.progress import Progress, Say
 from minimind_train.sampler import SampleCursor
 from minimind_train.step import take_step
+from minimind_train.step_loader import StepLoader
 
 _LIMITS = {
     # So that no position of a run leaves 64 bits, and no count of steps the exact numbers of a float.

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from minimind_train.loader import num_targets
 from minimind_train.losses import summed_cross_entropy
 from minimind_train.model import MiniMind
+from minimind_train.step_loader import num_targets
 
 
 class MicroLoss(NamedTuple):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from minimind_train.blocks import BlockPermutation
 from minimind_train.permutation import Permutation
 
-__all__ = ["OrderKind", "SampleCursor", "SampleOrder", "rank_positions"]
+__all__ = ["OrderKind", "SampleCursor", "SampleOrder", "check_range", "check_shares", "rank_positions"]
 
 OrderKind = Literal["shuffled", "sequential"]
 
@@ -133,3 +133,27 @@ def rank_positions(start: int, stop: int, rank: int, world_size: int) -> NDArray
             f"a batch is a range of positions [start, stop) from 0 upwards, not [{start}, {stop})"
         )
     return np.arange(start + rank, stop, world_size, dtype=np.int64)
+
+
+def check_shares(global_batch: int, rank: int, world_size: int) -> None:
+    """Refuse a global batch that its ranks cannot share.
+
+    Raises:
+        ValueError: there is no such rank, or fewer samples than ranks.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be from 0 to world_size - 1, not {rank} of {world_size}")
+    if global_batch < world_size:
+        raise ValueError(
+            f"global_batch must be at least one sample for each of {world_size} ranks, not {global_batch}"
+        )
+
+
+def check_range(start: int, stop: int) -> None:
+    """Refuse a range of positions that begins before 0 or runs backwards.
+
+    Raises:
+        ValueError: it does.
+    """
+    if not 0 <= start <= stop:
+        raise ValueError(f"positions count from 0 and a run goes forward, not from {start} to {stop}")

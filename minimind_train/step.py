@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 from minimind_data.errors import UserError
 from minimind_train.distributed import ALONE, World
-from minimind_train.loader import StepBatch
 from minimind_train.optim import clip_gradients
 from minimind_train.parallel import gradients_added_up
 from minimind_train.precision import LossScale
+from minimind_train.step_loader import StepBatch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,10 @@ from minimind_data.format import InputEntry, Manifest, ShardEntry, TokenizerInfo
 from minimind_data.shards import ShardSet
 from minimind_data.windows import open_windows
 from minimind_data.writer import ShardWriter
-from minimind_train.loader import ResumableBatchSampler, StepLoader, WindowDataset
+from minimind_train.loader import ResumableBatchSampler, WindowDataset
 from minimind_train.mixture import MixtureOrder, Stretch
 from minimind_train.sampler import SampleOrder
+from minimind_train.step_loader import StepLoader
 
 SEQ_LEN = 4
 NUM_WINDOWS = 30

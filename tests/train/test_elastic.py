@@ -15,11 +15,12 @@ from torch.utils.data import DataLoader
 from minimind_data.shards import ShardSet
 from minimind_data.windows import open_windows
 from minimind_train import loop
-from minimind_train.loader import ResumableBatchSampler, StepLoader, WindowDataset
+from minimind_train.loader import ResumableBatchSampler, WindowDataset
 from minimind_train.mixture import MixtureOrder, Stretch
 from minimind_train.pretrain import pretrain, resume
 from minimind_train.sampler import SampleOrder
 from minimind_train.skips import Skips
+from minimind_train.step_loader import StepLoader
 
 from .conftest import Said, config_of, stop_after
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from minimind_train.loader import ResumableBatchSampler, StepLoader, WindowDataset
+from minimind_train.loader import ResumableBatchSampler, WindowDataset
 from minimind_train.sampler import SampleOrder
+from minimind_train.step_loader import StepLoader
 
 SEQ_LEN = 4
 

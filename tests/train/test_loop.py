@@ -10,13 +10,13 @@ import torch
 from minimind_data.errors import UserError
 from minimind_train import loop
 from minimind_train.interrupt import StopRequest
-from minimind_train.loader import StepLoader
 from minimind_train.losses import summed_cross_entropy
 from minimind_train.metrics import MetricsLog
 from minimind_train.model import MiniMind, ModelConfig, initialize
 from minimind_train.objective import MicroLoss, NextToken
 from minimind_train.optim import OptimConfig, learning_rate, make_optimizer
 from minimind_train.sampler import SampleCursor, SampleOrder
+from minimind_train.step_loader import StepLoader
 
 from .conftest import records
 

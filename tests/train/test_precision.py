@@ -8,13 +8,13 @@ import torch
 
 from minimind_data.errors import UserError
 from minimind_train import checkpoint, job
-from minimind_train.loader import StepBatch
 from minimind_train.model import MiniMind, ModelConfig, initialize
 from minimind_train.objective import NextToken
 from minimind_train.optim import OptimConfig, make_optimizer
 from minimind_train.precision import LossScale, allow_tf32, autocast, resolve_dtype
 from minimind_train.pretrain import resume
 from minimind_train.step import take_step
+from minimind_train.step_loader import StepBatch
 
 from .conftest import Said, metrics, stop_after, weights
 

@@ -9,11 +9,12 @@ from minimind_data.errors import UserError
 from minimind_data.shards import ShardSet
 from minimind_data.windows import open_windows
 from minimind_train import checkpoint
-from minimind_train.loader import ResumableBatchSampler, StepLoader
+from minimind_train.loader import ResumableBatchSampler
 from minimind_train.pretrain import resume
 from minimind_train.runs import Change, RunRecord
 from minimind_train.sampler import SampleOrder
 from minimind_train.skips import Skips
+from minimind_train.step_loader import StepLoader
 
 from .conftest import Said, metrics, stop_after, weights
 
