@@ -1,0 +1,225 @@
+"""From windows and an order to the optimizer steps of our own loop.
+
+One thread reads ahead, there are no worker processes (a batch is one gather from mapped files; handing it from process to process would
+cost more), and what a `StepLoader` yields is an optimizer step.
+
+All count in positions (see `minimind_train.sampler`). The loader does not decide what has been learned: each step says which positions it
+holds, and the loop that completes a step moves the cursor.
+"""
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from minimind_data.windows import IGNORED
+from minimind_train.parts import Order, Samples
+from minimind_train.sampler import check_range, check_shares, rank_positions
+from minimind_train.skips import NO_SKIPS, Skips
+
+__all__ = ["StepBatch", "StepLoader", "num_targets"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """What one rank learns in one optimizer step.
+
+    Attributes:
+        start: the cursor before the step. The batch is made of the positions from here to `stop` that are not left out.
+        stop: the position behind its last; the cursor after the step.
+        micro_batches: this rank's share, cut into tensors [micro_batch or less, seq_len]. Where shares differ a rank may have one
+            fewer than another, or none.
+        stand_in: where this rank has one fewer, a micro-batch of one window in its place, which is not learned: ranks that add up
+            gradients must all make as many passes.
+        num_targets: how many of this rank's targets are learned.
+        num_terms: of how many terms the objective's sum over this rank's share is made; in pre-training, the targets.
+        num_windows: samples of this rank's share.
+    """
+
+    start: int
+    stop: int
+    micro_batches: list[dict[str, Tensor]]
+    num_targets: int
+    num_terms: int
+    num_windows: int
+    stand_in: dict[str, Tensor] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions of this rank's share that go through the model, PAD included."""
+        return sum(
+            tensor.numel()
+            for micro_batch in self.micro_batches
+            for name, tensor in micro_batch.items()
+            if name.endswith("input_ids")
+        )
+
+
+class StepLoader:
+    """The steps of a run, read ahead by one thread.
+
+    Every iteration begins at `start` and ends at `stop`; the last global batch may be short, so that no sample is lost. Which samples
+    a step has depends on nothing but the order, `start` and `global_batch`. Leaving the loop ends the thread; a `with` block does so
+    at once and for certain, also when the loop is left by an exception.
+
+    Args:
+        windows: where samples are read.
+        order: which sample comes when.
+        start: the position to begin at: the cursor.
+        stop: the position to end at.
+        global_batch: samples in a step over all ranks.
+        micro_batch: the most samples of a rank in one forward pass.
+        rank: which of the ranks this is.
+        world_size: how many ranks share a step.
+        device: where the tensors go. For CUDA they go by way of pinned memory, without waiting.
+        prefetch: how many steps are kept ready.
+        skips: positions that are left out.
+        num_terms: how many terms the objective's sum over samples has; without it, their learned targets.
+    """
+
+    def __init__(
+        self,
+        windows: Samples,
+        order: Order,
+        *,
+        start: int,
+        stop: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        prefetch: int = 2,
+        skips: Skips = NO_SKIPS,
+        num_terms: Callable[[Mapping[str, NDArray[np.int64]]], int] | None = None,
+    ) -> None:
+        check_shares(global_batch, rank, world_size)
+        check_range(start, stop)
+        if micro_batch < 1 or prefetch < 1:
+            raise ValueError(f"micro_batch and prefetch must be at least 1, not {micro_batch} and {prefetch}")
+        if len(windows) != order.num_windows:
+            raise ValueError(
+                f"the order is one of {order.num_windows} windows, the dataset has {len(windows)}"
+            )
+        if windows.labels:
+            raise ValueError("a step needs targets; open the windows with labels=False")
+        self.windows = windows
+        self.order = order
+        self.start = start
+        self.stop = stop
+        self.global_batch = global_batch
+        self.micro_batch = micro_batch
+        self.rank = rank
+        self.world_size = world_size
+        self.device = torch.device(device)
+        self.prefetch = prefetch
+        self.skips = skips
+        self.num_terms = num_terms or num_targets
+        # Weak, so that an iteration ends as soon as its loop has dropped it.
+        self._iteration: weakref.ref[Generator[StepBatch, None, None]] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return len(self._firsts())
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        """Begin at `start`; an earlier iteration of this loader ends."""
+        self.close()
+        iteration = self._iterate()
+        self._iteration = weakref.ref(iteration)
+        return iteration
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the thread, if one is running; the batch that it is reading is finished first."""
+        iteration = self._iteration() if self._iteration else None
+        if iteration is not None:
+            iteration.close()
+        self._iteration = None
+
+    def _iterate(self) -> Generator[StepBatch, None, None]:
+        firsts = iter(self._firsts())
+        # One thread, so the steps are read one after the other. A future carries an exception to where the step is consumed.
+        thread = ThreadPoolExecutor(1, thread_name_prefix="step-loader")
+        try:
+            steps = deque(thread.submit(self._read, first) for first in islice(firsts, self.prefetch))
+            while steps:
+                step = steps.popleft()
+                steps.extend(thread.submit(self._read, first) for first in islice(firsts, 1))
+                yield self._on_device(step.result())
+        finally:
+            thread.shutdown(cancel_futures=True)
+
+    def _firsts(self) -> range:
+        """The first sample of each step, by its number among the positions that are kept."""
+        return range(self.skips.kept_before(self.start), self.skips.kept_before(self.stop), self.global_batch)
+
+    def _read(self, first: int) -> StepBatch:
+        """Read one step; runs in the thread."""
+        begun, last = self._firsts().start, min(first + self.global_batch, self._firsts().stop)
+        start, stop = (self.skips.after(self.start, number - begun) for number in (first, last))
+        of_most, own = (rank_positions(first, last, rank, self.world_size) for rank in (0, self.rank))
+        stand_in = None
+        if -(-len(own) // self.micro_batch) < -(-len(of_most) // self.micro_batch):
+            _, stand_in = self._fetched(of_most[:1])
+        if not own.size:
+            nothing: dict[str, Any] = {
+                "micro_batches": [],
+                "num_targets": 0,
+                "num_terms": 0,
+                "num_windows": 0,
+            }
+            return StepBatch(start=start, stop=stop, stand_in=stand_in, **nothing)
+        arrays, share = self._fetched(own)
+        micro_batches = zip(
+            *(torch.split(tensor, self.micro_batch) for tensor in share.values()), strict=True
+        )
+        return StepBatch(
+            start=start,
+            stop=stop,
+            micro_batches=[dict(zip(share, tensors, strict=True)) for tensors in micro_batches],
+            num_targets=num_targets(arrays),
+            num_terms=self.num_terms(arrays),
+            num_windows=len(own),
+            stand_in=stand_in,
+        )
+
+    def _fetched(self, numbers: NDArray[np.int64]) -> tuple[dict[str, NDArray[np.int64]], dict[str, Tensor]]:
+        """Read samples, by their numbers among the positions that are kept: as they are, and as tensors that a device can take."""
+        arrays = self.windows.fetch(self.order.windows(self.skips.kept(numbers)))
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if self.device.type == "cuda":
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return arrays, tensors
+
+    def _on_device(self, step: StepBatch) -> StepBatch:
+        """Send a step to the device; called by the consumer, so that the kernels on its stream wait for the copies."""
+
+        def sent(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+        stand_in = None if step.stand_in is None else sent(step.stand_in)
+        return replace(step, micro_batches=[sent(batch) for batch in step.micro_batches], stand_in=stand_in)
+
+
+def num_targets(samples: Mapping[str, NDArray[np.int64]]) -> int:
+    """Return how many targets of a batch are learned."""
+    return sum(
+        int(np.count_nonzero(array != IGNORED)) for name, array in samples.items() if name.endswith("targets")
+    )
