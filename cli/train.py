@@ -184,11 +184,39 @@ def _eval(app: typer.Typer) -> None:
     command(app, "eval")(run_command)
 
 
+def _export(app: typer.Typer) -> None:
+    """Write a trained model in a form that transformers or MiniMind opens."""
+    from minimind_train.export import Target, WeightDtype, export  # noqa: PLC0415 - see the module's docstring
+
+    def run_command(
+        run: Annotated[Path, typer.Option(help="Folder of the run.")],
+        to: Annotated[
+            Target,
+            typer.Option(
+                help="hf: a folder that transformers opens as Qwen3, Qwen3-MoE or Llama; minimind: a .pth that MiniMind's code opens."
+            ),
+        ],
+        out: Annotated[Path, typer.Option(help="A new folder; for minimind any folder, or the .pth itself.")],
+        dtype: Annotated[
+            WeightDtype | None,
+            typer.Option(help="Of the weights; fp32 for hf, and fp16 for minimind, as it stores them."),
+        ] = None,
+        checkpoint: Annotated[
+            int | None, typer.Option(metavar="STEP", help="Step of the checkpoint; the newest by default.")
+        ] = None,
+    ) -> None:
+        export(run, out, to=to, step=checkpoint, dtype=dtype)
+
+    run_command.__doc__ = _export.__doc__
+    command(app, "export")(run_command)
+
+
 _COMMANDS: dict[str, Callable[[typer.Typer], None]] = {
     "pretrain": _pretrain,
     "sft": _sft,
     "generate": _generate,
     "eval": _eval,
+    "export": _export,
 }
 
 

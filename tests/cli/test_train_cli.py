@@ -322,6 +322,21 @@ def test_what_eval_cannot_do(run, dataset, arguments, status, complaint):
     assert complaint in result.stderr
 
 
+def test_a_run_is_exported(run, tmp_path):
+    for target, written in (("hf", "model.safetensors"), ("minimind", "pretrain_16.pth")):
+        result = mm_train(
+            "export", "--run", run, "--to", target, "--out", tmp_path / target, "--checkpoint", 2
+        )
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout == ""
+        assert "Model Params: 0.1" in result.stderr
+        assert (tmp_path / target / written).is_file()
+    again = mm_train("export", "--run", run, "--to", "hf", "--out", tmp_path / "hf")
+    assert again.exit_code == 1
+    assert "is there already; take another --out" in again.stderr
+    assert mm_train("export", "--run", run, "--to", "onnx", "--out", tmp_path / "onnx").exit_code == 2
+
+
 def test_an_unknown_command_is_named():
     result = mm_train("pretain")
     assert result.exit_code == 2
