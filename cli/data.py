@@ -26,11 +26,12 @@ from minimind_data.train_tokenizer import train_tokenizer as run_training
 from minimind_data.verify import dataset_bytes
 from minimind_data.verify import verify as verify_dataset
 from minimind_data.windows import IGNORED, Layout, LongDocuments, open_windows
+from minimind_data.words import counted
 from minimind_train.parts import course_of, place_of, read_sources, words_of
 from minimind_train.permutation import MAX_SEED
 
 from . import shards as shard_commands
-from .options import Given, command, make_app
+from .options import Given, command, make_app, refuse_idle
 from .stats import stats
 
 app = make_app("Turn text into memory-mapped shards, and look into them.")
@@ -91,11 +92,14 @@ def _print_summary(out: Path, summary: Summary) -> None:
     read = f"  read       {summary.input_bytes / 1e6:.1f} MB in {summary.seconds:.1f} s{rate}"
     if manifest is None:
         print(
-            f"{out}: {summary.made_shards} splits of this slice made; when all slices are, `mm-data commit {out}`"
+            f"{out}: {counted(summary.made_shards, 'split')} of this slice made; when all slices are, `mm-data commit {out}`"
         )
         print(read)
         return
-    size = f"{manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens in {len(manifest.shards)} shards"
+    size = (
+        f"{counted(manifest.num_documents, 'document')}, {counted(manifest.num_tokens, 'token')} in "
+        f"{counted(len(manifest.shards), 'shard')}"
+    )
     if summary.already_done:
         print(f"{out}: already done, nothing to do ({size})")
         return
@@ -103,21 +107,21 @@ def _print_summary(out: Path, summary: Summary) -> None:
     print(read)
     if summary.backend:
         print(
-            f"  encoder    {summary.backend.name}, {summary.compared} documents compared with tokenizers on the way"
+            f"  encoder    {summary.backend.name}, {counted(summary.compared, 'document')} compared with tokenizers on the way"
         )
     if summary.kept_shards:
-        print(f"  kept       {summary.kept_shards} shards from the run before")
+        print(f"  kept       {counted(summary.kept_shards, 'shard')} from the run before")
     if (part := summary.validation) is not None:
         print(
-            f"  validation {part.num_documents:,} documents, {part.num_tokens:,} tokens in {out / VALIDATION_NAME}"
+            f"  validation {counted(part.num_documents, 'document')}, {counted(part.num_tokens, 'token')} in {out / VALIDATION_NAME}"
         )
     if manifest.options["dedup"] != "none":
-        print(f"  duplicates {manifest.duplicates:,} documents left out, their text stood before")
+        print(f"  duplicates {counted(manifest.duplicates, 'document')} left out, their text stood before")
     if manifest.empty_texts:
-        print(f"  empty      {manifest.empty_texts:,} records with an empty text make no document")
+        print(f"  empty      {counted(manifest.empty_texts, 'record')} with an empty text, no document made")
     if manifest.set_aside:
         print(
-            f"  set aside  {manifest.set_aside:,} bad records, with their reasons, in {out / SET_ASIDE_NAME}"
+            f"  set aside  {counted(manifest.set_aside, 'bad record')}, with the reason, in {out / SET_ASIDE_NAME}"
         )
     for difference in summary.differences:
         print(f"  different  {difference}: redone with tokenizers")
@@ -161,7 +165,7 @@ def info(folder: _Folder, as_json: _Json = False) -> None:
         _print_json(told)
         return
     print(
-        f"{folder}: {manifest.kind} dataset, {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens"
+        f"{folder}: {manifest.kind} dataset, {counted(manifest.num_documents, 'document')}, {counted(manifest.num_tokens, 'token')}"
     )
     print(f"  shards       {len(manifest.shards)} of {manifest.dtype}, {num_bytes / 1e6:,.1f} MB")
     ids = manifest.tokenizer
@@ -171,8 +175,8 @@ def info(folder: _Folder, as_json: _Json = False) -> None:
     options = ", ".join(f"{name} {value}" for name, value in manifest.options.items() if value is not None)
     print(f"  options      {options}")
     print(
-        f"  left out     {manifest.empty_texts:,} empty texts, {manifest.set_aside:,} bad records, "
-        f"{manifest.duplicates:,} duplicates"
+        f"  left out     {counted(manifest.empty_texts, 'empty text')}, {counted(manifest.set_aside, 'bad record')}, "
+        f"{counted(manifest.duplicates, 'duplicate')}"
     )
     print(f"  fingerprint  {manifest.fingerprint[:16]}…")
     for entry in manifest.inputs:
@@ -187,7 +191,9 @@ def verify(folder: _Folder, as_json: _Json = False) -> None:
     if as_json:
         _print_json({"ok": not verdict.problems, **asdict(verdict)})
     elif not verdict.problems:
-        print(f"{folder}: whole ({verdict.files} files, {verdict.bytes / 1e6:,.1f} MB, every checksum fits)")
+        print(
+            f"{folder}: whole ({counted(verdict.files, 'file')}, {verdict.bytes / 1e6:,.1f} MB, every checksum fits)"
+        )
     if verdict.problems:
         shown, more = verdict.problems[:_PROBLEMS_SHOWN], len(verdict.problems) - _PROBLEMS_SHOWN
         told = [*shown, *([f"and {more:,} more"] if more > 0 else []), *verdict.remedies]
@@ -196,6 +202,7 @@ def verify(folder: _Folder, as_json: _Json = False) -> None:
 
 @command(app)
 def window(
+    given: Given,
     folder: _Folder,
     number: Annotated[int, typer.Argument(metavar="K", help="Number of the window, from 0.")],
     seq_len: Annotated[int, typer.Option(help="Tokens of input_ids in a window.")],
@@ -207,6 +214,7 @@ def window(
     as_json: _Json = False,
 ) -> None:
     """Show one window: its ids, its targets and its text."""
+    refuse_idle(given, layout)
     windows = open_windows(
         ShardSet.open(folder),
         layout=layout,
@@ -233,7 +241,7 @@ def window(
     )
     padding = windows.padding / (len(windows) * seq_len)
     print(
-        f"documents {documents[0]} to {documents[-1]}; {windows.unused_tokens:,} tokens of the dataset stand in no window, "
+        f"documents {documents[0]} to {documents[-1]}; {counted(windows.unused_tokens, 'token')} of the dataset in no window, "
         f"{padding:.1%} of all positions are PAD"
     )
     for name, ids in sample.items():
@@ -295,6 +303,8 @@ def locate(
         options = RunRecord.read(run).options
     elif not folders or seq_len is None:
         raise typer.BadParameter("pass DIR and --seq-len, or the folder of a run by --run")
+    else:
+        refuse_idle(given, layout)
     try:
         read_sources(words_of(options["shards"]))
     except ValueError as error:

@@ -18,6 +18,7 @@ from dataclasses import MISSING, is_dataclass
 from typing import Annotated, Any, NewType, TextIO, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from minimind_data.errors import UserError
 from minimind_data.options import build, format_size, leaves, parse_size
@@ -68,10 +69,34 @@ def command(
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        app.command(name)(run)
+        app.command(name, cls=_Command)(run)
         return function
 
     return register
+
+
+def refuse_idle(given: Given, layout: str) -> None:
+    """Refuse an option of layout `pack` where the layout is another, in which it would do nothing.
+
+    Raises:
+        typer.BadParameter: it is among those that the user wrote.
+    """
+    if "long_documents" in given and layout != "pack":
+        raise typer.BadParameter(
+            f"--long-documents is for --layout pack, in layout {layout} it does nothing; leave one of them out"
+        )
+
+
+class _Command(TyperCommand):
+    """A command whose usage errors say what is wrong and not which class of Python said so."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the command line."""
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")  # typer checks choices by pydantic
+            raise
 
 
 def _flag(name: str, annotation: Any, default: Any) -> inspect.Parameter:

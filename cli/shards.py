@@ -15,6 +15,7 @@ from minimind_data.merge import merge as merge_datasets
 from minimind_data.progress import ByteProgress
 from minimind_data.shuffle import ShuffleOptions
 from minimind_data.shuffle import shuffle as shuffle_dataset
+from minimind_data.words import counted
 
 from .options import command
 
@@ -96,8 +97,8 @@ class _Bar:
 
 def _print_made(out: Path, manifest: Manifest) -> None:
     print(
-        f"{out}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens in {len(manifest.shards)} shards "
-        f"({manifest.dtype})"
+        f"{out}: {counted(manifest.num_documents, 'document')}, {counted(manifest.num_tokens, 'token')} in "
+        f"{counted(len(manifest.shards), 'shard')} ({manifest.dtype})"
     )
     print(f"  fingerprint  {manifest.fingerprint[:16]}…")
 
@@ -106,18 +107,18 @@ def _print_summary(out: Path, summary: ConvertSummary) -> None:
     kind = summary.source_format if summary.target_format == SHARDS else summary.target_format
     made = "shard" if summary.target_format == SHARDS else "file"
     print(
-        f"{out}: {summary.documents:,} documents, {summary.tokens:,} tokens in {summary.files} "
-        f"{made}{'' if summary.files == 1 else 's'} ({summary.source_format} to {summary.target_format})"
+        f"{out}: {counted(summary.documents, 'document')}, {counted(summary.tokens, 'token')} in "
+        f"{counted(summary.files, made)} ({summary.source_format} to {summary.target_format})"
     )
     if summary.separator_id is not None:
         print(f"  cut          at every id {summary.separator_id}")
     if summary.bos_added or summary.eos_added:
         print(
-            f"  framed       {summary.bos_added:,} documents came without BOS, {summary.eos_added:,} without EOS; added"
+            f"  framed       {counted(summary.bos_added, 'document')} came without BOS, {summary.eos_added:,} without EOS; added"
         )
     if summary.empty:
-        print(f"  left out     {summary.empty:,} documents without a token of their own")
+        print(f"  left out     {counted(summary.empty, 'document')} without a token of their own")
     if summary.divided:
         print(
-            f"  divided      {summary.divided:,} documents hold the dividing id inside; readers of {kind} take each for several"
+            f"  divided      {counted(summary.divided, 'document')} with the dividing id inside; readers of {kind} take each for several"
         )

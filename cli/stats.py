@@ -14,6 +14,7 @@ from minimind_data.shards import ShardSet
 from minimind_data.stats import DEFAULT_SEQ_LENS
 from minimind_data.stats import stats as describe
 from minimind_data.tokenizer import load_tokenizer
+from minimind_data.words import counted
 
 _BAR_COLUMNS = 28
 _MAX_ROWS = 24
@@ -63,7 +64,8 @@ def _lines(folder: Path, told: dict[str, Any]) -> Iterator[str]:
     text, lengths = told["text"], told["lengths"]
     percentiles = lengths["percentiles"]
     yield f"{folder}:"
-    yield f"  {told['documents']:,} documents, {told['tokens']:,} tokens in {told['shards']} shards"
+    counts = [counted(told[name], name.removesuffix("s")) for name in ("documents", "tokens", "shards")]
+    yield f"  {counts[0]}, {counts[1]} in {counts[2]}"
     yield f"  text         {text['characters_per_token']:.2f} characters a token, {text['bytes_per_token']:.2f} bytes a token"
     if text["estimated_from_documents"] is None:
         yield f"               ({text['characters']:,} characters)"

@@ -17,7 +17,7 @@ import typer
 
 from minimind_train.presets import PRESETS
 
-from .options import Given, command, make_app
+from .options import Given, command, make_app, refuse_idle
 
 if TYPE_CHECKING:
     from minimind_train.job import Phase
@@ -98,6 +98,8 @@ def _register_phase(app: typer.Typer, phase: "Phase[Any]", help_text: str | None
             )
         if config.data.resume_from and config.data.order != "sequential" and not go_on:
             raise typer.BadParameter(NEEDS_SEQUENTIAL)
+        if not go_on:
+            refuse_idle(given, config.data.layout)
         run = config.training.run
         if go_on:
             values = {name: value for name, value in flatten(config).items() if name in given}
@@ -153,7 +155,7 @@ def _eval(app: typer.Typer) -> None:
 
     def run_command(
         run: Annotated[Path, typer.Option(help="Folder of the run.")],
-        shards: Annotated[Path, typer.Option(metavar="DIR", help="Dataset of the same tokenizer.")],
+        shards: Annotated[list[Path], typer.Option(metavar="DIR", help="Dataset of the same tokenizer.")],
         windows: Annotated[
             int | None,
             typer.Option(min=1, metavar="N", help="Windows of it, spread evenly over it; all by default."),
@@ -169,14 +171,19 @@ def _eval(app: typer.Typer) -> None:
             bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
         ] = False,
     ) -> None:
+        if len(shards) > 1:
+            raise typer.BadParameter(
+                f"--shards stands there {len(shards)} times, and one dataset is measured at a time; call it for each"
+            )
+        (folder,) = shards
         found = evaluate_run(
-            run, shards, step=checkpoint, num_windows=windows, batch=micro_batch, device=device
+            run, folder, step=checkpoint, num_windows=windows, batch=micro_batch, device=device
         )
         if as_json:
             print(json.dumps(asdict(found)))
         else:
             print(
-                f"{shards}: loss {found.loss:.4f}, perplexity {found.perplexity:,.2f}, {found.bits_per_byte:.4f} bits a byte "
+                f"{folder}: loss {found.loss:.4f}, perplexity {found.perplexity:,.2f}, {found.bits_per_byte:.4f} bits a byte "
                 f"({found.targets:,} targets, {found.bytes:,} bytes)"
             )
 

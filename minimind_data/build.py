@@ -34,6 +34,7 @@ from minimind_data.plan import (
     InputHashes,
     TokenizeOptions,
     flat_settings,
+    idle_options,
     plan_tasks,
     sample_texts,
     settings_of,
@@ -92,6 +93,8 @@ def tokenize(
     def plan() -> _Build:
         piped = [_spooled(work, options, progress)] if STDIN in given else []
         planned = [*sources, *piped, *more]
+        for note in idle_options(planned, options.records):
+            announce(note)
         return _Build(planned, options, tokenizer, work, announce=announce, progress=progress)
 
     begun = None if STDIN in given else plan()

@@ -166,6 +166,17 @@ def plan_tasks(sources: Sequence[Source], options: TokenizeOptions) -> list[Spli
     return tasks
 
 
+def idle_options(sources: Sequence[Source], records: RecordSpec) -> list[str]:
+    """Say which options do nothing, being for a form that no input has."""
+    forms = {source.form for source in sources}
+    if forms == {"text"} and (records.template, records.field) != (None, RecordSpec().field):
+        name = "--field" if records.template is None else "--template"
+        return [f"{name} does nothing: it is for records, and every input is plain text"]
+    if "text" not in forms and records.separator is not None:
+        return ["--separator does nothing: it is for plain text, and no input is that"]
+    return []
+
+
 def slice_of(tasks: list[SplitTask], part: tuple[int, int] | None) -> list[SplitTask]:
     """Return the tasks of one slice, every N-th; all where there are no slices."""
     return tasks if part is None else tasks[part[0] - 1 :: part[1]]

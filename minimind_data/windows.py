@@ -32,6 +32,7 @@ from minimind_data.pack_plan import open_plan
 from minimind_data.packing import LongDocuments
 from minimind_data.segments import Segments
 from minimind_data.shards import ShardSet
+from minimind_data.words import counted
 
 __all__ = ["IGNORED", "MAX_SEQ_LEN", "Layout", "LongDocuments", "Windows", "open_windows"]
 
@@ -163,6 +164,6 @@ def _account(windows: PackWindows) -> str:
         return text
     fate = {"cut": "cut to one", "fragment": "spread over several", "drop": "left out"}
     return (
-        f"{text}; {windows.plan.num_long:,} documents longer than a window are {fate[windows.plan.long_documents]}, "
-        f"{windows.unused_tokens:,} tokens stand in no window"
+        f"{text}; {counted(windows.plan.num_long, 'document')} longer than a window {fate[windows.plan.long_documents]}, "
+        f"{counted(windows.unused_tokens, 'token')} in no window"
     )

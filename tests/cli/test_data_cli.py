@@ -91,7 +91,7 @@ def test_packed_windows_are_planned_once_and_leave_the_dataset_as_it_is(run, dat
     again = run("window", dataset, 3, *arguments)
     assert "planning" not in again.stderr
     assert "% of all places filled" in again.stderr
-    assert "tokens of the dataset stand in no window" in again.stdout
+    assert "0 tokens of the dataset in no window" in again.stdout
     located = json.loads(
         run("locate", dataset, *arguments, "--position", 3, "--order", "sequential", "--json").stdout
     )

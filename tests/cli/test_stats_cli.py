@@ -48,7 +48,7 @@ def test_the_terminal_shows_it_in_80_columns(dataset, encoding):
     told = subprocess.run(command, capture_output=True, check=True, env=environment, cwd=dataset.parent)
     lines = told.stdout.decode(encoding).splitlines()
     assert max(map(len, lines)) <= 80
-    assert "  333 documents, 59,313 tokens in 1 shards" in lines
+    assert "  333 documents, 59,313 tokens in 1 shard" in lines
     assert any("2.10 characters a token, 3.16 bytes a token" in line for line in lines)
     assert any(("█" if encoding == "utf-8" else "####") in line for line in lines)
     assert not any("\\u" in line for line in lines)

@@ -221,9 +221,9 @@ def test_segments_of_concat_reach_over_shards(make_dataset):
 @pytest.mark.parametrize(
     ("long_documents", "account"),
     [
-        ("cut", "1 documents longer than a window are cut to one, 21 tokens stand in no window"),
-        ("fragment", "1 documents longer than a window are spread over several, 0 tokens stand in no window"),
-        ("drop", "1 documents longer than a window are left out, 40 tokens stand in no window"),
+        ("cut", "1 document longer than a window cut to one, 21 tokens in no window"),
+        ("fragment", "1 document longer than a window spread over several, 0 tokens in no window"),
+        ("drop", "1 document longer than a window left out, 40 tokens in no window"),
     ],
 )
 def test_what_is_lost_is_said(make_dataset, long_documents, account):
