@@ -20,6 +20,7 @@ from minimind_train.presets import PRESETS
 from .options import Given, command, make_app, refuse_idle
 
 if TYPE_CHECKING:
+    from minimind_train.config import DataConfig
     from minimind_train.job import Phase
 
 
@@ -49,7 +50,7 @@ def _sft(app: typer.Typer) -> None:
 def _register_phase(app: typer.Typer, phase: "Phase[Any]", help_text: str | None) -> None:
     """Make the command of a kind of training: its options as flags, and what goes with `--resume`."""
     from minimind_data.options import flatten  # noqa: PLC0415 - see the module's docstring
-    from minimind_train.config import NEEDS_SEQUENTIAL, WEIGHTS, changeable  # noqa: PLC0415
+    from minimind_train.config import WEIGHTS, changeable  # noqa: PLC0415
     from minimind_train.job import begin, resume  # noqa: PLC0415
 
     def run_command(
@@ -92,14 +93,8 @@ def _register_phase(app: typer.Typer, phase: "Phase[Any]", help_text: str | None
             raise typer.BadParameter(
                 f"--allow-change {min(unknown)}: the names are {', '.join(sorted(changeable(phase.config)))}"
             )
-        if allowed and not go_on:
-            raise typer.BadParameter(
-                "--allow-change goes with --resume; a new run has no options to differ from"
-            )
-        if config.data.resume_from and config.data.order != "sequential" and not go_on:
-            raise typer.BadParameter(NEEDS_SEQUENTIAL)
         if not go_on:
-            refuse_idle(given, config.data.layout)
+            _refuse_in_a_new_run(config.data, allowed, given)
         run = config.training.run
         if go_on:
             values = {name: value for name, value in flatten(config).items() if name in given}
@@ -121,6 +116,21 @@ def _register_phase(app: typer.Typer, phase: "Phase[Any]", help_text: str | None
     run_command.__annotations__["config"] = phase.config
     run_command.__doc__ = help_text
     command(app, phase.command)(run_command)
+
+
+def _refuse_in_a_new_run(data: "DataConfig", allowed: set[str], given: Given) -> None:
+    """Refuse what a run that begins can do nothing with.
+
+    Raises:
+        typer.BadParameter: it is there.
+    """
+    from minimind_train.config import NEEDS_SEQUENTIAL  # noqa: PLC0415 - see the module's docstring
+
+    if allowed:
+        raise typer.BadParameter("--allow-change goes with --resume; a new run has no options to differ from")
+    if data.resume_from and data.order != "sequential":
+        raise typer.BadParameter(NEEDS_SEQUENTIAL)
+    refuse_idle(given, data.layout)
 
 
 def _generate(app: typer.Typer) -> None:
