@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from minimind_data.errors import UserError
+from minimind_data.format import TOKENIZER_NAME
 from minimind_data.options import build, flatten
+from minimind_data.tokenizer import encode_alike
 from minimind_train.config import ConfigT, PhaseConfig
 from minimind_train.model_config import NO_SHAPES, ModelConfig
 from minimind_train.parts import Datasets
@@ -40,8 +42,8 @@ def begun_from(
     origin = config.start.from_weight
     if origin is None:
         return config, None
-    weights = load_weights(Path(origin), step=config.start.from_step, say=say)
-    _refuse_other_tokenizer(origin, weights, shards)
+    weights = load_weights(Path(origin), step=config.start.from_step, shape=config.model, say=say)
+    _refuse_other_tokenizer(origin, weights, shards, say)
     here, there = flatten(config.model), flatten(weights.config)
     if given is None:
         usual = flatten(type(config)().model)
@@ -86,7 +88,7 @@ def weights_again(config: PhaseConfig, why: str, say: Say) -> Weights | None:
         raise UserError("the run began from no weights, so leave --from-weight out")
     where = f"{why}, so it needs the weights that it began from"
     try:
-        weights = load_weights(Path(start.from_weight), step=start.from_step, say=say)
+        weights = load_weights(Path(start.from_weight), step=start.from_step, shape=config.model, say=say)
     except UserError as error:
         raise UserError(
             f"{where}, and these are gone ({error}); put them back, or say where they are by --from-weight"
@@ -99,11 +101,20 @@ def weights_again(config: PhaseConfig, why: str, say: Say) -> Weights | None:
     return weights
 
 
-def _refuse_other_tokenizer(origin: str, weights: Weights, shards: Datasets) -> None:
+def _refuse_other_tokenizer(origin: str, weights: Weights, shards: Datasets, say: Say) -> None:
+    """Refuse weights whose ids mean other texts than the dataset's; of a file that says nothing, tell that nobody knows."""
     there, here = weights.tokenizer, shards.tokenizer
-    if there is None or there == here:
+    if there == here:
         return
+    if weights.tokenizer_json is None:
+        say(f"{origin}: says nothing of its tokenizer; it must be that of {shards.folder}")
+        return
+    text = (shards.folder / TOKENIZER_NAME).read_bytes().decode()
+    # A run's is a copy of its dataset's; other programs write the same one in their own way.
+    if weights.step is None and encode_alike(weights.tokenizer_json, text):
+        return
+    named = f" ({there.vocab_size:,} entries, {there.sha256[:12]}…)" if there else ""
     raise UserError(
-        f"{origin}: its tokenizer ({there.vocab_size:,} entries, {there.sha256[:12]}…) is not that of {shards.folder} "
+        f"{origin}: its tokenizer{named} is not that of {shards.folder} "
         f"({here.vocab_size:,} entries, {here.sha256[:12]}…); tokenize the text again with --tokenizer {origin}"
     )
