@@ -47,6 +47,13 @@ def _sft(app: typer.Typer) -> None:
     _register_phase(app, SFT, _sft.__doc__)
 
 
+def _dpo(app: typer.Typer) -> None:
+    """Teach a model to prefer one answer to another (direct preference optimization), or go on with a stopped run."""
+    from minimind_train.dpo import DPO  # noqa: PLC0415 - see the module's docstring
+
+    _register_phase(app, DPO, _dpo.__doc__)
+
+
 def _register_phase(app: typer.Typer, phase: "Phase[Any]", help_text: str | None) -> None:
     """Make the command of a kind of training: its options as flags, and what goes with `--resume`."""
     from minimind_data.options import flatten  # noqa: PLC0415 - see the module's docstring
@@ -190,12 +197,9 @@ def _eval(app: typer.Typer) -> None:
             run, folder, step=checkpoint, num_windows=windows, batch=micro_batch, device=device
         )
         if as_json:
-            print(json.dumps(asdict(found)))
+            print(json.dumps(found.told()))
         else:
-            print(
-                f"{folder}: loss {found.loss:.4f}, perplexity {found.perplexity:,.2f}, {found.bits_per_byte:.4f} bits a byte "
-                f"({found.targets:,} targets, {found.bytes:,} bytes)"
-            )
+            print(f"{folder}: {found}")
 
     run_command.__doc__ = _eval.__doc__
     command(app, "eval")(run_command)
@@ -231,6 +235,7 @@ def _export(app: typer.Typer) -> None:
 _COMMANDS: dict[str, Callable[[typer.Typer], None]] = {
     "pretrain": _pretrain,
     "sft": _sft,
+    "dpo": _dpo,
     "generate": _generate,
     "eval": _eval,
     "export": _export,

@@ -133,6 +133,11 @@ class Course:
         if not self._validation.val_shards:
             return None
         shards = ShardSet.open(self._validation.val_shards)
+        kinds = [each.manifest.kind for each in (self._datasets.sets[0], shards)]
+        if (kinds[0] == "dpo") != (kinds[1] == "dpo"):
+            raise UserError(
+                f"{shards.folder}: a dataset of kind {kinds[1]}, and the run learns kind {kinds[0]}; pairs and texts are not measured alike"
+            )
         refuse_other_tokenizer(self._datasets.sets[0], shards, "a model is measured with its own")
         if shards.manifest.fingerprint in {each.manifest.fingerprint for each in self._datasets.sets}:
             self._say(f"{shards.folder}: is learned too, so what --val-shards measures is memory")

@@ -1,4 +1,4 @@
-"""How well a model knows a text that it does not learn: loss, perplexity and bits per byte.
+"""How well a model knows a text that it does not learn: loss, perplexity and bits per byte; of pairs, what their objective measures.
 
 The windows are the same every time, so two numbers can be compared, and so can two runs. **loss** is the mean over all learned
 targets, in nats; **perplexity** is its exponential. **bits per byte** is what the model needs for the text, all targets together, over
@@ -8,8 +8,8 @@ Measuring leaves no trace in a run: it draws no random number, moves no weight, 
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from minimind_data.tokenizer import Tokenizer, cached_tokenizer
 from minimind_data.windows import IGNORED, Windows, open_windows
 from minimind_train.distributed import ALONE, World
 from minimind_train.objective import Objective
+from minimind_train.parts import Samples
 from minimind_train.precision import Dtype, autocast
 
 __all__ = ["Evaluation", "Evaluator", "ValidationConfig", "open_evaluator", "validation"]
@@ -55,13 +56,35 @@ class Evaluation:
     """What came out."""
 
     loss: float
-    """Nats per learned target."""
-    perplexity: float
-    bits_per_byte: float
-    targets: int
+    """Nats per learned target; of pairs, the objective's loss per pair."""
+    perplexity: float | None = None
+    """As the three below, of text alone."""
+    bits_per_byte: float | None = None
+    targets: int | None = None
     """Learned targets."""
-    bytes: int
+    bytes: int | None = None
     """Of their text."""
+    pairs: int | None = None
+    measures: Mapping[str, float] = field(default_factory=dict)
+    """What else the objective measures, as means over the pairs."""
+
+    def told(self) -> dict[str, Any]:
+        """Return what there is, by name."""
+        told = {name: value for name, value in asdict(self).items() if value is not None}
+        del told["measures"]
+        return {**told, **self.measures}
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        if self.pairs is not None:
+            means = ", ".join(
+                f"{name.replace('_', ' ')} {value:.4f}" for name, value in self.measures.items()
+            )
+            return f"loss {self.loss:.4f}, {means} ({self.pairs:,} pairs)"
+        return (
+            f"loss {self.loss:.4f}, perplexity {self.perplexity:,.2f}, {self.bits_per_byte:.4f} bits a byte "
+            f"({self.targets:,} targets, {self.bytes:,} bytes)"
+        )
 
 
 class Evaluator:
@@ -69,12 +92,16 @@ class Evaluator:
 
     Args:
         windows: the dataset, cut as the model is used to.
-        tokenizer: the dataset's.
+        tokenizer: the dataset's, which tells how many bytes its text has; None for pairs, which are not measured by the byte.
         num_windows: how many of the windows, spread evenly; None takes all.
         batch: windows that go through the model at once.
         device: where the model is.
         dtype: of matrix products, resolved.
         world: the ranks that share the windows out, each measuring every so manieth batch.
+
+    Attributes:
+        windows: as they were given.
+        samples: where samples are read: the windows, or what gives more for each of them.
 
     Raises:
         UserError: there is no text in these windows.
@@ -83,7 +110,7 @@ class Evaluator:
     def __init__(
         self,
         windows: Windows,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         num_windows: int | None,
         batch: int,
@@ -91,15 +118,16 @@ class Evaluator:
         dtype: Dtype,
         world: World = ALONE,
     ) -> None:
-        self._windows = windows
+        self.windows = windows
+        self.samples: Samples = windows
         self._count = min(num_windows or len(windows), len(windows))
         self._batch = batch
         self._device = device
         self._dtype = dtype
         self._world = world
-        self._bytes_of = _byte_counter(tokenizer)
+        self._bytes_of = _byte_counter(tokenizer) if tokenizer else None
         self._num_bytes: int | None = None  # the same every time, so counted once
-        if not any(self._bytes_of(samples) for samples in self._batches()):
+        if self._bytes_of and not any(self._bytes_of(samples) for samples in self._batches()):
             raise UserError(
                 f"{windows.shards.folder}: the {self._count:,} windows to measure on hold no text; take more of them or another dataset"
             )
@@ -112,36 +140,44 @@ class Evaluator:
         """
         was_training = objective.training
         objective.eval()
-        loss_sum, num_targets, num_bytes = 0.0, 0, 0
+        loss_sum, num_terms, num_bytes = 0.0, 0, 0
+        measured: dict[str, float] = {}
         try:
             with torch.no_grad(), autocast(self._dtype, self._device):
                 for samples, counts in self._own_batches():
                     tensors = {
                         name: torch.from_numpy(array).to(self._device) for name, array in samples.items()
                     }
-                    summed = float(objective(tensors).summed)
+                    found = objective(tensors)
+                    for name, value in found.measures.items():
+                        measured[name] = measured.get(name, 0.0) + float(value) * counts
                     if not counts:
                         continue
-                    loss_sum += summed
-                    num_targets += objective.num_terms(samples)
-                    if self._num_bytes is None:
+                    loss_sum += float(found.summed)
+                    num_terms += objective.num_terms(samples)
+                    if self._bytes_of and self._num_bytes is None:
                         num_bytes += self._bytes_of(samples)
         finally:
             objective.train(was_training)
-        loss_sum, *counted = self._world.total((loss_sum, num_targets, num_bytes))
-        num_targets, num_bytes = map(int, counted)
+        loss_sum, terms, text_bytes, *sums = self._world.total(
+            (loss_sum, num_terms, num_bytes, *measured.values())
+        )
+        num_terms, num_bytes = int(terms), int(text_bytes)
         if self._num_bytes is None:
             self._num_bytes = num_bytes
-        loss = loss_sum / num_targets
+        loss = loss_sum / num_terms
         if not math.isfinite(loss):
             raise UserError(
-                f"{self._windows.shards.folder}: the model's loss there is {loss}; go back to an earlier checkpoint"
+                f"{self.windows.shards.folder}: the model's loss there is {loss}; go back to an earlier checkpoint"
             )
+        if not self._bytes_of:
+            means = {name: value / num_terms for name, value in zip(measured, sums, strict=True)}
+            return Evaluation(loss=loss, pairs=num_terms, measures=means)
         return Evaluation(
             loss=loss,
             perplexity=math.exp(min(loss, _MAX_EXPONENT)),
             bits_per_byte=loss_sum / math.log(2) / self._num_bytes,
-            targets=num_targets,
+            targets=num_terms,
             bytes=self._num_bytes,
         )
 
@@ -163,7 +199,7 @@ class Evaluator:
 
     def _fetched(self, first: int) -> dict[str, NDArray[np.int64]]:
         places = np.arange(first, min(first + self._batch, self._count), dtype=np.int64)
-        return self._windows.fetch(places * len(self._windows) // self._count)
+        return self.samples.fetch(places * len(self.samples) // self._count)
 
 
 def open_evaluator(
@@ -183,8 +219,10 @@ def open_evaluator(
         UserError: the dataset has no such window, or there is no text in them.
     """
     windows = open_windows(shards, announce=announce, **options)
-    text = (shards.folder / TOKENIZER_NAME).read_bytes().decode()
-    tokenizer = cached_tokenizer(text, shards.manifest.tokenizer)
+    tokenizer = None
+    if shards.manifest.kind != "dpo":
+        text = (shards.folder / TOKENIZER_NAME).read_bytes().decode()
+        tokenizer = cached_tokenizer(text, shards.manifest.tokenizer)
     return Evaluator(
         windows, tokenizer, num_windows=num_windows, batch=batch, device=device, dtype=dtype, world=world
     )
@@ -198,7 +236,7 @@ def validation(
     def validate(step: int) -> dict[str, Any]:
         if step % every and step != total_steps:
             return {}
-        found = asdict(evaluator.measure(objective))
+        found = evaluator.measure(objective).told()
         return {f"val_{name}": value for name, value in found.items()}
 
     return validate

@@ -18,6 +18,7 @@ from minimind_data.errors import UserError
 from minimind_data.files import disk_full_is_plain
 from minimind_data.format import FormatError
 from minimind_data.shards import ShardSet
+from minimind_data.windows import Windows
 from minimind_train import checkpoint, loop, runs
 from minimind_train.checkpoint import Checkpoint, CheckpointState
 from minimind_train.config import (
@@ -40,16 +41,19 @@ from minimind_train.model_config import parameter_line
 from minimind_train.objective import Objective
 from minimind_train.optim import make_optimizer
 from minimind_train.parallel import shared_out
-from minimind_train.parts import Datasets, words_of
+from minimind_train.parts import Datasets, MixedWindows, Samples, words_of
 from minimind_train.precision import LossScale, allow_tf32
-from minimind_train.pretrained import Weights
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.runs import RunRecord, moved_cursor
 from minimind_train.sampler import SampleCursor
-from minimind_train.start import begun_from, weights_again
+from minimind_train.start import Origin, begun_from
 from minimind_train.step_loader import StepLoader
 
 __all__ = ["Phase", "begin", "resume"]
+
+
+def _as_they_are(windows: Samples, *_: object) -> Samples:
+    return windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +66,10 @@ class Phase(Generic[ConfigT]):
     """The kind of dataset that it learns."""
     config: type[ConfigT]
     """Its options; made without arguments, they are its defaults."""
-    objective: Callable[[MiniMind, ConfigT], Objective]
+    objective: Callable[[MiniMind, ConfigT, Origin], Objective]
     """What it learns by, over a model and by options that are resolved."""
+    samples: Callable[[Windows | MixedWindows, ConfigT, Origin, torch.device, Say], Samples] = _as_they_are
+    """What it learns from windows, where that is more than the dataset has."""
 
 
 def begin(
@@ -121,8 +127,8 @@ class _Start(Generic[ConfigT]):
     cursor: int
 
 
-_Prepared = tuple["_Job[ConfigT]", _Start[ConfigT], Weights | None, Callable[[], None]]
-"""What trains, from where on, from which weights if it is a beginning, and what is to be done once all of that fits."""
+_Prepared = tuple["_Job[ConfigT]", _Start[ConfigT], Callable[[], None]]
+"""What trains, from where on, and what is to be done once all of that fits."""
 
 
 def _among_ranks(
@@ -141,8 +147,8 @@ def _train_as_rank(
     if world.leads:
         with contextlib.ExitStack() as held:
             with world.leading():
-                job, start, weights, before_steps = held.enter_context(prepare(world))
-            return job.train(world.told(start), weights, before_steps)
+                job, start, before_steps = held.enter_context(prepare(world))
+            return job.train(world.told(start), before_steps)
     start = world.told(None)
     run = start.config.training.run
     if not (run / runs.CONFIG_NAME).is_file():
@@ -151,7 +157,8 @@ def _train_as_rank(
             "machines share"
         )
     shards = _open_shards(start.config.data.shards)
-    return _Job(phase, start.config, shards, _say_nothing, world).train(start)
+    origin = Origin(start.config.start, _say_nothing)
+    return _Job(phase, start.config, shards, origin, say=_say_nothing, world=world).train(start)
 
 
 @contextlib.contextmanager
@@ -164,14 +171,16 @@ def _beginning(
     shards = Datasets.open(config.data.shards)
     _refuse_other_kind(phase, shards.sets)
     config, weights = begun_from(config, shards, given, say)
-    job = _Job(phase, resolved(config, shards), shards, say, world)
+    job = _Job(
+        phase, resolved(config, shards), shards, Origin(config.start, say, weights), say=say, world=world
+    )
     start = _Start(config=job.config, found=None, step=0, cursor=job.course.first_position())
     with disk_full_is_plain(run):
         run.mkdir(parents=True, exist_ok=True)
     with disk_full_is_plain(run), runs.lock(run):
         runs.refuse_occupied(run)
         runs.create(run, record_of(phase.command, job.config, shards), shards.folder)
-        yield job, start, weights, lambda: None
+        yield job, start, lambda: None
 
 
 @contextlib.contextmanager
@@ -203,8 +212,9 @@ def _going_on(
             phase.config, run, kept, given, shards, step=step, allow_change=allow_change
         )
         _refuse_other_kind(phase, shards.sets)
-        job = _Job(phase, config, shards, say, world)
-        weights = job.weights_again(found, moved="from_weight" in given)
+        job = _Job(phase, config, shards, Origin(config.start, say), say=say, world=world)
+        if "from_weight" in given:
+            job.origin.weights("--from-weight says where they are now")
         cursor = kept.cursor_at(step, found.state.cursor if found else job.course.first_position())
         if "resume_from" in given:
             moved = job.course.position_of(given["resume_from"], cursor=cursor)
@@ -214,14 +224,21 @@ def _going_on(
             job.reweight(cursor)
             new_record = replace(new_record, options=recorded(job.config))
         start = _Start(config=job.config, found=found, step=step, cursor=cursor)
-        yield job, start, weights, partial(runs.update, run, record, new_record, shards.folder)
+        yield job, start, partial(runs.update, run, record, new_record, shards.folder)
 
 
 class _Job(Generic[ConfigT]):
     """One rank of a run, with the options resolved and the data open, from wherever it begins."""
 
     def __init__(
-        self, phase: Phase[ConfigT], config: ConfigT, shards: Datasets, say: Say, world: World
+        self,
+        phase: Phase[ConfigT],
+        config: ConfigT,
+        shards: Datasets,
+        origin: Origin,
+        *,
+        say: Say,
+        world: World,
     ) -> None:
         self.device = world.device(config.training.device)
         _refuse_unfit(config, shards, self.device, world)
@@ -229,6 +246,7 @@ class _Job(Generic[ConfigT]):
         self.world = world
         self.run = config.training.run
         self.shards = shards
+        self.origin = origin
         self.say = say
         self.course = Course(config, shards, say)
         self.config = with_stretches(config, self.course.stretches)
@@ -239,28 +257,14 @@ class _Job(Generic[ConfigT]):
         self.course.reweight(cursor)
         self.config = with_stretches(self.config, self.course.stretches)
 
-    def weights_again(self, found: Checkpoint | None, *, moved: bool) -> Weights | None:
-        """Return the weights that the run began from where a resume needs them: before its first checkpoint, or to see that they moved."""
-        if found is None:
-            return weights_again(self.config, f"{self.run} has no checkpoint yet", self.say)
-        if moved:
-            return weights_again(self.config, "--from-weight says where they are now", self.say)
-        return None
-
     @out_of_memory_is_plain(
         "go on with --resume and a smaller --micro-batch, or free some memory; earlier checkpoints are intact"
     )
-    def train(
-        self,
-        start: _Start[ConfigT],
-        weights: Weights | None = None,
-        before_steps: Callable[[], None] = lambda: None,
-    ) -> loop.Outcome:
+    def train(self, start: _Start[ConfigT], before_steps: Callable[[], None] = lambda: None) -> loop.Outcome:
         """Build the model, put what it begins from into it, and hand all to the loop.
 
         Args:
             start: where it goes on.
-            weights: what it begins from, if anything; rank 0 alone needs them.
             before_steps: runs once all of that fits.
         """
         training, world = self.config.training, self.world
@@ -272,6 +276,9 @@ class _Job(Generic[ConfigT]):
         torch.set_num_threads(training.threads)
         allow_tf32(training.tf32, self.device)
         model = MiniMind(self.config.model)
+        # Rank 0 gives its weights to all.
+        begins = found is None and world.leads
+        weights = self.origin.weights(f"{self.run} has no checkpoint yet") if begins else None
         if weights:
             model.load_state_dict(weights.tensors)
         else:
@@ -285,17 +292,20 @@ class _Job(Generic[ConfigT]):
         self._introduce(step, total_steps, cursor)
         place = SampleCursor(cursor)
         scale = LossScale(**(found and found.state.loss_scale) or {}) if training.dtype == "fp16" else None
-        objective = self.phase.objective(model, self.config)
+        objective = self.phase.objective(model, self.config, self.origin)
+        samples = self._samples(self.course.windows)
         measure = {}
         if self.evaluator:
             every = self.config.validation.val_every
+            self.evaluator.samples = self._samples(self.evaluator.windows)
             measure["validate"] = validation(self.evaluator, objective, every=every, total_steps=total_steps)
+        self.origin.release()
         options = recorded(self.config)
 
         with (
             MetricsLog(self.run / FILE_NAME, last_step=step) if world.leads else NoMetrics() as metrics,
             StepLoader(
-                self.course.windows,
+                samples,
                 self.course.order,
                 start=cursor,
                 stop=end,
@@ -345,6 +355,9 @@ class _Job(Generic[ConfigT]):
                 say=self.say,
                 world=world,
             )
+
+    def _samples(self, windows: Windows | MixedWindows) -> Samples:
+        return self.phase.samples(windows, self.config, self.origin, self.device, self.say)
 
     def _introduce(self, step: int, total_steps: int, cursor: int) -> None:
         training, processes = self.config.training, self.world.size

@@ -31,7 +31,7 @@ class PretrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
 
-def _objective(model: MiniMind, _: PretrainConfig) -> NextToken:
+def _objective(model: MiniMind, *_: object) -> NextToken:
     return NextToken(model)
 
 

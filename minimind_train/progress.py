@@ -57,10 +57,9 @@ class Progress:
             f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tok/s"
         )
         if "val_loss" in record:
-            self._say(
-                f"step {record['step']}/{self._total_steps}  validation loss {record['val_loss']:.4f}  "
-                f"perplexity {record['val_perplexity']:,.2f}  {record['val_bits_per_byte']:.4f} bits a byte"
-            )
+            self._say(f"step {record['step']}/{self._total_steps}  validation {_measured(record)}")
+        if "reward_margin" in record:
+            numbers += f"  margin {record['reward_margin']:.3f}"
         shard = record.get("shard")
         place = f"  next {shard}:{record['offset']}" if shard else ""
         epochs: dict[str, float] = record.get("epochs", {})
@@ -90,3 +89,13 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _measured(record: dict[str, Any]) -> str:
+    loss = f"loss {record['val_loss']:.4f}"
+    if "val_perplexity" in record:
+        return f"{loss}  perplexity {record['val_perplexity']:,.2f}  {record['val_bits_per_byte']:.4f} bits a byte"
+    return (
+        f"{loss}  reward margin {record['val_reward_margin']:.4f}  accuracy {record['val_reward_accuracy']:.4f} of "
+        f"{record['val_pairs']:,} pairs"
+    )

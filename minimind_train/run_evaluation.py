@@ -1,18 +1,22 @@
 """A run that is measured from outside: the model of a checkpoint on any dataset of its tokenizer."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from minimind_data.errors import UserError
 from minimind_data.options import build
 from minimind_data.shards import ShardSet
-from minimind_train.config import DataConfig, window_options
+from minimind_train.config import DataConfig, from_options, window_options
 from minimind_train.devices import resolve_device
+from minimind_train.dpo import DPO, DpoConfig
 from minimind_train.evaluate import Evaluation, open_evaluator
 from minimind_train.loop import RunConfig
-from minimind_train.objective import NextToken
+from minimind_train.model import MiniMind
+from minimind_train.objective import NextToken, Objective
 from minimind_train.parts import words_of
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.runs import RunRecord
+from minimind_train.start import Origin
 from minimind_train.trained import model_of
 
 
@@ -61,4 +65,18 @@ def evaluate_run(
         **window_options(build(DataConfig, known)),
     )
     model = model_of(run, step=step, say=say).to(place)
-    return evaluator.measure(NextToken(model))
+    if shards.manifest.kind != "dpo":
+        return evaluator.measure(NextToken(model))
+    return evaluator.measure(_of_pairs(model, run, record, dataset, say))
+
+
+def _of_pairs(model: MiniMind, run: Path, record: RunRecord, dataset: Path, say: Say) -> Objective:
+    """Return the objective of a run of dpo, compared with the model that it began from."""
+    if record.command != DPO.command:
+        raise UserError(
+            f"{dataset}: a dataset of pairs, and {run} is a run of {record.command}; pairs say how far a run of `mm-train dpo` has "
+            "come from the model that it began from"
+        )
+    config = from_options(DpoConfig, record.options, run)
+    online = replace(config, reference=replace(config.reference, reference="online"))
+    return DPO.objective(model, online, Origin(config.start, say))

@@ -40,7 +40,7 @@ class SftConfig:
             )
 
 
-def _objective(model: MiniMind, _: SftConfig) -> NextToken:
+def _objective(model: MiniMind, *_: object) -> NextToken:
     return NextToken(model)
 
 

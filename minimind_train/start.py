@@ -10,16 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from minimind_data.errors import UserError
-from minimind_data.format import TOKENIZER_NAME
 from minimind_data.options import build, flatten
-from minimind_data.tokenizer import encode_alike
-from minimind_train.config import ConfigT, PhaseConfig
+from minimind_train.config import ConfigT, StartConfig
+from minimind_train.model import MiniMind
 from minimind_train.model_config import NO_SHAPES, ModelConfig
 from minimind_train.parts import Datasets
 from minimind_train.pretrained import Weights, checksum_of_tensors, load_weights
 from minimind_train.progress import Say
 
-__all__ = ["begun_from", "weights_again"]
+__all__ = ["Origin", "begun_from"]
 
 _OF_TRAINING = frozenset({"dropout"})
 """What says how a model is trained, and so is no property of its weights."""
@@ -42,8 +41,8 @@ def begun_from(
     origin = config.start.from_weight
     if origin is None:
         return config, None
-    weights = load_weights(Path(origin), step=config.start.from_step, shape=config.model, say=say)
-    _refuse_other_tokenizer(origin, weights, shards, say)
+    weights = load_weights(Path(origin), step=config.start.from_step, say=say)
+    _refuse_other_tokenizer(origin, weights, shards)
     here, there = flatten(config.model), flatten(weights.config)
     if given is None:
         usual = flatten(type(config)().model)
@@ -70,51 +69,75 @@ def begun_from(
     return replace(config, model=model, start=start), weights
 
 
-def weights_again(config: PhaseConfig, why: str, say: Say) -> Weights | None:
-    """Return the weights that a run was begun from, or None where it began from none.
+class Origin:
+    """The weights that a run began from, loaded when they are needed.
 
     Args:
-        config: the run's options.
-        why: what they are needed for, such as `the run has no checkpoint yet`.
+        start: says which weights these are.
         say: is told of damaged checkpoints.
-
-    Raises:
-        UserError: they are gone, or others.
+        weights: the same, where they have just been loaded.
     """
-    start = config.start
-    if start.from_weight is None:
-        return None
-    if start.from_sha256 is None:
-        raise UserError("the run began from no weights, so leave --from-weight out")
-    where = f"{why}, so it needs the weights that it began from"
-    try:
-        weights = load_weights(Path(start.from_weight), step=start.from_step, shape=config.model, say=say)
-    except UserError as error:
-        raise UserError(
-            f"{where}, and these are gone ({error}); put them back, or say where they are by --from-weight"
-        ) from None
-    if (found := checksum_of_tensors(weights.tensors)) != start.from_sha256:
-        raise UserError(
-            f"{where}, and {start.from_weight} holds others (in the run: {start.from_sha256[:12]}…, there: {found[:12]}…); "
-            "say where they are by --from-weight, with --from-step where they are no newest checkpoint"
-        )
-    return weights
+
+    def __init__(self, start: StartConfig, say: Say, weights: Weights | None = None) -> None:
+        self._start = start
+        self._say = say
+        self._weights = weights
+
+    @property
+    def checksum(self) -> str | None:
+        """Of the weights; None where the run began from none."""
+        return self._start.from_sha256
+
+    def weights(self, why: str) -> Weights | None:
+        """Return them, or None where the run began from none.
+
+        Args:
+            why: what they are needed for, such as `the run has no checkpoint yet`.
+
+        Raises:
+            UserError: they are gone, or others.
+        """
+        if self._weights is None and self._start.from_weight is not None:
+            self._weights = self._loaded(
+                self._start.from_weight, f"{why}, so it needs the weights that it began from"
+            )
+        return self._weights
+
+    def model(self, why: str) -> MiniMind:
+        """Return a frozen model of these weights, in the mode of use, on the CPU; for a run that began from weights."""
+        weights = self.weights(why)
+        assert weights is not None
+        model = MiniMind(weights.config).eval().requires_grad_(False)
+        model.load_state_dict(weights.tensors)
+        return model
+
+    def release(self) -> None:
+        """Give their memory back; whoever needs them again loads them again."""
+        self._weights = None
+
+    def _loaded(self, path: str, where: str) -> Weights:
+        start = self._start
+        if start.from_sha256 is None:
+            raise UserError("the run began from no weights, so leave --from-weight out")
+        try:
+            weights = load_weights(Path(path), step=start.from_step, say=self._say)
+        except UserError as error:
+            raise UserError(
+                f"{where}, and these are gone ({error}); put them back, or say where they are by --from-weight"
+            ) from None
+        if (found := checksum_of_tensors(weights.tensors)) != start.from_sha256:
+            raise UserError(
+                f"{where}, and {path} holds others (in the run: {start.from_sha256[:12]}…, there: {found[:12]}…); "
+                "say where they are by --from-weight, with --from-step where they are no newest checkpoint"
+            )
+        return weights
 
 
-def _refuse_other_tokenizer(origin: str, weights: Weights, shards: Datasets, say: Say) -> None:
-    """Refuse weights whose ids mean other texts than the dataset's; of a file that says nothing, tell that nobody knows."""
+def _refuse_other_tokenizer(origin: str, weights: Weights, shards: Datasets) -> None:
     there, here = weights.tokenizer, shards.tokenizer
-    if there == here:
+    if there is None or there == here:
         return
-    if weights.tokenizer_json is None:
-        say(f"{origin}: says nothing of its tokenizer; it must be that of {shards.folder}")
-        return
-    text = (shards.folder / TOKENIZER_NAME).read_bytes().decode()
-    # A run's is a copy of its dataset's; other programs write the same one in their own way.
-    if weights.step is None and encode_alike(weights.tokenizer_json, text):
-        return
-    named = f" ({there.vocab_size:,} entries, {there.sha256[:12]}…)" if there else ""
     raise UserError(
-        f"{origin}: its tokenizer{named} is not that of {shards.folder} "
+        f"{origin}: its tokenizer ({there.vocab_size:,} entries, {there.sha256[:12]}…) is not that of {shards.folder} "
         f"({here.vocab_size:,} entries, {here.sha256[:12]}…); tokenize the text again with --tokenizer {origin}"
     )

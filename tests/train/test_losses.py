@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional
 
 from minimind_train import losses
-from minimind_train.losses import IGNORED, summed_cross_entropy
+from minimind_train.losses import IGNORED, summed_cross_entropy, summed_log_probs
 
 HIDDEN, VOCAB = 16, 37
 
@@ -172,3 +172,80 @@ def test_huge_logits_do_not_overflow():
     assert torch.isfinite(loss)
     assert torch.isfinite(grad_hidden).all()
     assert torch.isfinite(grad_weight).all()
+
+
+def plain_log_probs(hidden, weight, targets):
+    log_probs = functional.linear(hidden, weight).float().log_softmax(-1)
+    learned = targets != IGNORED
+    chosen = log_probs.gather(-1, targets.where(learned, 0).unsqueeze(-1)).squeeze(-1)
+    return chosen.where(learned, 0.0).sum(-1)
+
+
+def log_probs_of_all_tokens(hidden, weight, targets):
+    """The road of devices that do not look for the padding first."""
+    found = losses._ChunkedLogProbs.apply(hidden.flatten(0, -2), weight, targets.flatten(), hidden.dtype)
+    return found.view_as(targets).sum(-1)
+
+
+def worth(function, inputs):
+    """Sequences whose log-probabilities are worth different amounts, and the gradients of what they are worth together."""
+    hidden, weight, targets = inputs
+    hidden, weight = (tensor.detach().clone().requires_grad_() for tensor in (hidden, weight))
+    found = function(hidden, weight, targets)
+    (found * torch.tensor([0.5, -2.0, 1.25])).sum().backward()
+    return found.detach(), hidden.grad, weight.grad
+
+
+def make_sequences(num_tokens, **options):
+    hidden, weight, targets = make(3 * num_tokens, **options)
+    return hidden.detach().view(3, num_tokens, HIDDEN), weight, targets.view(3, num_tokens)
+
+
+@pytest.mark.parametrize("road", [summed_log_probs, log_probs_of_all_tokens])
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 31])
+@pytest.mark.usefixtures("chunk")
+def test_the_log_probability_of_each_sequence_and_its_gradients(num_tokens, road):
+    inputs = make_sequences(num_tokens)
+    for ours, expected in zip(worth(road, inputs), worth(plain_log_probs, inputs), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("chunk")
+def test_log_probabilities_under_autocast():
+    inputs = make_sequences(20)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, *gradients = worth(summed_log_probs, inputs)
+        expected, *others = worth(plain_log_probs, inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(gradients, others, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+
+
+def test_log_probabilities_are_the_cross_entropy_with_another_sign():
+    hidden, weight, targets = make_sequences(30)
+    assert torch.allclose(
+        -summed_log_probs(hidden, weight, targets).sum(), summed_cross_entropy(hidden, weight, targets)
+    )
+
+
+def test_a_sequence_with_nothing_to_learn_is_worth_nothing():
+    hidden, weight, targets = make_sequences(9, ignored=2.0)
+    found, grad_hidden, grad_weight = worth(summed_log_probs, (hidden, weight, targets))
+    assert torch.equal(found, torch.zeros(3))
+    assert not grad_hidden.any()
+    assert not grad_weight.any()
+
+
+@pytest.mark.parametrize("function", [summed_cross_entropy, summed_log_probs])
+def test_a_frozen_output_matrix_gets_no_gradient_and_hidden_states_the_same(function):
+    hidden, weight, targets = make_sequences(30)
+    grads = []
+    for frozen in (False, True):
+        states = hidden.clone().requires_grad_()
+        matrix = weight.detach().clone().requires_grad_(not frozen)
+        function(states, matrix, targets).sum().backward()
+        grads.append(states.grad)
+        assert (matrix.grad is None) is frozen
+    assert torch.equal(*grads)

@@ -1,0 +1,103 @@
+"""Direct preference optimization as a phase: pairs of answers, the model that was, and one call to the job that every phase is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minimind_data.windows import Windows
+from minimind_train import job, loop
+from minimind_train.config import DataConfig, StartConfig
+from minimind_train.evaluate import ValidationConfig
+from minimind_train.job import Phase
+from minimind_train.model import MiniMind
+from minimind_train.model_config import ModelConfig
+from minimind_train.optim import OptimConfig
+from minimind_train.parts import MixedWindows, Samples
+from minimind_train.preference import REFERENCE, Preference, PreferenceOptions, log_probs_of_pairs
+from minimind_train.progress import Say, say_on_stderr
+from minimind_train.reference import Reference, ReferencedWindows, reference_log_probs
+from minimind_train.start import Origin
+
+__all__ = ["DPO", "DpoConfig", "dpo"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """Where the reference's log-probabilities come from."""
+
+    reference: Annotated[
+        Literal["cached", "online"],
+        "cached: computed once and kept beside the shards; online: in every step, by a frozen copy of the model.",
+    ] = "cached"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoConfig:
+    """Everything that a run of direct preference optimization can be told; the defaults are MiniMind's."""
+
+    default_epochs: ClassVar[int] = 1
+
+    start: StartConfig = field(default_factory=partial(StartConfig, from_weight="runs/sft"))
+    data: DataConfig = field(default_factory=partial(DataConfig, layout="pad", seq_len=1024))
+    preference: PreferenceOptions = field(default_factory=PreferenceOptions)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=partial(OptimConfig, learning_rate=4e-8))
+    training: loop.RunConfig = field(
+        default_factory=partial(loop.RunConfig, run=Path("runs/dpo"), global_batch=4, micro_batch=4)
+    )
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+    def __post_init__(self) -> None:
+        if self.data.layout != "pad":
+            raise ValueError(f"layout must be pad, a pair a window, not {self.data.layout}")
+
+
+def _objective(model: MiniMind, config: DpoConfig, origin: Origin) -> Preference:
+    if config.reference.reference == "cached":
+        return Preference(model, config.preference, lambda micro_batch: micro_batch[REFERENCE])
+    frozen = origin.model("--reference online compares with it")
+    frozen.to(next(model.parameters()).device)
+
+    def online(micro_batch: Mapping[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            return log_probs_of_pairs(frozen, micro_batch)[0]
+
+    return Preference(model, config.preference, online)
+
+
+def _samples(
+    windows: Windows | MixedWindows, config: DpoConfig, origin: Origin, device: torch.device, say: Say
+) -> Samples:
+    """Put the reference's log-probabilities beside each pair."""
+    if config.reference.reference == "online":
+        return windows
+    assert origin.checksum is not None
+    training = config.training
+    reference = Reference(weights=origin.checksum, seq_len=config.data.seq_len, dtype=training.dtype)
+    found = [
+        reference_log_probs(
+            part,
+            reference,
+            lambda: origin.model("the reference's log-probabilities are not beside the dataset"),
+            batch=training.micro_batch,
+            device=device,
+            say=say,
+        )
+        for part in (windows.parts if isinstance(windows, MixedWindows) else [windows])
+    ]
+    return ReferencedWindows(windows, found[0] if len(found) == 1 else np.concatenate(found))
+
+
+DPO = Phase(command="dpo", dataset="dpo", config=DpoConfig, objective=_objective, samples=_samples)
+
+
+def dpo(config: DpoConfig, say: Say = say_on_stderr) -> loop.Outcome:
+    """Begin a run and train until it ends or a signal stops it; see `job.begin`."""
+    return job.begin(DPO, config, say)
