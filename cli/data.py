@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -306,7 +307,7 @@ def locate(
     else:
         refuse_idle(given, layout)
     try:
-        read_sources(words_of(options["shards"]))
+        sources = read_sources(words_of(options["shards"]))
     except ValueError as error:
         raise typer.BadParameter(str(error).removeprefix("--shards").removeprefix(":").strip()) from None
     windows, ordered, skips = course_of(options, _say)
@@ -321,6 +322,18 @@ def locate(
         f"position {position:,}: {part}epoch {told['epoch']}, window {told['window']:,}{whole}, "
         f"shard {told['shard']}, offset {told['offset']:,}{', left out' if 'left_out' in told else ''}"
     )
+    folder = {source.name: source.folder for source in sources}[told.get("part", "")]
+    words = [
+        str(folder),
+        str(told["window"]),
+        "--seq-len",
+        str(options["seq_len"]),
+        "--layout",
+        options["layout"],
+    ]
+    if options["layout"] == "pack":
+        words += ["--long-documents", options["long_documents"]]
+    print(f"look at it with: mm-data window {shlex.join(words)}")
 
 
 command(app)(stats)

@@ -108,7 +108,7 @@ def _flag(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     if parser:
         kind = str  # typer knows few types; what the parser returns is its own business
         settings |= {
-            "parser": _plain(parser),
+            "parser": plain(parser),
             "metavar": parser.__name__.removeprefix("parse_").upper(),
         }
     if get_origin(kind) is tuple:  # of any length: the flag is repeated
@@ -123,7 +123,7 @@ def _flag(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     )
 
 
-def _plain(parser: Callable[[str], Any]) -> Callable[[str], Any]:
+def plain(parser: Callable[[str], Any]) -> Callable[[str], Any]:
     """Let a parser's own sentence be the whole message."""
 
     @functools.wraps(parser)

@@ -17,7 +17,7 @@ import typer
 
 from minimind_train.presets import PRESETS
 
-from .options import Given, command, make_app, refuse_idle
+from .options import Given, command, make_app, plain, refuse_idle
 
 if TYPE_CHECKING:
     from minimind_train.config import DataConfig
@@ -109,14 +109,14 @@ def _register_phase(app: typer.Typer, phase: "Phase[Any]", help_text: str | None
         else:
             outcome = begin(phase, config, given=given)
         if outcome.rank:  # of several processes that torchrun started, the first says it for all
-            raise typer.Exit(128 + outcome.stopped_by if outcome.stopped_by else 0)
+            raise typer.Exit(outcome.stopped_by or 0)
         if outcome.stopped_by:
             print(
-                f"stopped by {outcome.stopped_by.name} after step {outcome.step} of {outcome.total_steps}, which is saved; "
+                f"stopped by {outcome.stopped_by.what} after step {outcome.step} of {outcome.total_steps}, which is saved; "
                 f"go on with: mm-train {phase.command} --run {shlex.quote(str(run))} --resume",
                 file=sys.stderr,
             )
-            raise typer.Exit(128 + outcome.stopped_by)
+            raise typer.Exit(outcome.stopped_by)
         if outcome.loss is not None:
             print(f"{run}: done, {outcome.step} steps, last loss {outcome.loss:.4f}", file=sys.stderr)
 
@@ -140,11 +140,20 @@ def _refuse_in_a_new_run(data: "DataConfig", allowed: set[str], given: Given) ->
     refuse_idle(given, data.layout)
 
 
+def _checkpoint_option(parse: Callable[[str], Any]) -> Any:
+    return typer.Option(
+        metavar="STEP|best",
+        parser=plain(parse),
+        help="Step of the checkpoint, or the one of the lowest validation loss; the newest by default.",
+    )
+
+
 def _generate(app: typer.Typer) -> None:
     """Print what a trained model writes."""
     from minimind_train.completion import complete  # noqa: PLC0415 - see the module's docstring
     from minimind_train.generate import GenerateOptions  # noqa: PLC0415
     from minimind_train.model_config import RopeScaling  # noqa: PLC0415
+    from minimind_train.trained import parse_step  # noqa: PLC0415
 
     def run_command(
         run: Annotated[Path, typer.Option(help="Folder of the run.")],
@@ -152,9 +161,7 @@ def _generate(app: typer.Typer) -> None:
         options: GenerateOptions,
         scaling: RopeScaling,
         given: Given,
-        checkpoint: Annotated[
-            int | None, typer.Option(metavar="STEP", help="Step of the checkpoint; the newest by default.")
-        ] = None,
+        checkpoint: Annotated[Any, _checkpoint_option(parse_step)] = None,
         device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     ) -> None:
         changes = {name: value for name, value in asdict(scaling).items() if name in given}
@@ -169,6 +176,7 @@ def _generate(app: typer.Typer) -> None:
 def _eval(app: typer.Typer) -> None:
     """Measure a trained model on a dataset: loss, perplexity, bits per byte."""
     from minimind_train.run_evaluation import evaluate_run  # noqa: PLC0415 - see the module's docstring
+    from minimind_train.trained import parse_step  # noqa: PLC0415
 
     def run_command(
         run: Annotated[Path, typer.Option(help="Folder of the run.")],
@@ -180,9 +188,7 @@ def _eval(app: typer.Typer) -> None:
         micro_batch: Annotated[
             int, typer.Option(min=1, max=2**20, help="Windows that go through the model at once.")
         ] = 32,
-        checkpoint: Annotated[
-            int | None, typer.Option(metavar="STEP", help="Step of the checkpoint; the newest by default.")
-        ] = None,
+        checkpoint: Annotated[Any, _checkpoint_option(parse_step)] = None,
         device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
         as_json: Annotated[
             bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")

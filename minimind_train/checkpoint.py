@@ -3,15 +3,19 @@
     checkpoints/step-000001000/
         model.safetensors       every weight under its parameter name, in full precision
         optimizer.safetensors   the optimizer's tensors as KEY.PARAMETER, such as `exp_avg.model.norm.weight`
-        state.json              step, cursor, options, the dataset's fingerprint, size and SHA-256 of the two files, and of itself
+        state.json              step, cursor, options, the dataset's fingerprint, what validation gave at this step, size and
+                                SHA-256 of the two files, and of itself
 
 A checkpoint is written under a temporary name beside its own, flushed to the disk and renamed; old ones are renamed away
 before they are deleted. So whatever carries a checkpoint's name was once complete, and one that has been damaged since is
-found by its checksums. What can be derived (learning rate, order of samples, random states) is not stored.
+found by its checksums. What can be derived (learning rate, order of samples, random states, which checkpoint is the best) is
+not stored.
 
-This module does not know what a run folder holds besides; the caller holds the folder's lock.
+This module does not know what a run folder holds besides, nor when a checkpoint is due or has had its time (see `saver`); the caller holds the
+folder's lock.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -75,6 +79,27 @@ class CheckpointState:
     """Lines that metrics.jsonl had; how often they came may have changed on the way."""
     loss_scale: dict[str, Any] | None = None
     """In fp16: what its loss is multiplied by, and how that came about."""
+    skipped_steps: int = 0
+    """Steps so far whose loss or gradient was not finite and that moved no weight."""
+    val_loss: float | None = None
+    """Where the run was measured after this step, what came out."""
+    val_on: str | None = None
+    """What it was measured on; losses on other things cannot be compared with it."""
+
+
+Tensors = dict[str, dict[str, Tensor]]
+"""By file, by name: all the tensors of a checkpoint."""
+
+
+def tensors_of(model: nn.Module, optimizer: Optimizer) -> Tensors:
+    """Return the tensors themselves that a checkpoint of these is made of; the next step changes them.
+
+    Args:
+        model: its `state_dict` is saved as it is, so a shared tensor must have one name in it.
+        optimizer: its state for every parameter of the model.
+    """
+    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    return {MODEL_NAME: weights, OPTIMIZER_NAME: _flat_state(optimizer, model)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,15 +144,20 @@ def steps_of(run: Path) -> list[int]:
     )
 
 
-def save(run: Path, state: CheckpointState, model: nn.Module, optimizer: Optimizer, *, keep: int = 3) -> Path:
-    """Write a checkpoint and delete old ones.
+def save(
+    run: Path,
+    state: CheckpointState,
+    tensors: Tensors,
+    *,
+    go_on: Callable[[], object] = lambda: None,
+) -> Path:
+    """Write a checkpoint.
 
     Args:
         run: the run folder.
         state: step, cursor and what they belong to.
-        model: its `state_dict` is saved as it is, so a shared tensor must have one name in it.
-        optimizer: its state for every parameter of the model.
-        keep: how many checkpoints stay, the new one included; 0 keeps all.
+        tensors: what `tensors_of` gave, or a copy of it.
+        go_on: called between two files; what it raises ends the save without a trace.
 
     Returns:
         The checkpoint's folder.
@@ -141,9 +171,9 @@ def save(run: Path, state: CheckpointState, model: nn.Module, optimizer: Optimiz
         final.parent.mkdir(exist_ok=True)
         remove_leftovers(run)
         partial.mkdir()
-        _write(partial, state, model, optimizer)
+        _write(partial, state, tensors, go_on)
         if final.exists():  # damaged, else the run would have gone on from it
-            _delete(final)
+            delete(final)
         partial.rename(final)
         fsync_folder(final.parent)
         fsync_folder(run)
@@ -153,11 +183,32 @@ def save(run: Path, state: CheckpointState, model: nn.Module, optimizer: Optimiz
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    # Anything newer was passed over as damaged, so it must not count among those that stay.
-    old = [step for step in steps_of(run) if step <= state.step]
-    for step in old[:-keep] if keep else []:
-        _delete(folder_of(run, step))
     return final
+
+
+def best_of(
+    run: Path, *, last_step: int | None = None, measured_on: str | None = None
+) -> CheckpointState | None:
+    """Return what the checkpoint of the lowest validation loss says, the first one where several have it; None where there is none.
+
+    Args:
+        run: the run folder.
+        last_step: those of later steps are left out.
+        measured_on: only losses on this are compared; by default on what was last measured on.
+    """
+    measured: list[tuple[float, CheckpointState]] = []
+    for step in steps_of(run):
+        if last_step is not None and step > last_step:
+            break
+        with contextlib.suppress(UserError, OSError):  # damaged or gone: not the best, whatever it was
+            state = _state_in(folder_of(run, step))
+            if state.val_loss is not None:
+                measured.append((state.val_loss, state))
+    if not measured:
+        return None
+    same = measured_on or measured[-1][1].val_on
+    comparable = [(loss, state) for loss, state in measured if state.val_on == same]
+    return min(comparable, key=lambda pair: pair[0])[1] if comparable else None
 
 
 def remove_leftovers(run: Path) -> None:
@@ -176,6 +227,21 @@ def load(run: Path, step: int) -> Checkpoint:
         listed = ", ".join(map(str, there)) or "none"
         raise UserError(f"{run}: no checkpoint of step {step}; there are: {listed}")
     return _found(run, step)
+
+
+def load_best(run: Path) -> Checkpoint:
+    """Check the checkpoint of the lowest validation loss and return it.
+
+    Raises:
+        UserError: no checkpoint was measured, or that one is damaged, or it is deleted meanwhile.
+    """
+    best = best_of(run)
+    if best is None:
+        raise UserError(
+            f"{run}: no checkpoint has a validation loss; one has where --val-every and --save-every fall on the same step, and "
+            "with --save-best the best one always does"
+        )
+    return _found(run, best.step)
 
 
 def load_latest(run: Path, on_damaged: Callable[[str], None]) -> Checkpoint | None:
@@ -213,15 +279,16 @@ def _found(run: Path, step: int) -> Checkpoint:
         raise GoneCheckpointError(folder) from None
 
 
-def _write(folder: Path, state: CheckpointState, model: nn.Module, optimizer: Optimizer) -> None:
-    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+def _write(folder: Path, state: CheckpointState, tensors: Tensors, go_on: Callable[[], object]) -> None:
     files = {}
-    for name, tensors in ((MODEL_NAME, weights), (OPTIMIZER_NAME, _flat_state(optimizer, model))):
+    for name, named in tensors.items():
         path = folder / name
-        save_file(tensors, path)
+        save_file(named, path)
+        go_on()
         with path.open("rb") as file:
             os.fsync(file.fileno())
         files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        go_on()
     told = {"format_version": FORMAT_VERSION, **asdict(state), "files": files}
     with (folder / STATE_NAME).open("w", encoding="utf-8") as file:
         json.dump({**told, "sha256": checksum_of_json(told)}, file, ensure_ascii=False, indent=1)
@@ -235,9 +302,14 @@ def _write(folder: Path, state: CheckpointState, model: nn.Module, optimizer: Op
 
 def _checked(folder: Path) -> CheckpointState:
     """Read state.json and hold both files against it."""
+    return _state_in(folder, with_files=True)
+
+
+def _state_in(folder: Path, *, with_files: bool = False) -> CheckpointState:
+    """Read state.json and hold it, and both files where that is asked for, against its checksums."""
     try:
         told = json.loads((folder / STATE_NAME).read_bytes())
-        problem, version = _problem(folder, told), told.get("format_version")
+        problem, version = _problem(folder, told, with_files=with_files), told.get("format_version")
         if problem is None and version == FORMAT_VERSION:
             known = {field.name for field in fields(CheckpointState)}
             return CheckpointState(**{name: value for name, value in told.items() if name in known})
@@ -254,12 +326,12 @@ def _checked(folder: Path) -> CheckpointState:
     raise DamagedCheckpointError(f"checkpoint {folder} is damaged ({problem})")
 
 
-def _problem(folder: Path, told: dict[str, Any]) -> str | None:
+def _problem(folder: Path, told: dict[str, Any], *, with_files: bool) -> str | None:
     """Say in what way a checkpoint is not what was written, or None."""
     checksum = told.pop("sha256")
     if checksum != checksum_of_json(told):
         return f"{STATE_NAME} does not fit its own checksum"
-    for name, entry in told["files"].items():
+    for name, entry in told["files"].items() if with_files else ():
         num_bytes = (folder / name).stat().st_size
         if num_bytes != entry["bytes"]:
             return f"{name} has {num_bytes} bytes instead of {entry['bytes']}"
@@ -299,8 +371,8 @@ def _refuse_other_shapes(folder: Path, there: dict[str, Tensor], here: dict[str,
             )
 
 
-def _delete(folder: Path) -> None:
-    """Take a checkpoint's name away first, so that one that is half deleted never looks whole."""
+def delete(folder: Path) -> None:
+    """Delete a checkpoint: its name goes first, so that one that is half deleted never looks whole."""
     doomed = partial_name(folder.with_name(f"{folder.name}.deleted"))
     folder.rename(doomed)
     shutil.rmtree(doomed)

@@ -10,7 +10,7 @@ from minimind_train.devices import resolve_device
 from minimind_train.generate import GenerateOptions, generate, stream_text
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.runs import RunRecord, load_run_tokenizer
-from minimind_train.trained import model_of
+from minimind_train.trained import Which, model_of
 
 
 def complete(
@@ -18,7 +18,7 @@ def complete(
     prompt: str,
     options: GenerateOptions,
     *,
-    step: int | None = None,
+    step: Which = None,
     device: str = "auto",
     changes: Mapping[str, Any] = MappingProxyType({}),
     say: Say = say_on_stderr,
@@ -29,7 +29,7 @@ def complete(
         run: the run folder; a run that is still training may be asked too.
         prompt: special tokens in it are recognised.
         options: how tokens are chosen.
-        step: whose checkpoint; the newest whole one by default.
+        step: whose checkpoint; the newest whole one by default, or `best`.
         device: where to compute.
         changes: options of the model that are to differ from the run's, such as those of its positions.
         say: is told of damaged checkpoints.

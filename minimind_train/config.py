@@ -25,11 +25,12 @@ from minimind_train.parts import Datasets, Source, read_sources, shown_weights, 
 from minimind_train.precision import resolve_dtype
 from minimind_train.runs import Change, RunRecord
 from minimind_train.sampler import OrderKind
+from minimind_train.saver import SaveConfig
 from minimind_train.skips import Skips
 
 _HARMLESS = frozenset(
-    {"shards", "device", "micro_batch", "threads", "save_every", "keep", "log_every"}
-) | frozenset(flatten(ValidationConfig()))
+    {"shards", "device", "micro_batch", "threads", "log_every", "max_hours", "on_nonfinite"}
+).union(flatten(ValidationConfig()), flatten(SaveConfig()))
 _MICRO_BATCH = frozenset({"micro_batch"})  # harmless but where experts are balanced over it
 _SKIPS = "skip_positions"
 WEIGHTS = "weights"

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from minimind_data.errors import UserError
 from minimind_train.devices import resolve_device
+from minimind_train.interrupt import Stop
 
 T = TypeVar("T")
 
@@ -103,14 +104,14 @@ class World:
         totals: list[float] = sums.tolist()
         return totals
 
-    def agreed_stop(self, heard: signal.Signals | None) -> signal.Signals | None:
-        """Return a signal that any rank has heard: the same for all, so that all stop after the same step."""
-        heard = heard or self.asked
+    def agreed_stop(self, asked: Stop | None) -> Stop | None:
+        """Return what any rank was asked: the same for all, so that all stop after the same step."""
+        asked = asked or (Stop(128 + self.asked) if self.asked else None)
         if self.size == 1:
-            return heard
-        number = torch.tensor(heard or 0)
+            return asked
+        number = torch.tensor(asked or 0)
         dist.all_reduce(number, dist.ReduceOp.MAX)
-        return signal.Signals(int(number)) if number else None
+        return Stop(int(number)) if number else None
 
     def told(self, value: T | None) -> T:
         """Return what rank 0 brings here; the others bring None.

@@ -132,6 +132,12 @@ class Evaluator:
                 f"{windows.shards.folder}: the {self._count:,} windows to measure on hold no text; take more of them or another dataset"
             )
 
+    @property
+    def measures_on(self) -> str:
+        """What losses can be compared: a name of the dataset and of the windows that are taken of it."""
+        windows = self.windows
+        return f"{windows.shards.manifest.fingerprint[:16]} {self._count} {windows.layout} {windows.seq_len}"
+
     def measure(self, objective: Objective) -> Evaluation:
         """Return what the objective's model makes of the windows; it is left in the mode that it was in.
 

@@ -1,23 +1,53 @@
-"""Ctrl-C and SIGTERM as a request: finish the step, save, leave. A second one is obeyed at once."""
+"""What ends a run before its time, as a request: finish the step, save, leave.
 
+Ctrl-C and SIGTERM, of which a second one is obeyed at once, and a time limit.
+"""
+
+import math
 import signal
 import threading
+import time
+from enum import IntEnum
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Stop(IntEnum):
+    """Why a run stops before its time. The number is the exit status that says so: what shells show for a signal, what `timeout` gives."""
+
+    MAX_HOURS = 124
+    SIGINT = 128 + signal.SIGINT
+    SIGTERM = 128 + signal.SIGTERM
+
+    @property
+    def what(self) -> str:
+        """As a user knows it."""
+        return "--max-hours" if self is Stop.MAX_HOURS else self.name
+
+
 class StopRequest:
-    """Listens for SIGINT and SIGTERM while it is entered; in other threads than the main one it hears nothing.
+    """Listens for SIGINT and SIGTERM while it is entered (in other threads than the main one it hears nothing), and keeps the time.
+
+    Args:
+        max_hours: after which a stop is due; 0 for no limit.
 
     Attributes:
         signal: the signal that asked for a stop, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_hours: float = 0) -> None:
         self.signal: signal.Signals | None = None
         self._former: dict[signal.Signals, Any] = {}
+        self._deadline = time.monotonic() + 3600 * max_hours if max_hours else math.inf
+
+    @property
+    def stop(self) -> Stop | None:
+        """Why to stop now, or None."""
+        if number := self.signal:
+            return Stop(128 + number)
+        return Stop.MAX_HOURS if time.monotonic() >= self._deadline else None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():

@@ -5,6 +5,7 @@ A run is what `config.json` says, from the first step to the last. A phase bring
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ from minimind_train.evaluate import validation
 from minimind_train.metrics import FILE_NAME, MetricsLog, NoMetrics
 from minimind_train.model import MiniMind, initialize
 from minimind_train.model_config import parameter_line
+from minimind_train.nonfinite import Tolerance
 from minimind_train.objective import Objective
 from minimind_train.optim import make_optimizer
 from minimind_train.parallel import shared_out
@@ -46,6 +48,7 @@ from minimind_train.precision import LossScale, allow_tf32
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.runs import RunRecord, moved_cursor
 from minimind_train.sampler import SampleCursor
+from minimind_train.saver import Saver
 from minimind_train.start import Origin, begun_from
 from minimind_train.step_loader import StepLoader
 
@@ -251,6 +254,9 @@ class _Job(Generic[ConfigT]):
         self.course = Course(config, shards, say)
         self.config = with_stretches(config, self.course.stretches)
         self.evaluator = self.course.evaluator(self.device, world)
+        if config.training.saving.save_best and not self.evaluator:
+            raise UserError("--save-best needs something to measure on; pass --val-shards, or leave it out")
+        self._measured_on = self.evaluator.measures_on if self.evaluator else None
 
     def reweight(self, cursor: int) -> None:
         """Let other weights of a mixture hold from the cursor on."""
@@ -300,7 +306,15 @@ class _Job(Generic[ConfigT]):
             self.evaluator.samples = self._samples(self.evaluator.windows)
             measure["validate"] = validation(self.evaluator, objective, every=every, total_steps=total_steps)
         self.origin.release()
-        options = recorded(self.config)
+        tolerance = Tolerance(
+            objective,
+            training.on_nonfinite,
+            run=self.run,
+            command=self.phase.command,
+            skipped=found.state.skipped_steps if found else 0,
+            say=self.say,
+            world=world,
+        )
 
         with (
             MetricsLog(self.run / FILE_NAME, last_step=step) if world.leads else NoMetrics() as metrics,
@@ -317,21 +331,16 @@ class _Job(Generic[ConfigT]):
                 skips=self.course.skips,
                 num_terms=objective.num_terms,
             ) as batches,
+            self._saver(
+                partial(checkpoint.tensors_of, model, optimizer),
+                metrics,
+                tolerance,
+                scale,
+                best=checkpoint.best_of(self.run, last_step=step, measured_on=self._measured_on)
+                if found
+                else None,
+            ) as saver,
         ):
-
-            def save(step: int, cursor: int) -> None:
-                if not world.leads:
-                    return
-                state = CheckpointState(
-                    step=step,
-                    cursor=cursor,
-                    config=options,
-                    dataset=self.shards.fingerprint,
-                    metrics_lines=metrics.num_lines,
-                    loss_scale=scale.told() if scale else None,
-                )
-                checkpoint.save(self.run, state, model, optimizer, keep=training.keep)
-
             if world.leads and found and (lost := found.state.metrics_lines - metrics.num_lines) > 0:
                 self.say(
                     f"{self.run / FILE_NAME}: {lost} of the {found.state.metrics_lines} lines up to step {step} are gone or broken; "
@@ -348,7 +357,8 @@ class _Job(Generic[ConfigT]):
                 optim=self.config.optim,
                 device=self.device,
                 metrics=metrics,
-                save=save,
+                save=saver.after_step,
+                tolerance=tolerance,
                 describe=self.course.describe,
                 **measure,
                 scale=scale,
@@ -358,6 +368,41 @@ class _Job(Generic[ConfigT]):
 
     def _samples(self, windows: Windows | MixedWindows) -> Samples:
         return self.phase.samples(windows, self.config, self.origin, self.device, self.say)
+
+    def _saver(
+        self,
+        tensors: Callable[[], checkpoint.Tensors],
+        metrics: MetricsLog | NoMetrics,
+        tolerance: Tolerance,
+        scale: LossScale | None,
+        *,
+        best: CheckpointState | None,
+    ) -> Saver:
+        options = recorded(self.config)
+
+        def state(record: Mapping[str, Any]) -> CheckpointState:
+            return CheckpointState(
+                step=record["step"],
+                cursor=record["position"],
+                config=options,
+                dataset=self.shards.fingerprint,
+                metrics_lines=metrics.num_lines,
+                loss_scale=scale.told() if scale else None,
+                skipped_steps=tolerance.skipped,
+                val_loss=record.get("val_loss"),
+                val_on=self._measured_on if "val_loss" in record else None,
+            )
+
+        return Saver(
+            self.run,
+            self.config.training.saving,
+            tensors=tensors,
+            state=state,
+            before=metrics.sync,
+            best=math.inf if best is None or best.val_loss is None else best.val_loss,
+            writes=self.world.leads,
+            say=self.say,
+        )
 
     def _introduce(self, step: int, total_steps: int, cursor: int) -> None:
         training, processes = self.config.training, self.world.size

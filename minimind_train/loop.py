@@ -5,25 +5,26 @@ step to step, so a run that begins again at step s does what the first one did.
 """
 
 import hashlib
-import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from minimind_train.distributed import ALONE, World
-from minimind_train.interrupt import StopRequest
+from minimind_train.interrupt import Stop, StopRequest
 from minimind_train.metrics import MetricsLog, NoMetrics
+from minimind_train.nonfinite import MOST_IN_A_ROW, OnNonfinite, Tolerance
 from minimind_train.optim import OptimConfig, learning_rate
 from minimind_train.precision import Dtype, LossScale, autocast
 from minimind_train.progress import Progress, Say
 from minimind_train.sampler import SampleCursor
-from minimind_train.step import take_step
+from minimind_train.saver import SaveConfig
+from minimind_train.step import NotFiniteError, StepResult, take_step
 from minimind_train.step_loader import StepLoader
 
 _LIMITS = {
@@ -33,9 +34,8 @@ _LIMITS = {
     "global_batch": (1, 2**20),
     "micro_batch": (1, 2**20),
     "log_every": (1, 10**12),
-    "save_every": (0, 10**12),
-    "keep": (0, 10**12),
     "seed": (0, 2**64 - 1),
+    "max_hours": (0, 10**6),
     "threads": (0, 1024),  # far above any machine; torch itself crashes on far more
 }
 
@@ -60,8 +60,15 @@ class RunConfig:
         True
     )
     threads: Annotated[int, "CPU threads of torch; 0 leaves the choice to torch."] = 0
-    save_every: Annotated[int, "Steps from checkpoint to checkpoint; 0 saves only when the run ends."] = 1000
-    keep: Annotated[int, "Newest checkpoints that stay; 0 keeps all."] = 3
+    saving: SaveConfig = field(default_factory=SaveConfig)
+    max_hours: Annotated[
+        float,
+        "Hours of training after which the run saves and leaves with status 124, so that --resume can go on; 0 for no limit.",
+    ] = 0.0
+    on_nonfinite: Annotated[
+        OnNonfinite,
+        f"What a loss or gradient that is no number does: stop the run, or skip the step, {MOST_IN_A_ROW - 1} in a row at most.",
+    ] = "stop"
     log_every: Annotated[int, "Steps from one line of metrics to the next."] = 10
 
     def __post_init__(self) -> None:
@@ -82,10 +89,17 @@ class Outcome:
     cursor: int
     loss: float | None
     """Of the last step; None where there was none to do."""
-    stopped_by: signal.Signals | None = None
-    """The signal that ended it before its time."""
+    stopped_by: Stop | None = None
+    """What ended it before its time."""
     rank: int = 0
     """Of the process that knows it, for where only one is to say it."""
+
+
+class Save(Protocol):
+    """What saves a run."""
+
+    def __call__(self, record: Mapping[str, Any], *, leaving: bool) -> None:
+        """Save, where that is due after the step of this line of metrics; in any case where the run is `leaving`."""
 
 
 def run(
@@ -100,14 +114,15 @@ def run(
     optim: OptimConfig,
     device: torch.device,
     metrics: MetricsLog | NoMetrics,
-    save: Callable[[int, int], None],
+    save: Save,
+    tolerance: Tolerance,
     describe: Callable[[int], dict[str, Any]],
     validate: Callable[[int], dict[str, Any]] = lambda _: {},
     scale: LossScale | None = None,
     say: Say,
     world: World = ALONE,
 ) -> Outcome:
-    """Train until the batches end or a signal asks to stop.
+    """Train until the batches end or something asks to stop.
 
     Args:
         objective: what is learned, over the model that is moved in place; see `take_step`.
@@ -120,7 +135,8 @@ def run(
         optim: the schedule and the clipping.
         device: where the model is.
         metrics: takes a line for each logged step.
-        save: called with (step, cursor) when a checkpoint is due.
+        save: called after each step.
+        tolerance: decides about a step whose loss or gradient is not finite.
         describe: what metrics say of a cursor besides its position: epoch, perhaps shard and offset.
         validate: called with each finished step; what it returns goes into the step's line of metrics, which is then written.
         scale: of the loss, in fp16.
@@ -128,63 +144,67 @@ def run(
         world: the ranks that learn together; all stop after the same step, and only the first shows its progress.
 
     Raises:
-        UserError: the loss or the gradient is no longer finite. The weights are those of the step before.
+        UserError: the loss or the gradient is not finite and the run does not bear that, so the weights are those of the step
+            before; or it cannot be saved.
     """
     objective.train()
     forward = autocast(config.dtype, device)
     loss: float | None = None
     num_tokens, seconds = 0, 0.0
-    stopping: signal.Signals | None = None
+    stopping: Stop | None = None
     shown = Progress(step=step, total_steps=total_steps, say=say, visible=world.leads)
-    with StopRequest() as stop, shown as progress:
+    with StopRequest(config.max_hours) as request, shown as progress:
         then = time.perf_counter()
         for batch in batches:
             step += 1
             rate = learning_rate(step, total_steps, optim)
             # Before each step, from nothing but its number: dropout after a resume is what it would have been.
             torch.manual_seed(_mix(config.seed, step, batches.rank))
-            result = take_step(
-                objective,
-                optimizer,
-                batch,
-                step=step,
-                rate=rate,
-                grad_clip=optim.grad_clip,
-                forward=forward,
-                scale=scale,
-                world=world,
-            )
-            loss = result.loss
+            try:
+                result = take_step(
+                    objective,
+                    optimizer,
+                    batch,
+                    rate=rate,
+                    grad_clip=optim.grad_clip,
+                    forward=forward,
+                    scale=scale,
+                    world=world,
+                )
+            except NotFiniteError as error:
+                tolerance.bear(error, step, batch, positions=batches.positions(batch), forward=forward)
+                found: dict[str, Any] = {"skipped": str(error)}
+            else:
+                loss, found = result.loss, _told(result)
+                num_tokens += result.num_tokens
             cursor.advance(batch.stop - batch.start)
-            num_tokens += result.num_tokens
             seconds += time.perf_counter() - then
+            skipped = tolerance.skipped + (scale.skipped_steps if scale else 0)
             record = {
                 "step": step,
                 "position": cursor.position,
                 **describe(cursor.position),
-                "loss": loss,
+                **found,
                 "lr": rate,
-                **({} if result.grad_norm is None else {"grad_norm": result.grad_norm}),
-                **(
-                    {} if scale is None else {"loss_scale": scale.value, "skipped_steps": scale.skipped_steps}
-                ),
-                "targets": result.num_targets,
+                **({} if scale is None else {"loss_scale": scale.value}),
+                **({"skipped_steps": skipped} if scale or skipped else {}),
                 "tokens_per_second": round(num_tokens / seconds, 1),
-                **({} if result.auxiliary is None else {"auxiliary_loss": result.auxiliary}),
-                **result.measures,
             }
             measured = validate(step)
             record |= measured
-            logged = bool(measured) or step % config.log_every == 0 or step in {1, total_steps}
+            logged = (
+                bool(measured)
+                or "skipped" in found
+                or step % config.log_every == 0
+                or step in {1, total_steps}
+            )
             if logged:
                 metrics.write(record)
                 num_tokens, seconds = 0, 0.0
             progress.update(record, logged=logged)
-            # Read once: a signal that comes after this line ends the next step, saved like this one.
-            stopping = world.agreed_stop(stop.signal)
-            if stopping or step == total_steps or (config.save_every and step % config.save_every == 0):
-                metrics.sync()
-                save(step, cursor.position)
+            # Asked once: what comes after this line ends the next step, saved like this one.
+            stopping = world.agreed_stop(request.stop)
+            save(record, leaving=bool(stopping) or step == total_steps)
             then = time.perf_counter()  # neither measuring nor saving is counted as training
             if stopping:
                 break
@@ -197,6 +217,17 @@ def run(
         stopped_by=stopped_by,
         rank=world.rank,
     )
+
+
+def _told(result: StepResult) -> dict[str, Any]:
+    """Return what metrics say of a step that moved the weights, or of one that fp16 makes up for by a smaller scale."""
+    return {
+        "loss": result.loss,
+        **({} if result.grad_norm is None else {"grad_norm": result.grad_norm}),
+        "targets": result.num_targets,
+        **({} if result.auxiliary is None else {"auxiliary_loss": result.auxiliary}),
+        **result.measures,
+    }
 
 
 def _mix(seed: int, step: int, rank: int) -> int:

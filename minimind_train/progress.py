@@ -53,9 +53,8 @@ class Progress:
 
     def update(self, record: dict[str, Any], *, logged: bool) -> None:
         """Show one finished step, whose line of metrics is `record`; `logged` where that line was written."""
-        numbers = (
-            f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tok/s"
-        )
+        loss = f"loss {record['loss']:.4f}" if "loss" in record else "skipped"
+        numbers = f"{loss}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tok/s"
         if "val_loss" in record:
             self._say(f"step {record['step']}/{self._total_steps}  validation {_measured(record)}")
         if "reward_margin" in record:

@@ -17,14 +17,14 @@ from minimind_train.parts import words_of
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.runs import RunRecord
 from minimind_train.start import Origin
-from minimind_train.trained import model_of
+from minimind_train.trained import Which, model_of
 
 
 def evaluate_run(
     run: Path,
     dataset: Path,
     *,
-    step: int | None = None,
+    step: Which = None,
     num_windows: int | None = None,
     batch: int = 32,
     device: str = "auto",
@@ -35,7 +35,7 @@ def evaluate_run(
     Args:
         run: its folder; it may still be training.
         dataset: the folder of a dataset of the run's tokenizer.
-        step: whose checkpoint; the newest whole one by default.
+        step: whose checkpoint; the newest whole one by default, or `best`.
         num_windows: how many windows, spread evenly; all by default.
         batch: windows that go through the model at once.
         device: where to compute.

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from minimind_data.errors import UserError
 from minimind_train.distributed import ALONE, World
 from minimind_train.optim import clip_gradients
 from minimind_train.parallel import gradients_added_up
@@ -39,12 +38,15 @@ class StepResult:
     """Positions of the global batch that went through the model, PAD included."""
 
 
+class NotFiniteError(Exception):
+    """The loss or the gradient of a step is not finite, so no weight was moved, on any rank; `str` says which, as a clause."""
+
+
 def take_step(
     objective: nn.Module,
     optimizer: Optimizer,
     batch: StepBatch,
     *,
-    step: int,
     rate: float,
     grad_clip: float,
     forward: AbstractContextManager[object],
@@ -57,7 +59,6 @@ def take_step(
         objective: over the model whose weights move; an `Objective`, wrapped as `parallel` does it where there are several ranks.
         optimizer: over its parameters.
         batch: this rank's share of the step's samples.
-        step: its number, for the error.
         rate: the learning rate.
         grad_clip: the longest gradient norm that is let through; 0 lets all through.
         forward: entered around each forward pass.
@@ -65,7 +66,7 @@ def take_step(
         world: the ranks that share the step.
 
     Raises:
-        UserError: the loss or the gradient is not finite. The weights are those of the step before.
+        NotFiniteError: the loss or the gradient is not finite. Weights and optimizer are those of the step before.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -101,7 +102,7 @@ def take_step(
     learned_here = here["loss"] + here.get("auxiliary", 0.0)
     skipped = scale is not None and scale.skips(learned_here, norm_here)
     if not skipped:
-        _refuse_nonfinite(step, batch, learned_here, norm_here)
+        _refuse_nonfinite(learned_here, norm_here)
         optimizer.step()
     return StepResult(
         loss=here["loss"],
@@ -122,13 +123,8 @@ def _add(sums: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
     sums[name] = sums[name] + value if name in sums else value
 
 
-def _refuse_nonfinite(step: int, batch: StepBatch, loss: float, norm: float) -> None:
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-    raise UserError(
-        f"{what} at step {step} (positions {batch.start} to {batch.stop - 1}); the weights before it are in the last "
-        f"checkpoint; look at these windows with `mm-data locate`, leave them out by --resume --skip-positions "
-        f"{batch.start}:{batch.stop}, or start a new run with a lower --learning-rate, a "
-        "--warmup-steps or --dtype fp32"
-    )
+def _refuse_nonfinite(loss: float, norm: float) -> None:
+    if not math.isfinite(loss):
+        raise NotFiniteError(f"the loss is {loss}")
+    if not math.isfinite(norm):
+        raise NotFiniteError(f"the gradient's norm is {norm}")

@@ -153,6 +153,11 @@ class StepLoader:
             iteration.close()
         self._iteration = None
 
+    def positions(self, batch: StepBatch) -> NDArray[np.int64]:
+        """Return the positions of a step, those of all ranks; this rank's windows are every `world_size`-th of them from `rank` on."""
+        first, last = (self.skips.kept_before(place) for place in (batch.start, batch.stop))
+        return self.skips.kept(np.arange(first, last, dtype=np.int64))
+
     def _iterate(self) -> Generator[StepBatch, None, None]:
         firsts = iter(self._firsts())
         # One thread, so the steps are read one after the other. A future carries an exception to where the step is consumed.

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from minimind_data.errors import UserError
 from minimind_data.options import build
@@ -17,14 +17,31 @@ from minimind_train.progress import Say
 _MAX_TRIES = 5
 
 
+Which = int | Literal["best"] | None
+"""Which checkpoint of a run: that of a step, that of the lowest validation loss, or the newest whole one."""
+
+
+def parse_step(text: str) -> Which:
+    """Read what names a checkpoint: a step, or `best`.
+
+    Raises:
+        ValueError: the text is neither; the message says so.
+    """
+    if text == "best":
+        return "best"
+    if not text.isdecimal() or not text.isascii():
+        raise ValueError(f"{text!r} names no checkpoint; pass the step of one, such as 1000, or best")
+    return int(text)
+
+
 def model_of(
-    run: Path, *, step: int | None, say: Say, changes: Mapping[str, Any] = MappingProxyType({})
+    run: Path, *, step: Which, say: Say, changes: Mapping[str, Any] = MappingProxyType({})
 ) -> MiniMind:
     """Return the model of a run, on the CPU, in the mode of use.
 
     Args:
         run: its folder.
-        step: whose checkpoint; the newest whole one by default.
+        step: whose checkpoint.
         say: is told of damaged checkpoints.
         changes: options of the model that are to differ from the run's, such as those of its positions.
 
@@ -35,11 +52,12 @@ def model_of(
 
 
 def model_and_step_of(
-    run: Path, *, step: int | None, say: Say, changes: Mapping[str, Any] = MappingProxyType({})
+    run: Path, *, step: Which, say: Say, changes: Mapping[str, Any] = MappingProxyType({})
 ) -> tuple[MiniMind, int]:
     """Return what `model_of` does, and the step of the checkpoint."""
     if step is not None:
-        return _restored(checkpoint.load(run, step), changes)
+        found = checkpoint.load_best(run) if step == "best" else checkpoint.load(run, step)
+        return _restored(found, changes)
     for _ in range(_MAX_TRIES - 1):  # a run that is training may delete a checkpoint that is being read
         with contextlib.suppress(GoneCheckpointError):
             return _restored(_newest(run, say), changes)

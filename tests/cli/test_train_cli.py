@@ -1,8 +1,10 @@
 import json
 import re
+import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -10,6 +12,10 @@ from typer.testing import CliRunner
 from minimind_cli import data
 from minimind_cli.train import make
 from minimind_data.build import TokenizeOptions, tokenize
+from minimind_data.shards import ShardSet
+from minimind_data.windows import open_windows
+from minimind_train.objective import NextToken
+from minimind_train.sampler import SampleOrder
 
 TINY = [
     *("--seq-len", "32", "--hidden-size", "16", "--num-hidden-layers", "1", "--num-attention-heads", "2"),
@@ -104,6 +110,10 @@ def test_every_option_of_the_contract_is_there():
         "num-attention-heads",
         "num-key-value-heads",
         "keep",
+        "keep-every",
+        "save-best",
+        "max-hours",
+        "on-nonfinite",
         "threads",
         "tie-word-embeddings",
         "dropout",
@@ -213,7 +223,7 @@ def test_a_run_says_where_its_positions_lie_with_all_that_changed(dataset, tmp_p
     assert told[:14] == [located(position, *flags) for position in range(14)]
     assert {one["part"] for one in told[14:]} == {"en"}
     words = ["locate", "--run", str(run), "--position", "5"]
-    assert CliRunner().invoke(data.app, words).stdout.endswith("left out\n")
+    assert CliRunner().invoke(data.app, words).stdout.splitlines()[0].endswith("left out")
     for wrong in (["--seed", "5"], ["--seq-len", "8"], [str(dataset)]):
         assert CliRunner().invoke(data.app, [*words, *wrong]).exit_code == 2
     missing = CliRunner().invoke(data.app, ["locate", "--position", "5", str(dataset)])
@@ -281,6 +291,8 @@ def test_a_run_writes_after_a_prompt(run):
     ("arguments", "status", "complaint"),
     [
         (["--checkpoint", "3"], 1, "no checkpoint of step 3; there are: 2, 4"),
+        (["--checkpoint", "best"], 1, "no checkpoint has a validation loss"),
+        (["--checkpoint", "newest"], 2, "names no checkpoint"),
         (["--top-p", "2"], 2, "top_p"),
         (["--run", "nowhere"], 1, "nowhere: no run"),
     ],
@@ -306,6 +318,50 @@ def test_a_run_is_measured_as_it_learns_and_from_outside(dataset, tmp_path):
     plain = mm_train("eval", "--run", run, "--shards", dataset, "--windows", 12, "--device", "cpu").stdout
     assert f"loss {told['loss']:.4f}" in plain
     assert "bits a byte" in plain
+
+
+def test_a_run_whose_time_is_up_says_how_it_goes_on(dataset, tmp_path):
+    run = tmp_path / "run"
+    begin = ["pretrain", "--shards", dataset, "--run", run, *TINY, "--steps", 50]
+    stopped = mm_train(*begin, "--max-hours", 1e-9, "--log-every", 1)
+    assert stopped.exit_code == 124
+    assert "stopped by --max-hours after step 1 of 50, which is saved" in stopped.stderr
+    assert f"go on with: mm-train pretrain --run {run} --resume" in stopped.stderr
+    again = mm_train("pretrain", "--run", run, "--resume")
+    assert again.exit_code == 124, "the limit is one of the run's options"
+    assert "after step 2 of 50" in again.stderr
+    assert mm_train("pretrain", "--run", run, "--resume", "--max-hours", 0).exit_code == 0
+
+
+def test_the_commands_of_a_loss_that_is_no_number_work(dataset, tmp_path, monkeypatch):
+    run = tmp_path / "my run"
+    real = NextToken.forward
+
+    def spoiled(self, micro_batch):
+        found = real(self, micro_batch)
+        bad = (micro_batch["input_ids"] == window["input_ids"][0]).all(1).any()
+        return found._replace(summed=found.summed / (~bad))
+
+    windows = open_windows(ShardSet.open(dataset), layout="concat", seq_len=32)
+    window = windows.fetch(np.array([SampleOrder(num_windows=len(windows), seed=42).window(9)[1]]))
+    window = {name: torch.from_numpy(array) for name, array in window.items()}
+    monkeypatch.setattr(NextToken, "forward", spoiled)
+    begin = ["pretrain", "--shards", dataset, "--run", run, *TINY, "--steps", 4, "--save-every", 1]
+    result = mm_train(*begin)
+    assert result.exit_code == 1
+    assert "the loss is inf at step 3, from position 9 of the positions 8 to 11" in result.stderr
+    look, leave_out = re.findall("`(mm-[^`]*)`", result.stderr)
+    _, *words = shlex.split(look)
+    located = CliRunner().invoke(data.app, words)
+    assert located.exit_code == 0
+    assert "position 9: " in located.stdout
+    _, *words = shlex.split(re.search(r"look at it with: (.*)", located.stdout)[1])
+    shown = CliRunner().invoke(data.app, [*words, "--json"])
+    assert json.loads(shown.stdout)["input_ids"] == window["input_ids"][0].tolist()
+    _, *words = shlex.split(leave_out)
+    assert mm_train(*words).exit_code == 0
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["step"] == 4
 
 
 @pytest.mark.parametrize(

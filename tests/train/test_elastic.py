@@ -207,13 +207,18 @@ def seen_by_loop(monkeypatch, small_dataset, other_dataset):
         rows = windows.fetch(np.arange(len(windows)))["input_ids"]
         numbers |= {row.tobytes(): (part, number) for number, row in enumerate(rows)}
         assert len(numbers) >= len(windows)
-    seen, original = [], loop.take_step
+    seen, steps, original, rate = [], [], loop.take_step, loop.learning_rate
 
-    def recording(objective, optimizer, batch, *arguments, step, **keywords):
+    def noting(step, *arguments):
+        steps.append(step)
+        return rate(step, *arguments)
+
+    def recording(objective, optimizer, batch, *arguments, **keywords):
         for micro_batch in batch.micro_batches:
-            seen.extend((step, *numbers[row.numpy().tobytes()]) for row in micro_batch["input_ids"])
-        return original(objective, optimizer, batch, *arguments, step=step, **keywords)
+            seen.extend((steps[-1], *numbers[row.numpy().tobytes()]) for row in micro_batch["input_ids"])
+        return original(objective, optimizer, batch, *arguments, **keywords)
 
+    monkeypatch.setattr(loop, "learning_rate", noting)
     monkeypatch.setattr(loop, "take_step", recording)
     return seen
 

@@ -2,17 +2,19 @@ import json
 import os
 import signal
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from minimind_data.errors import UserError
 from minimind_train import loop
-from minimind_train.interrupt import StopRequest
+from minimind_train.interrupt import Stop, StopRequest
 from minimind_train.losses import summed_cross_entropy
 from minimind_train.metrics import MetricsLog
 from minimind_train.model import MiniMind, ModelConfig, initialize
+from minimind_train.nonfinite import Tolerance
 from minimind_train.objective import MicroLoss, NextToken
 from minimind_train.optim import OptimConfig, learning_rate, make_optimizer
 from minimind_train.sampler import SampleCursor, SampleOrder
@@ -86,6 +88,17 @@ class Run:
         )
         self.step, self.cursor = 0, SampleCursor()
         self.saved, self.said = [], []
+        self.tolerance = Tolerance(
+            self.objective,
+            self.config.on_nonfinite,
+            run=Path("runs/it"),
+            command="pretrain",
+            say=self.said.append,
+        )
+
+    def save(self, record, *, leaving):
+        if leaving:
+            self.saved.append((record["step"], record["position"]))
 
     def go(self, stop_step=None):
         stop_step = stop_step or self.total_steps
@@ -111,7 +124,8 @@ class Run:
                 optim=OPTIM,
                 device=CPU,
                 metrics=metrics,
-                save=lambda step, cursor: self.saved.append((step, cursor)),
+                save=self.save,
+                tolerance=self.tolerance,
                 describe=lambda position: {"epoch": (position - 1) // NUM_WINDOWS},
                 say=self.said.append,
             )
@@ -199,48 +213,12 @@ def test_the_first_the_last_and_every_nth_step_is_logged(tmp_path, every, logged
     assert [line.split()[1] for line in run.said] == ["1/7", "7/7"]
 
 
-@pytest.mark.parametrize(
-    ("every", "saved"), [(2, [(2, 16), (4, 32), (5, 40)]), (5, [(5, 40)]), (0, [(5, 40)]), (9, [(5, 40)])]
-)
-def test_every_nth_step_and_the_last_is_saved(tmp_path, every, saved):
-    run = Run(tmp_path, save_every=every)
-    run.go()
-    assert run.saved == saved
-
-
 def test_a_batch_of_nothing_but_padding_divides_nothing_by_zero(tmp_path):
     run = Run(tmp_path, kind="sequential", global_batch=1)
     run.go()
     assert [record["targets"] for record in run.metrics] == [6, 6, 6, 0, 6]
     assert run.metrics[3]["loss"] == 0
     assert all(torch.isfinite(weight).all() for weight in run.weights)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "what"),
-    [
-        (lambda loss, _: loss * float("nan"), "the loss is nan"),
-        (lambda loss, _: loss / 0, "the loss is inf"),
-        (lambda loss, model: loss + (0 * model.model.norm.weight).sqrt().sum(), "the gradient's norm is"),
-    ],
-)
-def test_a_loss_or_gradient_that_is_no_number_moves_no_weight(tmp_path, spoil, what):
-    calls = []
-
-    def loss(model, micro_batch):
-        calls.append(1)
-        value = plain_loss(model, micro_batch)
-        return spoil(value, model) if len(calls) == 3 else value
-
-    run = Run(tmp_path, loss=loss)
-    expected = Run(tmp_path)
-    expected.go(2)
-    with pytest.raises(UserError, match=rf"{what}.* at step 3 \(positions 16 to 23\)"):
-        run.go()
-    for ours, theirs in zip(run.weights, expected.weights, strict=True):
-        assert torch.equal(ours, theirs)
-    assert [record["step"] for record in run.metrics] == [1, 2]
-    assert run.cursor.position == 16
 
 
 def loss_that_sends(number, *, at):
@@ -260,7 +238,7 @@ def test_a_signal_lets_the_step_end_and_saves(tmp_path, number):
     former = signal.getsignal(number)
     run = Run(tmp_path, loss=loss_that_sends(number, at=[2]), log_every=10)
     outcome = run.go()
-    assert outcome.stopped_by == number
+    assert outcome.stopped_by == Stop[signal.Signals(number).name] == 128 + number
     assert (outcome.step, outcome.cursor, run.saved) == (2, 16, [(2, 16)])
     assert [record["step"] for record in run.metrics] == [1], (
         "a stop adds no line that the whole run would not have"
@@ -282,6 +260,15 @@ def test_a_second_interrupt_is_obeyed_at_once(tmp_path):
     assert [record["step"] for record in run.metrics] == [1]
 
 
+def test_when_the_time_is_up_the_step_ends_and_is_saved(tmp_path, monkeypatch):
+    clock = iter([1000.0, 1000.0, 1000.0 + 3599, 1000.0 + 3600])
+    monkeypatch.setattr("minimind_train.interrupt.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    run = Run(tmp_path, max_hours=1.0, log_every=100)
+    outcome = run.go()
+    assert outcome.stopped_by is Stop.MAX_HOURS
+    assert (outcome.step, run.saved) == (3, [(3, 24)])
+
+
 def test_outside_the_main_thread_signals_are_left_alone():
     heard = []
 
@@ -301,7 +288,7 @@ def test_the_line_of_metrics(tmp_path):
     line = (tmp_path / "metrics.jsonl").read_text()
     assert line.endswith("}\n")
     assert list(json.loads(line)) == [
-        "step", "position", "epoch", "loss", "lr", "grad_norm", "targets", "tokens_per_second",
+        "step", "position", "epoch", "loss", "grad_norm", "targets", "lr", "tokens_per_second",
     ]  # fmt: skip
 
 
@@ -338,8 +325,6 @@ def test_the_progress_line_fits_a_terminal(tmp_path, monkeypatch):
         {"global_batch": 0},
         {"micro_batch": 0},
         {"log_every": 0},
-        {"save_every": -1},
-        {"keep": -1},
         {"threads": -1},
         {"threads": 10**6},
         {"seed": -1},
@@ -348,9 +333,9 @@ def test_the_progress_line_fits_a_terminal(tmp_path, monkeypatch):
         {"micro_batch": 10**12},
         {"epochs": 10**18},
         {"steps": 10**400},
-        {"save_every": 10**18},
         {"log_every": 10**18},
-        {"keep": 10**18},
+        {"max_hours": -1.0},
+        {"max_hours": float("nan")},
     ],
 )
 def test_impossible_options_are_refused(options):
@@ -370,9 +355,9 @@ def test_a_signal_after_the_moment_of_saving_ends_the_next_step_saved(tmp_path, 
             signal.raise_signal(signal.SIGTERM)
         return real()
 
-    run = Run(tmp_path, total_steps=5, save_every=0)
+    run = Run(tmp_path, total_steps=5)
     monkeypatch.setattr(loop.time, "perf_counter", signalling)
     outcome = run.go()
-    assert outcome.stopped_by == signal.SIGTERM
+    assert outcome.stopped_by is Stop.SIGTERM
     assert outcome.step in (2, 3)
     assert [step for step, _ in run.saved] == [outcome.step]
