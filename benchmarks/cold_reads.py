@@ -10,14 +10,13 @@ the line says so.
 """
 
 import argparse
-import gc
-import os
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 from machine import describe_machine
+from page_cache import drop_pages
 from windows import make_dataset
 
 from minimind_data.shards import ShardSet
@@ -25,18 +24,6 @@ from minimind_data.windows import open_windows
 from minimind_train.sampler import SampleOrder
 
 _SHARDS = 4
-
-
-def drop_pages(folder: Path) -> None:
-    """Write out what is dirty and drop the folder's files from the page cache; they must not be mapped."""
-    gc.collect()
-    for path in folder.iterdir():
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
 
 
 def bytes_from_disk() -> int | None:

@@ -38,6 +38,18 @@ class _WindowsBase:
         """Return the documents of a batch; see `Windows.segments`."""
         raise NotImplementedError
 
+    @property
+    def shard_sets(self) -> tuple[ShardSet, ...]:
+        """The dataset, as one of one."""
+        return (self.shards,)
+
+    def will_need(self, windows: NDArray[np.int64]) -> None:
+        """Tell the system that windows are read soon; see `Windows.will_need`."""
+        segments = self.segments(windows)
+        there = segments.lengths > 0
+        starts = segments.starts[there]
+        self.shards.will_need(starts, starts + segments.lengths[there])
+
     def document_ids(self, window: int) -> NDArray[np.int64]:
         """Return the document of each input position; see `Windows.document_ids`."""
         found: NDArray[np.int64] = self.segments(np.array([window])).document_ids(self.seq_len)[0]
@@ -103,6 +115,12 @@ class ConcatWindows(_WindowsBase):
         """Return the tokens of windows as they are on disk: uint16 or int32 [B, width]."""
         self._check(windows, len(self))
         return self.shards.rows(windows * self.seq_len, self.width)
+
+    def will_need(self, windows: NDArray[np.int64]) -> None:
+        """Tell the system that windows are read soon; see `Windows.will_need`."""
+        self._check(windows, len(self))
+        starts = windows * self.seq_len
+        self.shards.will_need(starts, starts + self.width)
 
     def fetch(self, windows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
         """Return a batch; see `Windows.fetch`."""

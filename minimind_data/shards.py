@@ -6,6 +6,7 @@ manifest, when its first token is wanted. `verify.py` is what reads every byte.
 All shards together are one stream of tokens and one list of documents; both are addressed by global numbers (int64).
 """
 
+import contextlib
 import mmap
 import os
 import sys
@@ -32,25 +33,34 @@ from minimind_data.format import (
     TokenDtype,
     numpy_dtype,
 )
+from minimind_data.gather import RowGather
 
+_CAN_BE_TOLD = hasattr(mmap, "MADV_WILLNEED")
 # A map needs no open file; before Python 3.13 it keeps one all the same.
 _NO_FILE: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
 
-def _map(path: Path, expected_bytes: int) -> NDArray[np.uint8]:
-    """Map a whole file read-only; the array keeps its map alive."""
+@contextlib.contextmanager
+def _opened(path: Path, expected_bytes: int) -> Iterator[int]:
+    """Open a file of the size that the manifest says."""
     try:
-        with path.open("rb") as file:
-            found = os.fstat(file.fileno()).st_size
-            if found != expected_bytes:
-                raise FormatError(
-                    f"{path}: {found:,} bytes, where the manifest wants {expected_bytes:,}; {REMAKE}"
-                )
-            if not found:
-                return np.empty(0, np.uint8)
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, **_NO_FILE), np.uint8)
+        descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         raise FormatError(f"{path}: missing; {REMAKE}") from None
+    try:
+        found = os.fstat(descriptor).st_size
+        if found != expected_bytes:
+            raise FormatError(
+                f"{path}: {found:,} bytes, where the manifest wants {expected_bytes:,}; {REMAKE}"
+            )
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _map(descriptor: int) -> mmap.mmap:
+    """Map a whole file, which is not empty, read-only."""
+    return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ, **_NO_FILE)
 
 
 class Shard:
@@ -59,6 +69,7 @@ class Shard:
     Attributes:
         entry: what the manifest says of it.
         tokens: uint16 or int32 [tokens], the sequences end to end.
+        ends: its first token and its last; None where it has none.
         index: uint8, the whole `.idx` file; the next three are views of it.
         lengths: int32 [sequences], tokens of each sequence.
         offsets: int64 [sequences], byte offset of each sequence in the `.bin` file.
@@ -72,87 +83,43 @@ class Shard:
         self.entry = entry
         wanted = IndexHeader(dtype=dtype, num_sequences=entry.sequences, num_documents=entry.documents)
         index_path = folder / f"{entry.name}.idx"
-        index = _map(index_path, wanted.file_bytes)
-        header = IndexHeader.unpack(index[:INDEX_HEADER_BYTES].tobytes(), index_path)
-        if header != wanted:
-            raise FormatError(
-                f"{index_path}: its header says {header}, where the manifest wants {wanted}; {REMAKE}"
-            )
-        self.index = index
+        # What is looked at here is read, not touched in the map: a fault makes the system read all around it, up to megabytes.
+        with _opened(index_path, wanted.file_bytes) as descriptor:
+            header = IndexHeader.unpack(os.pread(descriptor, INDEX_HEADER_BYTES, 0), index_path)
+            if header != wanted:
+                raise FormatError(
+                    f"{index_path}: its header says {header}, where the manifest wants {wanted}; {REMAKE}"
+                )
+            self.index: NDArray[np.uint8] = np.frombuffer(_map(descriptor), np.uint8)
         lengths_stop = INDEX_HEADER_BYTES + 4 * entry.sequences
         offsets_stop = lengths_stop + 8 * entry.sequences
-        self.lengths: NDArray[np.int32] = index[INDEX_HEADER_BYTES:lengths_stop].view("<i4")
-        self.offsets: NDArray[np.int64] = index[lengths_stop:offsets_stop].view("<i8")
-        self.document_starts: NDArray[np.int64] = index[offsets_stop:].view("<i8")
-        self.tokens: TokenArray = _map(folder / f"{entry.name}.bin", entry.bytes).view(numpy_dtype(dtype))
+        self.lengths: NDArray[np.int32] = self.index[INDEX_HEADER_BYTES:lengths_stop].view("<i4")
+        self.offsets: NDArray[np.int64] = self.index[lengths_stop:offsets_stop].view("<i8")
+        self.document_starts: NDArray[np.int64] = self.index[offsets_stop:].view("<i8")
+        self.ends: tuple[int, int] | None = None
+        self._map: mmap.mmap | None = None
+        self.tokens: TokenArray = np.empty(0, numpy_dtype(dtype))
+        with _opened(folder / f"{entry.name}.bin", entry.bytes) as descriptor:
+            if entry.bytes:
+                size = self.tokens.itemsize
+                first, last = (os.pread(descriptor, size, place) for place in (0, entry.bytes - size))
+                begin, end = np.frombuffer(first + last, self.tokens.dtype).tolist()
+                self.ends = begin, end
+                self._map = _map(descriptor)
+                self.tokens = np.frombuffer(self._map, self.tokens.dtype)
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Tell the system that the tokens [start, stop) are read soon; it returns at once, and reads them meanwhile."""
+        if self._map is None or not _CAN_BE_TOLD:
+            return
+        begin = start * self.tokens.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
+        length = min(stop * self.tokens.itemsize, len(self._map)) - begin
+        if length > 0:
+            self._map.madvise(mmap.MADV_WILLNEED, begin, length)
 
     def sequence_of(self, token: int) -> int:
         """Return the sequence that holds the token at this offset of the shard."""
         return int(np.searchsorted(self.offsets, token * self.tokens.itemsize, side="right")) - 1
-
-
-class _RowGather:
-    """Copies rows of equal length that begin at any element of any of many maps, in one numpy call.
-
-    Every map lies somewhere in this process's address space, at a multiple of the page size. So one array that spans the
-    addresses from the lowest map to the highest, with a stride of one element, has a row for every element, and indexing it
-    with row numbers copies what a loop over the maps would copy, whether there is one or three hundred. Only rows that lie
-    inside a map may be asked for: the caller checks, in whole vectors. The maps must outlive this.
-
-    A gather never changes; `with_maps` makes another. So a thread may read from one while another maps more.
-
-    Args:
-        dtype: of the elements.
-        starts: int64 [maps], the address of each map, -1 where it is not mapped yet.
-        stops: int64 [maps], the address behind each, -1 likewise.
-    """
-
-    def __init__(self, dtype: np.dtype[Any], starts: NDArray[np.int64], stops: NDArray[np.int64]) -> None:
-        self._dtype = dtype
-        self._starts = starts
-        self._stops = stops
-        mapped = starts[starts >= 0]
-        self._low = int(mapped.min()) if len(mapped) else 0
-        self._first_rows = (starts - self._low) // dtype.itemsize
-        self._views: dict[int, NDArray[Any]] = {}
-
-    @classmethod
-    def empty(cls, dtype: np.dtype[Any], num_maps: int) -> Self:
-        """Return one with no map yet."""
-        return cls(dtype, np.full(num_maps, -1, np.int64), np.full(num_maps, -1, np.int64))
-
-    def with_maps(self, maps: dict[int, NDArray[Any]]) -> Self:
-        """Return one that also has these maps, by their numbers."""
-        starts, stops = self._starts.copy(), self._stops.copy()
-        for index, array in maps.items():
-            starts[index] = array.__array_interface__["data"][0]
-            stops[index] = starts[index] + array.nbytes
-        return type(self)(self._dtype, starts, stops)
-
-    def rows(self, owners: NDArray[np.intp], offsets: NDArray[np.int64], width: int) -> NDArray[Any]:
-        """Return [B, width], copied: row b is `width` elements of map owners[b], from its element offsets[b] on."""
-        view = self._views.get(width)
-        if view is None:
-            view = self._views[width] = self._strided(width)
-        gathered: NDArray[Any] = view[self._first_rows[owners] + offsets]
-        return gathered
-
-    def _strided(self, width: int) -> NDArray[Any]:
-        num_elements = (int(self._stops.max()) - self._low) // self._dtype.itemsize
-        return np.asarray(_Span(self._low, (num_elements, width), self._dtype))
-
-
-class _Span:
-    """Memory that is ours to read, as numpy's array interface describes it: rows that begin at every element."""
-
-    def __init__(self, address: int, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
-        self.__array_interface__ = {
-            "version": 3,
-            "data": (address, True),
-            "typestr": dtype.str,
-            "shape": shape,
-            "strides": (dtype.itemsize, dtype.itemsize),
-        }
 
 
 class ShardSet:
@@ -177,8 +144,8 @@ class ShardSet:
         self._index_by_name = {entry.name: index for index, entry in enumerate(manifest.shards)}
         self._shards: dict[int, Shard] = {}
         self._mapping = threading.Lock()
-        self._tokens = _RowGather.empty(self.dtype, len(manifest.shards))
-        self._indexes = _RowGather.empty(np.dtype(np.uint8), len(manifest.shards))
+        self._tokens = RowGather.empty(self.dtype, len(manifest.shards))
+        self._indexes = RowGather.empty(np.dtype(np.uint8), len(manifest.shards))
 
     @classmethod
     def open(cls, folder: Path | str) -> Self:
@@ -285,6 +252,21 @@ class ShardSet:
             )
         return first + self.token_starts[owners], lengths
 
+    def will_need(self, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> None:
+        """Tell the system that rows [start, stop) of the token stream are read soon, so that it reads them all at once.
+
+        Args:
+            starts: int64 [B], global number of each row's first token.
+            stops: int64 [B], of the token behind its last, greater.
+        """
+        firsts, lasts = self.owners(starts), self.owners(stops - 1)
+        self._map_all(np.concatenate([firsts, lasts]))
+        rows = zip(firsts.tolist(), lasts.tolist(), starts.tolist(), stops.tolist(), strict=True)
+        for first, last, start, stop in rows:
+            for index in range(first, last + 1):
+                begin = int(self.token_starts[index])
+                self.shard(index).will_need(max(0, start - begin), stop - begin)
+
     def slice(self, start: int, stop: int) -> TokenArray:
         """Return the tokens [start, stop) of the stream: a view where one shard holds them all, else a copy."""
         first, last = (int(index) for index in self.owners(np.array([start, max(start, stop - 1)])))
@@ -363,8 +345,7 @@ class ShardSet:
                 if index in self._shards:  # another thread was first; its map is the one that gathers know
                     continue
                 shard = Shard(self.folder, self.manifest.shards[index], self.manifest.dtype)
-                if len(shard.tokens):
-                    self._check_ends(shard)
+                self._check_ends(shard)
                 made[index] = shard
             filled = {index: shard for index, shard in made.items() if len(shard.tokens)}
             self._tokens = self._tokens.with_maps({index: shard.tokens for index, shard in filled.items()})
@@ -375,8 +356,9 @@ class ShardSet:
     def _check_ends(self, shard: Shard) -> None:
         """A shard begins with BOS and ends with EOS; one that a different tokenizer made seldom does."""
         info = self.manifest.tokenizer
-        if (int(shard.tokens[0]), int(shard.tokens[-1])) != (info.bos_id, info.eos_id):
+        if shard.ends and shard.ends != (info.bos_id, info.eos_id):
+            begin, end = shard.ends
             raise FormatError(
-                f"{self.folder / shard.entry.name}.bin: begins with token {shard.tokens[0]} and ends with {shard.tokens[-1]}, "
+                f"{self.folder / shard.entry.name}.bin: begins with token {begin} and ends with {end}, "
                 f"where this dataset's tokenizer has BOS {info.bos_id} and EOS {info.eos_id}; it is another dataset's. {REMAKE}"
             )

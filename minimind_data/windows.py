@@ -89,6 +89,15 @@ class Windows(Protocol):
         """
         ...
 
+    @property
+    def shard_sets(self) -> tuple[ShardSet, ...]:
+        """The datasets that windows are cut from: this one."""
+        ...
+
+    def will_need(self, windows: NDArray[np.int64]) -> None:
+        """Tell the system that a batch of windows is read soon; see `read_ahead.ReadAhead`."""
+        ...
+
     def segments(self, windows: NDArray[np.int64]) -> Segments:
         """Return which documents stand where in a batch of windows, without reading a token."""
         ...

@@ -109,7 +109,9 @@ class StartConfig:
     """From which weights a run begins."""
 
     from_weight: Annotated[
-        str | None, "Folder of a run whose weights this one begins from; they decide the shape of the model."
+        str | None,
+        "Weights that the run begins from: the folder of a run, a Hugging Face folder, or a .pth of MiniMind's. A folder decides the "
+        "shape of the model; of a .pth the options must say it.",
     ] = None
     from_step: Annotated[
         int | None, "With --from-weight: the step of the checkpoint; the newest whole one by default."

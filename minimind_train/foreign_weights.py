@@ -20,7 +20,7 @@ from minimind_train.hf_config import from_hf
 from minimind_train.model import MiniMind
 from minimind_train.model_config import ModelConfig
 
-__all__ = ["HF_CONFIG_NAME", "fitted", "is_hf_folder", "read_hf_folder", "read_tensors"]
+__all__ = ["HF_CONFIG_NAME", "fitted", "is_hf_folder", "num_entries", "read_hf_folder", "read_tensors"]
 
 HF_CONFIG_NAME = "config.json"
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -100,6 +100,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not (isinstance(told, dict) and told and all(isinstance(tensor, Tensor) for tensor in told.values())):
         raise UserError(f"{path}: is no state_dict, a tensor for each name")
     return told
+
+
+def num_entries(tensors: Mapping[str, Tensor], source: Path) -> int:
+    """Return the size of the vocabulary that weights have.
+
+    Raises:
+        UserError: they have no embedding matrix of the name that it has here.
+    """
+    embedding = tensors.get(_EMBEDDING)
+    if embedding is None or embedding.ndim != 2:
+        raise UserError(
+            f"{source}: has no {_EMBEDDING}, so it holds no model of MiniMind's since minimind2, nor one of Hugging Face's"
+        )
+    return embedding.shape[0]
 
 
 def fitted(tensors: Mapping[str, Tensor], config: ModelConfig, source: Path) -> dict[str, Tensor]:

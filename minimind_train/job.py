@@ -160,7 +160,7 @@ def _train_as_rank(
             "machines share"
         )
     shards = _open_shards(start.config.data.shards)
-    origin = Origin(start.config.start, _say_nothing)
+    origin = Origin(start.config, _say_nothing)
     return _Job(phase, start.config, shards, origin, say=_say_nothing, world=world).train(start)
 
 
@@ -174,9 +174,7 @@ def _beginning(
     shards = Datasets.open(config.data.shards)
     _refuse_other_kind(phase, shards.sets)
     config, weights = begun_from(config, shards, given, say)
-    job = _Job(
-        phase, resolved(config, shards), shards, Origin(config.start, say, weights), say=say, world=world
-    )
+    job = _Job(phase, resolved(config, shards), shards, Origin(config, say, weights), say=say, world=world)
     start = _Start(config=job.config, found=None, step=0, cursor=job.course.first_position())
     with disk_full_is_plain(run):
         run.mkdir(parents=True, exist_ok=True)
@@ -215,7 +213,7 @@ def _going_on(
             phase.config, run, kept, given, shards, step=step, allow_change=allow_change
         )
         _refuse_other_kind(phase, shards.sets)
-        job = _Job(phase, config, shards, Origin(config.start, say), say=say, world=world)
+        job = _Job(phase, config, shards, Origin(config, say), say=say, world=world)
         if "from_weight" in given:
             job.origin.weights("--from-weight says where they are now")
         cursor = kept.cursor_at(step, found.state.cursor if found else job.course.first_position())

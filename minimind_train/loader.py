@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from minimind_data.errors import UserError
+from minimind_data.read_ahead import ReadAhead
 from minimind_train.parts import Order, Samples
 from minimind_train.sampler import check_range, check_shares, rank_positions
 from minimind_train.skips import NO_SKIPS, Skips
@@ -31,26 +33,36 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
 
     def __init__(self, windows: Samples) -> None:
         self.windows = windows
+        self._ahead = ReadAhead(windows)
 
     def __len__(self) -> int:
         """Return the number of windows."""
         return len(self.windows)
 
-    def __getitem__(self, window: int) -> dict[str, Tensor]:
-        """Return one window."""
+    def __getitem__(self, window: int | list[int]) -> dict[str, Tensor]:
+        """Return one window, or for a list a whole batch, int64 [B, seq_len] each.
+
+        A DataLoader with `batch_size=None` asks for batches: `DataLoader(dataset, sampler=batch_sampler, batch_size=None)`. That saves
+        taking the batch apart and putting it together again.
+        """
+        if isinstance(window, list):
+            return {name: torch.from_numpy(array) for name, array in self._batch(window).items()}
         return self.__getitems__([window])[0]
 
     def __getitems__(self, windows: list[int]) -> list[dict[str, Tensor]]:
         """Return many windows, read in one gather; this is what a DataLoader calls for a batch."""
         if not windows:
             return []
-        if min(windows) < 0 or max(windows) >= len(self.windows):
+        batch = self._batch(windows)
+        rows = zip(*(torch.from_numpy(array).unbind() for array in batch.values()), strict=True)
+        return [dict(zip(batch, row, strict=True)) for row in rows]
+
+    def _batch(self, windows: list[int]) -> dict[str, NDArray[np.int64]]:
+        if min(windows, default=0) < 0 or max(windows, default=0) >= len(self.windows):
             raise IndexError(
                 f"windows {min(windows)} to {max(windows)} asked for, there are {len(self.windows)}"
             )
-        batch = self.windows.fetch(np.array(windows, np.int64))
-        rows = zip(*(torch.from_numpy(array).unbind() for array in batch.values()), strict=True)
-        return [dict(zip(batch, row, strict=True)) for row in rows]
+        return self._ahead.fetch(np.array(windows, np.int64))
 
 
 class ResumableBatchSampler(Sampler[list[int]]):

@@ -121,6 +121,15 @@ class Samples(Protocol):
         """Return a batch; see `Windows.fetch`."""
         ...
 
+    @property
+    def shard_sets(self) -> tuple[ShardSet, ...]:
+        """The datasets that the windows are cut from."""
+        ...
+
+    def will_need(self, windows: NDArray[np.int64]) -> None:
+        """Tell the system that a batch is read soon; see `Windows.will_need`."""
+        ...
+
 
 class MixedWindows:
     """The windows of all parts as one list, numbered part after part as in `MixtureOrder`."""
@@ -150,6 +159,17 @@ class MixedWindows:
             for name, rows in self.parts[part].fetch(windows[here] - self._starts[part]).items():
                 batch.setdefault(name, np.empty((len(windows), *rows.shape[1:]), rows.dtype))[here] = rows
         return batch
+
+    @property
+    def shard_sets(self) -> tuple[ShardSet, ...]:
+        """The datasets of the parts."""
+        return tuple(part.shards for part in self.parts)
+
+    def will_need(self, windows: NDArray[np.int64]) -> None:
+        """Tell the system that a batch is read soon; see `Windows.will_need`."""
+        owners = np.searchsorted(self._starts, windows, side="right") - 1
+        for part in np.unique(owners).tolist():
+            self.parts[part].will_need(windows[owners == part] - self._starts[part])
 
     def locate(self, window: int) -> tuple[str, int]:
         """Return (PART/SHARD, token offset) of the first token of a window."""

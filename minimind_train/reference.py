@@ -31,6 +31,7 @@ from minimind_data.files import (
     sha256_of,
     write_atomic,
 )
+from minimind_data.shards import ShardSet
 from minimind_data.windows import Windows
 from minimind_train.model import MiniMind
 from minimind_train.parts import Samples
@@ -75,6 +76,15 @@ class ReferencedWindows:
     def __len__(self) -> int:
         """Return the number of pairs."""
         return len(self._windows)
+
+    @property
+    def shard_sets(self) -> tuple[ShardSet, ...]:
+        """The datasets of the pairs."""
+        return self._windows.shard_sets
+
+    def will_need(self, windows: NDArray[np.int64]) -> None:
+        """Tell the system that a batch is read soon; see `Windows.will_need`."""
+        self._windows.will_need(windows)
 
     def fetch(self, windows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """Return a batch: what the windows give, and `reference_log_probs`, float32 [B, 2]."""

@@ -79,4 +79,4 @@ def _of_pairs(model: MiniMind, run: Path, record: RunRecord, dataset: Path, say:
         )
     config = from_options(DpoConfig, record.options, run)
     online = replace(config, reference=replace(config.reference, reference="online"))
-    return DPO.objective(model, online, Origin(config.start, say))
+    return DPO.objective(model, online, Origin(config, say))

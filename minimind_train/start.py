@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from minimind_data.errors import UserError
+from minimind_data.format import TOKENIZER_NAME
 from minimind_data.options import build, flatten
-from minimind_train.config import ConfigT, StartConfig
+from minimind_data.tokenizer import encode_alike
+from minimind_train.config import ConfigT, PhaseConfig
 from minimind_train.model import MiniMind
 from minimind_train.model_config import NO_SHAPES, ModelConfig
 from minimind_train.parts import Datasets
@@ -41,8 +43,8 @@ def begun_from(
     origin = config.start.from_weight
     if origin is None:
         return config, None
-    weights = load_weights(Path(origin), step=config.start.from_step, say=say)
-    _refuse_other_tokenizer(origin, weights, shards)
+    weights = load_weights(Path(origin), step=config.start.from_step, shape=config.model, say=say)
+    _refuse_other_tokenizer(origin, weights, shards, say)
     here, there = flatten(config.model), flatten(weights.config)
     if given is None:
         usual = flatten(type(config)().model)
@@ -73,13 +75,14 @@ class Origin:
     """The weights that a run began from, loaded when they are needed.
 
     Args:
-        start: says which weights these are.
+        config: the run's options, which say which weights these are.
         say: is told of damaged checkpoints.
         weights: the same, where they have just been loaded.
     """
 
-    def __init__(self, start: StartConfig, say: Say, weights: Weights | None = None) -> None:
-        self._start = start
+    def __init__(self, config: PhaseConfig, say: Say, weights: Weights | None = None) -> None:
+        self._start = config.start
+        self._shape = config.model
         self._say = say
         self._weights = weights
 
@@ -120,7 +123,7 @@ class Origin:
         if start.from_sha256 is None:
             raise UserError("the run began from no weights, so leave --from-weight out")
         try:
-            weights = load_weights(Path(path), step=start.from_step, say=self._say)
+            weights = load_weights(Path(path), step=start.from_step, shape=self._shape, say=self._say)
         except UserError as error:
             raise UserError(
                 f"{where}, and these are gone ({error}); put them back, or say where they are by --from-weight"
@@ -133,11 +136,20 @@ class Origin:
         return weights
 
 
-def _refuse_other_tokenizer(origin: str, weights: Weights, shards: Datasets) -> None:
+def _refuse_other_tokenizer(origin: str, weights: Weights, shards: Datasets, say: Say) -> None:
+    """Refuse weights whose ids mean other texts than the dataset's; of a file that says nothing, tell that nobody knows."""
     there, here = weights.tokenizer, shards.tokenizer
-    if there is None or there == here:
+    if there == here:
         return
+    if weights.tokenizer_json is None:
+        say(f"{origin}: says nothing of its tokenizer; it must be that of {shards.folder}")
+        return
+    text = (shards.folder / TOKENIZER_NAME).read_bytes().decode()
+    # A run's is a copy of its dataset's; other programs write the same one in their own way.
+    if weights.step is None and encode_alike(weights.tokenizer_json, text):
+        return
+    named = f" ({there.vocab_size:,} entries, {there.sha256[:12]}…)" if there else ""
     raise UserError(
-        f"{origin}: its tokenizer ({there.vocab_size:,} entries, {there.sha256[:12]}…) is not that of {shards.folder} "
+        f"{origin}: its tokenizer{named} is not that of {shards.folder} "
         f"({here.vocab_size:,} entries, {here.sha256[:12]}…); tokenize the text again with --tokenizer {origin}"
     )

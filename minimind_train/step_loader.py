@@ -21,12 +21,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from minimind_data.read_ahead import ReadAhead
 from minimind_data.windows import IGNORED
 from minimind_train.parts import Order, Samples
 from minimind_train.sampler import check_range, check_shares, rank_positions
 from minimind_train.skips import NO_SKIPS, Skips
 
 __all__ = ["StepBatch", "StepLoader", "num_targets"]
+
+_WINDOWS_AHEAD = 1024
+"""Of a rank: so far behind a step is the step that is asked for beside it, while windows come from a disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +128,7 @@ class StepLoader:
         self.prefetch = prefetch
         self.skips = skips
         self.num_terms = num_terms or num_targets
+        self._ahead = ReadAhead(windows)
         # Weak, so that an iteration ends as soon as its loop has dropped it.
         self._iteration: weakref.ref[Generator[StepBatch, None, None]] | None = None
 
@@ -199,15 +204,22 @@ class StepLoader:
             start=start,
             stop=stop,
             micro_batches=[dict(zip(share, tensors, strict=True)) for tensors in micro_batches],
-            num_targets=num_targets(arrays),
-            num_terms=self.num_terms(arrays),
+            num_targets=(targets := num_targets(arrays)),
+            num_terms=targets if self.num_terms is num_targets else self.num_terms(arrays),
             num_windows=len(own),
             stand_in=stand_in,
         )
 
     def _fetched(self, numbers: NDArray[np.int64]) -> tuple[dict[str, NDArray[np.int64]], dict[str, Tensor]]:
         """Read samples, by their numbers among the positions that are kept: as they are, and as tensors that a device can take."""
-        arrays = self.windows.fetch(self.order.windows(self.skips.kept(numbers)))
+
+        def later() -> NDArray[np.int64]:
+            steps = max(1, _WINDOWS_AHEAD // len(numbers))
+            numbers_later = numbers + steps * self.global_batch
+            there = numbers_later[numbers_later < self._firsts().stop]
+            return self.order.windows(self.skips.kept(there))
+
+        arrays = self._ahead.fetch(self.order.windows(self.skips.kept(numbers)), later)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if self.device.type == "cuda":
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}

@@ -36,6 +36,11 @@ class NumberedWindows:
     def __len__(self):
         return sum(SIZES.values())
 
+    shard_sets = ()
+
+    def will_need(self, windows):
+        pass
+
     def fetch(self, windows):
         return {"input_ids": windows[:, None], "targets": windows[:, None]}
 

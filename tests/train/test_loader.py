@@ -30,6 +30,11 @@ class FakeWindows:
     def __len__(self):
         return self.n
 
+    shard_sets = ()
+
+    def will_need(self, windows):
+        pass
+
     def fetch(self, windows):
         self.fetches += 1
         time.sleep(self.delay)

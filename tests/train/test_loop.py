@@ -35,6 +35,11 @@ class Windows:
     def __len__(self):
         return NUM_WINDOWS
 
+    shard_sets = ()
+
+    def will_need(self, windows):
+        pass
+
     def fetch(self, windows):
         tokens = (windows[:, None] + np.arange(SEQ_LEN + 1)) % VOCAB
         targets = np.where(windows[:, None] % 4 == 3, -100, tokens[:, 1:])

@@ -1,0 +1,70 @@
+"""RowGather: rows out of many memory maps at once."""
+
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class RowGather:
+    """Copies rows of equal length that begin at any element of any of many maps, in one numpy call.
+
+    Every map lies somewhere in this process's address space, at a multiple of the page size. So one array that spans the
+    addresses from the lowest map to the highest, with a stride of one element, has a row for every element, and indexing it
+    with row numbers copies what a loop over the maps would copy, whether there is one or three hundred. Only rows that lie
+    inside a map may be asked for: the caller checks, in whole vectors. The maps must outlive this.
+
+    A gather never changes; `with_maps` makes another. So a thread may read from one while another maps more.
+
+    Args:
+        dtype: of the elements.
+        starts: int64 [maps], the address of each map, -1 where it is not mapped yet.
+        stops: int64 [maps], the address behind each, -1 likewise.
+    """
+
+    def __init__(self, dtype: np.dtype[Any], starts: NDArray[np.int64], stops: NDArray[np.int64]) -> None:
+        self._dtype = dtype
+        self._starts = starts
+        self._stops = stops
+        mapped = starts[starts >= 0]
+        self._low = int(mapped.min()) if len(mapped) else 0
+        self._first_rows = (starts - self._low) // dtype.itemsize
+        self._views: dict[int, NDArray[Any]] = {}
+
+    @classmethod
+    def empty(cls, dtype: np.dtype[Any], num_maps: int) -> Self:
+        """Return one with no map yet."""
+        return cls(dtype, np.full(num_maps, -1, np.int64), np.full(num_maps, -1, np.int64))
+
+    def with_maps(self, maps: dict[int, NDArray[Any]]) -> Self:
+        """Return one that also has these maps, by their numbers."""
+        starts, stops = self._starts.copy(), self._stops.copy()
+        for index, array in maps.items():
+            starts[index] = array.__array_interface__["data"][0]
+            stops[index] = starts[index] + array.nbytes
+        return type(self)(self._dtype, starts, stops)
+
+    def rows(self, owners: NDArray[np.intp], offsets: NDArray[np.int64], width: int) -> NDArray[Any]:
+        """Return [B, width], copied: row b is `width` elements of map owners[b], from its element offsets[b] on."""
+        view = self._views.get(width)
+        if view is None:
+            view = self._views[width] = self._strided(width)
+        gathered: NDArray[Any] = view[self._first_rows[owners] + offsets]
+        return gathered
+
+    def _strided(self, width: int) -> NDArray[Any]:
+        num_elements = (int(self._stops.max()) - self._low) // self._dtype.itemsize
+        return np.asarray(_Span(self._low, (num_elements, width), self._dtype))
+
+
+class _Span:
+    """Memory that is ours to read, as numpy's array interface describes it: rows that begin at every element."""
+
+    def __init__(self, address: int, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (address, True),
+            "typestr": dtype.str,
+            "shape": shape,
+            "strides": (dtype.itemsize, dtype.itemsize),
+        }
