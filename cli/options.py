@@ -13,7 +13,7 @@ import inspect
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, is_dataclass
 from typing import Annotated, Any, NewType, TextIO, get_args, get_origin, get_type_hints
 
@@ -85,6 +85,25 @@ def refuse_idle(given: Given, layout: str) -> None:
         raise typer.BadParameter(
             f"--long-documents is for --layout pack, in layout {layout} it does nothing; leave one of them out"
         )
+
+
+def as_defaults(options: Mapping[str, Any], context: typer.Context) -> dict[str, Any]:
+    """Return values by the names of options as a command line takes them for defaults.
+
+    Raises:
+        typer.BadParameter: a value is a list, or true or false, where the option takes none of these.
+    """
+    defaults = {}
+    flags = {parameter.name: parameter for parameter in context.command.params}
+    for name, value in options.items():
+        flag: Any = flags[name]
+        many = isinstance(value, list)
+        if (many and not flag.multiple) or (isinstance(value, bool) and not flag.is_flag):
+            raise typer.BadParameter(
+                f"{name} takes no {'list' if many else 'true or false'}, but {value!r} stands there"
+            )
+        defaults[name] = [value] if flag.multiple and not many else value
+    return defaults
 
 
 class _Command(TyperCommand):

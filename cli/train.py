@@ -17,7 +17,7 @@ import typer
 
 from minimind_train.presets import PRESETS
 
-from .options import Given, command, make_app, plain, refuse_idle
+from .options import Given, as_defaults, command, make_app, plain, refuse_idle
 
 if TYPE_CHECKING:
     from minimind_train.config import DataConfig
@@ -36,8 +36,33 @@ def _use_preset(context: typer.Context, name: str | None) -> str | None:
     if name is not None:
         if name not in PRESETS:
             raise typer.BadParameter(f"{name}: the presets are {', '.join(PRESETS)}")
-        context.default_map = {**PRESETS[name], **(context.default_map or {})}
+        context.default_map = {**(context.default_map or {}), **PRESETS[name]}
     return name
+
+
+def _config_option(phase: "Phase[Any]") -> Any:
+    """Return the option whose file's options are the defaults of the command line, and count as given."""
+    from minimind_data.options import leaves  # noqa: PLC0415 - see the module's docstring
+    from minimind_train.description import read_description  # noqa: PLC0415
+
+    names = [name for name, _, _ in leaves(phase.config)]
+
+    def use(context: typer.Context, path: Path | None) -> Path | None:
+        if path is not None:
+            try:
+                options = read_description(path, phase.command, names)
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from None
+            context.default_map = {**as_defaults(options, context), **(context.default_map or {})}
+        return path
+
+    return typer.Option(
+        "--config",
+        metavar="TOML",
+        is_eager=True,
+        callback=use,
+        help="A file that describes the run, such as the run.toml in a run's folder. What else is passed wins over it.",
+    )
 
 
 def _sft(app: typer.Typer) -> None:
@@ -80,6 +105,7 @@ def _register_phase(app: typer.Typer, phase: "Phase[Any]", help_text: str | None
                 help="With --resume and --shards: the parts of the mixture have new weights from here on; each goes on where it is.",
             ),
         ] = False,
+        _config: Annotated[Path | None, _config_option(phase)] = None,
         _preset: Annotated[
             str | None,
             typer.Option(

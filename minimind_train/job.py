@@ -33,6 +33,7 @@ from minimind_train.config import (
     with_stretches,
 )
 from minimind_train.course import Course
+from minimind_train.description import describe
 from minimind_train.devices import out_of_memory_is_plain, refuse_too_large
 from minimind_train.distributed import ALONE, World, joined, launched_place
 from minimind_train.evaluate import validation
@@ -180,7 +181,12 @@ def _beginning(
         run.mkdir(parents=True, exist_ok=True)
     with disk_full_is_plain(run), runs.lock(run):
         runs.refuse_occupied(run)
-        runs.create(run, record_of(phase.command, job.config, shards), shards.folder)
+        runs.create(
+            run,
+            record_of(phase.command, job.config, shards),
+            shards.folder,
+            describe(phase.command, job.config),
+        )
         yield job, start, lambda: None
 
 
@@ -225,7 +231,8 @@ def _going_on(
             job.reweight(cursor)
             new_record = replace(new_record, options=recorded(job.config))
         start = _Start(config=job.config, found=found, step=step, cursor=cursor)
-        yield job, start, partial(runs.update, run, record, new_record, shards.folder)
+        described = describe(phase.command, job.config, new_record.changes)
+        yield job, start, partial(runs.update, run, record, new_record, shards.folder, described)
 
 
 class _Job(Generic[ConfigT]):

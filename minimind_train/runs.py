@@ -3,6 +3,7 @@
     runs/NAME/
         config.json       the options, resolved; the dataset's fingerprint; the tokenizer; what was changed on the way; its
                           own checksum
+        run.toml          the options again, for people and for --config: `description` makes it, nothing reads it by itself
         tokenizer.json    a copy, so that the weights are never separated from their vocabulary
         metrics.jsonl     see `metrics`
         checkpoints/      see `checkpoint`
@@ -32,6 +33,7 @@ from minimind_train import checkpoint, metrics
 
 FORMAT_VERSION = 2  # 1 had no checksum
 CONFIG_NAME = "config.json"
+DESCRIPTION_NAME = "run.toml"
 _RESTORE = (
     "bring it back from a backup; to change an option of a run, pass it with --resume and --allow-change"
 )
@@ -165,15 +167,18 @@ def refuse_occupied(run: Path) -> None:
             )
 
 
-def create(run: Path, record: RunRecord, dataset: Path) -> None:
-    """Fill a new run folder; the caller holds its lock."""
+def create(run: Path, record: RunRecord, dataset: Path, description: str) -> None:
+    """Fill a new run folder, with the TOML that describes the run; the caller holds its lock."""
     clean(run)
     _copy_tokenizer(run, dataset)
+    write_atomic(run / DESCRIPTION_NAME, description)
     record.write(run)
 
 
-def update(run: Path, old: RunRecord, new: RunRecord, dataset: Path) -> None:
+def update(run: Path, old: RunRecord, new: RunRecord, dataset: Path, description: str) -> None:
     """Bring a run folder up to date with what was changed; the caller holds its lock."""
+    if new != old or not (run / DESCRIPTION_NAME).exists():
+        write_atomic(run / DESCRIPTION_NAME, description)
     path = run / TOKENIZER_NAME
     if not path.is_file() or sha256_of(path) != new.tokenizer.sha256:
         _copy_tokenizer(run, dataset)
@@ -183,7 +188,8 @@ def update(run: Path, old: RunRecord, new: RunRecord, dataset: Path) -> None:
 
 def clean(run: Path) -> None:
     """Delete what killed processes left half-written in a run folder; the caller holds its lock."""
-    remove_partials(run, {CONFIG_NAME, TOKENIZER_NAME, metrics.FILE_NAME})  # the rest may be the user's
+    ours = {CONFIG_NAME, TOKENIZER_NAME, DESCRIPTION_NAME, metrics.FILE_NAME}
+    remove_partials(run, ours)  # the rest may be the user's
     checkpoint.remove_leftovers(run)
 
 

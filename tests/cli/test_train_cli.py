@@ -111,6 +111,7 @@ def test_every_option_of_the_contract_is_there():
         "num-key-value-heads",
         "keep",
         "keep-every",
+        "config",
         "save-best",
         "max-hours",
         "on-nonfinite",

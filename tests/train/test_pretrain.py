@@ -22,6 +22,7 @@ from .conftest import Said, config_of, metrics, steps
 def test_a_run_folder_has_all_that_the_run_is(whole_run, small_dataset):
     assert {path.name for path in whole_run.iterdir()} == {
         "config.json",
+        "run.toml",
         "tokenizer.json",
         "metrics.jsonl",
         "checkpoints",
