@@ -182,7 +182,7 @@ def _generate(app: typer.Typer) -> None:
     from minimind_train.trained import parse_step  # noqa: PLC0415
 
     def run_command(
-        run: Annotated[Path, typer.Option(help="Folder of the run.")],
+        run: Annotated[Path, typer.Option(help="Folder of the run, or a Hugging Face folder.")],
         prompt: Annotated[str, typer.Option(help="Text to go on from.")],
         options: GenerateOptions,
         scaling: RopeScaling,
@@ -201,12 +201,22 @@ def _generate(app: typer.Typer) -> None:
 
 def _eval(app: typer.Typer) -> None:
     """Measure a trained model on a dataset: loss, perplexity, bits per byte."""
-    from minimind_train.run_evaluation import evaluate_run  # noqa: PLC0415 - see the module's docstring
+    from minimind_data.windows import Layout  # noqa: PLC0415 - see the module's docstring
+    from minimind_train.model_config import RopeScaling  # noqa: PLC0415
+    from minimind_train.run_evaluation import evaluate_run  # noqa: PLC0415
     from minimind_train.trained import parse_step  # noqa: PLC0415
 
     def run_command(
-        run: Annotated[Path, typer.Option(help="Folder of the run.")],
+        run: Annotated[Path, typer.Option(help="Folder of the run, or a Hugging Face folder.")],
         shards: Annotated[list[Path], typer.Option(metavar="DIR", help="Dataset of the same tokenizer.")],
+        scaling: RopeScaling,
+        given: Given,
+        seq_len: Annotated[
+            int | None, typer.Option(min=1, help="Tokens in a window, where not as in the run.")
+        ] = None,
+        layout: Annotated[
+            Layout | None, typer.Option(help="How windows are cut, where not as in the run.")
+        ] = None,
         windows: Annotated[
             int | None,
             typer.Option(min=1, metavar="N", help="Windows of it, spread evenly over it; all by default."),
@@ -225,8 +235,16 @@ def _eval(app: typer.Typer) -> None:
                 f"--shards stands there {len(shards)} times, and one dataset is measured at a time; call it for each"
             )
         (folder,) = shards
+        cut = {"seq_len": seq_len, "layout": layout}
         found = evaluate_run(
-            run, folder, step=checkpoint, num_windows=windows, batch=micro_batch, device=device
+            run,
+            folder,
+            step=checkpoint,
+            num_windows=windows,
+            batch=micro_batch,
+            device=device,
+            cut={name: value for name, value in cut.items() if value is not None},
+            changes={name: value for name, value in asdict(scaling).items() if name in given},
         )
         if as_json:
             print(json.dumps(found.told()))
@@ -240,6 +258,7 @@ def _eval(app: typer.Typer) -> None:
 def _export(app: typer.Typer) -> None:
     """Write a trained model in a form that transformers or MiniMind opens."""
     from minimind_train.export import Target, WeightDtype, export  # noqa: PLC0415 - see the module's docstring
+    from minimind_train.trained import parse_step  # noqa: PLC0415
 
     def run_command(
         run: Annotated[Path, typer.Option(help="Folder of the run.")],
@@ -254,9 +273,7 @@ def _export(app: typer.Typer) -> None:
             WeightDtype | None,
             typer.Option(help="Of the weights; fp32 for hf, and fp16 for minimind, as it stores them."),
         ] = None,
-        checkpoint: Annotated[
-            int | None, typer.Option(metavar="STEP", help="Step of the checkpoint; the newest by default.")
-        ] = None,
+        checkpoint: Annotated[Any, _checkpoint_option(parse_step)] = None,
     ) -> None:
         export(run, out, to=to, step=checkpoint, dtype=dtype)
 

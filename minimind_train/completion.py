@@ -1,4 +1,4 @@
-"""Text from a run: its newest whole checkpoint, its tokenizer, and a prompt."""
+"""Text from a run or a Hugging Face folder: its newest whole checkpoint, its tokenizer, and a prompt."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,9 +8,9 @@ from typing import Any
 from minimind_data.errors import UserError
 from minimind_train.devices import resolve_device
 from minimind_train.generate import GenerateOptions, generate, stream_text
+from minimind_train.opened import open_trained
 from minimind_train.progress import Say, say_on_stderr
-from minimind_train.runs import RunRecord, load_run_tokenizer
-from minimind_train.trained import Which, model_of
+from minimind_train.trained import Which
 
 
 def complete(
@@ -26,7 +26,7 @@ def complete(
     """Yield what the model of a run writes after BOS and `prompt`, piece by piece.
 
     Args:
-        run: the run folder; a run that is still training may be asked too.
+        run: the folder of a run, which may still be training, or a Hugging Face folder.
         prompt: special tokens in it are recognised.
         options: how tokens are chosen.
         step: whose checkpoint; the newest whole one by default, or `best`.
@@ -35,7 +35,7 @@ def complete(
         say: is told of damaged checkpoints.
 
     Raises:
-        UserError: there is no such run or checkpoint.
+        UserError: there is no such model or checkpoint.
     """
     try:
         prompt.encode()
@@ -43,8 +43,8 @@ def complete(
         raise UserError(
             "--prompt: holds bytes that are no text in this terminal's encoding; pass UTF-8"
         ) from None
-    info = RunRecord.read(run).tokenizer
-    model = model_of(run, step=step, say=say, changes=changes).to(resolve_device(device))
-    tokenizer = load_run_tokenizer(run, info).reference
+    opened = open_trained(run, step=step, say=say, changes=changes)
+    model, info = opened.model.to(resolve_device(device)), opened.tokenizer.info
+    tokenizer = opened.tokenizer.reference
     prompt_ids = [info.bos_id, *tokenizer.encode(prompt, add_special_tokens=False).ids]
     return stream_text(tokenizer, generate(model, prompt_ids, options=options, eos_id=info.eos_id))

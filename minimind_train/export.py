@@ -27,7 +27,7 @@ from minimind_train.model import MiniMind
 from minimind_train.model_config import ModelConfig, parameter_line
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.runs import RunRecord, load_run_tokenizer
-from minimind_train.trained import model_of
+from minimind_train.trained import Which, model_of
 
 __all__ = ["Target", "WeightDtype", "export"]
 
@@ -43,7 +43,7 @@ def export(
     out: Path,
     *,
     to: Target,
-    step: int | None = None,
+    step: Which = None,
     dtype: WeightDtype | None = None,
     say: Say = say_on_stderr,
 ) -> Path:
@@ -53,7 +53,7 @@ def export(
         run: its folder.
         out: a folder that is new or empty; for MiniMind any folder, or the `.pth` itself.
         to: hf for a folder that transformers opens; minimind for a `.pth` that MiniMind's code opens.
-        step: whose checkpoint; the newest whole one by default.
+        step: whose checkpoint; the newest whole one by default, or `best`.
         dtype: of the weights; fp32 for hf, and fp16 for minimind, as MiniMind stores them.
         say: takes lines for the user.
 
@@ -141,9 +141,9 @@ def _tokenizer_config(
     told: dict[str, Any] = {}
     if there.is_file():
         try:
-            told = json.loads(there.read_bytes())
-        except ValueError as error:
-            raise UserError(f"{there}: not JSON ({error}); copy it from the dataset again") from None
+            told = dict(json.loads(there.read_bytes()))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{there}: no object in JSON ({error}); copy it from the dataset again") from None
     tokens = {"bos_token": info.bos_id, "eos_token": info.eos_id, "pad_token": info.pad_id}
     return {
         **told,

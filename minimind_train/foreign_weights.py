@@ -34,7 +34,7 @@ def is_hf_folder(path: Path) -> bool:
     """Tell whether a folder holds a config.json as Hugging Face writes it; that of a run names no type of model."""
     try:
         told = json.loads((path / HF_CONFIG_NAME).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(told, dict) and "model_type" in told
 
@@ -48,7 +48,7 @@ def read_hf_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     source = folder / HF_CONFIG_NAME
     try:
         told = json.loads(source.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{source}: cannot be read ({error})") from None
     config = from_hf(told, str(source))
     tensors: dict[str, Tensor] = {}
@@ -66,7 +66,7 @@ def _weight_files(folder: Path) -> list[Path]:
                     folder / part
                     for part in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
                 ]
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UserError(f"{index}: does not say which file holds which weight") from None
     for name in _FILES:
         if (folder / name).is_file():

@@ -1,11 +1,16 @@
-"""A run that is measured from outside: the model of a checkpoint on any dataset of its tokenizer."""
+"""A trained model that is measured from outside: of a run, or of a Hugging Face folder, on any dataset of its tokenizer."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from minimind_data.errors import UserError
+from minimind_data.format import TOKENIZER_NAME
 from minimind_data.options import build
 from minimind_data.shards import ShardSet
+from minimind_data.tokenizer import encode_alike
 from minimind_train.config import DataConfig, from_options, window_options
 from minimind_train.devices import resolve_device
 from minimind_train.dpo import DPO, DpoConfig
@@ -13,11 +18,13 @@ from minimind_train.evaluate import Evaluation, open_evaluator
 from minimind_train.loop import RunConfig
 from minimind_train.model import MiniMind
 from minimind_train.objective import NextToken, Objective
+from minimind_train.opened import Opened, open_trained
 from minimind_train.parts import words_of
+from minimind_train.precision import resolve_dtype
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.runs import RunRecord
 from minimind_train.start import Origin
-from minimind_train.trained import Which, model_of
+from minimind_train.trained import Which
 
 
 def evaluate_run(
@@ -28,53 +35,75 @@ def evaluate_run(
     num_windows: int | None = None,
     batch: int = 32,
     device: str = "auto",
+    cut: Mapping[str, Any] = MappingProxyType({}),
+    changes: Mapping[str, Any] = MappingProxyType({}),
     say: Say = say_on_stderr,
 ) -> Evaluation:
-    """Measure the model of a run as the run itself does with `--val-shards`.
+    """Measure a model as its run itself does with `--val-shards`.
 
     Args:
-        run: its folder; it may still be training.
-        dataset: the folder of a dataset of the run's tokenizer.
+        run: the folder of a run, which may still be training, or a Hugging Face folder.
+        dataset: the folder of a dataset of the model's tokenizer.
         step: whose checkpoint; the newest whole one by default, or `best`.
         num_windows: how many windows, spread evenly; all by default.
         batch: windows that go through the model at once.
         device: where to compute.
+        cut: `seq_len` and `layout` of the windows, where they are to differ from the run's.
+        changes: options of the model that are to differ, such as those of its positions.
         say: takes lines for the user.
 
     Raises:
-        UserError: there is no such run, checkpoint or dataset, or the tokenizers differ; the message shows both sides.
+        UserError: there is no such model, checkpoint or dataset, or the tokenizers differ; the message shows both sides.
     """
-    record = RunRecord.read(run)
+    opened = open_trained(run, step=step, say=say, changes=changes)
     shards = ShardSet.open(dataset)
-    here = shards.manifest.tokenizer
-    if here != record.tokenizer:
+    _refuse_other_tokenizer(run, opened, shards)
+    options = dict(opened.record.options) if opened.record else {}
+    if "layout" in cut:
+        options["document_mask"] = cut["layout"] == "pack"
+    known = {**options, **cut, "shards": words_of(options.get("shards", str(dataset))), "stretches": ()}
+    data = build(DataConfig, known)
+    if data.seq_len > (longest := opened.model.config.longest_sequence):
         raise UserError(
-            f"{dataset}: its tokenizer ({here.vocab_size:,} entries, {here.sha256[:12]}…) is not that of {run} "
-            f"({record.tokenizer.vocab_size:,} entries, {record.tokenizer.sha256[:12]}…); tokenize its text again with "
-            f"--tokenizer {run}"
+            f"{run}: its model reads at most {longest} tokens, and the windows have {data.seq_len}; take a smaller --seq-len, or "
+            "stretch the positions by --inference-rope-scaling"
         )
-    known = {**record.options, "shards": words_of(record.options["shards"]), "stretches": ()}
     place = resolve_device(device)
     evaluator = open_evaluator(
         shards,
         num_windows=num_windows,
         batch=batch,
         device=place,
-        dtype=build(RunConfig, record.options).dtype,
+        dtype=resolve_dtype(build(RunConfig, options).dtype, place),
         announce=say,
-        **window_options(build(DataConfig, known)),
+        **window_options(data),
     )
-    model = model_of(run, step=step, say=say).to(place)
+    model = opened.model.to(place)
     if shards.manifest.kind != "dpo":
         return evaluator.measure(NextToken(model))
-    return evaluator.measure(_of_pairs(model, run, record, dataset, say))
+    return evaluator.measure(_of_pairs(model, run, opened.record, dataset, say))
 
 
-def _of_pairs(model: MiniMind, run: Path, record: RunRecord, dataset: Path, say: Say) -> Objective:
+def _refuse_other_tokenizer(run: Path, opened: Opened, shards: ShardSet) -> None:
+    there, here = opened.tokenizer.info, shards.manifest.tokenizer
+    if there == here:
+        return
+    # A run's is a copy of its dataset's; other programs write the same one in their own way.
+    text = (shards.folder / TOKENIZER_NAME).read_bytes().decode()
+    if opened.record is None and encode_alike(opened.tokenizer.json, text):
+        return
+    raise UserError(
+        f"{shards.folder}: its tokenizer ({here.vocab_size:,} entries, {here.sha256[:12]}…) is not that of {run} "
+        f"({there.vocab_size:,} entries, {there.sha256[:12]}…); tokenize its text again with --tokenizer {run}"
+    )
+
+
+def _of_pairs(model: MiniMind, run: Path, record: RunRecord | None, dataset: Path, say: Say) -> Objective:
     """Return the objective of a run of dpo, compared with the model that it began from."""
-    if record.command != DPO.command:
+    if record is None or record.command != DPO.command:
+        what = "no run" if record is None else f"a run of {record.command}"
         raise UserError(
-            f"{dataset}: a dataset of pairs, and {run} is a run of {record.command}; pairs say how far a run of `mm-train dpo` has "
+            f"{dataset}: a dataset of pairs, and {run} is {what}; pairs say how far a run of `mm-train dpo` has "
             "come from the model that it began from"
         )
     config = from_options(DpoConfig, record.options, run)

@@ -4,7 +4,8 @@
         config.json       the options, resolved; the dataset's fingerprint; the tokenizer; what was changed on the way; its
                           own checksum
         run.toml          the options again, for people and for --config: `description` makes it, nothing reads it by itself
-        tokenizer.json    a copy, so that the weights are never separated from their vocabulary
+        tokenizer.json    a copy, so that the weights are never separated from their vocabulary; with it, where the dataset has one,
+                          the tokenizer_config.json, which holds a chat template
         metrics.jsonl     see `metrics`
         checkpoints/      see `checkpoint`
 
@@ -28,6 +29,7 @@ from minimind_data.files import (
     write_atomic,
 )
 from minimind_data.format import MANIFEST_NAME, TOKENIZER_NAME, TokenizerInfo
+from minimind_data.tokenizer import CONFIG_NAME as TOKENIZER_CONFIG_NAME
 from minimind_data.tokenizer import Tokenizer, cached_tokenizer
 from minimind_train import checkpoint, metrics
 
@@ -188,7 +190,7 @@ def update(run: Path, old: RunRecord, new: RunRecord, dataset: Path, description
 
 def clean(run: Path) -> None:
     """Delete what killed processes left half-written in a run folder; the caller holds its lock."""
-    ours = {CONFIG_NAME, TOKENIZER_NAME, DESCRIPTION_NAME, metrics.FILE_NAME}
+    ours = {CONFIG_NAME, TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, DESCRIPTION_NAME, metrics.FILE_NAME}
     remove_partials(run, ours)  # the rest may be the user's
     checkpoint.remove_leftovers(run)
 
@@ -238,6 +240,8 @@ def agreed_changes(
 
 
 def _copy_tokenizer(run: Path, dataset: Path) -> None:
+    if (config := dataset / TOKENIZER_CONFIG_NAME).is_file():
+        write_atomic(run / TOKENIZER_CONFIG_NAME, config.read_bytes())
     write_atomic(run / TOKENIZER_NAME, (dataset / TOKENIZER_NAME).read_bytes())
 
 

@@ -388,6 +388,8 @@ def test_a_run_is_exported(run, tmp_path):
         assert result.stdout == ""
         assert "Model Params: 0.1" in result.stderr
         assert (tmp_path / target / written).is_file()
+    asked = mm_train("generate", "--run", tmp_path / "hf", "--prompt", "问题", "--max-new-tokens", 4)
+    assert asked.exit_code == 0, asked.stderr
     again = mm_train("export", "--run", run, "--to", "hf", "--out", tmp_path / "hf")
     assert again.exit_code == 1
     assert "is there already; take another --out" in again.stderr

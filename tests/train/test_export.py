@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -144,18 +145,20 @@ def model_tokenizer(run):
     return Tokenizer.from_file(str(run / "tokenizer.json"))
 
 
-def test_a_chat_template_goes_along(make_run, tmp_path):
-    run = make_run()
+def test_a_chat_template_goes_from_the_dataset_through_the_run_into_the_folder(tmp_path, small_dataset):
+    shards, run = shutil.copytree(small_dataset, tmp_path / "data"), tmp_path / "run"
     template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
-    told = {"chat_template": template, "bos_token": "<|im_start|>"}
-    (run / "tokenizer_config.json").write_text(json.dumps(told))
-    try:
-        export(run, tmp_path / "out", to="hf", say=Said())
-    finally:
-        (run / "tokenizer_config.json").unlink()
+    told = json.dumps({"chat_template": template, "bos_token": "<|im_start|>"})
+    (shards / "tokenizer_config.json").write_text(told)
+    pretrain(config_of(run, shards, steps=1), Said())
+    assert (run / "tokenizer_config.json").read_text() == told
+    export(run, tmp_path / "out", to="hf", say=Said())
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     messages = [{"role": "user", "content": "a"}]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "<|im_start|>a<|im_end|>"
+    (run / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer_config.json: no object in JSON"):
+        export(run, tmp_path / "other", to="hf", say=Said())
 
 
 @pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])

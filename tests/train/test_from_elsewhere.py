@@ -12,11 +12,14 @@ from tokenizers import Tokenizer
 from minimind_data.errors import UserError
 from minimind_data.tokenizer import encode_alike
 from minimind_train import checkpoint, job
+from minimind_train.completion import complete
 from minimind_train.export import export
+from minimind_train.generate import GenerateOptions
 from minimind_train.model import MiniMind
 from minimind_train.model_config import ModelConfig
 from minimind_train.pretrain import PRETRAIN, PretrainConfig, pretrain, resume
 from minimind_train.pretrained import load_weights
+from minimind_train.run_evaluation import evaluate_run
 from minimind_train.runs import RunRecord
 from minimind_train.trained import model_of
 
@@ -211,6 +214,53 @@ def test_what_surrounds_a_text_decides_no_id(small_dataset):
     assert encode_alike(tokenizer.to_str(), text)
     tokenizer.add_tokens(["<more>"])
     assert not encode_alike(tokenizer.to_str(), text)
+
+
+# Used without training
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_is_measured_and_asked_as_its_run_is(kind, make_run, tmp_path, small_dataset):
+    run, folder = make_run(**KINDS[kind]), tmp_path / "hf"
+    export(run, folder, to="hf", say=Said())
+    options = GenerateOptions(max_new_tokens=12, temperature=0.9)
+    texts = ["".join(complete(path, "北京", options, device="cpu", say=Said())) for path in (run, folder)]
+    assert texts[0] == texts[1]
+    there = evaluate_run(run, small_dataset, device="cpu", say=Said())
+    other = retokenized(tmp_path / "other")
+    for dataset in (small_dataset, other):
+        here = evaluate_run(folder, dataset, device="cpu", cut={"seq_len": 16}, say=Said())
+        assert here.loss == pytest.approx(there.loss, rel=1e-6)
+    with pytest.raises(UserError, match="is not that of"):
+        evaluate_run(run, other, device="cpu", say=Said())
+    with pytest.raises(UserError, match="leave --checkpoint out"):
+        evaluate_run(folder, small_dataset, step=3, device="cpu", say=Said())
+
+
+def test_windows_may_be_cut_otherwise_than_in_the_run(make_run, tmp_path, small_dataset):
+    run, shards = make_run(), shutil.copytree(small_dataset, tmp_path / "data")
+    pretrain(config_of(tmp_path / "packed", shards, steps=1, layout="pack", seq_len=40), Said())
+    for cut in ({"seq_len": 8}, {"layout": "pad"}, {"layout": "pack", "seq_len": 40}):
+        evaluate_run(run, shards, device="cpu", cut=cut, say=Said())
+    streams = evaluate_run(tmp_path / "packed", shards, device="cpu", cut={"layout": "concat"}, say=Said())
+    kept_apart = evaluate_run(tmp_path / "packed", shards, device="cpu", say=Said())
+    assert streams.targets > kept_apart.targets
+
+
+def test_longer_windows_than_the_model_reads_need_stretched_positions(make_run, small_dataset):
+    run = make_run(max_position_embeddings=32)
+    cut = {"seq_len": 64}
+    with pytest.raises(UserError, match="reads at most 32 tokens, .* 64; take .* --inference-rope-scaling"):
+        evaluate_run(run, small_dataset, device="cpu", cut=cut, say=Said())
+    changes = {**STRETCHED, "yarn_original_max_position_embeddings": 32}
+    assert evaluate_run(run, small_dataset, device="cpu", cut=cut, changes=changes, say=Said()).targets > 0
+
+
+def test_a_folder_that_says_nothing_of_bos_cannot_be_asked(make_run, tmp_path):
+    export(make_run(), tmp_path / "hf", to="hf", say=Said())
+    (tmp_path / "hf" / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match=r"BOS is said nowhere .* or into its tokenizer_config.json"):
+        complete(tmp_path / "hf", "a", GenerateOptions(), device="cpu", say=Said())
 
 
 # What is no weights
