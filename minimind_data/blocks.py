@@ -4,7 +4,7 @@ How a form is read is not this module's business: see `records.py` (JSON lines, 
 """
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from minimind_data.sources import Source
@@ -47,14 +47,52 @@ class BadRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """A conversation as one text."""
+
+    text: str
+    guarded: str | None
+    """The same, with the template's special tokens under other names, where somebody else wrote some; see `rendering.py`."""
+    spans: tuple[tuple[int, int], ...] | None
+    """What the assistant wrote, [start, stop) in characters; None where the template does not say."""
+    num_answers: int
+    """Turns of the assistant's."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Block:
     """Some of the records of a split, in order."""
 
     texts: list[str]
+    """Those of a document end to end: one, or two of a pair."""
     empty_texts: int
     bad: list[BadRecord]
     num_bytes: int
     """How far this block went on in the input, for progress."""
+    texts_each: int = 1
+    """Texts of a document."""
+    chats: list[Rendered] | None = None
+    """More about the texts, where they are conversations."""
+    different_prompts: int = 0
+    """Pairs whose two conversations do not begin alike."""
+
+    @property
+    def documents(self) -> list[str]:
+        """What tells documents apart: the text, or those of a pair together."""
+        if self.texts_each == 1:
+            return self.texts
+        pairs = zip(self.texts[::2], self.texts[1::2], strict=True)
+        return [f"{len(chosen)}:{chosen}{rejected}" for chosen, rejected in pairs]
+
+    def keep(self, documents: list[int]) -> "Block":
+        """Return the block with some of its documents alone, by their places in it."""
+        each = self.texts_each
+        places = [place * each + side for place in documents for side in range(each)]
+        return replace(
+            self,
+            texts=[self.texts[place] for place in places],
+            chats=None if self.chats is None else [self.chats[place] for place in places],
+        )
 
 
 class RecordReader(Protocol):

@@ -9,18 +9,18 @@ manifest takes the old one's place. The old one is taken away first only where s
 """
 
 import dataclasses
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from minimind_data.chat import chat_template_of
 from minimind_data.dedup import duplicates
 from minimind_data.engines import encoders_in_our_threads, run_tasks
 from minimind_data.errors import UserError
-from minimind_data.fields import RecordSpec
 from minimind_data.files import disk_full_is_plain, sha256_of, write_atomic
 from minimind_data.format import (
+    CONFIG_NAME,
     MANIFEST_NAME,
     TOKENIZER_NAME,
     InputEntry,
@@ -31,8 +31,11 @@ from minimind_data.format import (
 from minimind_data.manifests import Outcome, assemble, publish, restore
 from minimind_data.options import build, differences
 from minimind_data.plan import (
+    Chat,
     InputHashes,
     TokenizeOptions,
+    chat_of,
+    check_forms,
     flat_settings,
     idle_options,
     plan_tasks,
@@ -42,7 +45,7 @@ from minimind_data.plan import (
 )
 from minimind_data.previous import Previous, is_there
 from minimind_data.reuse import reusable
-from minimind_data.sources import STDIN, Source, expand, spool, tell
+from minimind_data.sources import STDIN, Source, expand
 from minimind_data.split import HashResult, Job, Report, SplitResult, SplitTask
 from minimind_data.tokenizer import (
     Choice,
@@ -53,7 +56,7 @@ from minimind_data.tokenizer import (
     load_tokenizer,
 )
 from minimind_data.told import Announce, Progress, Summary, silent
-from minimind_data.work import STDIN_NAME, CannotWriteError, WorkFolder
+from minimind_data.work import CannotWriteError, WorkFolder, spooled
 
 
 def tokenize(
@@ -80,6 +83,7 @@ def tokenize(
     tokenizer = load_tokenizer(
         options.tokenizer, SpecialTokens(bos=options.bos_token, eos=options.eos_token, pad=options.pad_token)
     )
+    chat = chat_of(options, tokenizer, chat_template_of(options.tokenizer, options.chat.chat_template))
     given = [str(one) for one in inputs]
     before, after = (
         (given[: given.index(STDIN)], given[given.index(STDIN) + 1 :]) if STDIN in given else (given, [])
@@ -91,11 +95,11 @@ def tokenize(
     work = WorkFolder(options.out)
 
     def plan() -> _Build:
-        piped = [_spooled(work, options, progress)] if STDIN in given else []
+        piped = [spooled(work, options, progress)] if STDIN in given else []
         planned = [*sources, *piped, *more]
         for note in idle_options(planned, options.records):
             announce(note)
-        return _Build(planned, options, tokenizer, work, announce=announce, progress=progress)
+        return _Build(planned, options, tokenizer, chat, work, announce=announce, progress=progress)
 
     begun = None if STDIN in given else plan()
     try:
@@ -119,50 +123,22 @@ def commit(out: Path, *, announce: Announce = lambda _: None, progress: Progress
         raise UserError(f"{out}: a finished dataset already; there are no slices to join")
     if plan is None:
         raise UserError(f"{out}: no unfinished build there; begin one with `mm-data tokenize … --task 1/N`")
-    told = plan["options"]
-    options = TokenizeOptions(
-        out=out,
-        kind=plan["kind"],
-        format=told["format"],
-        records=build(RecordSpec, told),
-        val_fraction=told["val_fraction"],
-        dedup=told["dedup"],
-        split_bytes=told["split_bytes"],
-    )
+    options = build(TokenizeOptions, {**plan["options"], "out": out, "kind": plan["kind"]})
     tokenizer_path, info = work.path / TOKENIZER_NAME, TokenizerInfo(**plan["tokenizer"])
     if not tokenizer_path.is_file() or sha256_of(tokenizer_path) != info.sha256:
         raise UserError(
             f"{tokenizer_path}: missing or changed; run one of the slices again, which restores it"
         )
     tokenizer = cached_tokenizer(tokenizer_path.read_text("utf-8"), info)
+    chat = chat_of(options, tokenizer, chat_template_of(work.path))
     sources = [Source(**source) for source in plan["inputs"]]
     if gone := [source.location for source in sources if source.is_gone()]:
         raise UserError(
             f"{gone[0]}: an input of this build, not there any more; put it back, then commit again"
         )
     with disk_full_is_plain(out), work.locked():
-        joined = _Build(sources, options, tokenizer, work, announce=announce, progress=progress)
+        joined = _Build(sources, options, tokenizer, chat, work, announce=announce, progress=progress)
         return joined.run(only_join=True)
-
-
-def _spooled(work: WorkFolder, options: TokenizeOptions, progress: Progress) -> Source:
-    """Copy standard input to the disk, beside the shards that it will become."""
-    if sys.stdin is None or sys.stdin.closed:  # so it is where a shell closed it with <&-
-        raise UserError("-: standard input is closed; pipe text into this command, or name a file")
-    if sys.stdin.isatty():
-        raise UserError("-: standard input is a terminal; pipe text into this command, or name a file")
-    if options.task is not None:
-        raise UserError(
-            "-: standard input cannot be cut into slices for several runs; save it to a file first"
-        )
-    path = work.path / STDIN_NAME
-    try:
-        with progress("reading standard input", 0) as report:
-            spool(sys.stdin.buffer, path, lambda num_bytes: report(num_bytes, 0))
-        return tell(str(path), options.format, name=STDIN)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
 
 
 class _Build:
@@ -173,19 +149,23 @@ class _Build:
         sources: Sequence[Source],
         options: TokenizeOptions,
         tokenizer: Tokenizer,
+        chat: Chat,
         work: WorkFolder,
         *,
         announce: Announce,
         progress: Progress,
     ) -> None:
+        check_forms(sources, options)
         self._sources = sources
         self._options = options
         self._tokenizer = tokenizer
+        self._chat = chat
+        self._config_json = None if chat.template is None else chat.template.config_json
         self._tasks = plan_tasks(sources, options)
         self._work = work
         self._announce = announce
         self._progress = progress
-        self._settings = settings_of(options, tokenizer)
+        self._settings = settings_of(options, tokenizer, chat)
         self._start = time.monotonic()
 
     def run(self, *, only_join: bool = False) -> Summary:
@@ -201,7 +181,7 @@ class _Build:
             self._refuse_other(previous)
             same_inputs = self._compare_inputs(previous, hashes.entries())
             if same_inputs and self._is_whole(previous):
-                restore(work, previous, self._tokenizer.json, self._announce)
+                restore(work, previous, self._tokenizer.json, self._config_json, self._announce)
                 return self._summary(previous.manifest, previous.validation, already_done=True)
         self._begin(previous)
         inputs = hashes.entries() if previous else ()
@@ -221,15 +201,21 @@ class _Build:
         self._refuse_unlike(previous, [one for name, one in made.items() if name not in changed])
         manifest = validation = None
         if options.task is None and previous is not None and same_inputs and not changed:
-            restore(work, previous, self._tokenizer.json, self._announce)
+            restore(work, previous, self._tokenizer.json, self._config_json, self._announce)
             manifest, validation = previous.manifest, previous.validation
         elif options.task is None:
             splits = [(task, made.get(task.name) or kept[task.name]) for task in self._tasks]
             outcome = assemble(
-                work, self._settings, self._tokenizer, hashes.entries(), splits, previous=previous
+                work,
+                self._settings,
+                self._tokenizer,
+                hashes.entries(),
+                splits,
+                config_json=self._config_json,
+                previous=previous,
             )
             self._say_what_is_not_there(outcome)
-            publish(work, outcome, self._tokenizer.json)
+            publish(work, outcome, self._tokenizer.json, self._config_json)
             manifest, validation = outcome.manifest, outcome.validation
         return self._summary(manifest, validation, made=made, kept=len(kept), choice=choice)
 
@@ -239,6 +225,8 @@ class _Build:
         names = {task.name for task in self._tasks} | (previous.names if previous else set())
         work.begin(self._settings, [asdict(source.absolute()) for source in self._sources], names)
         write_atomic(work.path / TOKENIZER_NAME, self._tokenizer.json)
+        if self._config_json is not None:
+            write_atomic(work.path / CONFIG_NAME, self._config_json)
         if self._options.val_fraction:
             work.val.mkdir(exist_ok=True)
         if self._options.dedup == "exact":
@@ -329,7 +317,7 @@ class _Build:
         """Run the missing splits; where the fast backend proves wrong, run all of its splits again without it."""
         made: dict[str, SplitResult] = {}
         with encoders_in_our_threads():
-            sample = sample_texts(missing, self._options)
+            sample = sample_texts(missing, self._options, self._chat.spec)
             choice = choose_backend(self._tokenizer, self._options.backend, sample)
             self._announce(f"encoding with {choice.name}: {choice.note}")
             job = self._job(choice.name)
@@ -367,6 +355,8 @@ class _Build:
             records=self._options.records,
             on_bad_record=self._options.on_bad_record,
             val_fraction=self._options.val_fraction,
+            chat=self._chat.spec,
+            marks=self._chat.marks,
         )
 
     def _summary(

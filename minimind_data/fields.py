@@ -137,7 +137,7 @@ def reason(
     """
     if not isinstance(record, Mapping):
         example = json.dumps(spec.fields[0], ensure_ascii=False)
-        return f"the record is {_kind(record)}, not an object; write it as {{{example}: …}}"
+        return f"the record is {kind_of(record)}, not an object; write it as {{{example}: …}}"
     if spec.template is not None:
         remedy = "mend the record or --template"
     for field in spec.fields:
@@ -147,7 +147,7 @@ def reason(
             found = ", ".join(str(name) for name in list(record)[:5]) or "none at all"
             return f"no field {field!r} (its fields: {found}); {remedy}"
         if not isinstance(value, str):
-            return f"field {field!r} is {_kind(value)}, not a string; {remedy}"
+            return f"field {field!r} is {kind_of(value)}, not a string; {remedy}"
     assert isinstance(text, str)
     return long_word(text, spec.max_word_chars)
 
@@ -162,7 +162,8 @@ def long_word(text: str, max_word_chars: int) -> str | None:
     return f"one word of {longest:,} characters, the longest allowed has {max_word_chars:,}; break it up, or raise --max-word-chars"
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """Say what a JSON value is, for a message."""
     if isinstance(value, str):
         return "a string"
     return _JSON_KINDS.get(type(value), f"of type {type(value).__name__}")

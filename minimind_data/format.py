@@ -1,7 +1,8 @@
 r"""The on-disk contract: what a dataset folder holds, byte by byte. This docstring is the specification.
 
 A *dataset* is a folder with shards, a copy of `tokenizer.json`, and one `manifest.json`, which is written last: a folder
-without a manifest is no dataset. All numbers are little-endian.
+without a manifest is no dataset. All numbers are little-endian. Where the tokenizer has a chat template, it stands in
+`tokenizer_config.json` beside it, with the special tokens that it names.
 
 A *shard* `NAME` is two files in the layout of Megatron-Core's `IndexedDataset`:
 
@@ -15,7 +16,11 @@ A *shard* `NAME` is two files in the layout of Megatron-Core's `IndexedDataset`:
                 S x i64   byte offset of each sequence in NAME.bin
                 (D+1) x i64   the sequence index at which each document starts; begins with 0, ends with S
 
-A pre-training document is one sequence: BOS + the tokens of its text + EOS.
+    NAME.mask   conversations only: a byte for each token of NAME.bin, 1 where it is learned, else 0
+
+A pre-training document (`pretrain`) is one sequence: BOS + the tokens of its text + EOS. A conversation (`sft`) is one
+sequence: the tokens of the text that the chat template makes of it, and nothing around them. A pair (`dpo`) is two such
+sequences: the chosen conversation, then the rejected one.
 
 `manifest.json` (see `Manifest`) names the tokenizer, the options that shaped the tokens, the inputs, and every shard in
 order with its checksums and the bytes of input that it came from. Its *fingerprint* is a hash of what determines the
@@ -39,6 +44,7 @@ from minimind_data.files import checksum_of_json
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
+CONFIG_NAME = "tokenizer_config.json"
 SET_ASIDE_NAME = "set-aside.jsonl"
 VALIDATION_NAME = "val"
 """The folder, inside a dataset's, of the dataset that holds its validation part."""
@@ -53,6 +59,9 @@ DTYPE_CODES: dict[TokenDtype, int] = {"uint16": 8, "int32": 4}
 DTYPES_BY_CODE: dict[int, TokenDtype] = {code: name for name, code in DTYPE_CODES.items()}
 TokenArray = NDArray[Any]
 """Tokens as they are on disk: uint16 or int32."""
+MaskArray = NDArray[np.uint8]
+"""1 where a token is learned, else 0."""
+Kind = Literal["pretrain", "sft", "dpo"]
 
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
 INDEX_HEADER_BYTES = _INDEX_HEADER.size
@@ -60,6 +69,8 @@ INDEX_HEADER_BYTES = _INDEX_HEADER.size
 
 _CUT_OPTIONS = {"split_bytes", "shard_bytes"}
 """Options that decide where one shard ends and the next begins, and nothing else."""
+_LEFT_OUT_WHEN_EMPTY = {"tokenizer_config_sha256", "mask_sha256", "different_prompts", "unlearned"}
+"""What a manifest says only where there is something to say."""
 
 
 class FormatError(UserError):
@@ -112,6 +123,10 @@ class IndexHeader:
                 f"known are version {INDEX_VERSION} and dtype codes {sorted(DTYPES_BY_CODE)}; {REMAKE}"
             )
         return cls(dtype=DTYPES_BY_CODE[code], num_sequences=num_sequences, num_documents=num_starts - 1)
+
+
+def _without_empty(told: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in told.items() if value or name not in _LEFT_OUT_WHEN_EMPTY}
 
 
 REMAKE = "delete the shard's .bin and .idx and run the same `mm-data tokenize` again: it makes only what is missing"
@@ -199,13 +214,19 @@ class ShardEntry:
     """Documents left out because an earlier one has the same text."""
     duplicates_sha256: str = ""
     """Of their numbers."""
+    mask_sha256: str = ""
+    """Of the .mask file, where there is one."""
+    different_prompts: int = 0
+    """Pairs of the split whose two conversations do not begin alike."""
+    unlearned: int = 0
+    """Conversations of the split in which an answer is not learned, because its tokens run into those around it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What `manifest.json` says."""
 
-    kind: Literal["pretrain", "sft", "dpo"]
+    kind: Kind
     dtype: TokenDtype
     tokenizer: TokenizerInfo
     options: dict[str, Any]
@@ -220,6 +241,8 @@ class Manifest:
     """Documents left out because an earlier one has the same text."""
     set_aside_sha256: str | None = None
     """Of the file that holds them; None where there are none."""
+    tokenizer_config_sha256: str | None = None
+    """Of tokenizer_config.json; None where the tokenizer has no chat template."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -236,6 +259,16 @@ class Manifest:
         return checksum_of_json(told)
 
     @property
+    def has_masks(self) -> bool:
+        """Whether the shards have a mask."""
+        return self.kind != "pretrain"
+
+    @property
+    def sequences_per_document(self) -> int:
+        """2 for pairs, else 1."""
+        return 2 if self.kind == "dpo" else 1
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all shards."""
         return sum(shard.tokens for shard in self.shards)
@@ -247,7 +280,12 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the text of `manifest.json`."""
-        told = {"format_version": self.format_version, "fingerprint": self.fingerprint, **asdict(self)}
+        told = {
+            "format_version": self.format_version,
+            "fingerprint": self.fingerprint,
+            **_without_empty(asdict(self)),
+        }
+        told["shards"] = [_without_empty(shard) for shard in told["shards"]]
         return json.dumps({**told, "checksum": checksum_of_json(told)}, ensure_ascii=False, indent=1) + "\n"
 
     @classmethod

@@ -1,102 +1,23 @@
 """The layouts: how each cuts a dataset into windows. `windows.py` says what they are, and opens them."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minimind_data.errors import UserError
-from minimind_data.format import TokenArray
+from minimind_data.format import MaskArray, TokenArray
 from minimind_data.pack_plan import PackPlan
 from minimind_data.segments import Segments, spread
 from minimind_data.shards import ShardSet
+from minimind_data.window_base import WindowsBase, mark_steps
 
-Layout = Literal["concat", "pad", "pack"]
-IGNORED = -100
-"""The target of a position at which nothing is learned; PyTorch's default `ignore_index`."""
 _COPIED_TOKENS = (64, 8, 1)
 """A segment is copied in blocks of the greatest of these that it is not shorter than."""
 
 
-class _WindowsBase:
-    """What all layouts share: they cut `width` tokens and make a sample of them."""
-
-    layout: Layout
-
-    def __init__(self, shards: ShardSet, seq_len: int, labels: bool, documents_apart: bool) -> None:
-        self.shards = shards
-        self.seq_len = seq_len
-        self.labels = labels
-        self.documents_apart = documents_apart
-        self.width = seq_len if labels else seq_len + 1
-        info = shards.manifest.tokenizer
-        # A PAD that stands inside a text is ignored too, as MiniMind does; unless PAD is EOS or BOS by another name, which
-        # must be learned.
-        self._ignored_id = info.pad_id if info.pad_id not in (info.bos_id, info.eos_id) else None
-
-    def segments(self, windows: NDArray[np.int64]) -> Segments:
-        """Return the documents of a batch; see `Windows.segments`."""
-        raise NotImplementedError
-
-    @property
-    def shard_sets(self) -> tuple[ShardSet, ...]:
-        """The dataset, as one of one."""
-        return (self.shards,)
-
-    def will_need(self, windows: NDArray[np.int64]) -> None:
-        """Tell the system that windows are read soon; see `Windows.will_need`."""
-        segments = self.segments(windows)
-        there = segments.lengths > 0
-        starts = segments.starts[there]
-        self.shards.will_need(starts, starts + segments.lengths[there])
-
-    def document_ids(self, window: int) -> NDArray[np.int64]:
-        """Return the document of each input position; see `Windows.document_ids`."""
-        found: NDArray[np.int64] = self.segments(np.array([window])).document_ids(self.seq_len)[0]
-        return found
-
-    def locate(self, window: int) -> tuple[str, int]:
-        """Return where a window begins; see `Windows.locate`."""
-        return self.shards.name_and_offset(int(self.segments(np.array([window])).starts[0]))
-
-    def _sample(
-        self, tokens: TokenArray, ignored: NDArray[np.bool_] | None, segments: Segments | None
-    ) -> dict[str, NDArray[np.int64]]:
-        """Make a batch of [B, width] tokens; `ignored` [B, width] marks those that are no target."""
-        first = 0 if self.labels else 1
-        input_ids = tokens[:, : self.seq_len].astype(np.int64)
-        learned = tokens[:, first:].astype(np.int64)
-        if ignored is not None:
-            learned[ignored[:, first:]] = IGNORED
-        sample = {"input_ids": input_ids, "labels" if self.labels else "targets": learned}
-        if self.documents_apart and segments is not None:
-            sample["position_ids"] = segments.position_ids(self.seq_len)
-        return sample
-
-    def _padding(self, rows: TokenArray, lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Mark what is no target in [B, width] tokens of which the first `lengths` [B] of each row are text."""
-        if self._ignored_id is not None:
-            ignored: NDArray[np.bool_] = rows == self._ignored_id
-            return ignored
-        return np.arange(self.width) >= lengths[:, None]
-
-    def _spans(self, documents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return (global number of the first token, length in tokens) of documents, both int64 [B]."""
-        owners = np.searchsorted(self.shards.document_starts, documents, side="right") - 1
-        return self.shards.sequence_spans(owners, documents - self.shards.document_starts[owners])
-
-    def _check(self, windows: NDArray[np.int64], count: int) -> None:
-        if len(windows) and (windows.min() < 0 or windows.max() >= count):
-            raise IndexError(f"windows {windows.min()}…{windows.max()} asked for, there are {count}")
-
-
-def _mark_steps(ignored: NDArray[np.bool_], segments: Segments) -> None:
-    """Mark the first token of every segment that follows another."""
-    inside = segments.columns > 0
-    ignored[segments.rows[inside], segments.columns[inside]] = True
-
-
-class ConcatWindows(_WindowsBase):
+class ConcatWindows(WindowsBase):
     """The token stream cut every L tokens; texts run on from window to window."""
 
     layout = "concat"
@@ -125,12 +46,17 @@ class ConcatWindows(_WindowsBase):
     def fetch(self, windows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
         """Return a batch; see `Windows.fetch`."""
         rows = self.rows(windows)
+        ignored = self._mask(windows) == 0 if self._masked else None
         if not self.documents_apart:
-            return self._sample(rows, None, None)
+            return self._sample(rows, ignored, None)
         segments = self.segments(windows)
-        ignored = np.zeros(rows.shape, np.bool_)
-        _mark_steps(ignored, segments)
+        if ignored is None:
+            ignored = np.zeros(rows.shape, np.bool_)
+        mark_steps(ignored, segments)
         return self._sample(rows, ignored, segments)
+
+    def _mask(self, windows: NDArray[np.int64]) -> MaskArray:
+        return self.shards.mask_rows(windows * self.seq_len, self.width)
 
     def segments(self, windows: NDArray[np.int64]) -> Segments:
         """Return the documents of a batch; see `Windows.segments`. Those that begin or end outside are cut off there."""
@@ -173,7 +99,7 @@ class ConcatWindows(_WindowsBase):
         return window
 
 
-class PadWindows(_WindowsBase):
+class PadWindows(WindowsBase):
     """One document a window, cut or padded to length."""
 
     layout = "pad"
@@ -210,22 +136,50 @@ class PadWindows(_WindowsBase):
         """Return a batch; see `Windows.fetch`."""
         self._check(windows, len(self))
         starts, lengths = self._spans(windows)
-        # Read a full row for each document and paint over what lies behind its end; the last documents of the dataset have
-        # nothing behind them, so their rows begin earlier and are moved.
-        shift = np.maximum(starts + self.width - self.shards.num_tokens, 0)
-        info = self.shards.manifest.tokenizer
-        if self.width > self.shards.num_tokens:
-            rows = np.full((len(windows), self.width), info.pad_id, self.shards.dtype)
-            for row, start, length in zip(rows, starts, np.minimum(lengths, self.width), strict=True):
-                row[:length] = self.shards.slice(int(start), int(start + length))
-        else:
-            rows = self.shards.rows(starts - shift, self.width)
-            for place in np.flatnonzero(shift):
-                rows[place] = np.roll(rows[place], -shift[place])
-        rows[lengths > self.width, -1] = info.eos_id
-        rows[np.arange(self.width) >= lengths[:, None]] = info.pad_id
         segments = self._segments(windows, starts, lengths) if self.documents_apart else None
-        return self._sample(rows, self._padding(rows, lengths), segments)
+        return self._sample(*self._padded(starts, lengths), segments)
+
+    def _padded(
+        self, starts: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> tuple[TokenArray, NDArray[np.bool_]]:
+        """Return (tokens, whether they are no target), both [B, width], of sequences of these tokens."""
+        info = self.shards.manifest.tokenizer
+        rows = np.empty((len(starts), self.width), self.shards.dtype)
+        self._cut(self.shards.rows, self.shards.slice, starts, lengths, rows)
+        rows[np.arange(self.width) >= lengths[:, None]] = info.pad_id
+        if self._masked:
+            return rows, self._cut_mask(starts, lengths) == 0
+        rows[lengths > self.width, -1] = info.eos_id
+        return rows, self._padding(rows, lengths)
+
+    def _cut_mask(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> MaskArray:
+        mask = np.empty((len(starts), self.width), np.uint8)
+        self._cut(self.shards.mask_rows, self.shards.mask_slice, starts, lengths, mask)
+        mask[np.arange(self.width) >= lengths[:, None]] = 0
+        return mask
+
+    def _cut(
+        self,
+        rows_of: Callable[[NDArray[np.int64], int], NDArray[Any]],
+        slice_of: Callable[[int, int], NDArray[Any]],
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        rows: NDArray[Any],
+    ) -> None:
+        """Fill `rows` [B, width] with the first elements of sequences; what is behind their ends is anything."""
+        if self.width > self.shards.num_tokens:
+            for row, start, length in zip(rows, starts, np.minimum(lengths, self.width), strict=True):
+                row[:length] = slice_of(int(start), int(start + length))
+            return
+        # A full row for each; the last sequences of the dataset have nothing behind them, so their rows begin earlier and are
+        # moved.
+        shift = np.maximum(starts + self.width - self.shards.num_tokens, 0)
+        rows[:] = rows_of(starts - shift, self.width)
+        for place in np.flatnonzero(shift):
+            rows[place] = np.roll(rows[place], -shift[place])
+
+    def _mask(self, windows: NDArray[np.int64]) -> MaskArray:
+        return self._cut_mask(*self._spans(windows))
 
     def segments(self, windows: NDArray[np.int64]) -> Segments:
         """Return the documents of a batch; see `Windows.segments`."""
@@ -257,7 +211,7 @@ class PadWindows(_WindowsBase):
         return int(self.shards.document_starts[index]) + self.shards.shard(index).sequence_of(offset)
 
 
-class PackWindows(_WindowsBase):
+class PackWindows(WindowsBase):
     """Whole documents that together fill a window."""
 
     layout = "pack"
@@ -289,11 +243,22 @@ class PackWindows(_WindowsBase):
         segments, cut = self._segments(windows)
         info = self.shards.manifest.tokenizer
         rows = np.full(segments.shape, info.pad_id, self.shards.dtype)
-        _copy(self.shards, segments, rows)
-        rows[segments.rows[cut], -1] = info.eos_id
-        ignored = self._padding(rows, segments.filled)
-        _mark_steps(ignored, segments)
+        _copy(self.shards.rows, segments, rows)
+        if self._masked:
+            ignored = self._copied_mask(segments) == 0
+        else:
+            rows[segments.rows[cut], -1] = info.eos_id
+            ignored = self._padding(rows, segments.filled)
+        mark_steps(ignored, segments)
         return self._sample(rows, ignored, segments)
+
+    def _copied_mask(self, segments: Segments) -> MaskArray:
+        mask = np.zeros(segments.shape, np.uint8)
+        _copy(self.shards.mask_rows, segments, mask)
+        return mask
+
+    def _mask(self, windows: NDArray[np.int64]) -> MaskArray:
+        return self._copied_mask(self.segments(windows))
 
     def segments(self, windows: NDArray[np.int64]) -> Segments:
         """Return the documents of a batch; see `Windows.segments`."""
@@ -349,8 +314,10 @@ class PackWindows(_WindowsBase):
         return segments, np.flatnonzero(cut)
 
 
-def _copy(shards: ShardSet, segments: Segments, rows: TokenArray) -> None:
-    """Copy the tokens of segments into their places in `rows` [B, width].
+def _copy(
+    read: Callable[[NDArray[np.int64], int], NDArray[Any]], segments: Segments, rows: NDArray[Any]
+) -> None:
+    """Copy the tokens of segments, or their mask, into their places in `rows` [B, width].
 
     A segment is copied in blocks, the last of which ends with it and overlaps the one before: so a batch takes one gather for
     each size of block, and no block reaches beyond its segment.
@@ -369,4 +336,4 @@ def _copy(shards: ShardSet, segments: Segments, rows: TokenArray) -> None:
         blocks = np.ndarray(
             (rows.size - block + 1, block), rows.dtype, buffer=rows, strides=(rows.itemsize, rows.itemsize)
         )
-        blocks[places[wholes] + shifts] = shards.rows(segments.starts[wholes] + shifts, block)
+        blocks[places[wholes] + shifts] = read(segments.starts[wholes] + shifts, block)

@@ -10,6 +10,7 @@ from typing import Any
 from minimind_data.errors import UserError
 from minimind_data.files import sha256_of, sha256_of_bytes, write_atomic
 from minimind_data.format import (
+    CONFIG_NAME,
     MANIFEST_NAME,
     REMAKE_ALL,
     SET_ASIDE_NAME,
@@ -40,6 +41,7 @@ def assemble(
     inputs: tuple[InputEntry, ...],
     splits: Sequence[tuple[SplitTask, SplitResult]],
     *,
+    config_json: str | None,
     previous: Previous | None,
 ) -> Outcome:
     """Put the results of all splits together, in order.
@@ -63,6 +65,7 @@ def assemble(
         set_aside=sum(result.set_aside for result in results),
         duplicates=sum(result.duplicates for result in results),
         set_aside_sha256=sha256_of_bytes(set_aside) if set_aside else None,
+        tokenizer_config_sha256=None if config_json is None else sha256_of_bytes(config_json.encode()),
     )
     validation = replace(
         manifest,
@@ -76,29 +79,41 @@ def assemble(
     return Outcome(manifest=manifest, validation=validation if val_shards else None, set_aside=set_aside)
 
 
-def publish(work: WorkFolder, outcome: Outcome, tokenizer_json: str) -> None:
+def publish(work: WorkFolder, outcome: Outcome, tokenizer_json: str, config_json: str | None) -> None:
     """Make a dataset of the shards in a folder, and remove what only its building needed."""
     work.retire()
-    write_atomic(work.out / TOKENIZER_NAME, tokenizer_json)
+    for folder in (work.out, work.val) if outcome.validation is not None else (work.out,):
+        write_atomic(folder / TOKENIZER_NAME, tokenizer_json)
+        if config_json is not None:
+            write_atomic(folder / CONFIG_NAME, config_json)
     if outcome.set_aside:
         write_atomic(work.out / SET_ASIDE_NAME, outcome.set_aside)
     else:
         (work.out / SET_ASIDE_NAME).unlink(missing_ok=True)
     if outcome.validation is not None:
-        write_atomic(work.val / TOKENIZER_NAME, tokenizer_json)
         write_atomic(work.val / MANIFEST_NAME, outcome.validation.to_json())
     write_atomic(work.out / MANIFEST_NAME, outcome.manifest.to_json())
     _tidy(work, outcome.manifest, outcome.validation)
 
 
 def restore(
-    work: WorkFolder, previous: Previous, tokenizer_json: str, announce: Callable[[str], None]
+    work: WorkFolder,
+    previous: Previous,
+    tokenizer_json: str,
+    config_json: str | None,
+    announce: Callable[[str], None],
 ) -> None:
     """Leave a finished dataset as its manifest says it is, all its shards being there."""
     for folder, manifest in ((work.out, previous.manifest), (work.val, previous.validation)):
         if manifest is None:
             continue
-        for name, wanted in ((TOKENIZER_NAME, tokenizer_json), (MANIFEST_NAME, manifest.to_json())):
+        files = [(TOKENIZER_NAME, tokenizer_json), (MANIFEST_NAME, manifest.to_json())]
+        if (
+            config_json is not None
+            and sha256_of_bytes(config_json.encode()) == manifest.tokenizer_config_sha256
+        ):
+            files.insert(0, (CONFIG_NAME, config_json))
+        for name, wanted in files:
             path = folder / name
             if not path.is_file() or path.read_bytes() != wanted.encode():
                 write_atomic(path, wanted)

@@ -10,16 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-from minimind_data.checked import carry_set_aside, check_kind
+from minimind_data.checked import carry_set_aside
 from minimind_data.errors import UserError
 from minimind_data.format import (
     REMAKE,
-    TOKENIZER_NAME,
     FormatError,
     IndexHeader,
     Manifest,
     ShardEntry,
-    TokenDtype,
 )
 from minimind_data.options import differences
 from minimind_data.shards import ShardSet
@@ -56,22 +54,21 @@ def merge(
         raise UserError("merging takes two datasets or more; name them one after the other")
     datasets = [ShardSet.open(folder) for folder in folders]
     for dataset in datasets:
-        check_kind(dataset, "merged")
         _refuse_different(datasets[0], dataset)
         for entry in dataset.manifest.shards:
-            _check_sizes(dataset.folder, entry, dataset.manifest.dtype)
+            _check_sizes(dataset.folder, entry, dataset.manifest)
     manifest = _merged([dataset.manifest for dataset in datasets])
     with new_folder(options.out) as folder:
         report = progress(sum(entry.bytes for entry in manifest.shards))
         old = ((dataset.folder, entry) for dataset in datasets for entry in dataset.manifest.shards)
         for (source, entry), new in zip(old, manifest.shards, strict=True):
-            for suffix in (".bin", ".idx"):
+            for suffix in (".bin", ".mask", ".idx") if manifest.has_masks else (".bin", ".idx"):
                 place_file(
                     source / f"{entry.name}{suffix}", folder / f"{new.name}{suffix}", copy=options.copy
                 )
             report(entry.bytes, entry.tokens)
         manifest = dataclasses.replace(manifest, set_aside_sha256=carry_set_aside(datasets, folder))
-        write_metadata(folder, manifest, (datasets[0].folder / TOKENIZER_NAME).read_bytes())
+        write_metadata(folder, manifest, datasets[0].folder)
     return manifest
 
 
@@ -81,6 +78,7 @@ def _refuse_different(first: ShardSet, other: ShardSet) -> None:
             "kind": dataset.manifest.kind,
             "dtype": dataset.manifest.dtype,
             **{f"tokenizer {name}": value for name, value in asdict(dataset.manifest.tokenizer).items()},
+            "chat template": dataset.manifest.tokenizer_config_sha256 if dataset.manifest.has_masks else None,
         }
         for dataset in (first, other)
     )
@@ -91,9 +89,10 @@ def _refuse_different(first: ShardSet, other: ShardSet) -> None:
         )
 
 
-def _check_sizes(folder: Path, entry: ShardEntry, dtype: TokenDtype) -> None:
-    header = IndexHeader(dtype=dtype, num_sequences=entry.sequences, num_documents=entry.documents)
-    for suffix, wanted in ((".bin", entry.bytes), (".idx", header.file_bytes)):
+def _check_sizes(folder: Path, entry: ShardEntry, manifest: Manifest) -> None:
+    header = IndexHeader(dtype=manifest.dtype, num_sequences=entry.sequences, num_documents=entry.documents)
+    sizes = [(".bin", entry.bytes), (".idx", header.file_bytes)]
+    for suffix, wanted in [*sizes, (".mask", entry.tokens)] if manifest.has_masks else sizes:
         path = folder / f"{entry.name}{suffix}"
         found = path.stat().st_size if path.is_file() else None
         if found != wanted:
@@ -122,4 +121,5 @@ def _merged(manifests: Sequence[Manifest]) -> Manifest:
         empty_texts=sum(manifest.empty_texts for manifest in manifests),
         set_aside=sum(manifest.set_aside for manifest in manifests),
         duplicates=sum(manifest.duplicates for manifest in manifests),
+        tokenizer_config_sha256=manifests[0].tokenizer_config_sha256,
     )

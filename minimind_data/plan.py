@@ -10,15 +10,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from minimind_data.chat import ChatTemplate
 from minimind_data.errors import UserError
 from minimind_data.fields import RecordSpec
-from minimind_data.files import sha256_of_stream
-from minimind_data.format import InputEntry
+from minimind_data.files import sha256_of_bytes, sha256_of_stream
+from minimind_data.format import CONFIG_NAME, InputEntry, Kind
 from minimind_data.options import parse_size
 from minimind_data.records import open_reader, plan_splits
+from minimind_data.rendering import ChatOptions, ChatSpec
 from minimind_data.sources import Format, Source
 from minimind_data.split import SplitTask
 from minimind_data.tokenizer import Backend, Tokenizer
+from minimind_data.turns import TurnMarks, control_tokens, find_marks
 
 _MIN_SPLIT_BYTES = 1024
 _SAMPLE_PLACES = 4
@@ -63,9 +66,13 @@ class TokenizeOptions:
     tokenizer: Annotated[
         Path | None, "A tokenizer.json or its folder; by default the one that ships with this program."
     ] = None
-    kind: Annotated[Literal["pretrain"], "What the records are for."] = "pretrain"
+    kind: Annotated[
+        Kind,
+        "What the records are: texts (pretrain), conversations (sft), or pairs of them, chosen and rejected (dpo).",
+    ] = "pretrain"
     format: Annotated[Format, "Form of the inputs; auto tells it by content and name."] = "auto"
     records: RecordSpec = field(default_factory=RecordSpec)
+    chat: ChatOptions = field(default_factory=ChatOptions)
     val_fraction: Annotated[
         float, "Share of the documents, chosen by a hash of their text, that goes to DIR/val.", parse_fraction
     ] = 0.0
@@ -100,6 +107,23 @@ class TokenizeOptions:
         parse_fraction(self.val_fraction)
         if self.records.separator is not None and self.format in ("jsonl", "parquet"):
             raise ValueError(f"separator is for text, it does nothing with format {self.format}")
+        self._check_kind()
+
+    def _check_kind(self) -> None:
+        if self.kind == "pretrain":
+            if self.chat.shaping != ChatOptions().shaping:
+                raise ValueError(
+                    "allow_special_in_content, empty_think_ratio and chat_date are for conversations; they do nothing with "
+                    "kind pretrain"
+                )
+            return
+        plain = RecordSpec(max_word_chars=self.records.max_word_chars)
+        if self.records != plain:
+            raise ValueError(
+                f"field, template and separator are for texts; kind {self.kind} has fields of its own"
+            )
+        if self.format not in ("auto", "jsonl"):
+            raise ValueError(f"kind {self.kind} reads JSON lines, not {self.format}")
 
 
 class InputHashes:
@@ -182,8 +206,61 @@ def slice_of(tasks: list[SplitTask], part: tuple[int, int] | None) -> list[Split
     return tasks if part is None else tasks[part[0] - 1 :: part[1]]
 
 
-def settings_of(options: TokenizeOptions, tokenizer: Tokenizer) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """What a build needs to know of conversations."""
+
+    template: ChatTemplate | None
+    """The tokenizer's, which travels with every dataset."""
+    spec: ChatSpec | None = None
+    marks: TurnMarks | None = None
+
+
+def chat_of(options: TokenizeOptions, tokenizer: Tokenizer, template: ChatTemplate | None) -> Chat:
+    """Return how conversations are rendered, and where what is learned of them stands.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or one that does not tell.
+    """
+    kind = options.kind
+    if kind == "pretrain":
+        return Chat(template=template)
+    if template is None:
+        raise UserError(
+            f"{options.tokenizer}: no chat template, neither in chat_template.jinja nor in {CONFIG_NAME}; name a file with one "
+            "by --chat-template"
+        )
+    if template.is_dated and options.chat.chat_date is None:
+        raise UserError(
+            "the chat template writes today's date, and a dataset must not depend on the day; pass --chat-date YYYY-MM-DD"
+        )
+    spec = ChatSpec(
+        kind=kind,
+        template=template,
+        control_tokens=() if options.chat.allow_special_in_content else control_tokens(tokenizer),
+        empty_think_ratio=options.chat.empty_think_ratio,
+        today=options.chat.chat_date,
+    )
+    return Chat(template=template, spec=spec, marks=find_marks(tokenizer, template))
+
+
+def check_forms(sources: Sequence[Source], options: TokenizeOptions) -> None:
+    """Check that conversations come as JSON lines.
+
+    Raises:
+        UserError: a source is something else.
+    """
+    for source in sources:
+        if options.kind != "pretrain" and source.form != "jsonl":
+            raise UserError(f"{source.name}: is {source.form}, where --kind {options.kind} reads JSON lines")
+
+
+def settings_of(options: TokenizeOptions, tokenizer: Tokenizer, chat: Chat) -> dict[str, Any]:
     """Return what decides the bytes of the dataset besides its inputs."""
+    shaping: dict[str, Any] = {}
+    if chat.spec is not None:
+        told = chat.spec.template.config_json.encode()
+        shaping = {"chat_template_sha256": sha256_of_bytes(told), **options.chat.shaping}
     return {
         "kind": options.kind,
         "tokenizer": asdict(tokenizer.info),
@@ -193,6 +270,7 @@ def settings_of(options: TokenizeOptions, tokenizer: Tokenizer) -> dict[str, Any
             "split_bytes": options.split_bytes,
             "val_fraction": options.val_fraction,
             "dedup": options.dedup,
+            **shaping,
         },
     }
 
@@ -202,7 +280,7 @@ def flat_settings(kind: str, tokenizer: dict[str, Any], options: dict[str, Any])
     return {"kind": kind, **{f"tokenizer {name}": value for name, value in tokenizer.items()}, **options}
 
 
-def sample_texts(tasks: list[SplitTask], options: TokenizeOptions) -> list[str]:
+def sample_texts(tasks: list[SplitTask], options: TokenizeOptions, chat: ChatSpec | None) -> list[str]:
     """Return some short texts from a few places of the input; bad records are not this function's business."""
     texts: list[str] = []
     step = max(1, len(tasks) // _SAMPLE_PLACES)
@@ -211,7 +289,7 @@ def sample_texts(tasks: list[SplitTask], options: TokenizeOptions) -> list[str]:
         if split.source.form == "jsonl" and split.source.compression is None:
             split = replace(split, stop=min(split.stop, split.start + _SAMPLE_MAX_CHARS))
         found: list[str] = []
-        for block in open_reader(split, options.records).blocks():
+        for block in open_reader(split, options.records, chat).blocks():
             found += block.texts
             if len(found) >= _SAMPLE_TEXTS_PER_PLACE:
                 break

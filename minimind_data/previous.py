@@ -14,7 +14,7 @@ from minimind_data.writer import WrittenShard
 _WRITTEN = tuple(one.name for one in fields(WrittenShard))
 _SAME_NAMES = (
     "name", "input", "input_start", "input_stop", "input_sha256", "inputs", "lines", "empty_texts", "set_aside", "duplicates",
-    "duplicates_sha256",
+    "duplicates_sha256", "different_prompts", "unlearned",
 )  # fmt: skip
 
 
@@ -124,7 +124,9 @@ def is_there(folder: Path, name: str, shard: WrittenShard | ShardEntry | None) -
     if shard is None:
         return True
     header = IndexHeader(dtype="uint16", num_sequences=shard.sequences, num_documents=shard.documents)
-    sizes = {".bin": shard.bytes, ".idx": header.file_bytes}
+    sizes = {".bin": shard.bytes, ".idx": header.file_bytes} | (
+        {".mask": shard.tokens} if shard.mask_sha256 else {}
+    )
     try:
         return all((folder / f"{name}{suffix}").stat().st_size == size for suffix, size in sizes.items())
     except FileNotFoundError:

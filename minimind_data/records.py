@@ -14,10 +14,18 @@ from typing import Any
 
 import orjson
 
-from minimind_data.blocks import BadRecord, Block, RecordReader, Split
+from minimind_data.blocks import BadRecord, Block, RecordReader, Rendered, Split
+from minimind_data.chat import RenderError
+from minimind_data.conversations import (
+    BadConversationError,
+    Conversation,
+    conversations_of,
+    has_different_prompts,
+)
 from minimind_data.fields import RecordSpec, long_word, reason, text_getter
 from minimind_data.files import sha256_of_bytes, sha256_of_stream
 from minimind_data.lines import LINE_FEED, Delimiter, LineReader, border, delimiter
+from minimind_data.rendering import ChatSpec, renderer_of
 from minimind_data.sources import Source
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -71,8 +79,10 @@ def _splits_of(source: Source, split_bytes: int, spec: RecordSpec) -> list[Split
     ]
 
 
-def open_reader(split: Split, spec: RecordSpec) -> RecordReader:
-    """Return the reader of a split."""
+def open_reader(split: Split, spec: RecordSpec, chat: ChatSpec | None = None) -> RecordReader:
+    """Return the reader of a split; with `chat`, its records are conversations."""
+    if chat is not None:
+        return ChatRecords(split, spec, chat)
     if split.source.form == "parquet":
         from minimind_data.rows import ParquetRecords  # noqa: PLC0415 - takes a tenth of a second
 
@@ -189,16 +199,81 @@ class JsonRecords(_Bytes):
             yield Block(texts=texts, empty_texts=empty_texts, bad=bad, num_bytes=num_bytes)
 
 
-def _why_no_document(line: bytes, spec: RecordSpec) -> str | None:
-    """Say why a line makes no document, or None where it does."""
+class ChatRecords(_Bytes):
+    """JSON lines that hold conversations, or pairs of them."""
+
+    def __init__(self, split: Split, spec: RecordSpec, chat: ChatSpec) -> None:
+        super().__init__(split, spec)
+        self._kind = chat.kind
+        self._renderer = renderer_of(chat)
+
+    def blocks(self) -> Generator[Block, None, None]:
+        """Yield the conversations as texts; see `RecordReader`."""
+        for first, lines, num_bytes in self._pieces():
+            chats: list[Rendered] = []
+            bad: list[BadRecord] = []
+            different_prompts = 0
+            for number, line in enumerate(lines, first):
+                if not line.strip():
+                    continue
+                try:
+                    conversations = self._conversations(line)
+                    chats += [self._render(conversation) for conversation in conversations]
+                except (BadConversationError, RenderError) as error:
+                    bad.append(BadRecord(line=number, reason=str(error), data=line.rstrip(b"\r")))
+                else:
+                    different_prompts += self._kind == "dpo" and has_different_prompts(*conversations)
+            yield Block(
+                texts=[chat.text for chat in chats],
+                empty_texts=0,
+                bad=bad,
+                num_bytes=num_bytes,
+                texts_each=2 if self._kind == "dpo" else 1,
+                chats=chats,
+                different_prompts=different_prompts,
+            )
+
+    def _conversations(self, line: bytes) -> tuple[Conversation, ...]:
+        try:
+            return conversations_of(orjson.loads(line), self._kind)
+        except ValueError:
+            raise BadConversationError(_why_no_json(line)) from None
+        except RecursionError:
+            raise BadConversationError("its tools are nested too deep; write them flatter") from None
+
+    def _render(self, conversation: Conversation) -> Rendered:
+        try:
+            rendered = self._renderer.render(conversation)
+            rendered.text.encode()
+        except RecursionError:
+            raise BadConversationError("its tools are nested too deep; write them flatter") from None
+        except UnicodeEncodeError:  # from JSON in a string
+            raise BadConversationError(
+                "a lone surrogate escape in its tools, which is no character; remove it"
+            ) from None
+        if why := long_word(rendered.text, self._spec.max_word_chars):
+            raise BadConversationError(why)
+        return rendered
+
+
+def _why_no_json(line: bytes) -> str | None:
+    """Say why a line is no JSON, or None where it is."""
     if (why := _no_utf8(line, "line")) is not None:
         return why
     try:
-        record: Any = orjson.loads(line.rstrip())  # so that its columns are this line's
+        orjson.loads(line.rstrip())  # so that its columns are this line's
     except orjson.JSONDecodeError as error:
         if "surrogate" in str(error):
             return f"a lone surrogate escape (column {error.colno}), which is no character; remove it"
         return f"not JSON ({error.msg.rstrip('.')}, column {error.colno}); mend or remove the line"
+    return None
+
+
+def _why_no_document(line: bytes, spec: RecordSpec) -> str | None:
+    """Say why a line makes no document, or None where it does."""
+    if (why := _why_no_json(line)) is not None:
+        return why
+    record: Any = orjson.loads(line)
     try:
         text = text_getter(spec)(record)
     except (LookupError, TypeError):

@@ -1,4 +1,4 @@
-"""Shard and ShardSet: open a dataset, check it, and read token rows out of its memory maps.
+"""ShardSet: open a dataset, check it, and read token rows out of its memory maps.
 
 Opening a dataset reads the manifest and hashes the tokenizer, nothing else; a shard is mapped, and held against the
 manifest, when its first token is wanted. `verify.py` is what reads every byte.
@@ -6,12 +6,8 @@ manifest, when its first token is wanted. `verify.py` is what reads every byte.
 All shards together are one stream of tokens and one list of documents; both are addressed by global numbers (int64).
 """
 
-import contextlib
-import mmap
-import os
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,100 +22,18 @@ from minimind_data.format import (
     RESTORE,
     TOKENIZER_NAME,
     FormatError,
-    IndexHeader,
     Manifest,
-    ShardEntry,
+    MaskArray,
     TokenArray,
-    TokenDtype,
     numpy_dtype,
 )
 from minimind_data.gather import RowGather
+from minimind_data.shard import Shard, mask_of
 
-_CAN_BE_TOLD = hasattr(mmap, "MADV_WILLNEED")
-# A map needs no open file; before Python 3.13 it keeps one all the same.
-_NO_FILE: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+__all__ = ["Shard", "ShardSet"]
 
-
-@contextlib.contextmanager
-def _opened(path: Path, expected_bytes: int) -> Iterator[int]:
-    """Open a file of the size that the manifest says."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        raise FormatError(f"{path}: missing; {REMAKE}") from None
-    try:
-        found = os.fstat(descriptor).st_size
-        if found != expected_bytes:
-            raise FormatError(
-                f"{path}: {found:,} bytes, where the manifest wants {expected_bytes:,}; {REMAKE}"
-            )
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _map(descriptor: int) -> mmap.mmap:
-    """Map a whole file, which is not empty, read-only."""
-    return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ, **_NO_FILE)
-
-
-class Shard:
-    """One shard, mapped. Nothing is read beyond the header of its index.
-
-    Attributes:
-        entry: what the manifest says of it.
-        tokens: uint16 or int32 [tokens], the sequences end to end.
-        ends: its first token and its last; None where it has none.
-        index: uint8, the whole `.idx` file; the next three are views of it.
-        lengths: int32 [sequences], tokens of each sequence.
-        offsets: int64 [sequences], byte offset of each sequence in the `.bin` file.
-        document_starts: int64 [documents + 1], the sequence at which each document starts.
-
-    Raises:
-        FormatError: a file is missing, shorter or longer than the manifest says, or has a wrong header.
-    """
-
-    def __init__(self, folder: Path, entry: ShardEntry, dtype: TokenDtype) -> None:
-        self.entry = entry
-        wanted = IndexHeader(dtype=dtype, num_sequences=entry.sequences, num_documents=entry.documents)
-        index_path = folder / f"{entry.name}.idx"
-        # What is looked at here is read, not touched in the map: a fault makes the system read all around it, up to megabytes.
-        with _opened(index_path, wanted.file_bytes) as descriptor:
-            header = IndexHeader.unpack(os.pread(descriptor, INDEX_HEADER_BYTES, 0), index_path)
-            if header != wanted:
-                raise FormatError(
-                    f"{index_path}: its header says {header}, where the manifest wants {wanted}; {REMAKE}"
-                )
-            self.index: NDArray[np.uint8] = np.frombuffer(_map(descriptor), np.uint8)
-        lengths_stop = INDEX_HEADER_BYTES + 4 * entry.sequences
-        offsets_stop = lengths_stop + 8 * entry.sequences
-        self.lengths: NDArray[np.int32] = self.index[INDEX_HEADER_BYTES:lengths_stop].view("<i4")
-        self.offsets: NDArray[np.int64] = self.index[lengths_stop:offsets_stop].view("<i8")
-        self.document_starts: NDArray[np.int64] = self.index[offsets_stop:].view("<i8")
-        self.ends: tuple[int, int] | None = None
-        self._map: mmap.mmap | None = None
-        self.tokens: TokenArray = np.empty(0, numpy_dtype(dtype))
-        with _opened(folder / f"{entry.name}.bin", entry.bytes) as descriptor:
-            if entry.bytes:
-                size = self.tokens.itemsize
-                first, last = (os.pread(descriptor, size, place) for place in (0, entry.bytes - size))
-                begin, end = np.frombuffer(first + last, self.tokens.dtype).tolist()
-                self.ends = begin, end
-                self._map = _map(descriptor)
-                self.tokens = np.frombuffer(self._map, self.tokens.dtype)
-
-    def will_need(self, start: int, stop: int) -> None:
-        """Tell the system that the tokens [start, stop) are read soon; it returns at once, and reads them meanwhile."""
-        if self._map is None or not _CAN_BE_TOLD:
-            return
-        begin = start * self.tokens.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
-        length = min(stop * self.tokens.itemsize, len(self._map)) - begin
-        if length > 0:
-            self._map.madvise(mmap.MADV_WILLNEED, begin, length)
-
-    def sequence_of(self, token: int) -> int:
-        """Return the sequence that holds the token at this offset of the shard."""
-        return int(np.searchsorted(self.offsets, token * self.tokens.itemsize, side="right")) - 1
+_COUNTED_TOKENS = 2**20
+"""Tokens whose mask is looked at at a time."""
 
 
 class ShardSet:
@@ -130,6 +44,7 @@ class ShardSet:
         manifest: its manifest.
         token_starts: int64 [shards + 1], the global number of each shard's first token, ending with the number of tokens.
         document_starts: int64 [shards + 1], likewise for documents.
+        sequence_starts: int64 [shards + 1], likewise for sequences, of which a pair is two.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -141,11 +56,13 @@ class ShardSet:
         self.token_starts: NDArray[np.int64] = np.ascontiguousarray(totals[:, 0])
         self.document_starts: NDArray[np.int64] = np.ascontiguousarray(totals[:, 1])
         self._num_sequences = np.array([entry.sequences for entry in manifest.shards], np.int64)
+        self.sequence_starts: NDArray[np.int64] = np.cumsum([0, *self._num_sequences.tolist()])
         self._index_by_name = {entry.name: index for index, entry in enumerate(manifest.shards)}
         self._shards: dict[int, Shard] = {}
         self._mapping = threading.Lock()
         self._tokens = RowGather.empty(self.dtype, len(manifest.shards))
         self._indexes = RowGather.empty(np.dtype(np.uint8), len(manifest.shards))
+        self._masks = RowGather.empty(np.dtype(np.uint8), len(manifest.shards))
 
     @classmethod
     def open(cls, folder: Path | str) -> Self:
@@ -207,20 +124,30 @@ class ShardSet:
         Raises:
             IndexError: a row begins before the first token or ends after the last.
         """
+        return self._rows(starts, width, masks=False)
+
+    def mask_rows(self, starts: NDArray[np.int64], width: int) -> MaskArray:
+        """Copy the mask of rows of the token stream, uint8 [B, width]; else as `rows`."""
+        assert self.manifest.has_masks, self.manifest.kind
+        return self._rows(starts, width, masks=True)
+
+    def _rows(self, starts: NDArray[np.int64], width: int, *, masks: bool) -> NDArray[Any]:
         if len(starts) and (starts.min() < 0 or starts.max() + width > self.num_tokens):
             raise IndexError(
                 f"rows of {width} tokens at {starts.min()}…{starts.max()} in a stream of {self.num_tokens}"
             )
         owners = self.owners(starts)
         self._map_all(owners)
+        gather = self._masks if masks else self._tokens
         offsets = starts - self.token_starts[owners]
         inside = starts + width <= self.token_starts[owners + 1]
         if inside.all():
-            return self._tokens.rows(owners, offsets, width)
-        rows = np.empty((len(starts), width), self.dtype)
-        rows[inside] = self._tokens.rows(owners[inside], offsets[inside], width)
+            return gather.rows(owners, offsets, width)
+        rows = np.empty((len(starts), width), np.uint8 if masks else self.dtype)
+        rows[inside] = gather.rows(owners[inside], offsets[inside], width)
+        read = self.mask_slice if masks else self.slice
         for place in np.flatnonzero(~inside):
-            rows[place] = self.slice(int(starts[place]), int(starts[place]) + width)
+            rows[place] = read(int(starts[place]), int(starts[place]) + width)
         return rows
 
     def sequence_spans(
@@ -269,9 +196,16 @@ class ShardSet:
 
     def slice(self, start: int, stop: int) -> TokenArray:
         """Return the tokens [start, stop) of the stream: a view where one shard holds them all, else a copy."""
+        return self._joined(start, stop, lambda shard: shard.tokens)
+
+    def mask_slice(self, start: int, stop: int) -> MaskArray:
+        """Return the mask of the tokens [start, stop), likewise."""
+        return self._joined(start, stop, mask_of)
+
+    def _joined(self, start: int, stop: int, array_of: Callable[[Shard], NDArray[Any]]) -> NDArray[Any]:
         first, last = (int(index) for index in self.owners(np.array([start, max(start, stop - 1)])))
         parts = [
-            self.shard(index).tokens[
+            array_of(self.shard(index))[
                 max(0, start - int(self.token_starts[index])) : stop - int(self.token_starts[index])
             ]
             for index in range(first, last + 1)
@@ -345,11 +279,16 @@ class ShardSet:
                 if index in self._shards:  # another thread was first; its map is the one that gathers know
                     continue
                 shard = Shard(self.folder, self.manifest.shards[index], self.manifest.dtype)
-                self._check_ends(shard)
+                if not self.manifest.has_masks:
+                    self._check_ends(shard)
                 made[index] = shard
             filled = {index: shard for index, shard in made.items() if len(shard.tokens)}
             self._tokens = self._tokens.with_maps({index: shard.tokens for index, shard in filled.items()})
             self._indexes = self._indexes.with_maps({index: shard.index for index, shard in filled.items()})
+            if self.manifest.has_masks:
+                self._masks = self._masks.with_maps(
+                    {index: mask_of(shard) for index, shard in filled.items()}
+                )
             # Last: whoever finds a shard here, with the lock or without, finds it in the gathers too.
             self._shards |= made
 

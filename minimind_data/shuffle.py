@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from minimind_data.checked import carry_set_aside, check_kind, checked_documents
 from minimind_data.errors import UserError
 from minimind_data.files import allow_open_files
-from minimind_data.format import TOKENIZER_NAME, InputEntry, Manifest, ShardEntry, TokenArray
+from minimind_data.format import InputEntry, Manifest, ShardEntry, TokenArray
 from minimind_data.framing import cut
 from minimind_data.options import parse_size
 from minimind_data.shards import ShardSet
@@ -123,8 +123,9 @@ def shuffle(
             set_aside=manifest.set_aside,
             duplicates=manifest.duplicates,
             set_aside_sha256=carry_set_aside([shards], folder),
+            tokenizer_config_sha256=manifest.tokenizer_config_sha256,
         )
-        write_metadata(folder, made, (source / TOKENIZER_NAME).read_bytes())
+        write_metadata(folder, made, source)
     return made
 
 

@@ -8,7 +8,7 @@ import base64
 import contextlib
 import functools
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -22,8 +22,16 @@ from minimind_data.dedup import hashes_of, in_validation
 from minimind_data.errors import UserError
 from minimind_data.fields import RecordSpec
 from minimind_data.files import disk_full_is_plain, sha256_of_bytes, write_atomic
-from minimind_data.format import VALIDATION_NAME, TokenArray, TokenDtype, TokenizerInfo, numpy_dtype
+from minimind_data.format import (
+    VALIDATION_NAME,
+    MaskArray,
+    TokenArray,
+    TokenDtype,
+    TokenizerInfo,
+    numpy_dtype,
+)
 from minimind_data.records import open_reader, place
+from minimind_data.rendering import ChatSpec
 from minimind_data.stages import DifferenceError, ahead, encode_blocks
 from minimind_data.tokenizer import (
     Encoder,
@@ -33,6 +41,7 @@ from minimind_data.tokenizer import (
     first_difference,
     make_encoder,
 )
+from minimind_data.turns import TurnMarks, encode_chats
 from minimind_data.writer import ShardWriter, WrittenShard
 
 # One document in this many goes on being compared with the reference. At a fortieth of the fast encoder's speed that is
@@ -62,6 +71,10 @@ class Job:
     val_fraction: float = 0.0
     encoder_threads: int = 1
     """Blocks of text that are encoded at the same time."""
+    chat: ChatSpec | None = None
+    """How conversations become texts, where the records are some."""
+    marks: TurnMarks | None = None
+    """The ids around what is learned of them; None where the chat template marks it."""
     step: Literal["make", "hash"] = "make"
     """`hash` only notes the hashes of the texts, for `dedup`."""
 
@@ -104,6 +117,8 @@ class SplitResult:
     backend: str
     difference: str | None
     """How the fast backend differed from the reference, which then did the split; None where it did not."""
+    different_prompts: int
+    unlearned: int
     shard: WrittenShard | None
     """None where the split holds no document: it makes no shard."""
     val_shard: WrittenShard | None
@@ -129,8 +144,8 @@ def run_task(job: Job, task: SplitTask, report: Report) -> SplitResult | HashRes
 
 def _hash_split(job: Job, task: SplitTask, report: Report) -> HashResult:
     hashes: list[bytes] = []
-    for block in open_reader(task.split, job.records).blocks():
-        hashes.append(hashes_of(block.texts))
+    for block in open_reader(task.split, job.records, job.chat).blocks():
+        hashes.append(hashes_of(block.documents))
         report(block.num_bytes, 0)
     write_atomic(hashes_path(job.work_folder, task.name), b"".join(hashes))
     return HashResult(name=task.name)
@@ -157,11 +172,11 @@ def build_split(job: Job, task: SplitTask, report: Report) -> SplitResult:
 
 
 def _build(job: Job, task: SplitTask, backend: str, difference: str | None, report: Report) -> SplitResult:
-    reader = open_reader(task.split, job.records)
+    reader = open_reader(task.split, job.records, job.chat)
     encoder = _encoder(job.tokenizer_json, job.tokenizer, backend)
     blocks = ahead(_without(reader.blocks(), task.drop))
     bad: list[BadRecord] = []
-    empty_texts = compared = num_documents = 0
+    empty_texts = compared = num_texts = different_prompts = unlearned = 0
     with _Writers(job, task.name) as writers:
         for block, ids, offsets in ahead(encode_blocks(encoder, blocks, job.encoder_threads)):
             if block.bad and job.on_bad_record == "stop":
@@ -169,10 +184,12 @@ def _build(job: Job, task: SplitTask, backend: str, difference: str | None, repo
             bad += block.bad
             empty_texts += block.empty_texts
             if backend != "tokenizers":
-                compared += _compare(job, block.texts, ids, offsets, num_documents)
-            num_documents += len(block.texts)
-            tokens, lengths = frame(ids, offsets, job.tokenizer, job.dtype)
-            writers.append(block.texts, tokens, lengths)
+                compared += _compare(job, block.texts, ids, offsets, num_texts)
+            num_texts += len(block.texts)
+            different_prompts += block.different_prompts
+            tokens, lengths, mask, missed = _sequences(job, block, ids, offsets)
+            unlearned += missed
+            writers.append(block, tokens, lengths, mask)
             report(block.num_bytes, len(tokens))
         shard, val_shard = writers.commit()
     if bad:
@@ -192,9 +209,22 @@ def _build(job: Job, task: SplitTask, backend: str, difference: str | None, repo
         compared=compared,
         backend=backend,
         difference=difference,
+        different_prompts=different_prompts,
+        unlearned=unlearned,
         shard=shard,
         val_shard=val_shard,
     )
+
+
+def _sequences(
+    job: Job, block: Block, ids: Ids, offsets: Offsets
+) -> tuple[TokenArray, NDArray[np.int64], MaskArray | None, int]:
+    """Return (tokens of a block as they are stored, the length of each sequence, mask, conversations not all learned)."""
+    if job.chat is None:
+        return *frame(ids, offsets, job.tokenizer, job.dtype), None, 0
+    tokenizer = cached_tokenizer(job.tokenizer_json, job.tokenizer)
+    ids, offsets, mask, unlearned = encode_chats(block, ids, offsets, tokenizer, job.marks)
+    return ids.astype(numpy_dtype(job.dtype)), np.diff(offsets), mask, unlearned
 
 
 class _Writers:
@@ -207,22 +237,33 @@ class _Writers:
         folders = [job.out] if not job.val_fraction else [job.out, job.out / VALIDATION_NAME]
         with self._stack:  # what was opened is closed, should a later one fail
             self._writers = [
-                self._stack.enter_context(ShardWriter(folder, name, job.dtype)) for folder in folders
+                self._stack.enter_context(
+                    ShardWriter(
+                        folder,
+                        name,
+                        job.dtype,
+                        sequences_per_document=2 if job.chat is not None and job.chat.kind == "dpo" else 1,
+                        masked=job.chat is not None,
+                    )
+                )
+                for folder in folders
             ]
             self._stack = self._stack.pop_all()
 
-    def append(self, texts: list[str], tokens: TokenArray, lengths: NDArray[np.int64]) -> None:
-        """Add documents, each to its side."""
+    def append(
+        self, block: Block, tokens: TokenArray, lengths: NDArray[np.int64], mask: MaskArray | None
+    ) -> None:
+        """Add the documents of a block, each to its side."""
         if not self._val_fraction:
-            self._add(0, tokens, lengths)
+            self._add(0, tokens, lengths, mask)
             return
-        is_validation = in_validation(texts, self._val_fraction)
-        of_validation = np.repeat(is_validation, lengths)
-        self._add(0, tokens[~of_validation], lengths[~is_validation])
-        self._add(1, tokens[of_validation], lengths[is_validation])
+        in_part = np.repeat(in_validation(block.documents, self._val_fraction), block.texts_each)
+        for side, here in enumerate((~in_part, in_part)):
+            tokens_here = np.repeat(here, lengths)
+            self._add(side, tokens[tokens_here], lengths[here], None if mask is None else mask[tokens_here])
 
-    def _add(self, side: int, tokens: TokenArray, lengths: NDArray[np.int64]) -> None:
-        self._writers[side].append(tokens, lengths)
+    def _add(self, side: int, tokens: TokenArray, lengths: NDArray[np.int64], mask: MaskArray | None) -> None:
+        self._writers[side].append(tokens, lengths, mask)
         self._counts[side] += len(lengths)
 
     def commit(self) -> tuple[WrittenShard | None, WrittenShard | None]:
@@ -250,9 +291,10 @@ def _without(blocks: Iterator[Block], drop: NDArray[np.int32] | None) -> Generat
     dropped = set(drop.tolist())
     number = 0
     for block in blocks:
-        kept = [text for place, text in enumerate(block.texts, number) if place not in dropped]
-        number += len(block.texts)
-        yield replace(block, texts=kept)
+        num_documents = len(block.texts) // block.texts_each
+        kept = [place for place in range(num_documents) if number + place not in dropped]
+        number += num_documents
+        yield block.keep(kept)
 
 
 def frame(

@@ -20,7 +20,7 @@ from minimind_data.files import (
     fsync_folder,
     is_disk_full,
 )
-from minimind_data.format import MANIFEST_NAME, TOKENIZER_NAME, Manifest
+from minimind_data.format import CONFIG_NAME, MANIFEST_NAME, TOKENIZER_NAME, Manifest
 
 
 @contextlib.contextmanager
@@ -103,9 +103,19 @@ def place_file(source: Path, target: Path, *, copy: bool) -> None:
         shutil.copyfileobj(reader, writer, 4 * 2**20)
 
 
-def write_metadata(folder: Path, manifest: Manifest, tokenizer_json: bytes) -> None:
-    """Write the tokenizer and then the manifest, which makes the folder a dataset."""
-    for name, data in ((TOKENIZER_NAME, tokenizer_json), (MANIFEST_NAME, manifest.to_json().encode())):
+def write_metadata(folder: Path, manifest: Manifest, tokenizer: Path | bytes) -> None:
+    """Write the tokenizer and then the manifest, which makes the folder a dataset.
+
+    Args:
+        folder: where to.
+        manifest: the dataset's.
+        tokenizer: the folder that has it, with its chat template where the manifest names one; or what its file holds.
+    """
+    told = tokenizer if isinstance(tokenizer, bytes) else (tokenizer / TOKENIZER_NAME).read_bytes()
+    files = [(TOKENIZER_NAME, told), (MANIFEST_NAME, manifest.to_json().encode())]
+    if manifest.tokenizer_config_sha256 is not None and isinstance(tokenizer, Path):
+        files.insert(0, (CONFIG_NAME, (tokenizer / CONFIG_NAME).read_bytes()))
+    for name, data in files:
         with durable_file(folder / name) as file:
             file.write(data)
 

@@ -24,12 +24,18 @@ import tokenizers
 from numpy.typing import NDArray
 
 from minimind_data.battery import hard_strings
+from minimind_data.chat import DEFAULT_TOKENIZER
 from minimind_data.errors import UserError
-from minimind_data.format import MANIFEST_NAME, MAX_VOCABULARY, TOKENIZER_NAME, Manifest, TokenizerInfo
+from minimind_data.format import (
+    CONFIG_NAME,
+    MANIFEST_NAME,
+    MAX_VOCABULARY,
+    TOKENIZER_NAME,
+    Manifest,
+    TokenizerInfo,
+)
 
 Backend = Literal["auto", "fastokens", "tokenizers"]
-CONFIG_NAME = "tokenizer_config.json"
-DEFAULT_TOKENIZER = Path(__file__).with_name("default_tokenizer")
 # The encoder's caches grow with the text it has seen; a fresh one now and then bounds them and costs 0.1 s a time.
 _FASTOKENS_RENEWAL_TOKENS = 128 * 2**20
 

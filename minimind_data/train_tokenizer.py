@@ -15,10 +15,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from minimind_data.errors import UserError
 from minimind_data.fields import RecordSpec
 from minimind_data.files import write_atomic
-from minimind_data.format import TOKENIZER_NAME
+from minimind_data.format import CONFIG_NAME, TOKENIZER_NAME
 from minimind_data.records import open_reader, place, plan_splits
 from minimind_data.sources import expand
-from minimind_data.tokenizer import CONFIG_NAME
 
 PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _CONTROL_TOKENS = [

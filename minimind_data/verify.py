@@ -11,6 +11,7 @@ from pathlib import Path
 
 from minimind_data.cores import num_cores
 from minimind_data.format import (
+    CONFIG_NAME,
     MANIFEST_NAME,
     REMAKE,
     REMAKE_ALL,
@@ -106,6 +107,10 @@ def _files(folder: Path, manifest: Manifest) -> list[_File]:
     for entry in manifest.shards:
         files.append(_File(folder / f"{entry.name}.bin", entry.sha256, REMAKE))
         files.append(_File(folder / f"{entry.name}.idx", entry.index_sha256, REMAKE))
+        if manifest.has_masks:
+            files.append(_File(folder / f"{entry.name}.mask", entry.mask_sha256, REMAKE))
+    if manifest.tokenizer_config_sha256 is not None:
+        files.append(_File(folder / CONFIG_NAME, manifest.tokenizer_config_sha256, RESTORE))
     if manifest.set_aside_sha256 is not None:
         files.append(_File(folder / SET_ASIDE_NAME, manifest.set_aside_sha256, REMAKE_ALL))
     return files

@@ -17,6 +17,11 @@ another in a window is -100. That is always so in `pack`, whose documents are ne
 `documents_apart`, which also gives `position_ids`, int64 [L], beginning again from 0 with each document: all that attention
 inside documents needs.
 
+In a dataset of conversations (`sft`) every target that its mask does not mark is -100, in all layouts, and a conversation that is
+cut has no EOS put at its end: unshifted `pad` at L is MiniMind's `SFTDataset(max_length=L)`, id for id and label for label. In a
+dataset of pairs (`dpo`) a window is a pair, padded; a sample is `chosen_input_ids`, `chosen_targets`, `rejected_input_ids` and
+`rejected_targets`, each int64 [L].
+
 A window of `pack` holds L + 1 tokens (L unshifted), so its last token is only a target, as in the other layouts.
 """
 
@@ -27,11 +32,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minimind_data.errors import UserError
-from minimind_data.layouts import IGNORED, ConcatWindows, Layout, PackWindows, PadWindows
+from minimind_data.layouts import ConcatWindows, PackWindows, PadWindows
 from minimind_data.pack_plan import open_plan
 from minimind_data.packing import LongDocuments
+from minimind_data.pairs import PairWindows
 from minimind_data.segments import Segments
 from minimind_data.shards import ShardSet
+from minimind_data.window_base import IGNORED, Layout
 from minimind_data.words import counted
 
 __all__ = ["IGNORED", "MAX_SEQ_LEN", "Layout", "LongDocuments", "Windows", "open_windows"]
@@ -74,6 +81,11 @@ class Windows(Protocol):
         ...
 
     @property
+    def num_places(self) -> int:
+        """Input positions of all windows."""
+        ...
+
+    @property
     def padding(self) -> int:
         """Input positions, over all windows, that hold PAD."""
         ...
@@ -85,7 +97,7 @@ class Windows(Protocol):
     def fetch(self, windows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
         """Return a batch: `input_ids`, `targets` (or `labels`), and `position_ids` where documents are kept apart.
 
-        Each is int64 [len(windows), seq_len].
+        Of pairs: `chosen_input_ids`, `chosen_targets`, `rejected_input_ids`, `rejected_targets` (or `…_labels`). Each is int64 [len(windows), seq_len].
         """
         ...
 
@@ -96,6 +108,10 @@ class Windows(Protocol):
 
     def will_need(self, windows: NDArray[np.int64]) -> None:
         """Tell the system that a batch of windows is read soon; see `read_ahead.ReadAhead`."""
+        ...
+
+    def count_unlearned(self) -> int:
+        """Count the windows in which nothing is learned, reading all masks; without masks there are none."""
         ...
 
     def segments(self, windows: NDArray[np.int64]) -> Segments:
@@ -123,7 +139,7 @@ def open_windows(
     labels: bool = False,
     documents_apart: bool = False,
     long_documents: LongDocuments = "cut",
-    announce: Callable[[str], None] = lambda _: None,
+    announce: Callable[[str], None] | None = None,
 ) -> Windows:
     """Lay windows of `seq_len` tokens over a dataset.
 
@@ -134,7 +150,8 @@ def open_windows(
         labels: give unshifted `labels` in place of shifted `targets`.
         documents_apart: give `position_ids`, and no target that is the first token of another document.
         long_documents: `pack` only: what becomes of a document that alone is longer than a window.
-        announce: `pack` only: told, in a sentence, when windows are planned first, and what is left out of them.
+        announce: told, in a sentence, when windows are planned first, what is left out of them, and in how many of a masked
+            dataset nothing is learned; these are counted only where this is given.
 
     Raises:
         UserError: the dataset has no such window, or their plan cannot be written.
@@ -145,15 +162,22 @@ def open_windows(
         raise UserError(f"seq_len must be at least 1, not {seq_len}")
     if seq_len > MAX_SEQ_LEN:
         raise UserError(f"seq_len must be at most {MAX_SEQ_LEN:,} tokens, not {seq_len:,}")
+    say = announce or _silent
     windows: ConcatWindows | PadWindows | PackWindows
-    if layout == "concat":
+    if shards.manifest.kind == "dpo":
+        if layout != "pad":
+            raise UserError(
+                f"{shards.folder}: holds pairs (dpo), a window of which is one pair; take --layout pad, not {layout}"
+            )
+        windows = PairWindows(shards, seq_len, labels)
+    elif layout == "concat":
         windows = ConcatWindows(shards, seq_len, labels, documents_apart)
     elif layout == "pad":
         windows = PadWindows(shards, seq_len, labels, documents_apart)
     else:
-        plan = open_plan(shards, seq_len if labels else seq_len + 1, long_documents, announce)
+        plan = open_plan(shards, seq_len if labels else seq_len + 1, long_documents, say)
         windows = PackWindows(shards, seq_len, labels, documents_apart, plan)
-        announce(_account(windows))
+        say(_account(windows))
     if not len(windows):
         raise UserError(
             f"{shards.folder}: {shards.num_tokens:,} tokens in {shards.num_documents:,} documents make no {layout} window of "
@@ -162,7 +186,16 @@ def open_windows(
             else f"{shards.folder}: none of its {shards.num_documents:,} documents fits a window of {seq_len} tokens; take a "
             "longer --seq-len, or --long-documents cut or fragment"
         )
+    if announce is not None and (unlearned := windows.count_unlearned()):
+        announce(
+            f"{shards.folder}: in {unlearned:,} of {len(windows):,} windows of {seq_len} tokens nothing is learned, because no "
+            "answer begins before the end; a longer --seq-len reaches such answers"
+        )
     return windows
+
+
+def _silent(_: str) -> None:
+    """Say nothing."""
 
 
 def _account(windows: PackWindows) -> str:

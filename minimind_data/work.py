@@ -9,6 +9,7 @@ in which form.
 import contextlib
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,10 +26,18 @@ from minimind_data.files import (
     remove_partials,
     write_atomic,
 )
-from minimind_data.format import MANIFEST_NAME, SET_ASIDE_NAME, TOKENIZER_NAME, VALIDATION_NAME, Manifest
+from minimind_data.format import (
+    CONFIG_NAME,
+    MANIFEST_NAME,
+    SET_ASIDE_NAME,
+    TOKENIZER_NAME,
+    VALIDATION_NAME,
+    Manifest,
+)
 from minimind_data.options import differences
-from minimind_data.plan import flat_settings, slice_of
+from minimind_data.plan import TokenizeOptions, flat_settings, slice_of
 from minimind_data.previous import Previous, first_lines
+from minimind_data.sources import STDIN, Source, spool, tell
 from minimind_data.split import (
     HASHES_SUFFIX,
     SET_ASIDE_SUFFIX,
@@ -37,6 +46,7 @@ from minimind_data.split import (
     hashes_path,
     set_aside_path,
 )
+from minimind_data.told import Progress
 from minimind_data.writer import WrittenShard
 
 WORK_FOLDER_NAME = ".mm-build"
@@ -46,7 +56,7 @@ _LOCK_NAME = "lock"
 _CHECKSUM = "checksum"
 _PREVIOUS_NAME = "previous"
 _RESULT_SUFFIX = ".result.json"
-_SHARD_SUFFIXES = (".bin", ".idx")
+_SHARD_SUFFIXES = (".bin", ".mask", ".idx")
 
 
 class CannotWriteError(UserError):
@@ -111,7 +121,9 @@ class WorkFolder:
             return
         remove_partials(self.path)
         for folder in (self.out, self.val):
-            remove_partials(folder, shard_files | {TOKENIZER_NAME, SET_ASIDE_NAME, MANIFEST_NAME})
+            remove_partials(
+                folder, shard_files | {TOKENIZER_NAME, CONFIG_NAME, SET_ASIDE_NAME, MANIFEST_NAME}
+            )
 
     def begin(self, settings: dict[str, Any], inputs: Sequence[dict[str, Any]], names: set[str]) -> None:
         """Write down what is to be made, or go on with what was begun.
@@ -236,6 +248,7 @@ class WorkFolder:
             f"*{HASHES_SUFFIX}",
             STDIN_NAME,
             TOKENIZER_NAME,
+            CONFIG_NAME,
         ):
             for path in self.path.glob(pattern):
                 path.unlink()
@@ -267,3 +280,27 @@ def _read_told(path: Path, remedy: str) -> dict[str, Any] | None:
 def _first_manifest(*folders: Path) -> Manifest | None:
     folder = next((folder for folder in folders if (folder / MANIFEST_NAME).exists()), None)
     return None if folder is None else Manifest.read(folder)
+
+
+def spooled(work: WorkFolder, options: TokenizeOptions, progress: Progress) -> Source:
+    """Copy standard input to the disk, beside the shards that it will become.
+
+    Raises:
+        UserError: there is nothing to be read there.
+    """
+    if sys.stdin is None or sys.stdin.closed:  # so it is where a shell closed it with <&-
+        raise UserError("-: standard input is closed; pipe text into this command, or name a file")
+    if sys.stdin.isatty():
+        raise UserError("-: standard input is a terminal; pipe text into this command, or name a file")
+    if options.task is not None:
+        raise UserError(
+            "-: standard input cannot be cut into slices for several runs; save it to a file first"
+        )
+    path = work.path / STDIN_NAME
+    try:
+        with progress("reading standard input", 0) as report:
+            spool(sys.stdin.buffer, path, lambda num_bytes: report(num_bytes, 0))
+        return tell(str(path), options.format, name=STDIN)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from minimind_data.errors import UserError
 from minimind_data.files import disk_full_is_plain, fsync_folder, partial_name
+from minimind_data.format import CONFIG_NAME as TOKENIZER_CONFIG_NAME
 from minimind_data.format import TOKENIZER_NAME, TokenizerInfo
-from minimind_data.tokenizer import CONFIG_NAME as TOKENIZER_CONFIG_NAME
 from minimind_data.tokenizer import Tokenizer
 from minimind_train.hf_config import to_hf
 from minimind_train.minimind_form import file_name, minimind_form

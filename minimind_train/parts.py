@@ -255,7 +255,7 @@ class Datasets:
         """Return how many windows of a period each part gives, for its weight in tokens."""
         return shares_of(
             [
-                source.weight * len(part) / max(1, len(part) * part.seq_len - part.padding)
+                source.weight * len(part) / max(1, part.num_places - part.padding)
                 for source, part in zip(self.sources, windows.parts, strict=True)
             ]
         )

@@ -211,11 +211,11 @@ def test_a_full_disk_is_named_and_the_run_can_go_on(run, source, tmp_path, monke
     real = writer.ShardWriter.append
     calls = []
 
-    def full(self, tokens, lengths):
+    def full(self, tokens, lengths, mask=None):
         calls.append(1)
         if len(calls) > 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(self, tokens, lengths)
+        real(self, tokens, lengths, mask)
 
     arguments = ["tokenize", source, "--out", tmp_path / "data", "--workers", 1, "--split-bytes", "2KiB"]
     monkeypatch.setattr(writer.ShardWriter, "append", full)

@@ -1,0 +1,154 @@
+"""Chat templates: rendered as transformers renders them, sandboxed, found where a tokenizer keeps them."""
+
+import json
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from minimind_data.chat import DEFAULT_TOKENIZER, RenderError, chat_template_of, render_chat
+from minimind_data.errors import UserError
+
+from .chats import PLAIN, TEMPLATES, make_tokenizer
+
+SYSTEM = {"role": "system", "content": "Be brief. 简短些。\n"}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "the <b>weather</b>, 天气",
+            "parameters": {"type": "object"},
+        },
+    }
+]
+CALL = [
+    {
+        "id": "1",
+        "type": "function",
+        "function": {"name": "weather", "arguments": {"place": "北京", "days": 2.0}},
+    }
+]
+CONVERSATIONS = {
+    "one turn": PLAIN[:2],
+    "several turns": PLAIN,
+    "system": [SYSTEM, *PLAIN],
+    "thoughts in content": [PLAIN[0], {"role": "assistant", "content": "<think>\nhm\n</think>\n\nA bird."}],
+    "thoughts apart": [
+        PLAIN[0],
+        {"role": "assistant", "content": "A bird.", "reasoning_content": "\nhm "},
+        PLAIN[2],
+    ],
+    "tools": [
+        SYSTEM,
+        {"role": "user", "content": "and tomorrow?"},
+        {"role": "assistant", "content": "Let me look.", "tool_calls": CALL},
+        {"role": "tool", "content": '{"sky": "blue"}'},
+        {"role": "tool", "content": "and more"},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "weather", "arguments": '{"a": 1}'}]},
+        {"role": "tool", "content": ""},
+        {"role": "assistant", "content": "Blue."},
+    ],
+}
+OWN = "own"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tokenizers")
+    return {OWN: DEFAULT_TOKENIZER} | {kind: make_tokenizer(root / kind, kind) for kind in TEMPLATES}
+
+
+@pytest.fixture(scope="module")
+def theirs(folders):
+    return {kind: PreTrainedTokenizerFast.from_pretrained(folder) for kind, folder in folders.items()}
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["no tools", "tools"])
+@pytest.mark.parametrize("prompt", [False, True], ids=["whole", "prompt"])
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("kind", [OWN, *TEMPLATES])
+def test_texts_are_those_of_transformers(folders, theirs, kind, conversation, prompt, tools):
+    messages = CONVERSATIONS[conversation]
+    template = chat_template_of(folders[kind])
+
+    def ours():
+        return render_chat(template, messages, tools=tools, add_generation_prompt=prompt)
+
+    try:
+        wanted = theirs[kind].apply_chat_template(
+            messages, tools=tools, add_generation_prompt=prompt, tokenize=False
+        )
+    except Exception:  # noqa: BLE001 - a template that does not know tools, or minds who speaks
+        with pytest.raises(RenderError):
+            ours()
+    else:
+        assert ours() == wanted
+
+
+def test_the_default_template_has_turns_like_minimind(folders):
+    template = chat_template_of(None)
+    assert render_chat(template, PLAIN[:2], add_generation_prompt=True) == (
+        "<|im_start|>user\nWhat is an owl?<|im_end|>\n<|im_start|>assistant\nA bird that hunts at night.<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    with pytest.raises(RenderError, match="no such role: cook"):
+        render_chat(template, [{"role": "cook", "content": "soup"}])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__ }}",
+        "{{ messages.append(1) }}",
+        "{% set ns = namespace() %}{% set ns.__init__ = 1 %}",
+        "{{ namespace(_a=1) }}",
+        "{{ dict.__mro__ }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+        "{{ 1 + messages }}",
+        "{{ raise_exception('not this') }}",
+    ],
+)
+def test_a_template_cannot_leave_its_sandbox(tmp_path, text):
+    template = chat_template_of(make_tokenizer(tmp_path, "chatml", text))
+    try:
+        made = render_chat(template, PLAIN)
+    except RenderError:
+        return
+    assert "class" not in made
+
+
+def test_the_template_of_a_folder(tmp_path):
+    folder = make_tokenizer(tmp_path / "a", "chatml")
+    assert chat_template_of(folder).text == TEMPLATES["chatml"]
+    assert chat_template_of(folder / "tokenizer.json") == chat_template_of(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert chat_template_of(folder).text == "{{ messages[0].content }}"
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "chat_template.jinja").unlink()
+    both = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": both}))
+    assert chat_template_of(folder).text == "b"
+    del config["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert chat_template_of(folder) is None
+    assert chat_template_of(tmp_path) is None
+
+
+def test_what_is_no_template_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: its chat template is no Jinja \(line 2: "):
+        chat_template_of(make_tokenizer(tmp_path / "a", "chatml", "a\n{% if %}"))
+    with pytest.raises(UserError, match="no such file; --chat-template takes a file"):
+        chat_template_of(None, tmp_path / "none")
+    (tmp_path / "latin").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="latin: no UTF-8"):
+        chat_template_of(None, tmp_path / "latin")
+
+
+def test_what_a_template_is_handed_on_as_reads_the_same(folders, tmp_path):
+    for kind, folder in folders.items():
+        template = chat_template_of(folder)
+        there = tmp_path / kind
+        there.mkdir()
+        (there / "tokenizer_config.json").write_text(template.config_json, "utf-8")
+        assert chat_template_of(there) == template
