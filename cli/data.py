@@ -9,24 +9,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import typer
 
 from minimind_data.build import commit as commit_slices
 from minimind_data.build import tokenize as build_dataset
 from minimind_data.errors import UserError
 from minimind_data.fields import RecordSpec
-from minimind_data.format import SET_ASIDE_NAME, VALIDATION_NAME
+from minimind_data.format import SET_ASIDE_NAME, VALIDATION_NAME, Manifest
 from minimind_data.plan import TokenizeOptions
 from minimind_data.progress import ByteProgress
 from minimind_data.shards import ShardSet
 from minimind_data.split import Report
-from minimind_data.tokenizer import load_tokenizer
 from minimind_data.told import Summary
 from minimind_data.train_tokenizer import train_tokenizer as run_training
 from minimind_data.verify import dataset_bytes
 from minimind_data.verify import verify as verify_dataset
-from minimind_data.windows import IGNORED, Layout, LongDocuments, open_windows
+from minimind_data.windows import Layout, LongDocuments
 from minimind_data.words import counted
 from minimind_train.parts import course_of, place_of, read_sources, words_of
 from minimind_train.permutation import MAX_SEED
@@ -34,6 +32,7 @@ from minimind_train.permutation import MAX_SEED
 from . import shards as shard_commands
 from .options import Given, command, make_app, refuse_idle
 from .stats import stats
+from .window import window
 
 app = make_app("Turn text into memory-mapped shards, and look into them.")
 shard_commands.register(app)
@@ -120,12 +119,26 @@ def _print_summary(out: Path, summary: Summary) -> None:
         print(f"  duplicates {counted(manifest.duplicates, 'document')} left out, their text stood before")
     if manifest.empty_texts:
         print(f"  empty      {counted(manifest.empty_texts, 'record')} with an empty text, no document made")
+    _print_doubts(manifest)
     if manifest.set_aside:
         print(
             f"  set aside  {counted(manifest.set_aside, 'bad record')}, with the reason, in {out / SET_ASIDE_NAME}"
         )
     for difference in summary.differences:
         print(f"  different  {difference}: redone with tokenizers")
+
+
+def _print_doubts(manifest: Manifest) -> None:
+    """Say what in conversations should be looked at."""
+    if different := sum(entry.different_prompts for entry in manifest.shards):
+        print(
+            f"  prompts    {different:,} pairs whose chosen and rejected have different prompts; look at them"
+        )
+    if unlearned := sum(entry.unlearned for entry in manifest.shards):
+        print(
+            f"  unlearned  {unlearned:,} conversations with an answer that is not learned: its first or last tokens run into those "
+            "around it"
+        )
 
 
 @command(app, "train-tokenizer")
@@ -157,6 +170,9 @@ def info(folder: _Folder, as_json: _Json = False) -> None:
         "empty_texts": manifest.empty_texts,
         "set_aside": manifest.set_aside,
         "duplicates": manifest.duplicates,
+        "different_prompts": sum(entry.different_prompts for entry in manifest.shards),
+        "unlearned": sum(entry.unlearned for entry in manifest.shards),
+        "chat_template": manifest.tokenizer_config_sha256 is not None,
         "tokenizer": asdict(manifest.tokenizer),
         "options": manifest.options,
         "inputs": [asdict(entry) for entry in manifest.inputs],
@@ -179,6 +195,10 @@ def info(folder: _Folder, as_json: _Json = False) -> None:
         f"  left out     {counted(manifest.empty_texts, 'empty text')}, {counted(manifest.set_aside, 'bad record')}, "
         f"{counted(manifest.duplicates, 'duplicate')}"
     )
+    if manifest.has_masks:
+        print(
+            f"  in doubt     {told['different_prompts']:,} pairs of different prompts, {told['unlearned']:,} not all learned"
+        )
     print(f"  fingerprint  {manifest.fingerprint[:16]}…")
     for entry in manifest.inputs:
         print(f"  input        {entry.path}, {entry.bytes / 1e6:,.1f} MB, {entry.sha256[:12]}…")
@@ -201,53 +221,7 @@ def verify(folder: _Folder, as_json: _Json = False) -> None:
         raise UserError("; ".join(told))
 
 
-@command(app)
-def window(
-    given: Given,
-    folder: _Folder,
-    number: Annotated[int, typer.Argument(metavar="K", help="Number of the window, from 0.")],
-    seq_len: Annotated[int, typer.Option(help="Tokens of input_ids in a window.")],
-    layout: _Layout = "concat",
-    long_documents: _LongDocuments = "cut",
-    labels: Annotated[
-        bool, typer.Option("--labels", help="Unshifted labels in place of shifted targets.")
-    ] = False,
-    as_json: _Json = False,
-) -> None:
-    """Show one window: its ids, its targets and its text."""
-    refuse_idle(given, layout)
-    windows = open_windows(
-        ShardSet.open(folder),
-        layout=layout,
-        seq_len=seq_len,
-        labels=labels,
-        long_documents=long_documents,
-        announce=_say,
-    )
-    if not 0 <= number < len(windows):
-        raise UserError(
-            f"{folder}: there are windows 0 to {len(windows) - 1} of {seq_len} tokens, not {number}"
-        )
-    sample = {name: row[0].tolist() for name, row in windows.fetch(np.array([number])).items()}
-    shard, offset = windows.locate(number)
-    text = load_tokenizer(folder).decode(sample["input_ids"])
-    document_ids = windows.document_ids(number).tolist()
-    if as_json:
-        _print_json({**sample, "document_ids": document_ids, "shard": shard, "offset": offset, "text": text})
-        return
-    learned = sum(target != IGNORED for target in sample["labels" if labels else "targets"])
-    documents = sorted({document for document in document_ids if document >= 0})
-    print(
-        f"window {number} of {len(windows):,}: shard {shard}, offset {offset:,}, {learned} of {seq_len} positions learned"
-    )
-    padding = windows.padding / (len(windows) * seq_len)
-    print(
-        f"documents {documents[0]} to {documents[-1]}; {counted(windows.unused_tokens, 'token')} of the dataset in no window, "
-        f"{padding:.1%} of all positions are PAD"
-    )
-    for name, ids in sample.items():
-        print(f"{name} {' '.join(map(str, ids))}")
-    print(text)
+command(app)(window)
 
 
 @command(app)

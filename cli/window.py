@@ -1,0 +1,128 @@
+"""mm-data window: one window, its ids, its targets, and its text with what is learned in colour."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from minimind_data.errors import UserError
+from minimind_data.pieces import Pieces, cells_of, pieces_of
+from minimind_data.shards import ShardSet
+from minimind_data.tokenizer import load_tokenizer
+from minimind_data.windows import IGNORED, Layout, LongDocuments, open_windows
+from minimind_data.words import counted
+
+from .options import Given, refuse_idle
+
+_LEARNED, _SEEN, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def window(
+    given: Given,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the dataset.", readable=False)],
+    number: Annotated[int, typer.Argument(metavar="K", help="Number of the window, from 0.")],
+    seq_len: Annotated[int, typer.Option(help="Tokens of input_ids in a window.")],
+    layout: Annotated[
+        Layout | None,
+        typer.Option(
+            help="How windows are cut.  [default: concat; pad for conversations and pairs]",
+            show_default=False,
+        ),
+    ] = None,
+    long_documents: Annotated[
+        LongDocuments, typer.Option(help="In layout pack, what becomes of a document longer than a window.")
+    ] = "cut",
+    labels: Annotated[
+        bool, typer.Option("--labels", help="Unshifted labels in place of shifted targets.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
+    ] = False,
+) -> None:
+    """Show one window: its ids, its targets and its text, on a terminal with what is learned in colour."""
+    shards = ShardSet.open(folder)
+    layout = layout or ("pad" if shards.manifest.has_masks else "concat")
+    refuse_idle(given, layout)
+    windows = open_windows(
+        shards,
+        layout=layout,
+        seq_len=seq_len,
+        labels=labels,
+        long_documents=long_documents,
+        announce=lambda sentence: print(sentence, file=sys.stderr),
+    )
+    if not 0 <= number < len(windows):
+        raise UserError(
+            f"{folder}: there are windows 0 to {len(windows) - 1} of {seq_len} tokens, not {number}"
+        )
+    sample = {name: row[0].tolist() for name, row in windows.fetch(np.array([number])).items()}
+    shard, offset = windows.locate(number)
+    tokenizer = load_tokenizer(folder)
+    learned_name = "labels" if labels else "targets"
+    sides = [name.removesuffix("input_ids") for name in sample if name.endswith("input_ids")]
+    texts = {side: tokenizer.decode(sample[f"{side}input_ids"]) for side in sides}
+    document_ids = windows.document_ids(number).tolist()
+    if as_json:
+        text = texts[""] if "" in texts else {side.rstrip("_"): told for side, told in texts.items()}
+        place = {"document_ids": document_ids, "shard": shard, "offset": offset, "text": text}
+        print(json.dumps({**sample, **place}, ensure_ascii=False))
+        return
+    learned = sum(target != IGNORED for side in sides for target in sample[f"{side}{learned_name}"])
+    documents = sorted({document for document in document_ids if document >= 0})
+    print(
+        f"window {number} of {len(windows):,}: shard {shard}, offset {offset:,}, {learned} of {len(sides) * seq_len} positions "
+        "learned"
+    )
+    print(
+        f"documents {documents[0]} to {documents[-1]}; {counted(windows.unused_tokens, 'token')} of the dataset in no window, "
+        f"{windows.padding / windows.num_places:.1%} of all positions are PAD"
+    )
+    for name, ids in sample.items():
+        print(f"{name} {' '.join(map(str, ids))}")
+    if not _has_colours():
+        print("\n".join(texts.values()))
+        return
+    pieces = pieces_of(tokenizer)
+    print(f"{_LEARNED}learned{_PLAIN} {_SEEN}seen, not learned{_PLAIN}")
+    for side in sides:
+        ids, marks = _marked(sample[f"{side}input_ids"], sample[f"{side}{learned_name}"], shifted=not labels)
+        print("".join(_painted(ids, marks, pieces, tokenizer.info.pad_id)))
+
+
+def _has_colours() -> bool:
+    """Tell whether stdout is a terminal that wants colours; see https://no-color.org."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _marked(inputs: list[int], learned: list[int], *, shifted: bool) -> tuple[list[int], list[bool]]:
+    """Return the tokens of a window, with the last target where it is one, and whether each is learned."""
+    marks = [target != IGNORED for target in learned]
+    if not shifted:
+        return inputs, marks
+    if marks[-1]:
+        return [*inputs, learned[-1]], [False, *marks]
+    return inputs, [False, *marks[:-1]]
+
+
+def _painted(ids: list[int], marks: list[bool], pieces: Pieces, pad_id: int) -> Iterator[str]:
+    """Yield the text of tokens, what is learned in colour; PAD at the end is only counted."""
+    num_tokens = len(ids)
+    while num_tokens and ids[num_tokens - 1] == pad_id and not marks[num_tokens - 1]:
+        num_tokens -= 1
+    colour = ""
+    for cell in cells_of(ids[:num_tokens], pieces.byte_strings):
+        wanted = _LEARNED if marks[cell.first] else _SEEN
+        if wanted != colour:
+            yield f"{_PLAIN if colour else ''}{wanted}"
+            colour = wanted
+        yield _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", cell.text)
+    yield _PLAIN
+    if num_tokens < len(ids):
+        yield f"{_SEEN} + {len(ids) - num_tokens} PAD{_PLAIN}"
