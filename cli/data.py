@@ -132,12 +132,12 @@ def _print_doubts(manifest: Manifest) -> None:
     """Say what in conversations should be looked at."""
     if different := sum(entry.different_prompts for entry in manifest.shards):
         print(
-            f"  prompts    {different:,} pairs whose chosen and rejected have different prompts; look at them"
+            f"  prompts    {counted(different, 'pair')} with different prompts in chosen and rejected; look at them"
         )
     if unlearned := sum(entry.unlearned for entry in manifest.shards):
         print(
-            f"  unlearned  {unlearned:,} conversations with an answer that is not learned: its first or last tokens run into those "
-            "around it"
+            f"  unlearned  {counted(unlearned, 'conversation')} with an answer that is not learned: its first or last tokens run "
+            "into those around it"
         )
 
 
@@ -197,7 +197,8 @@ def info(folder: _Folder, as_json: _Json = False) -> None:
     )
     if manifest.has_masks:
         print(
-            f"  in doubt     {told['different_prompts']:,} pairs of different prompts, {told['unlearned']:,} not all learned"
+            f"  in doubt     {told['different_prompts']:,} of the pairs have different prompts, {told['unlearned']:,} of the "
+            "conversations are not all learned"
         )
     print(f"  fingerprint  {manifest.fingerprint[:16]}…")
     for entry in manifest.inputs:

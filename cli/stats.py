@@ -71,11 +71,13 @@ def _lines(folder: Path, told: dict[str, Any]) -> Iterator[str]:
         yield f"               ({text['characters']:,} characters)"
     else:
         yield f"               (estimated from {text['estimated_from_documents']:,} documents)"
+    if told["kind"] != "pretrain":
+        yield f"  learned      {told['learned_tokens']:,} tokens, {_percent(told['learned_tokens'] / told['tokens'])} of all"
     yield f"  vocabulary   {text['ids_used']:,} of {told['vocab_size']:,} entries occur"
     yield f"  lengths      {lengths['shortest']:,} to {lengths['longest']:,} tokens, mean {lengths['mean']:,.1f}"
     yield f"               5% up to {percentiles['5']:,}, half up to {percentiles['50']:,}, 95% up to {percentiles['95']:,}"
     yield ""
-    yield f"{'tokens':>23}  {'documents':>13}"
+    yield f"{'tokens':>23}  {'documents' if told['kind'] == 'pretrain' else 'conversations':>13}"
     yield from _histogram(_merged(lengths["histogram"]))
     yield ""
     yield f"{'window':>8}  {'layout':<7} {'windows':>15}  {'padding':>8}  {'tokens lost':>11}  {'documents cut':>13}"

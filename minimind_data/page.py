@@ -19,6 +19,7 @@ import numpy as np
 
 from minimind_data.errors import UserError
 from minimind_data.files import write_atomic
+from minimind_data.pairs import SIDES
 from minimind_data.pieces import Pieces, cells_of, pieces_of
 from minimind_data.shards import ShardSet
 from minimind_data.tokenizer import Tokenizer
@@ -92,6 +93,8 @@ def sample_windows(
 ) -> dict[str, Any]:
     r"""Return windows of every layout and length, and the texts of their tokens.
 
+    Of pairs, `chosen` and `rejected` stand for layouts: the two sides of the same windows.
+
     Returns:
         `pieces`: text by id, for ids that are whole characters and for those that are not (`\xNN` for each odd byte);
         `broken`: the latter; `special`: ids of added tokens; `pad`: the id of PAD; `views`: for each layout and length the
@@ -101,21 +104,22 @@ def sample_windows(
     kinds = [(layout, seq_len) for seq_len in _seq_lens(told) for layout in get_args(Layout)]
     per_round = sum(seq_len + 1 for _, seq_len in kinds)
     count = max(1, min(num_windows, _MAX_TOKENS // per_round))
-    views = []
+    views: list[dict[str, Any]] = []
     for layout, seq_len in kinds:
         try:
             windows = open_windows(shards, layout=layout, seq_len=seq_len)
         except UserError:  # too little text for one window of this length
             continue
         numbers = np.unique(np.linspace(0, len(windows) - 1, count).round().astype(np.int64))
-        views.append(
+        views += [
             {
-                "layout": layout,
+                "layout": side or layout,
                 "seq_len": seq_len,
                 "of": len(windows),
-                "windows": [_window(windows, int(number), pieces) for number in numbers],
+                "windows": [_window(windows, int(number), pieces, side) for number in numbers],
             }
-        )
+            for side in (SIDES if shards.manifest.kind == "dpo" else ("",))
+        ]
     used = sorted({token for view in views for window in view["windows"] for token in window["ids"]})
     alone = {token: cells_of([token], pieces.byte_strings)[0] for token in used}
     return {
@@ -135,8 +139,8 @@ def _seq_lens(told: dict[str, Any]) -> list[int]:
     return list(dict.fromkeys(waste["seq_len"] for waste in told["layouts"]))
 
 
-def _window(windows: Windows, number: int, pieces: Pieces) -> dict[str, Any]:
-    """Describe one window for the page.
+def _window(windows: Windows, number: int, pieces: Pieces, side: str) -> dict[str, Any]:
+    """Describe one window for the page, or one side of a pair.
 
     Returns:
         `ids`: its L inputs, and the token behind them where it is a target; `joins`: [first, count, text] of tokens that are
@@ -144,10 +148,15 @@ def _window(windows: Windows, number: int, pieces: Pieces) -> dict[str, Any]:
         document begins with the window; `unlearned`: [from, to) spans that are no target here.
     """
     sample = windows.fetch(np.array([number]))
-    inputs, targets = sample["input_ids"][0], sample["targets"][0]
+    name = f"{side}_" if side else ""
+    inputs, targets = sample[f"{name}input_ids"][0], sample[f"{name}targets"][0]
     last = [] if targets[-1] == IGNORED else [int(targets[-1])]
     ids = [*inputs.tolist(), *last]
     shard_name, offset = windows.locate(number)
+    documents = windows.document_ids(number)
+    if side:  # what windows of pairs tell of themselves, they tell of the chosen side
+        text = np.flatnonzero(inputs != windows.shards.manifest.tokenizer.pad_id)
+        documents = np.where(np.arange(len(inputs)) <= text[-1], number, -1)
     shard = windows.shards.shard(windows.shards.index_of(shard_name))
     sequence_start = int(shard.offsets[shard.sequence_of(offset)]) // shard.tokens.itemsize
     unlearned = np.concatenate([[True], targets[:-1] == IGNORED])
@@ -159,9 +168,7 @@ def _window(windows: Windows, number: int, pieces: Pieces) -> dict[str, Any]:
         "begins": sequence_start == offset,
         "ids": ids,
         "joins": [[cell.first, cell.count, cell.text] for cell in joins],
-        "documents": [
-            [value, stop - start] for value, start, stop in _runs(windows.document_ids(number).tolist())
-        ],
+        "documents": [[value, stop - start] for value, start, stop in _runs(documents.tolist())],
         "unlearned": [[start, stop] for value, start, stop in _runs(unlearned.tolist()) if value],
         "learned": int(np.count_nonzero(targets != IGNORED)),
     }

@@ -150,6 +150,17 @@ class ShardSet:
             rows[place] = read(int(starts[place]), int(starts[place]) + width)
         return rows
 
+    def count_learned(self) -> int:
+        """Count the tokens that are learned, reading all masks; without masks all are."""
+        if not self.manifest.has_masks:
+            return self.num_tokens
+        masks = (mask_of(shard) for shard in self)
+        return sum(
+            int(np.count_nonzero(mask[start : start + _COUNTED_TOKENS]))
+            for mask in masks
+            for start in range(0, len(mask), _COUNTED_TOKENS)
+        )
+
     def sequence_spans(
         self, owners: NDArray[np.intp], sequences: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -7,7 +7,7 @@ estimated from a sample of documents, and the result says so.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -39,7 +39,7 @@ class Lengths:
     tokens: NDArray[np.int64]
     """The lengths that occur, BOS and EOS included, ascending: int64 [K]."""
     documents: NDArray[np.int64]
-    """Documents of each: int64 [K]."""
+    """Documents of each, or of a dataset of pairs the conversations: int64 [K]."""
 
     def percentile(self, percent: float) -> int:
         """Return the least length that at least this share of the documents does not exceed."""
@@ -131,12 +131,14 @@ class Stats:
         manifest = self.shards.manifest
         lengths = self.lengths
         return {
+            "kind": manifest.kind,
             "documents": manifest.num_documents,
             "tokens": manifest.num_tokens,
             "shards": len(manifest.shards),
             "bytes": sum(entry.bytes for entry in manifest.shards),
             "vocab_size": manifest.tokenizer.vocab_size,
             "fingerprint": manifest.fingerprint,
+            "learned_tokens": self.shards.count_learned(),
             "text": asdict(self.text),
             "lengths": {
                 "shortest": int(lengths.tokens[0]),
@@ -167,7 +169,8 @@ def stats(
         UserError: a window length below 2, a dataset without documents, or a token outside the vocabulary.
     """
     lengths, waste = measure_lengths(shards, seq_lens)
-    return Stats(shards=shards, lengths=lengths, text=count_text(shards, tokenizer, report), waste=waste)
+    text = count_text(shards, tokenizer, report)
+    return Stats(shards=shards, lengths=lengths, text=text, waste=waste)
 
 
 def measure_lengths(shards: ShardSet, seq_lens: Sequence[int]) -> tuple[Lengths, tuple[Waste, ...]]:
@@ -193,6 +196,9 @@ def measure_lengths(shards: ShardSet, seq_lens: Sequence[int]) -> tuple[Lengths,
     found = Lengths(
         tokens=np.array(distinct, np.int64), documents=np.array([counts[n] for n in distinct], np.int64)
     )
+    if shards.manifest.kind == "dpo":  # a window is a pair, and has two rows
+        waste = (_pad(found, border) for border in borders.values())
+        return found, tuple(replace(one, windows=shards.num_documents) for one in waste)
     return found, tuple(make(found, border) for border in borders.values() for make in _LAYOUTS)
 
 
@@ -334,8 +340,9 @@ def count_text(
                 )
             counts += np.bincount(block, minlength=info.vocab_size)
             report(block.nbytes)
-        frames[info.bos_id] += _count_at(shard, "first", info.bos_id)
-        frames[info.eos_id] += _count_at(shard, "last", info.eos_id)
+        if not shards.manifest.has_masks:  # conversations have no frame
+            frames[info.bos_id] += _count_at(shard, "first", info.bos_id)
+            frames[info.eos_id] += _count_at(shard, "last", info.eos_id)
     num_tokens = int((counts - frames).sum())
     pieces = pieces_of(tokenizer)
     sampled = None
@@ -370,13 +377,15 @@ def _count_at(shard: Shard, place: Literal["first", "last"], token_id: int) -> i
 def _decode_sample(shards: ShardSet, tokenizer: Tokenizer) -> tuple[int, int, int, int]:
     """Decode documents that are spread evenly over the dataset; return (documents, tokens, characters, UTF-8 bytes)."""
     info = tokenizer.info
-    chosen = np.unique(np.linspace(0, shards.num_documents - 1, SAMPLED_DOCUMENTS).round().astype(np.int64))
-    owners = np.searchsorted(shards.document_starts, chosen, side="right") - 1
-    starts, lengths = shards.sequence_spans(owners, chosen - shards.document_starts[owners])
+    last = int(shards.sequence_starts[-1]) - 1
+    chosen = np.unique(np.linspace(0, last, SAMPLED_DOCUMENTS).round().astype(np.int64))
+    owners = np.searchsorted(shards.sequence_starts, chosen, side="right") - 1
+    starts, lengths = shards.sequence_spans(owners, chosen - shards.sequence_starts[owners])
     tokens = characters = num_bytes = 0
     for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
         ids = shards.slice(start, start + length).tolist()
-        ids = ids[ids[0] == info.bos_id : len(ids) - (ids[-1] == info.eos_id)]
+        if not shards.manifest.has_masks:
+            ids = ids[ids[0] == info.bos_id : len(ids) - (ids[-1] == info.eos_id)]
         text = tokenizer.decode(ids)
         tokens += len(ids)
         characters += len(text)

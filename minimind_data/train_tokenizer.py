@@ -12,6 +12,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from minimind_data.chat import DEFAULT_TOKENIZER, TEMPLATE_NAME
 from minimind_data.errors import UserError
 from minimind_data.fields import RecordSpec
 from minimind_data.files import write_atomic
@@ -42,7 +43,7 @@ _BYTES_AT_A_TIME = 16 * 2**20
 def train_tokenizer(
     inputs: Sequence[Path | str], out: Path, *, vocab_size: int = 6400, records: RecordSpec | None = None
 ) -> int:
-    """Train a tokenizer and write it with its `tokenizer_config.json` beside it.
+    """Train a tokenizer and write it with its `tokenizer_config.json` and a chat template beside it.
 
     Args:
         inputs: files, folders, globs and URIs, as for `build.tokenize`.
@@ -83,6 +84,7 @@ def train_tokenizer(
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     write_atomic(file.with_name(CONFIG_NAME), json.dumps(config, indent=1) + "\n")
+    write_atomic(file.with_name(TEMPLATE_NAME), (DEFAULT_TOKENIZER / TEMPLATE_NAME).read_text("utf-8"))
     write_atomic(file, _with_visible_tokens(tokenizer) + "\n")
     size: int = tokenizer.get_vocab_size(with_added_tokens=True)
     return size
