@@ -28,8 +28,8 @@ from minimind_data.files import (
     sha256_of,
     write_atomic,
 )
+from minimind_data.format import CONFIG_NAME as TOKENIZER_CONFIG_NAME
 from minimind_data.format import MANIFEST_NAME, TOKENIZER_NAME, TokenizerInfo
-from minimind_data.tokenizer import CONFIG_NAME as TOKENIZER_CONFIG_NAME
 from minimind_data.tokenizer import Tokenizer, cached_tokenizer
 from minimind_train import checkpoint, metrics
 
