@@ -276,7 +276,8 @@ def locate(
             raise typer.BadParameter(f"--run says all of the order; leave out {names}")
         from minimind_train.runs import RunRecord  # noqa: PLC0415 - it imports torch, which takes seconds
 
-        options = RunRecord.read(run).options
+        record = RunRecord.read(run)
+        options = record.options | {"skip_positions": record.skip_positions_at(position)}
     elif not folders or seq_len is None:
         raise typer.BadParameter("pass DIR and --seq-len, or the folder of a run by --run")
     else:

@@ -37,6 +37,7 @@ from minimind_train.description import describe
 from minimind_train.devices import out_of_memory_is_plain, refuse_too_large
 from minimind_train.distributed import ALONE, World, joined, launched_place
 from minimind_train.evaluate import validation
+from minimind_train.finished import note_finish, refuse_idle_changes, refuse_repetition
 from minimind_train.metrics import FILE_NAME, MetricsLog, NoMetrics
 from minimind_train.model import MiniMind, initialize
 from minimind_train.model_config import parameter_line
@@ -152,7 +153,10 @@ def _train_as_rank(
         with contextlib.ExitStack() as held:
             with world.leading():
                 job, start, before_steps = held.enter_context(prepare(world))
-            return job.train(world.told(start), before_steps)
+            outcome = job.train(world.told(start), before_steps)
+            if outcome.step >= outcome.total_steps:
+                note_finish(job.run, outcome.step)
+            return outcome
     start = world.told(None)
     run = start.config.training.run
     if not (run / runs.CONFIG_NAME).is_file():
@@ -212,6 +216,7 @@ def _going_on(
         found = checkpoint.load_latest(run, say)
         step = found.state.step if found else 0
         if not found:
+            refuse_repetition(run, record)
             say(f"{run}: no checkpoint yet, so the run begins again")
         shards = _open_shards(words_of(given.get("shards", record.options["shards"])))
         kept = record.without_moves_after(step)
@@ -230,9 +235,13 @@ def _going_on(
         if any(change.name == WEIGHTS for change in new_record.changes[len(kept.changes) :]):
             job.reweight(cursor)
             new_record = replace(new_record, options=recorded(job.config))
-        start = _Start(config=job.config, found=found, step=step, cursor=cursor)
+        new_record = replace(new_record.placed(step, cursor), finished=record.finished)
         described = describe(phase.command, job.config, new_record.changes)
-        yield job, start, partial(runs.update, run, record, new_record, shards.folder, described)
+        update = partial(runs.update, run, record, new_record, shards.folder, described)
+        if found and step >= job.course.end(step, cursor)[1]:
+            refuse_idle_changes(run, step, new_record.changes[len(kept.changes) :])
+            update()  # of the end itself
+        yield job, _Start(config=job.config, found=found, step=step, cursor=cursor), update
 
 
 class _Job(Generic[ConfigT]):

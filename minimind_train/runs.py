@@ -45,8 +45,16 @@ _CURSOR = "cursor"
 ENDS = frozenset({"epochs", "steps"})
 """The options that say when a run ends; one of them is None."""
 
-_ALLOWING = {"weights": "--reweight-at-resume"}
+_WEIGHTS = "weights"
+_ALLOWING = {_WEIGHTS: "--reweight-at-resume"}
 """Changes that have a flag of their own."""
+
+_FLAGS = _ALLOWING | {
+    _CURSOR: "--resume-from",
+    "dataset": "--shards",
+    "tokenizer": "--shards",
+}
+"""What changes are asked for by, where it is not their name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +66,8 @@ class Change:
     name: str
     old: Any
     new: Any
+    position: int | None = field(default=None, compare=False)
+    """Samples that the run had consumed by then; None where that was not noted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +82,8 @@ class RunRecord:
     """Fingerprint of the dataset."""
     tokenizer: TokenizerInfo
     changes: tuple[Change, ...] = field(default=())
+    finished: int | None = None
+    """The step with which it ended last, for there is a checkpoint then."""
 
     @classmethod
     def read(cls, run: Path) -> Self:
@@ -116,6 +128,30 @@ class RunRecord:
         kept = [change for change in self.changes if change.name != _CURSOR or change.step <= step]
         return replace(self, changes=tuple(kept))
 
+    def placed(self, step: int, cursor: int) -> Self:
+        """Return the record with the changes that hold from here on noted at this place.
+
+        They are those of this step, and those of later ones, where the run has gone back to a checkpoint before them; but the
+        weights of a mixture hold from a place in the data, from wherever the run comes there.
+        """
+        changes = [
+            change
+            if change.step < step
+            or (change.position is not None and (change.step == step or change.name == _WEIGHTS))
+            else replace(change, step=step, position=cursor)
+            for change in self.changes
+        ]
+        return replace(self, changes=tuple(changes))
+
+    def skip_positions_at(self, position: int) -> tuple[str, ...]:
+        """Return the ranges that were left out when the run came to a position, or that will be."""
+        name = "skip_positions"
+        changes = [change for change in self.changes if change.name == name]
+        for change in reversed(changes):
+            if change.position is None or change.position <= position:
+                return tuple(change.new)
+        return tuple(changes[0].old if changes else self.options.get(name, ()))
+
     def cursor_at(self, step: int, cursor: int) -> int:
         """Return the cursor from which a checkpoint of `step` goes on: its own, or where it was moved since."""
         moves = [change.new for change in self.changes if change.name == _CURSOR and change.step == step]
@@ -134,6 +170,11 @@ def _no_run(run: Path) -> str:
         f"{run}: no run there ({what}); begin one by `mm-train pretrain --shards DATASET --run {shlex.quote(str(run))}` "
         "without --resume, or correct --run"
     )
+
+
+def flag_of(name: str) -> str:
+    """Return what a change of the run is written as on the command line."""
+    return _FLAGS.get(name, f"--{name.replace('_', '-')}")
 
 
 def moved_cursor(step: int, old: int, new: int) -> Change:

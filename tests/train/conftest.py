@@ -17,6 +17,7 @@ from minimind_data.writer import ShardWriter
 from minimind_train import checkpoint
 from minimind_train.metrics import FILE_NAME
 from minimind_train.pretrain import PretrainConfig, pretrain
+from minimind_train.runs import RunRecord
 
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _SHARDS = (30, 34)
@@ -169,6 +170,7 @@ def stop_after(run, step):
     for later in checkpoint.steps_of(run):
         if later > step:
             shutil.rmtree(checkpoint.folder_of(run, later))
+    replace(RunRecord.read(run), finished=None).write(run)
 
 
 @pytest.fixture(scope="session")

@@ -138,3 +138,26 @@ def test_what_is_no_range_is_wrong_usage(begin, stopped_run):
         begin(skip_positions=["5"])
     with pytest.raises(ValueError, match="skip_positions must be A:B"):
         resume(stopped_run, {"skip_positions": ["9:8"]}, say=Said())
+
+
+def test_what_was_learned_before_it_was_to_be_left_out_is_told_apart(stopped_run):
+    """The positions 40 to 59 are to be left out when the run is at 48."""
+    resume(stopped_run, {"skip_positions": ["40:60"]}, say=Said())
+    record = RunRecord.read(stopped_run)
+    assert record.changes[0].position == 48
+    assert [record.skip_positions_at(position) for position in (40, 47)] == [(), ()]
+    assert [record.skip_positions_at(position) for position in (48, 59, 60, 500)] == [("40:60",)] * 4
+    resume(stopped_run, {"skip_positions": ["80:90"], "steps": 15}, allow_change={"steps"}, say=Said())
+    record = RunRecord.read(stopped_run)
+    assert [record.skip_positions_at(position) for position in (47, 60)] == [(), ("40:60",)]
+    assert record.skip_positions_at(500) == ("40:60", "80:90")
+
+
+def test_going_back_before_that_lets_it_hold_from_there(stopped_run):
+    resume(stopped_run, {"skip_positions": ["30:60"]}, say=Said())
+    stop_after(stopped_run, 3)
+    resume(stopped_run, {}, say=Said())
+    record = RunRecord.read(stopped_run)
+    assert record.changes == (Change(step=3, name="skip_positions", old=[], new=["30:60"]),)
+    assert [record.skip_positions_at(position) for position in (23, 24)] == [(), ("30:60",)]
+    assert [m["position"] for m in metrics(stopped_run)][2:5] == [24, 62, 70]
