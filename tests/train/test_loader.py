@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from minimind_data import read_ahead
 from minimind_train.loader import ResumableBatchSampler, WindowDataset
 from minimind_train.sampler import SampleOrder
 from minimind_train.step_loader import StepLoader
@@ -301,3 +302,44 @@ def test_a_batch_is_one_fetch():
     windows = FakeWindows(20)
     batches = list(DataLoader(WindowDataset(windows), batch_sampler=ResumableBatchSampler(order_of(20), 5)))
     assert windows.fetches == len(batches) == 4
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_loader_that_takes_whole_batches_gives_the_same(num_workers):
+    dataset = WindowDataset(FakeWindows(20))
+    rows = DataLoader(dataset, batch_sampler=ResumableBatchSampler(order_of(20), 6), num_workers=num_workers)
+    whole = DataLoader(
+        dataset,
+        sampler=ResumableBatchSampler(order_of(20), 6),
+        batch_size=None,
+        num_workers=num_workers,
+    )
+    for one, other in zip(rows, whole, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(IndexError, match="there are 20"):
+        dataset[[3, 20]]
+
+
+def test_steps_of_a_rank_are_asked_for_as_far_ahead_as_they_are_read(monkeypatch):
+    windows, asked = FakeWindows(10_000), []
+    monkeypatch.setattr(windows, "will_need", lambda batch: asked.append(batch.tolist()), raising=False)
+    monkeypatch.setattr(read_ahead, "_disk_reads", lambda: windows.fetches)  # every batch from the disk
+    order = SampleOrder(num_windows=10_000, seed=3)
+    loader = StepLoader(
+        windows,
+        order,
+        start=64,
+        stop=9_000,
+        global_batch=64,
+        micro_batch=32,
+        rank=1,
+        world_size=2,
+        prefetch=1,
+    )
+    steps = [step for _, step in zip(range(60), loader, strict=False)]
+    loader.close()
+    own, later = asked[1:117:2], asked[2:118:2]  # the first step is asked for alone
+    assert own[0] == torch.cat([batch["input_ids"][:, 0] for batch in steps[1].micro_batches]).tolist()
+    assert later[0] == own[1024 // 32]
+    assert later[: len(own) - 32] == own[32:]
