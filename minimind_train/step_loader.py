@@ -29,8 +29,9 @@ from minimind_train.skips import NO_SKIPS, Skips
 
 __all__ = ["StepBatch", "StepLoader", "num_targets"]
 
-_WINDOWS_AHEAD = 1024
-"""Of a rank: so far behind a step is the step that is asked for beside it, while windows come from a disk."""
+_PLANNED_WINDOWS = 1024
+"""Of a rank: so many are put in order at once; and so far behind a step is the one that is asked for beside it, while windows come from a
+disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,16 @@ class StepBatch:
             for name, tensor in micro_batch.items()
             if name.endswith("input_ids")
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Share:
+    """What one rank reads for one step: windows, and none or one for a stand-in."""
+
+    start: int
+    stop: int
+    windows: NDArray[np.int64]
+    stand_in: NDArray[np.int64]
 
 
 class StepLoader:
@@ -129,6 +140,8 @@ class StepLoader:
         self.skips = skips
         self.num_terms = num_terms or num_targets
         self._ahead = ReadAhead(windows)
+        self._planned_steps = max(1, _PLANNED_WINDOWS * world_size // global_batch)
+        self._planned: dict[int, list[_Share]] = {}
         # Weak, so that an iteration ends as soon as its loop has dropped it.
         self._iteration: weakref.ref[Generator[StepBatch, None, None]] | None = None
 
@@ -164,14 +177,14 @@ class StepLoader:
         return self.skips.kept(np.arange(first, last, dtype=np.int64))
 
     def _iterate(self) -> Generator[StepBatch, None, None]:
-        firsts = iter(self._firsts())
+        numbers = iter(range(len(self)))
         # One thread, so the steps are read one after the other. A future carries an exception to where the step is consumed.
         thread = ThreadPoolExecutor(1, thread_name_prefix="step-loader")
         try:
-            steps = deque(thread.submit(self._read, first) for first in islice(firsts, self.prefetch))
+            steps = deque(thread.submit(self._read, number) for number in islice(numbers, self.prefetch))
             while steps:
                 step = steps.popleft()
-                steps.extend(thread.submit(self._read, first) for first in islice(firsts, 1))
+                steps.extend(thread.submit(self._read, number) for number in islice(numbers, 1))
                 yield self._on_device(step.result())
         finally:
             thread.shutdown(cancel_futures=True)
@@ -180,50 +193,82 @@ class StepLoader:
         """The first sample of each step, by its number among the positions that are kept."""
         return range(self.skips.kept_before(self.start), self.skips.kept_before(self.stop), self.global_batch)
 
-    def _read(self, first: int) -> StepBatch:
+    def _share(self, number: int) -> _Share:
+        """What this rank reads for a step."""
+        block, place = divmod(number, self._planned_steps)
+        shares = self._planned.get(block)
+        if shares is None:
+            shares = self._plan(block)
+            if len(self._planned) > 1:
+                del self._planned[min(self._planned)]
+            self._planned[block] = shares
+        return shares[place]
+
+    def _plan(self, block: int) -> list[_Share]:
+        """Put many steps in order at once: numpy takes as long for a few positions as for hundreds."""
+        firsts, end = self._firsts(), self._firsts().stop
+        steps = [
+            (first, min(first + self.global_batch, end))
+            for first in firsts[block * self._planned_steps : (block + 1) * self._planned_steps]
+        ]
+        numbers = [rank_positions(first, last, self.rank, self.world_size) for first, last in steps]
+        for own, (first, last) in zip(numbers[:], steps, strict=True):
+            most = -(-(last - first) // self.world_size)
+            is_one_fewer = -(-len(own) // self.micro_batch) < -(-most // self.micro_batch)
+            numbers.append(np.arange(first, first + is_one_fewer))
+        windows = self.order.windows(self.skips.kept(np.concatenate(numbers)))
+        parts = np.split(windows, np.cumsum([len(part) for part in numbers])[:-1])
+        return [
+            _Share(
+                start=self.skips.after(self.start, first - firsts.start),
+                stop=self.skips.after(self.start, last - firsts.start),
+                windows=own,
+                stand_in=stand_in,
+            )
+            for (first, last), own, stand_in in zip(
+                steps, parts[: len(steps)], parts[len(steps) :], strict=True
+            )
+        ]
+
+    def _read(self, number: int) -> StepBatch:
         """Read one step; runs in the thread."""
-        begun, last = self._firsts().start, min(first + self.global_batch, self._firsts().stop)
-        start, stop = (self.skips.after(self.start, number - begun) for number in (first, last))
-        of_most, own = (rank_positions(first, last, rank, self.world_size) for rank in (0, self.rank))
-        stand_in = None
-        if -(-len(own) // self.micro_batch) < -(-len(of_most) // self.micro_batch):
-            _, stand_in = self._fetched(of_most[:1])
-        if not own.size:
+        share = self._share(number)
+        stand_in = self._tensors(self.windows.fetch(share.stand_in)) if share.stand_in.size else None
+        if not share.windows.size:
             nothing: dict[str, Any] = {
                 "micro_batches": [],
                 "num_targets": 0,
                 "num_terms": 0,
                 "num_windows": 0,
             }
-            return StepBatch(start=start, stop=stop, stand_in=stand_in, **nothing)
-        arrays, share = self._fetched(own)
-        micro_batches = zip(
-            *(torch.split(tensor, self.micro_batch) for tensor in share.values()), strict=True
-        )
+            return StepBatch(start=share.start, stop=share.stop, stand_in=stand_in, **nothing)
+
+        def later() -> NDArray[np.int64]:
+            beyond = number + self._planned_steps
+            return self._share(beyond).windows if beyond < len(self) else np.empty(0, np.int64)
+
+        arrays = self._ahead.fetch(share.windows, later)
+        tensors = self._tensors(arrays)
+        micro_batches = [tensors]
+        if len(share.windows) > self.micro_batch:
+            cut = zip(*(torch.split(tensor, self.micro_batch) for tensor in tensors.values()), strict=True)
+            micro_batches = [dict(zip(tensors, parts, strict=True)) for parts in cut]
         return StepBatch(
-            start=start,
-            stop=stop,
-            micro_batches=[dict(zip(share, tensors, strict=True)) for tensors in micro_batches],
+            start=share.start,
+            stop=share.stop,
+            micro_batches=micro_batches,
             num_targets=(targets := num_targets(arrays)),
             num_terms=targets if self.num_terms is num_targets else self.num_terms(arrays),
-            num_windows=len(own),
+            num_windows=len(share.windows),
             stand_in=stand_in,
         )
 
-    def _fetched(self, numbers: NDArray[np.int64]) -> tuple[dict[str, NDArray[np.int64]], dict[str, Tensor]]:
-        """Read samples, by their numbers among the positions that are kept: as they are, and as tensors that a device can take."""
-
-        def later() -> NDArray[np.int64]:
-            steps = max(1, _WINDOWS_AHEAD // len(numbers))
-            numbers_later = numbers + steps * self.global_batch
-            there = numbers_later[numbers_later < self._firsts().stop]
-            return self.order.windows(self.skips.kept(there))
-
-        arrays = self._ahead.fetch(self.order.windows(self.skips.kept(numbers)), later)
+    def _tensors(self, arrays: dict[str, NDArray[np.int64]]) -> dict[str, Tensor]:
+        """Make tensors that a device can take."""
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if self.device.type == "cuda":
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return arrays, tensors
+        return tensors
 
     def _on_device(self, step: StepBatch) -> StepBatch:
         """Send a step to the device; called by the consumer, so that the kernels on its stream wait for the copies."""
