@@ -1,0 +1,46 @@
+"""datatrove's DatatroveFolderDataset over files of its TokenizedFile writer, in torch's DataLoader, one window after the other.
+
+Its documentation wants documents shuffled while they are tokenized, and windows read in the order in which they stand: random places are
+slow, and a second epoch is the first again. So that is what is measured: no shuffle at all, and a place is the number of the next
+window. A window is 513 tokens at a stride of 513: the last is no input.
+"""
+
+from collections.abc import Iterator
+
+from datatrove.pipeline.tokens.tokenizer import TokenizedFile
+from datatrove.utils.dataset import DatatroveFolderDataset
+from load_task import LoadTask, run
+from sparse import sparse_stream
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+_NAME = "tokens.ds"
+
+
+def write(task: LoadTask) -> None:
+    file = TokenizedFile(str(task.folder), _NAME, save_index=True, token_size=2)
+    for document in task.documents():
+        file.write_bytes(document.tobytes())
+    file.close()
+
+
+def grow(task: LoadTask) -> None:
+    sparse_stream(task.folder / _NAME, task.num_windows * (task.seq_len + 1))
+
+
+def batches(task: LoadTask, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    windows = DatatroveFolderDataset(str(task.folder), task.seq_len, filename_pattern="*.ds", recursive=False)
+    loader = DataLoader(
+        windows,
+        batch_size=task.batch,
+        sampler=range(start * task.batch, len(windows)),
+        num_workers=task.workers,
+        drop_last=True,
+    )
+    for batch in loader:
+        rows = batch["input_ids"]
+        yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+if __name__ == "__main__":
+    run(write=write, batches=batches, grow=grow)

@@ -1,0 +1,94 @@
+"""Our own StepLoader over windows of layout concat in a full shuffle; one step is one batch.
+
+Grown, it is 500 shards of one document each, which take no room.
+"""
+
+import dataclasses
+import hashlib
+import shutil
+from collections.abc import Iterator
+
+import numpy as np
+from load_task import LoadTask, run
+from torch import Tensor
+
+from minimind_data.format import IndexHeader, Manifest, ShardEntry, TokenizerInfo, index_bytes
+from minimind_data.shards import ShardSet
+from minimind_data.windows import Windows, open_windows
+from minimind_data.writer import ShardWriter
+from minimind_train.sampler import SampleOrder
+from minimind_train.step_loader import StepLoader
+
+_SHARD_TOKENS = 20_000_000
+"""What a split of 64 MiB of text makes."""
+_GROWN_SHARDS = 500
+_TOKEN_BYTES = 2
+_UNKNOWN = {"input": 0, "input_start": 0, "input_stop": 0, "input_sha256": ""}
+
+
+def write(task: LoadTask) -> None:
+    lengths = np.fromfile(task.lengths, np.int64)
+    stops = np.cumsum(lengths)
+    tokens = task.tokens
+    cuts = np.searchsorted(stops, np.arange(_SHARD_TOKENS, stops[-1], _SHARD_TOKENS))
+    entries, begun = [], 0
+    for number, documents in enumerate(np.split(np.arange(len(lengths)), cuts)):
+        name = f"text-{number:05d}"
+        stop = int(stops[documents[-1]])
+        with ShardWriter(task.folder, name, "uint16") as writer:
+            writer.append(tokens[begun:stop], lengths[documents])
+            entries.append(ShardEntry(name=name, **_UNKNOWN, **dataclasses.asdict(writer.commit())))
+        begun = stop
+    _finish(task, entries)
+
+
+def grow(task: LoadTask) -> None:
+    per_shard, rest = divmod(task.num_windows * task.seq_len + 1, _GROWN_SHARDS)
+    entries = []
+    for number in range(_GROWN_SHARDS):
+        name, tokens = f"text-{number:05d}", per_shard + (number < rest)
+        header = IndexHeader(dtype="uint16", num_sequences=1, num_documents=1)
+        index = index_bytes(header, np.array([tokens]), np.array([0, 1]))
+        (task.folder / f"{name}.idx").write_bytes(index)
+        with (task.folder / f"{name}.bin").open("wb") as file:
+            file.write(np.array([task.bos_id], "<u2").tobytes())
+            file.seek((tokens - 1) * _TOKEN_BYTES)
+            file.write(np.array([task.eos_id], "<u2").tobytes())
+        sizes = {"documents": 1, "sequences": 1, "tokens": tokens, "bytes": tokens * _TOKEN_BYTES}
+        entries.append(ShardEntry(name=name, **_UNKNOWN, **sizes, sha256="", index_sha256=""))
+    _finish(task, entries)
+
+
+def _finish(task: LoadTask, entries: list[ShardEntry]) -> None:
+    shutil.copyfile(task.tokenizer, task.folder / "tokenizer.json")
+    info = TokenizerInfo(
+        sha256=hashlib.sha256(task.tokenizer.read_bytes()).hexdigest(),
+        vocab_size=task.vocab_size,
+        bos_id=task.bos_id,
+        eos_id=task.eos_id,
+        pad_id=0,
+    )
+    manifest = Manifest(
+        kind="pretrain", dtype="uint16", tokenizer=info, options={}, inputs=(), shards=tuple(entries)
+    )
+    (task.folder / "manifest.json").write_text(manifest.to_json())
+
+
+def opened(task: LoadTask) -> tuple[Windows, SampleOrder]:
+    windows = open_windows(ShardSet.open(task.folder), layout="concat", seq_len=task.seq_len)
+    return windows, SampleOrder(num_windows=len(windows), seed=42)
+
+
+def batches(task: LoadTask, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    windows, order = opened(task)
+    position, stop = start * task.batch, len(windows) // task.batch * task.batch
+    with StepLoader(
+        windows, order, start=position, stop=stop, global_batch=task.batch, micro_batch=task.batch
+    ) as steps:
+        for step in steps:
+            (micro_batch,) = step.micro_batches
+            yield micro_batch["input_ids"], micro_batch["targets"]
+
+
+if __name__ == "__main__":
+    run(write=write, batches=batches, grow=grow)
