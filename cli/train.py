@@ -265,7 +265,8 @@ def _export(app: typer.Typer) -> None:
         to: Annotated[
             Target,
             typer.Option(
-                help="hf: a folder that transformers opens as Qwen3, Qwen3-MoE or Llama; minimind: a .pth that MiniMind's code opens."
+                help="hf: a folder that transformers opens as Qwen3, Qwen3-MoE or Llama; minimind: a .pth that MiniMind's code opens; "
+                "peft: the adapters of a run with --lora-rank, alone."
             ),
         ],
         out: Annotated[Path, typer.Option(help="A new folder; for minimind any folder, or the .pth itself.")],

@@ -1,7 +1,7 @@
 """Checkpoints: all that a run needs to go on exactly, whole or absent, and no pickle.
 
     checkpoints/step-000001000/
-        model.safetensors       every weight under its parameter name, in full precision
+        model.safetensors       every weight that is learned under its parameter name, in full precision
         optimizer.safetensors   the optimizer's tensors as KEY.PARAMETER, such as `exp_avg.model.norm.weight`
         state.json              step, cursor, options, the dataset's fingerprint, what validation gave at this step, size and
                                 SHA-256 of the two files, and of itself
@@ -95,10 +95,10 @@ def tensors_of(model: nn.Module, optimizer: Optimizer) -> Tensors:
     """Return the tensors themselves that a checkpoint of these is made of; the next step changes them.
 
     Args:
-        model: its `state_dict` is saved as it is, so a shared tensor must have one name in it.
+        model: its `state_dict` is saved as it is, so a shared tensor must have one name in it; frozen parameters are left out.
         optimizer: its state for every parameter of the model.
     """
-    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach().contiguous() for name, tensor in _learned(model).items()}
     return {MODEL_NAME: weights, OPTIMIZER_NAME: _flat_state(optimizer, model)}
 
 
@@ -123,8 +123,9 @@ class Checkpoint:
             if self.folder.exists():
                 raise
             raise GoneCheckpointError(self.folder) from None
-        _refuse_other_shapes(self.folder, weights, model.state_dict())
-        model.load_state_dict(weights)
+        learned = _learned(model)
+        _refuse_other_shapes(self.folder, weights, learned)
+        model.load_state_dict(weights, strict=len(learned) == len(model.state_dict()))
         if optimizer is not None:
             _fill(optimizer, model, flat_state)
 
@@ -338,6 +339,12 @@ def _problem(folder: Path, told: dict[str, Any], *, with_files: bool) -> str | N
         if sha256_of(folder / name) != entry["sha256"]:
             return f"{name} does not fit its checksum"
     return None
+
+
+def _learned(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state of a model without the parameters that are frozen."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
 def _flat_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:

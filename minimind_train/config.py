@@ -18,6 +18,7 @@ from minimind_data.windows import Layout, LongDocuments
 from minimind_train import loop, runs
 from minimind_train.devices import resolve_device
 from minimind_train.evaluate import ValidationConfig
+from minimind_train.lora import LoraConfig
 from minimind_train.mixture import Stretch
 from minimind_train.model_config import NO_SHAPES, ModelConfig
 from minimind_train.optim import OptimConfig
@@ -27,6 +28,7 @@ from minimind_train.runs import Change, RunRecord
 from minimind_train.sampler import OrderKind
 from minimind_train.saver import SaveConfig
 from minimind_train.skips import Skips
+from minimind_train.trained import Which, parse_step
 
 _HARMLESS = frozenset(
     {"shards", "device", "micro_batch", "threads", "log_every", "max_hours", "on_nonfinite"}
@@ -41,14 +43,18 @@ _NOT_RECORDED = frozenset({"run"})  # a run is where it is, also when its folder
 _ORIGIN = frozenset(
     {"from_weight", "from_step"}
 )  # where they lie may change; that they are the same is checked
-_BEFORE_IT_WAS_AN_OPTION = flatten(ModelConfig()) | {
-    "document_mask": False,
-    "shuffle_block": 1,
-    "from_weight": None,
-    "from_step": None,
-    "from_sha256": None,
-    "tf32": False,
-}  # what a run does whose record does not say
+_BEFORE_IT_WAS_AN_OPTION = (
+    flatten(ModelConfig())
+    | flatten(LoraConfig())
+    | {
+        "document_mask": False,
+        "shuffle_block": 1,
+        "from_weight": None,
+        "from_step": None,
+        "from_sha256": None,
+        "tf32": False,
+    }
+)  # what a run does whose record does not say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +120,9 @@ class StartConfig:
         "shape of the model; of a .pth the options must say it.",
     ] = None
     from_step: Annotated[
-        int | None, "With --from-weight: the step of the checkpoint; the newest whole one by default."
+        Which,
+        "With --from-weight: the step of the checkpoint, or best; the newest whole one by default.",
+        parse_step,
     ] = None
     from_sha256: str | None = field(default=None, metadata={"flag": False})
     """Of the weights, whatever file they lay in."""
@@ -137,6 +145,11 @@ class PhaseConfig(Protocol):
     @property
     def start(self) -> StartConfig:
         """From which weights it begins."""
+        ...
+
+    @property
+    def lora(self) -> LoraConfig:
+        """Whether adapters are learned in place of them."""
         ...
 
     @property
@@ -171,7 +184,7 @@ NEEDS_SEQUENTIAL = (
     "--resume-from needs --order sequential: in a shuffled order no place of a shard is a place of the run"
 )
 
-_SHAPES = frozenset(flatten(ModelConfig())) - NO_SHAPES
+_SHAPES = frozenset(flatten(ModelConfig())) - NO_SHAPES | frozenset(flatten(LoraConfig()))
 
 
 def changeable(kind: type[PhaseConfig]) -> frozenset[str]:

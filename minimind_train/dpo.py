@@ -15,6 +15,7 @@ from minimind_train import job, loop
 from minimind_train.config import DataConfig, StartConfig
 from minimind_train.evaluate import ValidationConfig
 from minimind_train.job import Phase
+from minimind_train.lora import LoraConfig
 from minimind_train.model import MiniMind
 from minimind_train.model_config import ModelConfig
 from minimind_train.optim import OptimConfig
@@ -44,6 +45,7 @@ class DpoConfig:
     default_epochs: ClassVar[int] = 1
 
     start: StartConfig = field(default_factory=partial(StartConfig, from_weight="runs/sft"))
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=partial(DataConfig, layout="pad", seq_len=1024))
     preference: PreferenceOptions = field(default_factory=PreferenceOptions)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)

@@ -1,12 +1,13 @@
-"""The model of a run in a form that other programs open: a Hugging Face folder, or a `.pth` of MiniMind's.
+"""The model of a run in a form that other programs open: a Hugging Face folder, a `.pth` of MiniMind's, or adapters for peft.
 
-`hf_config` and `minimind_form` say what each can hold; here it is written, whole or not at all.
+`hf_config`, `minimind_form` and `peft_form` say what each can hold; here it is written, whole or not at all. Adapters are merged
+into the matrices that they stand beside, but for peft.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -22,20 +23,28 @@ from minimind_data.format import CONFIG_NAME as TOKENIZER_CONFIG_NAME
 from minimind_data.format import TOKENIZER_NAME, TokenizerInfo
 from minimind_data.tokenizer import Tokenizer
 from minimind_train.hf_config import to_hf
+from minimind_train.lora import adapters_of
 from minimind_train.minimind_form import file_name, minimind_form
 from minimind_train.model import MiniMind
 from minimind_train.model_config import ModelConfig, parameter_line
+from minimind_train.peft_form import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    adapter_config,
+    adapter_tensors,
+)
+from minimind_train.pretrained import adapted_model, model_of
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.runs import RunRecord, load_run_tokenizer
-from minimind_train.trained import Which, model_of
+from minimind_train.trained import Which
 
 __all__ = ["Target", "WeightDtype", "export"]
 
-Target = Literal["hf", "minimind"]
+Target = Literal["hf", "minimind", "peft"]
 WeightDtype = Literal["fp32", "bf16", "fp16"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_USUAL_DTYPE: dict[Target, WeightDtype] = {"hf": "fp32", "minimind": "fp16"}
+_USUAL_DTYPE: dict[Target, WeightDtype] = {"hf": "fp32", "minimind": "fp16", "peft": "fp32"}
 
 
 def export(
@@ -52,9 +61,10 @@ def export(
     Args:
         run: its folder.
         out: a folder that is new or empty; for MiniMind any folder, or the `.pth` itself.
-        to: hf for a folder that transformers opens; minimind for a `.pth` that MiniMind's code opens.
+        to: hf for a folder that transformers opens; minimind for a `.pth` that MiniMind's code opens; peft for a folder with the
+            adapters alone.
         step: whose checkpoint; the newest whole one by default, or `best`.
-        dtype: of the weights; fp32 for hf, and fp16 for minimind, as MiniMind stores them.
+        dtype: of the weights; fp32, and fp16 for minimind, as MiniMind stores them.
         say: takes lines for the user.
 
     Returns:
@@ -64,20 +74,20 @@ def export(
         UserError: the form cannot hold this model, or cannot be written there.
     """
     record = RunRecord.read(run)
-    model = model_of(run, step=step, say=say)
     dtype = dtype or _USUAL_DTYPE[to]
+    if to == "peft":
+        return _to_peft(out, run, step=step, base=record.options.get("from_weight"), dtype=dtype, say=say)
+    model = model_of(run, step=step, say=say)
     if model.config.dropout:
         say(f"dropout {model.config.dropout} is of training alone and is not exported")
-    weights = _cast(model, dtype, run)
+    weights = _cast(model.state_dict(), dtype, run)
     if to == "minimind":
         return _to_minimind(out, record, model, weights, say)
     return _to_hf(out, run, record=record, config=model.config, weights=weights, say=say)
 
 
-def _cast(model: MiniMind, dtype: WeightDtype, run: Path) -> dict[str, Tensor]:
-    weights = {
-        name: tensor.detach().to(_DTYPES[dtype]).contiguous() for name, tensor in model.state_dict().items()
-    }
+def _cast(tensors: Mapping[str, Tensor], dtype: WeightDtype, run: Path) -> dict[str, Tensor]:
+    weights = {name: tensor.detach().to(_DTYPES[dtype]).contiguous() for name, tensor in tensors.items()}
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise UserError(
@@ -110,10 +120,7 @@ def _to_hf(
     tokenizer = load_run_tokenizer(run, record.tokenizer)
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     told = to_hf(config, record.tokenizer, dtype)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is there already; take another --out, or remove it")
-    with _whole(out, shutil.rmtree) as partial:
-        partial.mkdir()
+    with _whole_folder(out, "config.json") as partial:
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
         (partial / TOKENIZER_NAME).write_text(tokenizer.json, encoding="utf-8")
         special = {name: told[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -122,15 +129,26 @@ def _to_hf(
             ("generation_config.json", special),
             (TOKENIZER_CONFIG_NAME, _tokenizer_config(run, tokenizer, record.tokenizer, config)),
         ):
-            text = json.dumps(content, ensure_ascii=False, indent=2)
-            (partial / name).write_text(text + "\n", encoding="utf-8")
-        for file in partial.iterdir():
-            shutil.copymode(partial / "config.json", file)  # safetensors lets nobody else read what it writes
-            _flush(file)
-        if out.exists():
-            out.rmdir()
+            _write_json(partial / name, content)
     say(f"{out}: {parameter_line(config)} as {told['architectures'][0]} in {dtype}")
     return out
+
+
+def _to_peft(out: Path, run: Path, *, step: Which, base: str | None, dtype: WeightDtype, say: Say) -> Path:
+    model, lora = adapted_model(run, step=step, say=say)
+    weights = _cast(adapter_tensors(model), dtype, run)
+    with _whole_folder(out, ADAPTER_CONFIG_NAME) as partial:
+        save_file(weights, partial / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
+        _write_json(partial / ADAPTER_CONFIG_NAME, adapter_config(lora, str(base)))
+    say(
+        f"{out}: adapters of rank {lora.lora_rank} for {len(adapters_of(model))} matrices; they belong to {base}, which `mm-train "
+        "export --to hf` makes a model that peft puts them on"
+    )
+    return out
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def _tokenizer_config(
@@ -155,6 +173,21 @@ def _tokenizer_config(
         "clean_up_tokenization_spaces": False,
         "model_max_length": config.longest_sequence,
     }
+
+
+@contextmanager
+def _whole_folder(out: Path, usual: str) -> Iterator[Path]:
+    """Give a folder beside `out` to write to, and rename it when all is done; its files get the rights of the one named `usual`."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already; take another --out, or remove it")
+    with _whole(out, shutil.rmtree) as partial:
+        partial.mkdir()
+        yield partial
+        for file in partial.iterdir():
+            shutil.copymode(partial / usual, file)  # safetensors lets nobody else read what it writes
+            _flush(file)
+        if out.exists():
+            out.rmdir()
 
 
 @contextmanager

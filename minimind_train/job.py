@@ -38,6 +38,7 @@ from minimind_train.devices import out_of_memory_is_plain, refuse_too_large
 from minimind_train.distributed import ALONE, World, joined, launched_place
 from minimind_train.evaluate import validation
 from minimind_train.finished import note_finish, refuse_idle_changes, refuse_repetition
+from minimind_train.lora import adapters_of, add_adapters
 from minimind_train.metrics import FILE_NAME, MetricsLog, NoMetrics
 from minimind_train.model import MiniMind, initialize
 from minimind_train.model_config import parameter_line
@@ -296,20 +297,23 @@ class _Job(Generic[ConfigT]):
         torch.set_num_threads(training.threads)
         allow_tf32(training.tf32, self.device)
         model = MiniMind(self.config.model)
+        lora = self.config.lora
+        why = f"{self.run} learns adapters alone" if found else f"{self.run} has no checkpoint yet"
         # Rank 0 gives its weights to all.
-        begins = found is None and world.leads
-        weights = self.origin.weights(f"{self.run} has no checkpoint yet") if begins else None
+        weights = self.origin.weights(why) if world.leads and (found is None or lora.lora_rank) else None
         if weights:
             model.load_state_dict(weights.tensors)
         else:
             initialize(model, training.seed)
+        if lora.lora_rank:
+            add_adapters(model, lora, training.seed)
         model.to(self.device)
         optimizer = make_optimizer(model, self.config.optim)
         if found:
             found.restore(model, optimizer)
         world.wait()  # for all ranks: what does not fit one of them leaves the run as it was
         before_steps()
-        self._introduce(step, total_steps, cursor)
+        self._introduce(model, step, total_steps, cursor)
         place = SampleCursor(cursor)
         scale = LossScale(**(found and found.state.loss_scale) or {}) if training.dtype == "fp16" else None
         objective = self.phase.objective(model, self.config, self.origin)
@@ -418,10 +422,15 @@ class _Job(Generic[ConfigT]):
             say=self.say,
         )
 
-    def _introduce(self, step: int, total_steps: int, cursor: int) -> None:
+    def _introduce(self, model: MiniMind, step: int, total_steps: int, cursor: int) -> None:
         training, processes = self.config.training, self.world.size
         where = self.device.type if processes == 1 else f"{self.device.type}, {processes} processes,"
         self.say(parameter_line(self.config.model))
+        if self.config.lora.lora_rank:
+            learned = sum(each.numel() for each in model.parameters() if each.requires_grad)
+            self.say(
+                f"{learned / 1e6:.2f}M parameters of adapters are learned, in {len(adapters_of(model))} matrices"
+            )
         self.say(
             f"{self.run}: on {where} in {training.dtype}, {len(self.course.windows):,} windows of "
             f"{self.course.windows.seq_len} tokens"
@@ -475,6 +484,8 @@ def _refuse_unfit(config: PhaseConfig, shards: Datasets, device: torch.device, w
     size = config.model.num_parameters
     what = f"{size / 1e6:,.1f} M parameters, their gradients and the optimizer's averages"
     least = 12 if config.optim.optimizer == "muon" else 16
+    if config.lora.lora_rank:
+        least, what = 4, f"{size / 1e6:,.1f} M parameters"
     refuse_too_large(what, least * size, device, "take a smaller --hidden-size or --num-hidden-layers")
     # Two int64 a token, and its position where documents are kept apart.
     samples = (24 if config.data.document_mask else 16) * config.training.global_batch * config.data.seq_len

@@ -12,10 +12,10 @@ from minimind_data.tokenizer import Tokenizer, load_tokenizer
 from minimind_train.foreign_weights import is_hf_folder
 from minimind_train.model import MiniMind
 from minimind_train.model_config import ModelConfig
-from minimind_train.pretrained import load_weights
+from minimind_train.pretrained import load_weights, model_of
 from minimind_train.progress import Say
 from minimind_train.runs import RunRecord, load_run_tokenizer
-from minimind_train.trained import Which, model_of
+from minimind_train.trained import Which
 
 __all__ = ["Opened", "open_trained"]
 

@@ -9,7 +9,9 @@ from minimind_train import job, loop
 from minimind_train.config import DataConfig, StartConfig
 from minimind_train.evaluate import ValidationConfig
 from minimind_train.job import Phase
-from minimind_train.model import MiniMind, ModelConfig
+from minimind_train.lora import LoraConfig
+from minimind_train.model import MiniMind
+from minimind_train.model_config import ModelConfig
 from minimind_train.objective import NextToken
 from minimind_train.optim import OptimConfig
 from minimind_train.progress import Say, say_on_stderr
@@ -24,6 +26,7 @@ class PretrainConfig:
     default_epochs: ClassVar[int] = 2
 
     start: StartConfig = field(default_factory=StartConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -1,24 +1,32 @@
-"""Weights that were trained before, from wherever a run can begin: another run, a Hugging Face folder, a `.pth` of MiniMind's."""
+"""Weights that were trained before, to begin from or to use: of a run, a Hugging Face folder, a `.pth` of MiniMind's.
+
+The checkpoints of a run that learns adapters hold these alone; what they stand beside is what the run began from.
+"""
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minimind_data.errors import UserError
 from minimind_data.format import TOKENIZER_NAME, TokenizerInfo
+from minimind_data.options import build
 from minimind_data.tokenizer import load_tokenizer
+from minimind_train.checkpoint import Checkpoint
 from minimind_train.foreign_weights import fitted, is_hf_folder, num_entries, read_hf_folder, read_tensors
+from minimind_train.lora import LoraConfig, add_adapters, merge_adapters
+from minimind_train.model import MiniMind
 from minimind_train.model_config import ModelConfig
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.runs import CONFIG_NAME, RunRecord
-from minimind_train.trained import model_and_step_of
+from minimind_train.trained import Which, used
 
-__all__ = ["Weights", "checksum_of_tensors", "load_weights"]
+__all__ = ["Weights", "adapted_model", "checksum_of_tensors", "load_weights", "model_of", "same_weights"]
 
 
 class Weights(NamedTuple):
@@ -39,7 +47,7 @@ class Weights(NamedTuple):
 def load_weights(
     path: Path,
     *,
-    step: int | None = None,
+    step: Which = None,
     shape: ModelConfig | None = None,
     say: Say = say_on_stderr,
 ) -> Weights:
@@ -47,7 +55,7 @@ def load_weights(
 
     Args:
         path: the folder of a run, a Hugging Face folder, or a file that holds nothing but tensors by name, such as MiniMind's `.pth`.
-        step: of a run, whose checkpoint; the newest whole one by default.
+        step: of a run, whose checkpoint.
         shape: of the model whose weights a file holds, which does not say it itself; the size of its vocabulary is the file's.
         say: is told of damaged checkpoints.
 
@@ -66,7 +74,7 @@ def load_weights(
             f"{path}: {there}; pass the folder of a run, a Hugging Face folder on this machine or a .pth by --from-weight"
         )
     tokenizer = RunRecord.read(path).tokenizer
-    model, step = model_and_step_of(path, step=step, say=say)
+    model, step = _model_and_step_of(path, step, say, {})
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     return Weights(
         config=model.config.resolved(),
@@ -75,6 +83,94 @@ def load_weights(
         step=step,
         tokenizer_json=_text_of(path / TOKENIZER_NAME),
     )
+
+
+def same_weights(options: Mapping[str, Any], why: str, say: Say) -> Weights:
+    """Return the weights that a run was begun from.
+
+    Args:
+        options: the run's, which name them.
+        why: what they are needed for, such as `the run has no checkpoint yet`.
+        say: is told of damaged checkpoints.
+
+    Raises:
+        UserError: they are gone, or others.
+    """
+    path, checksum = options["from_weight"], options["from_sha256"]
+    where = f"{why}, so it needs the weights that it began from"
+    try:
+        weights = load_weights(
+            Path(path), step=options["from_step"], shape=build(ModelConfig, dict(options)), say=say
+        )
+    except UserError as error:
+        raise UserError(
+            f"{where}, and these are gone ({error}); put them back, or say where they are by --resume --from-weight"
+        ) from None
+    if (found := checksum_of_tensors(weights.tensors)) != checksum:
+        raise UserError(
+            f"{where}, and {path} holds others (in the run: {checksum[:12]}…, there: {found[:12]}…); say where they are by "
+            "--resume --from-weight, with --from-step where they are no newest checkpoint"
+        )
+    return weights
+
+
+def model_of(
+    run: Path, *, step: Which, say: Say, changes: Mapping[str, Any] = MappingProxyType({})
+) -> MiniMind:
+    """Return the model of a run, on the CPU, in the mode of use; adapters are merged into what they stand beside.
+
+    Args:
+        run: its folder.
+        step: whose checkpoint.
+        say: is told of damaged checkpoints.
+        changes: options of the model that are to differ from the run's, such as those of its positions.
+
+    Raises:
+        UserError: there is no such checkpoint, or no such model, or what its adapters stand beside is gone.
+    """
+    return _model_and_step_of(run, step, say, changes)[0]
+
+
+def adapted_model(run: Path, *, step: Which, say: Say) -> tuple[MiniMind, LoraConfig]:
+    """Return the model of a run with its adapters beside their matrices, and what they are.
+
+    Raises:
+        UserError: as `model_of`, or the run has learned all weights.
+    """
+
+    def restored(found: Checkpoint) -> tuple[MiniMind, LoraConfig]:
+        lora = build(LoraConfig, found.state.config)
+        if not lora.lora_rank:
+            raise UserError(f"{run}: has no adapters, since it was trained without --lora-rank")
+        return _restored(found, {}, say), lora
+
+    return used(run, step, restored, say)
+
+
+def _model_and_step_of(run: Path, step: Which, say: Say, changes: Mapping[str, Any]) -> tuple[MiniMind, int]:
+    def restored(found: Checkpoint) -> tuple[MiniMind, int]:
+        model = _restored(found, changes, say)
+        merge_adapters(model)
+        return model, found.state.step
+
+    return used(run, step, restored, say)
+
+
+def _restored(found: Checkpoint, changes: Mapping[str, Any], say: Say) -> MiniMind:
+    options = found.state.config
+    try:
+        config = build(ModelConfig, {**options, **changes})
+    except ValueError as error:
+        raise UserError(f"{found.folder}: its model cannot be used like that: {error}") from None
+    model = MiniMind(config).eval()
+    lora = build(LoraConfig, options)
+    if lora.lora_rank:
+        # Where they lie may have changed since the checkpoint was written; what they are has not.
+        known = {**options, **RunRecord.read(found.folder.parents[1]).options}
+        model.load_state_dict(same_weights(known, f"{found.folder} holds adapters alone", say).tensors)
+        add_adapters(model, lora, seed=0)
+    found.restore(model)
+    return model
 
 
 def _of_file(path: Path, shape: ModelConfig | None) -> Weights:

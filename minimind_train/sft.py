@@ -9,6 +9,7 @@ from minimind_train import job, loop
 from minimind_train.config import DataConfig, StartConfig
 from minimind_train.evaluate import ValidationConfig
 from minimind_train.job import Phase
+from minimind_train.lora import LoraConfig
 from minimind_train.model import MiniMind
 from minimind_train.model_config import ModelConfig
 from minimind_train.objective import NextToken
@@ -25,6 +26,7 @@ class SftConfig:
     default_epochs: ClassVar[int] = 2
 
     start: StartConfig = field(default_factory=partial(StartConfig, from_weight="runs/pretrain"))
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=partial(DataConfig, layout="pad", seq_len=768))
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=partial(OptimConfig, learning_rate=1e-5))

@@ -17,7 +17,7 @@ from minimind_train.config import ConfigT, PhaseConfig
 from minimind_train.model import MiniMind
 from minimind_train.model_config import NO_SHAPES, ModelConfig
 from minimind_train.parts import Datasets
-from minimind_train.pretrained import Weights, checksum_of_tensors, load_weights
+from minimind_train.pretrained import Weights, checksum_of_tensors, load_weights, same_weights
 from minimind_train.progress import Say
 
 __all__ = ["Origin", "begun_from"]
@@ -42,6 +42,10 @@ def begun_from(
     """
     origin = config.start.from_weight
     if origin is None:
+        if config.lora.lora_rank:
+            raise UserError(
+                "--lora-rank puts adapters beside weights that are there; pass them by --from-weight"
+            )
         return config, None
     weights = load_weights(Path(origin), step=config.start.from_step, shape=config.model, say=say)
     _refuse_other_tokenizer(origin, weights, shards, say)
@@ -60,6 +64,7 @@ def begun_from(
     chosen = {name: here[name] for name in _OF_TRAINING | said}
     try:
         model = build(ModelConfig, {**there, **chosen})
+        config.lora.refuse_unfit(model)
     except ValueError as error:
         raise UserError(f"{origin}: its model cannot be changed like that: {error}") from None
     start = replace(
@@ -81,15 +86,14 @@ class Origin:
     """
 
     def __init__(self, config: PhaseConfig, say: Say, weights: Weights | None = None) -> None:
-        self._start = config.start
-        self._shape = config.model
+        self._config = config
         self._say = say
         self._weights = weights
 
     @property
     def checksum(self) -> str | None:
         """Of the weights; None where the run began from none."""
-        return self._start.from_sha256
+        return self._config.start.from_sha256
 
     def weights(self, why: str) -> Weights | None:
         """Return them, or None where the run began from none.
@@ -100,10 +104,11 @@ class Origin:
         Raises:
             UserError: they are gone, or others.
         """
-        if self._weights is None and self._start.from_weight is not None:
-            self._weights = self._loaded(
-                self._start.from_weight, f"{why}, so it needs the weights that it began from"
-            )
+        start = self._config.start
+        if self._weights is None and start.from_weight is not None:
+            if start.from_sha256 is None:
+                raise UserError("the run began from no weights, so leave --from-weight out")
+            self._weights = same_weights(flatten(self._config), why, self._say)
         return self._weights
 
     def model(self, why: str) -> MiniMind:
@@ -117,23 +122,6 @@ class Origin:
     def release(self) -> None:
         """Give their memory back; whoever needs them again loads them again."""
         self._weights = None
-
-    def _loaded(self, path: str, where: str) -> Weights:
-        start = self._start
-        if start.from_sha256 is None:
-            raise UserError("the run began from no weights, so leave --from-weight out")
-        try:
-            weights = load_weights(Path(path), step=start.from_step, shape=self._shape, say=self._say)
-        except UserError as error:
-            raise UserError(
-                f"{where}, and these are gone ({error}); put them back, or say where they are by --from-weight"
-            ) from None
-        if (found := checksum_of_tensors(weights.tensors)) != start.from_sha256:
-            raise UserError(
-                f"{where}, and {path} holds others (in the run: {start.from_sha256[:12]}…, there: {found[:12]}…); "
-                "say where they are by --from-weight, with --from-step where they are no newest checkpoint"
-            )
-        return weights
 
 
 def _refuse_other_tokenizer(origin: str, weights: Weights, shards: Datasets, say: Say) -> None:

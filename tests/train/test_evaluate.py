@@ -19,9 +19,9 @@ from minimind_data.windows import IGNORED, open_windows
 from minimind_train.evaluate import Evaluator, _byte_counter, open_evaluator
 from minimind_train.objective import MicroLoss, NextToken
 from minimind_train.pretrain import pretrain, resume
+from minimind_train.pretrained import model_of
 from minimind_train.run_evaluation import evaluate_run
 from minimind_train.runs import RunRecord
-from minimind_train.trained import model_of
 
 from .conftest import Said, config_of, metrics, retokenized, steps, stop_after, weights
 

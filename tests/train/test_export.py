@@ -19,7 +19,7 @@ from minimind_train.minimind_form import file_name, minimind_form
 from minimind_train.model import MiniMind, ModelConfig
 from minimind_train.model_config import RopeScaling
 from minimind_train.pretrain import pretrain
-from minimind_train.trained import model_of
+from minimind_train.pretrained import model_of
 
 from .conftest import Said, config_of
 

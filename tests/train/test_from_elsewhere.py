@@ -18,10 +18,9 @@ from minimind_train.generate import GenerateOptions
 from minimind_train.model import MiniMind
 from minimind_train.model_config import ModelConfig
 from minimind_train.pretrain import PRETRAIN, PretrainConfig, pretrain, resume
-from minimind_train.pretrained import load_weights
+from minimind_train.pretrained import load_weights, model_of
 from minimind_train.run_evaluation import evaluate_run
 from minimind_train.runs import RunRecord
-from minimind_train.trained import model_of
 
 from .conftest import Said, config_of, metrics, retokenized, stop_after, weights
 

@@ -12,9 +12,9 @@ from minimind_data.errors import UserError
 from minimind_train import checkpoint
 from minimind_train.checkpoint import CheckpointState
 from minimind_train.pretrain import resume
+from minimind_train.pretrained import model_of
 from minimind_train.retention import Retention
 from minimind_train.saver import SaveConfig, Saver
-from minimind_train.trained import model_of
 
 from .conftest import Said, metrics
 from .test_checkpoint import bits, make, state, train
