@@ -31,7 +31,17 @@ from minimind_train.skips import Skips
 from minimind_train.trained import Which, parse_step
 
 _HARMLESS = frozenset(
-    {"shards", "device", "micro_batch", "threads", "log_every", "max_hours", "on_nonfinite"}
+    {
+        "shards",
+        "device",
+        "micro_batch",
+        "threads",
+        "compile",
+        "activation_checkpointing",
+        "log_every",
+        "max_hours",
+        "on_nonfinite",
+    }
 ).union(flatten(ValidationConfig()), flatten(SaveConfig()))
 _MICRO_BATCH = frozenset({"micro_batch"})  # harmless but where experts are balanced over it
 _SKIPS = "skip_positions"

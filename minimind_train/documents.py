@@ -60,6 +60,20 @@ class Documents:
         number = self.begins.cumsum(1)
         return (number[:, None, :, None] == number[:, None, None, :]).tril()
 
+    @classmethod
+    def stay_out_of_graphs(cls) -> None:
+        """Keep what depends on the lengths of documents, other ones in each batch, out of what torch compiles."""
+        cls._one_by_one = torch.compiler.disable(cls._one_by_one)  # type: ignore[method-assign, no-untyped-call]
+
+    def prepare(self, example: Tensor, dropout_p: float = 0.0) -> None:
+        """Work out now what `attend` will need for queries such as this one, [..., D]: layers that are compiled could not."""
+        if self._goes_one_by_one(example.device):
+            _ = self.lengths
+        elif dropout_p == 0 and flash_kernel(example) is not None:
+            _ = self.starts
+        else:
+            _ = self.mask
+
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, dropout_p: float = 0.0) -> Tensor:
         """Let each position read those of its document up to its own.
 
@@ -72,12 +86,15 @@ class Documents:
         Returns:
             [B, L, heads, D].
         """
-        if queries.device.type == "cpu" and queries.shape[1] > _LONGEST_MASKED:
+        if self._goes_one_by_one(queries.device):
             return self._one_by_one(queries, keys, values, dropout_p)
         kernel = flash_kernel(queries) if dropout_p == 0 else None
         if kernel is not None:
             return self._flash(kernel, queries, keys, values)
         return self._masked(queries, keys, values, dropout_p)
+
+    def _goes_one_by_one(self, device: torch.device) -> bool:
+        return device.type == "cpu" and self.begins.shape[1] > _LONGEST_MASKED
 
     def _one_by_one(self, queries: Tensor, keys: Tensor, values: Tensor, dropout_p: float) -> Tensor:
         split = (torch.split(x.flatten(0, 1), self.lengths) for x in (queries, keys, values))

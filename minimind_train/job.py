@@ -38,6 +38,7 @@ from minimind_train.devices import out_of_memory_is_plain, refuse_too_large
 from minimind_train.distributed import ALONE, World, joined, launched_place
 from minimind_train.evaluate import validation
 from minimind_train.finished import note_finish, refuse_idle_changes, refuse_repetition
+from minimind_train.layerwise import compile_layers, failing_to_compile_is_plain, recompute_activations
 from minimind_train.lora import adapters_of, add_adapters
 from minimind_train.metrics import FILE_NAME, MetricsLog, NoMetrics
 from minimind_train.model import MiniMind, initialize
@@ -278,6 +279,7 @@ class _Job(Generic[ConfigT]):
         self.course.reweight(cursor)
         self.config = with_stretches(self.config, self.course.stretches)
 
+    @failing_to_compile_is_plain()
     @out_of_memory_is_plain(
         "go on with --resume and a smaller --micro-batch, or free some memory; earlier checkpoints are intact"
     )
@@ -316,6 +318,10 @@ class _Job(Generic[ConfigT]):
         self._introduce(model, step, total_steps, cursor)
         place = SampleCursor(cursor)
         scale = LossScale(**(found and found.state.loss_scale) or {}) if training.dtype == "fp16" else None
+        if training.compile:
+            compile_layers(model)
+        if training.activation_checkpointing:
+            recompute_activations(model)
         objective = self.phase.objective(model, self.config, self.origin)
         samples = self._samples(self.course.windows)
         measure = {}

@@ -59,6 +59,10 @@ class RunConfig:
     tf32: Annotated[bool, "Let a GPU that can compute float32 matrix products in TF32, which is faster."] = (
         True
     )
+    compile: Annotated[bool, "Compile the layers, which makes them faster once they have been."] = False
+    activation_checkpointing: Annotated[
+        bool, "Compute the layers' activations again in the backward pass: less memory, a third more work."
+    ] = False
     threads: Annotated[int, "CPU threads of torch; 0 leaves the choice to torch."] = 0
     saving: SaveConfig = field(default_factory=SaveConfig)
     max_hours: Annotated[

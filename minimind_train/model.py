@@ -221,6 +221,7 @@ class MiniMind(nn.Module):
         rotary, documents = rotary_tables(start, stop, self.config, input_ids.device), None
         if position_ids is not None:
             rotary, documents = (rotary[0][position_ids], rotary[1][position_ids]), Documents(position_ids)
+            documents.prepare(self._example_query(), self.config.dropout if self.training else 0.0)
         x = functional.dropout(self.model.embed_tokens(input_ids), self.config.dropout, self.training)
         imbalances = []
         for number, layer in enumerate(self.model.layers):
@@ -230,6 +231,12 @@ class MiniMind(nn.Module):
         if cache is not None:
             cache.advance(stop - start)
         return self.model.norm(x), imbalances
+
+    def _example_query(self) -> Tensor:
+        weight = self.model.embed_tokens.weight
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        return weight.new_empty((0, self.config.head_size), dtype=dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the scores [..., V] of the next token for hidden states [..., H]."""
