@@ -1,13 +1,16 @@
 """The pages in docs/ do not lie: their Python runs as it stands, and does what the page says."""
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from minimind_cli import data
 from minimind_data.build import tokenize
 from minimind_data.plan import TokenizeOptions
 from minimind_data.tokenizer import DEFAULT_TOKENIZER
@@ -94,3 +97,28 @@ def test_minimind(section):
     assert names["input_ids"].shape == names["labels"].shape
     assert names["input_ids"].shape[1] == 340
     assert names["step"] == -(-len(names["train_ds"]) // 32)
+
+
+def test_what_is_said_of_conversations(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "conversations.md").read_text(encoding="utf-8")
+    (tmp_path / "data").mkdir()
+    for kind in ("sft", "dpo"):
+        shutil.copy(ROOT / "data" / f"sample_{kind}.jsonl", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    commands = [line.strip() for line in page.splitlines() if line.startswith("    mm-data")]
+    assert len(commands) == 5
+    for command in commands:
+        told = CliRunner().invoke(data.app, shlex.split(command)[1:])
+        assert told.exit_code == 0, (command, told.stderr)
+    names: dict = {}
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code, names)  # noqa: S102 - the page's own code
+    assert {name: array.shape for name, array in names["batch"].items()} == dict.fromkeys(
+        ("input_ids", "targets", "position_ids"), (4, 256)
+    )
+    sides = [f"{side}_{name}" for side in ("chosen", "rejected") for name in ("input_ids", "targets")]
+    assert sorted(names["pair"]) == sorted(sides)
+    assert names["prompt"] == "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n"
+    told = CliRunner().invoke(data.app, ["tokenize", "--help"]).stdout
+    for flag in re.findall(r"`(--[a-z-]+)", page):
+        assert flag in told, flag
