@@ -25,7 +25,7 @@ dataset of pairs (`dpo`) a window is a pair, padded; a sample is `chosen_input_i
 A window of `pack` holds L + 1 tokens (L unshifted), so its last token is only a target, as in the other layouts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -40,6 +40,8 @@ from minimind_data.segments import Segments
 from minimind_data.shards import ShardSet
 from minimind_data.window_base import IGNORED, Layout
 from minimind_data.words import counted
+
+_DONE = {"concat": "cut", "pad": "padded", "pack": "packed"}
 
 __all__ = ["IGNORED", "MAX_SEQ_LEN", "Layout", "LongDocuments", "Windows", "open_windows"]
 
@@ -150,18 +152,13 @@ def open_windows(
         labels: give unshifted `labels` in place of shifted `targets`.
         documents_apart: give `position_ids`, and no target that is the first token of another document.
         long_documents: `pack` only: what becomes of a document that alone is longer than a window.
-        announce: told, in a sentence, when windows are planned first, what is left out of them, and in how many of a masked
+        announce: told, in a sentence, when windows are planned first, what is cut, left out or padded, and in how many of a masked
             dataset nothing is learned; these are counted only where this is given.
 
     Raises:
         UserError: the dataset has no such window, or their plan cannot be written.
     """
-    if layout != "concat" and seq_len < 2:
-        raise UserError(f"seq_len {seq_len} is too short for layout {layout}: BOS and EOS alone take 2")
-    if seq_len < 1:
-        raise UserError(f"seq_len must be at least 1, not {seq_len}")
-    if seq_len > MAX_SEQ_LEN:
-        raise UserError(f"seq_len must be at most {MAX_SEQ_LEN:,} tokens, not {seq_len:,}")
+    _check_length(layout, seq_len)
     say = announce or _silent
     windows: ConcatWindows | PadWindows | PackWindows
     if shards.manifest.kind == "dpo":
@@ -177,7 +174,6 @@ def open_windows(
     else:
         plan = open_plan(shards, seq_len if labels else seq_len + 1, long_documents, say)
         windows = PackWindows(shards, seq_len, labels, documents_apart, plan)
-        say(_account(windows))
     if not len(windows):
         raise UserError(
             f"{shards.folder}: {shards.num_tokens:,} tokens in {shards.num_documents:,} documents make no {layout} window of "
@@ -186,26 +182,47 @@ def open_windows(
             else f"{shards.folder}: none of its {shards.num_documents:,} documents fits a window of {seq_len} tokens; take a "
             "longer --seq-len, or --long-documents cut or fragment"
         )
-    if announce is not None and (unlearned := windows.count_unlearned()):
-        announce(
-            f"{shards.folder}: in {unlearned:,} of {len(windows):,} windows of {seq_len} tokens nothing is learned, because no "
-            "answer begins before the end; a longer --seq-len reaches such answers"
-        )
+    if announce is not None:
+        for line in _account(windows):
+            announce(line)
     return windows
+
+
+def _check_length(layout: Layout, seq_len: int) -> None:
+    if layout != "concat" and seq_len < 2:
+        raise UserError(f"seq_len {seq_len} is too short for layout {layout}: BOS and EOS alone take 2")
+    if seq_len < 1:
+        raise UserError(f"seq_len must be at least 1, not {seq_len}")
+    if seq_len > MAX_SEQ_LEN:
+        raise UserError(f"seq_len must be at most {MAX_SEQ_LEN:,} tokens, not {seq_len:,}")
 
 
 def _silent(_: str) -> None:
     """Say nothing."""
 
 
-def _account(windows: PackWindows) -> str:
-    """Say what a packing makes of a dataset, so that nothing is lost without a word."""
-    filled = 1 - windows.padding / max(1, len(windows) * windows.seq_len)
-    text = f"{windows.shards.folder}: packed, {filled:.2%} of all places filled"
-    if not windows.plan.num_long:
-        return text
-    fate = {"cut": "cut to one", "fragment": "spread over several", "drop": "left out"}
-    return (
-        f"{text}; {counted(windows.plan.num_long, 'document')} longer than a window {fate[windows.plan.long_documents]}, "
-        f"{counted(windows.unused_tokens, 'token')} in no window"
-    )
+def _account(windows: ConcatWindows | PadWindows | PackWindows) -> Iterator[str]:
+    """Say what a layout makes of a dataset, so that nothing is lost without a word."""
+    lost = f"{counted(windows.unused_tokens, 'token')} in no window"
+    if isinstance(windows, ConcatWindows):
+        if windows.unused_tokens:
+            yield f"{windows.shards.folder}: cut every {counted(windows.seq_len, 'token')}; at the end, {lost}"
+    else:
+        yield _filled(windows, lost)
+    if unlearned := windows.count_unlearned():
+        yield (
+            f"{windows.shards.folder}: in {unlearned:,} of {len(windows):,} windows of {windows.seq_len} tokens nothing is learned, "
+            "because no answer begins before the end; a longer --seq-len reaches such answers"
+        )
+
+
+def _filled(windows: PadWindows | PackWindows, lost: str) -> str:
+    filled = 1 - windows.padding / max(1, windows.num_places)
+    text = f"{windows.shards.folder}: {_DONE[windows.layout]}, {filled:.2%} of all places filled"
+    if isinstance(windows, PackWindows) and windows.plan.num_long:
+        fate = {"cut": "cut to one", "fragment": "spread over several", "drop": "left out"}
+        many = counted(windows.plan.num_long, "document")
+        text += f"; {many} longer than a window {fate[windows.plan.long_documents]}, {lost}"
+    elif windows.unused_tokens:
+        text += f"; documents longer than a window cut to one, {lost}"
+    return text

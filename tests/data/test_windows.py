@@ -154,3 +154,34 @@ def test_windows_out_of_range_are_refused(make_dataset):
         for number in (-1, len(windows)):
             with pytest.raises(IndexError):
                 windows.fetch(np.array([number]))
+
+
+@pytest.mark.parametrize(
+    ("layout", "seq_len", "account"),
+    [
+        ("concat", 10, "cut every 10 tokens; at the end, 6 tokens in no window"),
+        ("concat", 28, None),
+        (
+            "pad",
+            10,
+            "padded, 67.50% of all places filled; documents longer than a window cut to one, 28 tokens in no window",
+        ),
+        ("pad", 50, "padded, 28.50% of all places filled"),
+    ],
+)
+def test_what_is_cut_padded_or_left_over_is_said_where_somebody_listens(
+    make_dataset, layout, seq_len, account
+):
+    lengths = [[5, 33], [17, 2]]
+    shards = make_dataset(lengths)
+    said = []
+    windows = open_windows(shards, layout=layout, seq_len=seq_len, announce=said.append)
+    assert said == ([f"{shards.folder}: {account}"] if account else [])
+    learned = sum(
+        int((windows.fetch(np.array([number]))["targets"] != IGNORED).sum()) for number in range(len(windows))
+    )
+    total = sum(length - 1 for shard in lengths for length in shard)
+    if layout == "pad":
+        assert learned == total - windows.unused_tokens
+    else:
+        assert learned == shards.num_tokens - 1 - windows.unused_tokens

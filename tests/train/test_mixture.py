@@ -44,6 +44,23 @@ def test_at_every_prefix_a_part_is_as_near_to_its_share_as_can_be(shares):
     assert (turns[:period] == turns[period:]).all()
 
 
+@given(shares=SHARES, start=st.integers(0, 10**9), far=st.sampled_from([0, 10**9, 10**15]))
+def test_far_on_too_the_share_is_within_one_window_of_the_wanted_one(shares, start, far):
+    """From any position on, over one period and over a part of it, counted turn by turn."""
+    order = mixture({f"part-{i}": 10**9 + 7 * i for i in range(len(shares))}, shares)
+    period, begin = sum(shares), start + far
+    turns = owners(order, begin + np.arange(period))
+    counts = np.cumsum(turns[:, None] == np.arange(len(shares)), axis=0)
+    assert counts[-1].tolist() == shares  # every period gives exactly the shares, wherever it begins
+    for place in {0, period // 3, period - 1, period}:
+        given_so_far = order.taken(begin + place)
+        for share, taken in zip(shares, given_so_far, strict=True):
+            assert abs(taken - Fraction((begin + place) * share, period)) < 1
+    before, after = (np.array(order.taken(begin + place)) for place in (0, period))
+    assert (after - before).tolist() == shares
+
+
+@settings(deadline=None)
 @given(shares=SHARES, data=st.data())
 def test_every_part_goes_through_its_own_order_without_a_gap(shares, data):
     sizes = {f"part-{i}": data.draw(st.integers(1, 40)) for i in range(len(shares))}
@@ -129,6 +146,17 @@ def test_shares_are_near_the_weights_and_no_part_is_forgotten(weights):
     for share, weight in zip(shares, weights, strict=True):
         wanted = Fraction(weight, sum(weights))
         assert abs(Fraction(share, period) - wanted) < Fraction(len(weights), MAX_PERIOD)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 10**6), min_size=1, max_size=30).filter(lambda w: min(w) * MAX_PERIOD >= sum(w))
+)
+def test_in_every_period_a_part_is_within_one_window_of_its_weight(weights):
+    """Also where no pattern is short enough to meet the weights exactly; but a part that is due less than once in the longest gets one."""
+    shares = shares_of([Fraction(weight) for weight in weights])
+    for share, weight in zip(shares, weights, strict=True):
+        assert abs(Fraction(share) - Fraction(weight, sum(weights)) * sum(shares)) < 1
 
 
 def test_seeds_of_parts_have_nothing_to_do_with_each_other():

@@ -1,10 +1,13 @@
 """Runs that leave positions out: once told, never learned, in whatever way the run is stopped and goes on."""
 
+import json
 import math
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from minimind_cli import data
 from minimind_data.errors import UserError
 from minimind_data.shards import ShardSet
 from minimind_data.windows import open_windows
@@ -147,6 +150,10 @@ def test_what_was_learned_before_it_was_to_be_left_out_is_told_apart(stopped_run
     assert record.changes[0].position == 48
     assert [record.skip_positions_at(position) for position in (40, 47)] == [(), ()]
     assert [record.skip_positions_at(position) for position in (48, 59, 60, 500)] == [("40:60",)] * 4
+    for position in (39, 40, 47, 48, 59, 60):
+        words = ["locate", "--run", str(stopped_run), "--position", str(position), "--json"]
+        told = json.loads(CliRunner().invoke(data.app, words).stdout)
+        assert told.get("left_out", False) is (48 <= position < 60)
     resume(stopped_run, {"skip_positions": ["80:90"], "steps": 15}, allow_change={"steps"}, say=Said())
     record = RunRecord.read(stopped_run)
     assert [record.skip_positions_at(position) for position in (47, 60)] == [(), ("40:60",)]
