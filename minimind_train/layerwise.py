@@ -47,5 +47,5 @@ def failing_to_compile_is_plain() -> Iterator[None]:
         reason = lines[0] if lines else type(error).__name__
         raise UserError(
             f"--compile: torch cannot compile the model here ({reason}); on the CPU it needs a C++ compiler such as g++, on a GPU "
-            "Triton and a C compiler; mend that, or go on with --resume --no-compile"
+            "Triton and a C compiler; mend that, delete a file that is named there as broken, or go on with --resume --no-compile"
         ) from None
