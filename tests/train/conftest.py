@@ -11,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from minimind_data.build import TokenizeOptions, tokenize
 from minimind_data.format import InputEntry, Manifest, ShardEntry, TokenizerInfo
 from minimind_data.options import build
 from minimind_data.writer import ShardWriter
@@ -188,3 +189,46 @@ def stopped_run(tmp_path, whole_run):
     shutil.copytree(whole_run, run)
     stop_after(run, 6)
     return run
+
+
+def make_chats(folder, kind, count=40, seed=0):
+    """Tokenize conversations (`sft`) or pairs (`dpo`) of short sums with the tokenizer that ships with the package."""
+    generator = np.random.default_rng(seed)
+    lines = []
+    for one, other in generator.integers(1, 50, (count, 2)).tolist():
+        asked = [{"role": "user", "content": f"{one} + {other}?"}]
+        right, wrong = (
+            [*asked, {"role": "assistant", "content": text}]
+            for text in (f"That is {one + other}.", f"I do not know what {one} is.")
+        )
+        again = [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
+        lines.append(
+            {"conversations": right + again} if kind == "sft" else {"chosen": right, "rejected": wrong}
+        )
+    folder.mkdir(parents=True)
+    source = folder / "chats.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tokenize([source], TokenizeOptions(out=folder / "data", kind=kind, workers=1))
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def sft_dataset(tmp_path_factory):
+    """The folder of a dataset of 40 conversations of two turns; a packing plan may be written into it."""
+    return make_chats(tmp_path_factory.mktemp("sft") / "chats", "sft")
+
+
+@pytest.fixture(scope="session")
+def dpo_dataset(tmp_path_factory):
+    """The folder of a dataset of 40 pairs of the same tokenizer; log-probabilities may be written into it."""
+    return make_chats(tmp_path_factory.mktemp("dpo") / "chats", "dpo")
+
+
+@pytest.fixture(scope="session")
+def chat_base(tmp_path_factory):
+    """A run of three steps on text of the same tokenizer, to begin from; read only."""
+    folder = tmp_path_factory.mktemp("chat-base")
+    (folder / "text.txt").write_text("That is what 4 + 4 is. Yes. I do not know.\n" * 40)
+    tokenize([folder / "text.txt"], TokenizeOptions(out=folder / "data", workers=1))
+    pretrain(config_of(folder / "run", folder / "data", steps=3, learning_rate=3e-3), Said())
+    return folder / "run"

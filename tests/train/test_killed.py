@@ -16,9 +16,9 @@ from .conftest import metrics, steps, weights
 MAIN = "from minimind_cli.train import main; main()"
 
 
-def start(arguments, program=MAIN):
+def start(arguments, program=MAIN, command="pretrain"):
     return subprocess.Popen(
-        [sys.executable, "-c", program, "pretrain", *arguments],
+        [sys.executable, "-c", program, command, *arguments],
         stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
@@ -139,3 +139,31 @@ def test_the_worst_moments_to_die_are_as_good_as_any(tmp_path, small_dataset, ne
     assert json.loads((run / "config.json").read_bytes()) == json.loads(
         (never_killed / "config.json").read_bytes()
     )
+
+
+SHAPE = {"hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
+TUNING = {name: value for name, value in OPTIONS.items() if name not in SHAPE} | {"seq_len": 48, "steps": 24}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "changes"), [("sft", {"lora_rank": 2}), ("dpo", {})])
+def test_tuned_runs_are_killed_as_well(tmp_path, sft_dataset, dpo_dataset, chat_base, command, changes):
+    shards = sft_dataset if command == "sft" else dpo_dataset
+    options = {**TUNING, **changes, "shards": shards, "from_weight": chat_base, "learning_rate": 1e-3}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    process = start(flags({**options, "run": whole}), command=command)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    arguments = flags({**options, "run": run})
+    for step in (3, 9 + secrets.randbelow(6)):
+        process = start(arguments, command=command)
+        wait_for_step(process, run, step)
+        process.kill()
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == -signal.SIGKILL, (step, said)
+        arguments = ["--run", str(run), "--resume"]
+    process = start(arguments, command=command)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert weights(run, 24) == weights(whole, 24)
+    assert metrics(run) == metrics(whole)
