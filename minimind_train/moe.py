@@ -7,8 +7,9 @@ under autocast, because a rounded score can send a token elsewhere (https://arxi
 
 All tokens of a batch are sorted by expert, so that each expert's are one slice. On CUDA in bf16 the slices of all experts are one
 grouped multiplication, which asks nothing of the host; elsewhere they go through their experts one after the other. On the CPU, with
-the sizes of minimind-3-moe and 2,048 tokens in fp32, forward and backward, that took 1.04 of the time of one MLP over the same
-tokens, and the grouped multiplication 1.19; on another device it waits for the sizes, once a layer.
+the sizes of minimind-3-moe in fp32, forward and backward, that took 1.09 of the time of one MLP over the same 2,048 tokens (1.00 at
+8,192), and the grouped multiplication 1.14 (1.08); on another device it waits for the sizes, once a layer. Figures:
+`benchmarks/experts.py`.
 
 Every expert is an MLP of its own under MiniMind's and Qwen3-MoE's names, `mlp.experts.N.gate_proj.weight`, and not a slice of one
 large tensor: so a checkpoint is read elsewhere as it is, and an optimizer that is made for matrices, as Muon is, sees matrices. The
