@@ -119,7 +119,9 @@ class _Probe:
         found += [
             text.rstrip() for text in found
         ]  # the white space before an answer may be one token with its first word
-        return [text for text in found if text.startswith(self._control)]
+        # What also stands between an answer and the next question opens anybody's turn.
+        theirs = self._text.partition(_ANSWERED[0])[2].partition(_ASKED[1])[0]
+        return [text for text in found if text.startswith(self._control) and text not in theirs]
 
     def closings(self) -> list[str]:
         """Return texts that may close them; all begin with a special token, and go on with white space at most."""
@@ -135,8 +137,6 @@ class _Probe:
 
     def fits(self, marks: TurnMarks) -> bool:
         """Tell whether marks make both answers learned, and neither question."""
-        if marks.closes[0] in marks.opens:  # what closes a turn may close anybody's
-            return False
         ids = np.array(self._encoding.ids, np.uint32)
         mask, _ = learned_between(ids, np.array([0, len(ids)]), marks)
         wanted = [(text, True) for text in _ANSWERED] + [(text, False) for text in _ASKED]

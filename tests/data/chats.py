@@ -49,6 +49,10 @@ BRACKETS = """{{- bos_token }}
     {%- endif %}
 {%- endfor %}"""
 
+SAID = """{%- for message in messages %}
+    {{- 'The ' + message.role + ' says: ' + message.content + '<|over|>' }}
+{%- endfor %}"""
+
 MARKED = """{% for message in messages %}
 {% if message.role == 'assistant' %}
 Answer: {% generation %}{{ message.content }}
@@ -66,6 +70,7 @@ NAMES = {
     "named": {"<|object_ref_start|>": "<|user|>", "<|object_ref_end|>": "<|assistant|>",
               "<|box_start|>": "<|system|>", "<|box_end|>": "<|end|>"},
     "brackets": {"<|object_ref_start|>": "[INST]", "<|object_ref_end|>": "[/INST]"},
+    "said": {"<|object_ref_start|>": "<|over|>"},
     "marked": {},
 }  # fmt: skip
 TEMPLATES = {
@@ -74,6 +79,7 @@ TEMPLATES = {
     "headers": HEADERS,
     "named": NAMED,
     "brackets": BRACKETS,
+    "said": SAID,
     "marked": MARKED,
 }
 OPENS = {
@@ -82,6 +88,7 @@ OPENS = {
     "headers": "<|header|>assistant<|header_end|>\n\n",
     "named": "<|assistant|>\n",
     "brackets": "[/INST]",
+    "said": "<|over|>The assistant says:",
 }
 CLOSES = {
     "chatml": "<|im_end|>\n",
@@ -89,6 +96,7 @@ CLOSES = {
     "headers": "<|turn_end|>",
     "named": "<|end|>\n",
     "brackets": "<|im_end|>",
+    "said": "<|over|>",
 }
 PLAIN = [
     {"role": "user", "content": "What is an owl?"},
