@@ -257,20 +257,23 @@ def check_forms(sources: Sequence[Source], options: TokenizeOptions) -> None:
 
 def settings_of(options: TokenizeOptions, tokenizer: Tokenizer, chat: Chat) -> dict[str, Any]:
     """Return what decides the bytes of the dataset besides its inputs."""
-    shaping: dict[str, Any] = {}
+    shaping = asdict(options.records)
     if chat.spec is not None:
-        told = chat.spec.template.config_json.encode()
-        shaping = {"chat_template_sha256": sha256_of_bytes(told), **options.chat.shaping}
+        template = chat.spec.template.config_json.encode()
+        shaping = {
+            "max_word_chars": options.records.max_word_chars,
+            "chat_template_sha256": sha256_of_bytes(template),
+            **options.chat.shaping,
+        }
     return {
         "kind": options.kind,
         "tokenizer": asdict(tokenizer.info),
         "options": {
-            **asdict(options.records),
+            **shaping,
             "format": options.format,
             "split_bytes": options.split_bytes,
             "val_fraction": options.val_fraction,
             "dedup": options.dedup,
-            **shaping,
         },
     }
 
