@@ -18,6 +18,7 @@ from minimind_data.windows import Layout, LongDocuments
 from minimind_train import loop, runs
 from minimind_train.devices import resolve_device
 from minimind_train.evaluate import ValidationConfig
+from minimind_train.excerpts import ExcerptConfig
 from minimind_train.lora import LoraConfig
 from minimind_train.mixture import Stretch
 from minimind_train.model_config import NO_SHAPES, ModelConfig
@@ -28,6 +29,7 @@ from minimind_train.runs import Change, RunRecord
 from minimind_train.sampler import OrderKind
 from minimind_train.saver import SaveConfig
 from minimind_train.skips import Skips
+from minimind_train.tracking import TrackConfig
 from minimind_train.trained import Which, parse_step
 
 _HARMLESS = frozenset(
@@ -42,7 +44,7 @@ _HARMLESS = frozenset(
         "max_hours",
         "on_nonfinite",
     }
-).union(flatten(ValidationConfig()), flatten(SaveConfig()))
+).union(flatten(ValidationConfig()), flatten(SaveConfig()), flatten(TrackConfig()), flatten(ExcerptConfig()))
 _MICRO_BATCH = frozenset({"micro_batch"})  # harmless but where experts are balanced over it
 _SKIPS = "skip_positions"
 WEIGHTS = "weights"
@@ -248,10 +250,13 @@ def resolved(config: ConfigT, shards: Datasets) -> ConfigT:
 
 def recorded(config: PhaseConfig) -> dict[str, Any]:
     """Return the options as `config.json` holds them."""
-    flat = {name: value for name, value in flatten(config).items() if name not in _NOT_RECORDED}
+    flat = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in flatten(config).items()
+        if name not in _NOT_RECORDED
+    }
     shards, stretches = config.data.shards, config.data.stretches
     mixed = {"shards": list(shards), "stretches": [stretch.told() for stretch in stretches]}
-    flat[_SKIPS] = list(config.data.skip_positions)
     return flat | (mixed if stretches else {"shards": shards[0], "stretches": []})
 
 

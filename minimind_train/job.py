@@ -37,6 +37,7 @@ from minimind_train.description import describe
 from minimind_train.devices import out_of_memory_is_plain, refuse_too_large
 from minimind_train.distributed import ALONE, World, joined, launched_place
 from minimind_train.evaluate import validation
+from minimind_train.excerpts import Excerpts
 from minimind_train.finished import note_finish, refuse_idle_changes, refuse_repetition
 from minimind_train.layerwise import compile_layers, failing_to_compile_is_plain, recompute_activations
 from minimind_train.lora import adapters_of, add_adapters
@@ -50,11 +51,12 @@ from minimind_train.parallel import shared_out
 from minimind_train.parts import Datasets, MixedWindows, Samples, words_of
 from minimind_train.precision import LossScale, allow_tf32
 from minimind_train.progress import Say, say_on_stderr
-from minimind_train.runs import RunRecord, moved_cursor
+from minimind_train.runs import RunRecord, load_run_tokenizer, moved_cursor
 from minimind_train.sampler import SampleCursor
 from minimind_train.saver import Saver
 from minimind_train.start import Origin, begun_from
 from minimind_train.step_loader import StepLoader
+from minimind_train.tracking import TrackedRun, Trackers
 
 __all__ = ["Phase", "begin", "resume"]
 
@@ -364,6 +366,7 @@ class _Job(Generic[ConfigT]):
                 if found
                 else None,
             ) as saver,
+            self._trackers(metrics, step) as trackers,
         ):
             if world.leads and found and (lost := found.state.metrics_lines - metrics.num_lines) > 0:
                 self.say(
@@ -380,7 +383,8 @@ class _Job(Generic[ConfigT]):
                 config=training,
                 optim=self.config.optim,
                 device=self.device,
-                metrics=metrics,
+                metrics=trackers,
+                look=self._excerpts(model, trackers),
                 save=saver.after_step,
                 tolerance=tolerance,
                 describe=self.course.describe,
@@ -392,6 +396,24 @@ class _Job(Generic[ConfigT]):
 
     def _samples(self, windows: Windows | MixedWindows) -> Samples:
         return self.phase.samples(windows, self.config, self.origin, self.device, self.say)
+
+    def _trackers(self, metrics: MetricsLog | NoMetrics, step: int) -> Trackers:
+        config = self.config.training.tracking
+        run = TrackedRun(
+            folder=self.run, project=config.track_project, options=recorded(self.config), step=step
+        )
+        return Trackers(metrics, config.track if self.world.leads else (), run, self.say)
+
+    def _excerpts(self, model: MiniMind, trackers: Trackers) -> Callable[[int], None]:
+        def tell(step: int, name: str, prompt: str, text: str) -> None:
+            self.say(f"step {step}  after {prompt!r}: {text!r}")
+            trackers.text(step, name, prompt + text)
+
+        config, info = self.config.training.excerpts, self.shards.tokenizer
+        if not config.sample_every:
+            return lambda _: None
+        tokenizer = load_run_tokenizer(self.run, info).reference
+        return Excerpts(model, config, tokenizer=tokenizer, info=info, tell=tell).after_step
 
     def _saver(
         self,

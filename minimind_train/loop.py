@@ -16,8 +16,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from minimind_train.distributed import ALONE, World
+from minimind_train.excerpts import ExcerptConfig
 from minimind_train.interrupt import Stop, StopRequest
-from minimind_train.metrics import MetricsLog, NoMetrics
+from minimind_train.metrics import Records
 from minimind_train.nonfinite import MOST_IN_A_ROW, OnNonfinite, Tolerance
 from minimind_train.optim import OptimConfig, learning_rate
 from minimind_train.precision import Dtype, LossScale, autocast
@@ -26,6 +27,7 @@ from minimind_train.sampler import SampleCursor
 from minimind_train.saver import SaveConfig
 from minimind_train.step import NotFiniteError, StepResult, take_step
 from minimind_train.step_loader import StepLoader
+from minimind_train.tracking import TrackConfig
 
 _LIMITS = {
     # So that no position of a run leaves 64 bits, and no count of steps the exact numbers of a float.
@@ -73,6 +75,8 @@ class RunConfig:
         OnNonfinite,
         f"What a loss or gradient that is no number does: stop the run, or skip the step, {MOST_IN_A_ROW - 1} in a row at most.",
     ] = "stop"
+    tracking: TrackConfig = field(default_factory=TrackConfig)
+    excerpts: ExcerptConfig = field(default_factory=ExcerptConfig)
     log_every: Annotated[int, "Steps from one line of metrics to the next."] = 10
 
     def __post_init__(self) -> None:
@@ -117,11 +121,12 @@ def run(
     config: RunConfig,
     optim: OptimConfig,
     device: torch.device,
-    metrics: MetricsLog | NoMetrics,
+    metrics: Records,
     save: Save,
     tolerance: Tolerance,
     describe: Callable[[int], dict[str, Any]],
     validate: Callable[[int], dict[str, Any]] = lambda _: {},
+    look: Callable[[int], None] = lambda _: None,
     scale: LossScale | None = None,
     say: Say,
     world: World = ALONE,
@@ -143,6 +148,7 @@ def run(
         tolerance: decides about a step whose loss or gradient is not finite.
         describe: what metrics say of a cursor besides its position: epoch, perhaps shard and offset.
         validate: called with each finished step; what it returns goes into the step's line of metrics, which is then written.
+        look: called with each finished step, once its line is written.
         scale: of the loss, in fp16.
         say: takes lines for the user.
         world: the ranks that learn together; all stop after the same step, and only the first shows its progress.
@@ -206,10 +212,11 @@ def run(
                 metrics.write(record)
                 num_tokens, seconds = 0, 0.0
             progress.update(record, logged=logged)
+            look(step)
             # Asked once: what comes after this line ends the next step, saved like this one.
             stopping = world.agreed_stop(request.stop)
             save(record, leaving=bool(stopping) or step == total_steps)
-            then = time.perf_counter()  # neither measuring nor saving is counted as training
+            then = time.perf_counter()  # neither measuring, looking nor saving is counted as training
             if stopping:
                 break
     stopped_by = stopping if step < total_steps else None

@@ -8,12 +8,19 @@ import json
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from minimind_data.errors import UserError
 from minimind_data.files import write_atomic
 
 FILE_NAME = "metrics.jsonl"
+
+
+class Records(Protocol):
+    """What takes lines of metrics."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Take one line."""
 
 
 class MetricsLog:
@@ -25,11 +32,12 @@ class MetricsLog:
 
     Attributes:
         num_lines: how many lines the file has.
+        former_last_step: of its last line before any was removed; 0 where there was none.
     """
 
     def __init__(self, path: Path, *, last_step: int) -> None:
         self._path = path
-        self.num_lines = _cut_back(path, last_step)
+        self.num_lines, self.former_last_step = _cut_back(path, last_step)
         # Unbuffered: one line is one system call, which survives the end of the process in whatever way it comes.
         self._file = path.open("ab", buffering=0)
 
@@ -61,6 +69,7 @@ class NoMetrics:
     """Takes what a `MetricsLog` takes, and writes nothing: that of the ranks that do not write."""
 
     num_lines = 0
+    former_last_step = 0
 
     def write(self, record: dict[str, Any]) -> None:
         """Do nothing."""
@@ -76,15 +85,19 @@ class NoMetrics:
     ) -> None: ...
 
 
-def _cut_back(path: Path, last_step: int) -> int:
-    """Keep the whole lines up to a step, and return their number; the file changes as a whole or not at all."""
+def _cut_back(path: Path, last_step: int) -> tuple[int, int]:
+    """Keep the whole lines up to a step, and return their number and the last step that there was a line of.
+
+    The file changes as a whole or not at all.
+    """
     if not path.exists():
-        return 0
+        return 0, 0
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if (record := _record(line)) is not None and record["step"] <= last_step]
+    steps = [record["step"] if (record := _record(line)) is not None else None for line in lines]
+    kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= last_step]
     if kept != lines:
         write_atomic(path, b"".join(kept))
-    return len(kept)
+    return len(kept), max((step for step in steps if step is not None), default=0)
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -110,6 +110,11 @@ class Saver:
         if leaving:
             self.wait()
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written now."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Wait until nothing is being written.
 

@@ -1,0 +1,128 @@
+"""How long a checkpoint stops the training: written before the next step, and written beside it as `mm-train` does.
+
+    python benchmarks/save_pause.py [--preset minimind2] [--device cpu] [--saves 3] [--micro-batch 4] [--seq-len 128] [--out FOLDER]
+
+Real steps of a model of a published size on random tokens, with AdamW's averages in the checkpoint. A pause is the time between two
+steps in which the training waits for the save. `beside` is the saver of a run (saver.py): a copy in memory is what is waited for. Beside
+that, what a step takes while a checkpoint is written, against one while none is: the thread needs processor and memory too. The first
+save of a run is told apart, because its copies need fresh memory.
+"""
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from machine import describe_machine
+
+from minimind_data.options import build
+from minimind_train import checkpoint
+from minimind_train.checkpoint import CheckpointState
+from minimind_train.model import MiniMind, initialize
+from minimind_train.model_config import ModelConfig
+from minimind_train.objective import NextToken
+from minimind_train.optim import OptimConfig, make_optimizer
+from minimind_train.presets import PRESETS
+from minimind_train.saver import SaveConfig, Saver
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=PRESETS, default="minimind2")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--saves", type=int, default=3)
+    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--out", type=Path, help="where to write; by default where temporary files go")
+    arguments = parser.parse_args()
+    training = Training(arguments)
+    training.step()  # the optimizer's averages come with the first step
+    tensors = checkpoint.tensors_of(training.model, training.optimizer)
+    num_bytes = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
+    print(describe_machine())
+    print(f"{arguments.preset} on {arguments.device}, a checkpoint of {num_bytes / 1e6:,.0f} MB\n")
+    with tempfile.TemporaryDirectory(prefix="pause-", dir=arguments.out) as folder:
+        before = [training.save_before(Path(folder)) for _ in range(arguments.saves)]
+        alone = [training.step() for _ in range(5)]
+        first, *pauses, beside, writing = training.save_beside(Path(folder), arguments.saves + 1)
+    print("| | seconds |\n|---|---|")
+    print(f"| pause, written before the next step | {statistics.median(before):.3f} |")
+    print(f"| pause, written beside: first save of a run | {first:.3f} |")
+    print(f"| pause, written beside: later ones | {statistics.median(pauses):.3f} |")
+    print(f"| writing, beside | {writing:.3f} |")
+    print(f"| a step while nothing is written | {statistics.median(alone):.3f} |")
+    print(f"| a step while a checkpoint is written | {beside:.3f} |")
+
+
+class Training:
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        torch.manual_seed(0)
+        config = build(ModelConfig, {**PRESETS[arguments.preset], "vocab_size": 6400}).resolved()
+        self.device = torch.device(arguments.device)
+        self.model = MiniMind(config)
+        initialize(self.model, 0)
+        self.model.to(self.device)
+        self.optimizer = make_optimizer(self.model, OptimConfig())
+        ids = torch.randint(0, 6400, (arguments.micro_batch, arguments.seq_len + 1), device=self.device)
+        self.batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
+        self.number = 0
+
+    def step(self) -> float:
+        """Take a step and return its seconds."""
+        then = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
+        NextToken(self.model)(self.batch).summed.backward()
+        self.optimizer.step()
+        self._finish()
+        self.number += 1
+        return time.perf_counter() - then
+
+    def save_before(self, run: Path) -> float:
+        """Save as a loop does that waits, and return how long."""
+        self.step()
+        then = time.perf_counter()
+        checkpoint.save(
+            run, self._state({"step": self.number}), checkpoint.tensors_of(self.model, self.optimizer)
+        )
+        pause = time.perf_counter() - then
+        shutil.rmtree(run / checkpoint.FOLDER_NAME)
+        return pause
+
+    def save_beside(self, run: Path, saves: int) -> list[float]:
+        """Return the pauses of so many saves; behind them, the median step while one is written, and the median writing."""
+        saver = Saver(
+            run,
+            SaveConfig(save_every=1, keep=1),
+            tensors=lambda: checkpoint.tensors_of(self.model, self.optimizer),
+            state=self._state,
+            say=print,
+        )
+        pauses, steps, writings = [], [], []
+        with saver:
+            for _ in range(saves):
+                then = time.perf_counter()
+                saver.after_step({"step": self.number}, leaving=False)
+                pauses.append(time.perf_counter() - then)
+                while saver.is_writing:
+                    steps.append(self.step())
+                saver.wait()
+                writings.append(time.perf_counter() - then)
+                self.step()
+        return [*pauses, statistics.median(steps), statistics.median(writings)]
+
+    def _finish(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    @staticmethod
+    def _state(record: dict[str, int]) -> CheckpointState:
+        return CheckpointState(step=record["step"], cursor=0, config={}, dataset="", metrics_lines=0)
+
+
+if __name__ == "__main__":
+    main()
