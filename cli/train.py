@@ -17,6 +17,7 @@ import typer
 
 from minimind_train.presets import PRESETS
 
+from .chat import talk
 from .options import Given, as_defaults, command, make_app, plain, refuse_idle
 
 if TYPE_CHECKING:
@@ -175,22 +176,45 @@ def _checkpoint_option(parse: Callable[[str], Any]) -> Any:
 
 
 def _generate(app: typer.Typer) -> None:
-    """Print what a trained model writes."""
+    """Print what a trained model writes, or talk with it."""
     from minimind_train.completion import complete  # noqa: PLC0415 - see the module's docstring
+    from minimind_train.conversation import Conversation  # noqa: PLC0415
     from minimind_train.generate import GenerateOptions  # noqa: PLC0415
     from minimind_train.model_config import RopeScaling  # noqa: PLC0415
     from minimind_train.trained import parse_step  # noqa: PLC0415
 
     def run_command(
         run: Annotated[Path, typer.Option(help="Folder of the run, or a Hugging Face folder.")],
-        prompt: Annotated[str, typer.Option(help="Text to go on from.")],
         options: GenerateOptions,
         scaling: RopeScaling,
         given: Given,
+        prompt: Annotated[
+            str | None, typer.Option(help="Text to go on from; with --chat the one question to answer.")
+        ] = None,
+        chat: Annotated[
+            bool,
+            typer.Option(
+                "--chat",
+                help="Talk in the terminal, or with each line of standard input, by the chat template in the folder.",
+            ),
+        ] = False,
+        system: Annotated[
+            str | None, typer.Option(metavar="TEXT", help="With --chat: what the model is told before all.")
+        ] = None,
         checkpoint: Annotated[Any, _checkpoint_option(parse_step)] = None,
         device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     ) -> None:
         changes = {name: value for name, value in asdict(scaling).items() if name in given}
+        if chat:
+            conversation = Conversation.open(
+                run, options, system=system, step=checkpoint, device=device, changes=changes
+            )
+            talk(conversation, prompt)
+            return
+        if system is not None:
+            raise typer.BadParameter("--system goes with --chat")
+        if prompt is None:
+            raise typer.BadParameter("--prompt says what to go on from; to talk with the model pass --chat")
         for text in complete(run, prompt, options, step=checkpoint, device=device, changes=changes):
             print(text, end="", flush=True)
         print()

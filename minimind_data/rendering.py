@@ -207,8 +207,12 @@ class Renderer:
             midnight = datetime.combine(date.fromisoformat(spec.today), time())
             self._now = lambda: midnight
 
-    def render(self, conversation: Conversation) -> Rendered:
+    def render(self, conversation: Conversation, *, asks: bool = False) -> Rendered:
         """Render a conversation.
+
+        Args:
+            conversation: what was said.
+            asks: end with what the assistant's next turn begins with.
 
         Raises:
             RenderError: the template fails, or cannot keep apart what it wrote and what others wrote.
@@ -217,11 +221,11 @@ class Renderer:
         said = [{name: told for name, told in message.items() if name != "role"} for message in messages]
         if self._has_spans and (_holds(_MARKS, said) or _holds(_MARKS, tools)):
             raise RenderError("it holds U+FDD0 or U+FDD1, which are no characters; remove them")
-        text, spans = self._text(messages, tools)
+        text, spans = self._text(messages, tools, asks)
         guarded = None
         disguise = self._disguise
         if disguise is not None and (_holds(disguise.signs, said) or _holds(disguise.signs, tools)):
-            guarded = self._guarded(disguise, text, messages, tools)
+            guarded = self._guarded(disguise, text, messages, tools, asks=asks)
         return Rendered(text=text, guarded=guarded, spans=spans, num_answers=conversation.num_answers)
 
     def _guarded(
@@ -230,11 +234,13 @@ class Renderer:
         text: str,
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None,
+        *,
+        asks: bool,
     ) -> str | None:
         """Return the text with the template's own special tokens in disguise, None where all of them are its own."""
         try:
             hidden, _ = self._text(
-                [_hide_message(disguise, message) for message in messages], disguise.hide(tools)
+                [_hide_message(disguise, message) for message in messages], disguise.hide(tools), asks
             )
         except RenderError:
             hidden = ""
@@ -247,10 +253,17 @@ class Renderer:
         return None if own == disguise.places(text) else disguise.disguised(text, own)
 
     def _text(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, asks: bool
     ) -> tuple[str, tuple[tuple[int, int], ...] | None]:
         """Return the text, and the spans of it that the template itself calls the assistant's, if it does."""
-        text = render(self._spec.template, messages, tools, now=self._now, marked=self._has_spans)
+        text = render(
+            self._spec.template,
+            messages,
+            tools,
+            {"add_generation_prompt": asks},
+            now=self._now,
+            marked=self._has_spans,
+        )
         if self._spec.empty_think_ratio < 1 and _EMPTY_THINK in text:
             shown = self._disguise.show(text) if self._disguise else text
             if not _is_chosen(shown, self._spec.empty_think_ratio):
