@@ -73,7 +73,7 @@ def test_every_part_goes_through_its_own_order_without_a_gap(shares, data):
         assert mine.tolist() == own.windows(np.arange(len(mine))).tolist()
 
 
-@settings(max_examples=40, deadline=None)  # a loaded machine is no failure
+@settings(max_examples=40)
 @given(shares=SHARES, changes=st.lists(st.tuples(st.integers(0, 80), SHARES), max_size=4))
 def test_new_shares_take_no_part_from_its_place(shares, changes):
     k = len(shares)
