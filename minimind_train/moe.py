@@ -106,6 +106,11 @@ class Mixture(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else sorted_tokens.dtype
         if _has_grouped_kernel(sorted_tokens.device, dtype, self.config):
             return self._grouped(sorted_tokens.to(dtype), ends)
+        out: Tensor = self._one_after_the_other(sorted_tokens, ends)
+        return out
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it asks for the sizes, and would be compiled anew for every batch that has others
+    def _one_after_the_other(self, sorted_tokens: Tensor, ends: Tensor) -> Tensor:
         sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
         return torch.cat(
             [

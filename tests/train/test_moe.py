@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -251,6 +252,55 @@ def test_a_layer_that_is_computed_again_for_its_gradient_gives_the_same():
         (hidden.square().sum() + balance).backward()
     for (name, one), other in zip(plain.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(one.grad, other.grad), name
+
+
+# What dynamo does while it traces, it is warned of itself.
+_TRACING = (
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated"),
+)
+
+
+def traced(test):
+    for mark in _TRACING:
+        test = mark(test)
+    return test
+
+
+@pytest.fixture
+def compiled_afresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@traced
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_and_are_not_compiled_again_for_other_sizes(compiled_afresh):
+    plain, compiled = model_of().train(), model_of().train()
+    for layer in compiled.model.layers:
+        layer.compile(backend="aot_eager")
+    num_graphs = []
+    for seed in range(4):
+        ids = torch.randint(0, SMALL.vocab_size, (2, 12), generator=torch.Generator().manual_seed(seed))
+        for model in (plain, compiled):
+            model.zero_grad()
+            hidden, balance = model.hidden_and_balance(ids)
+            (hidden.square().sum() + balance).backward()
+        for (name, one), other in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4, msg=name)
+        num_graphs.append(counters["stats"]["unique_graphs"])
+    assert num_graphs[0] > 0
+    assert num_graphs[1] == num_graphs[-1]
+
+
+@traced
+def test_the_grouped_way_compiles_as_one_graph(compiled_afresh, monkeypatch):
+    monkeypatch.setattr(moe, "_has_grouped_kernel", lambda *_: True)
+    mixture, x = mixture_of(SMALL), inputs(2, 8, 24)
+    whole = torch.compile(mixture, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):  # torch traces this kernel in bf16 alone
+        torch.testing.assert_close(whole(x)[0], mixture(x)[0])
 
 
 def test_parameters_have_the_names_of_minimind_and_qwen3_moe():
