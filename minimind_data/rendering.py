@@ -140,9 +140,11 @@ class Disguise:
         self._table = {ord(char): self._hidden[ord(char)] for char in replaced}
         self.signs = re.compile(f"[{re.escape(''.join(sorted(replaced)))}]")
         kept = [
-            text for text in constants | _THOUGHTS if text.strip() and not self._could_build(text, tokens)
+            text
+            for text in constants | _THOUGHTS
+            if self.signs.search(text) and not self._could_build(text, tokens)
         ]
-        self._kept = re.compile(f"({_any_of(kept)})") if any(map(self.signs.search, kept)) else None
+        self._kept = re.compile(f"({_any_of(kept)})")
 
     @staticmethod
     def _could_build(text: str, tokens: tuple[str, ...]) -> bool:
@@ -157,8 +159,6 @@ class Disguise:
     def hide(self, value: Any) -> Any:
         """Replace the characters of special tokens in all strings of a JSON value, names of fields included."""
         if isinstance(value, str):
-            if self._kept is None:
-                return value.translate(self._table)
             parts = self._kept.split(value)
             parts[::2] = [part.translate(self._table) for part in parts[::2]]
             return "".join(parts)
