@@ -36,6 +36,7 @@ _HARMLESS = frozenset(
     {
         "shards",
         "device",
+        "nproc",
         "micro_batch",
         "threads",
         "compile",
@@ -289,6 +290,8 @@ def reconciled(
     given = {name: value for name, value in given.items() if name not in _DEEDS | _NOT_RECORDED}
     begun = _BEFORE_IT_WAS_AN_OPTION | record.options
     options = begun | given | {_SKIPS: skipped}
+    if "nproc" in given and "threads" not in given:
+        options["threads"] = 0  # the share of a core's threads is another one now
     if given.keys() & runs.ENDS:  # either one says alone when the run ends
         options |= {name: given.get(name) for name in runs.ENDS}
     try:

@@ -87,7 +87,7 @@ class World:
             )
         module = torch.get_device_module(device)
         there = module.device_count()
-        if place.local_rank >= there:
+        if place.local_size > there:
             raise UserError(
                 f"{place.local_size} processes on a machine with {there} {device.type} devices, and each needs its own; start fewer "
                 "(--nproc), or add --device cpu"
@@ -177,29 +177,30 @@ def launched_place() -> Place | None:
 
 
 @contextlib.contextmanager
-def joined(place: Place, store: Any = None) -> Iterator[World]:
+def joined(world: World, store: Any = None) -> Iterator[None]:
     """Be one of the ranks inside the block.
 
     Args:
-        place: of this process.
-        store: where the ranks meet; without it, at MASTER_ADDR and MASTER_PORT.
+        world: as this process sees it.
+        store: where the ranks meet, a store of `torch.distributed`; without it, at MASTER_ADDR and MASTER_PORT.
 
     Raises:
         LostRankError: another rank has ended.
     """
-    if place.size == 1:
-        yield World(place)
+    if world.size == 1:
+        yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size)
-        yield World(place)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
+        yield
     except RuntimeError as error:
         if not _tells_of_loss(error):
             raise
         reason = str(error).strip().partition("\n")[0]
         raise LostRankError(
-            f"rank {place.rank} of {place.size} has lost the others, of which one has ended ({reason}); what it says is the reason"
+            f"rank {world.rank} of {world.size} has lost the others, of which one has ended ({reason}); what that one says is the "
+            "reason; go on with --resume"
         ) from None
     # On the way out of an error the group is left as it is: taking it down may wait for ranks that are gone.
     dist.destroy_process_group()

@@ -39,6 +39,7 @@ from minimind_train.distributed import ALONE, World, joined, launched_place
 from minimind_train.evaluate import validation
 from minimind_train.excerpts import Excerpts
 from minimind_train.finished import note_finish, refuse_idle_changes, refuse_repetition
+from minimind_train.launch import together
 from minimind_train.layerwise import compile_layers, failing_to_compile_is_plain, recompute_activations
 from minimind_train.lora import adapters_of, add_adapters
 from minimind_train.metrics import FILE_NAME, MetricsLog, NoMetrics
@@ -99,7 +100,8 @@ def begin(
     Raises:
         UserError: the run cannot be made or cannot go on; the message says why and what to do.
     """
-    return _among_ranks(phase, partial(_beginning, phase, config, say, given=given))
+    prepare = partial(_beginning, phase, config, say, given=given)
+    return _among_ranks(phase, prepare, nproc=config.training.nproc)
 
 
 def resume(
@@ -122,7 +124,9 @@ def resume(
     Raises:
         UserError: there is no run, or an option differs that must not; the message shows both sides.
     """
-    return _among_ranks(phase, partial(_going_on, phase, run, given, say, allow_change=allow_change))
+    prepare = partial(_going_on, phase, run, given, say, allow_change=allow_change)
+    recorded_nproc = RunRecord.read(run).options.get("nproc", 1) if launched_place() is None else 1
+    return _among_ranks(phase, prepare, nproc=given.get("nproc", recorded_nproc))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,10 +145,23 @@ _Prepared = tuple["_Job[ConfigT]", _Start[ConfigT], Callable[[], None]]
 
 
 def _among_ranks(
-    phase: Phase[ConfigT], prepare: Callable[[World], AbstractContextManager[_Prepared[ConfigT]]]
+    phase: Phase[ConfigT],
+    prepare: Callable[[World], AbstractContextManager[_Prepared[ConfigT]]],
+    *,
+    nproc: int,
 ) -> loop.Outcome:
-    with joined(launched_place() or ALONE.place) as world:
-        return _train_as_rank(phase, prepare, world)
+    """Be the rank that this process was started as, or start ranks, or be the only one."""
+    work = partial(_train_as_rank, phase, prepare)
+    place = launched_place()
+    if place is None and nproc > 1:
+        return together(work, nproc)
+    if place is not None and nproc > 1:
+        raise UserError(
+            f"--nproc {nproc} under torchrun, which starts the processes itself; leave one of the two out"
+        )
+    world = World(place or ALONE.place)
+    with joined(world):
+        return work(world)
 
 
 def _train_as_rank(

@@ -38,6 +38,7 @@ _LIMITS = {
     "log_every": (1, 10**12),
     "seed": (0, 2**64 - 1),
     "max_hours": (0, 10**6),
+    "nproc": (1, 1024),
     "threads": (0, 1024),  # far above any machine; torch itself crashes on far more
 }
 
@@ -55,6 +56,10 @@ class RunConfig:
     micro_batch: Annotated[int, "Windows that go through the model at once; less takes less memory."] = 32
     seed: Annotated[int, "Seed of the first weights, of the order and of dropout."] = 42
     device: Annotated[str, "auto, cpu, cuda, cuda:1, …"] = "auto"
+    nproc: Annotated[
+        int,
+        "Processes on this machine that learn together, each with a device of its own; torchrun starts them on many.",
+    ] = 1
     dtype: Annotated[
         Dtype, "Of matrix products; auto is bf16 where the device has it natively, else fp32."
     ] = "auto"

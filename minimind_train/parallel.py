@@ -28,7 +28,6 @@ def shared_out(objective: Objective, world: World, device: torch.device) -> nn.M
     return DistributedDataParallel(
         objective,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,  # there are none
         gradient_as_bucket_view=True,  # the gradients are not held a second time
     )
 

@@ -1,0 +1,73 @@
+"""Several ranks are one run: the same losses and weights to rounding, whatever their number and however the batch divides."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minimind_data.options import build
+from minimind_train import checkpoint
+from minimind_train.pretrain import PretrainConfig, pretrain
+
+from .conftest import OPTIONS as SMALL
+from .conftest import Said, metrics
+from .ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+# Of 99 windows the last batch of 14 has one, so all ranks but one have nothing in it; and in the others three ranks have 5, 5 and 4,
+# so with a micro-batch of 4 one of them passes once where the others pass twice.
+OPTIONS = {"steps": None, "epochs": 1, "global_batch": 14, "micro_batch": 4, "save_every": 3, "keep": 0}
+STEPS = 8
+TRAIN = """
+from functools import partial
+from minimind_data.options import build
+from minimind_train import job
+from minimind_train.pretrain import PRETRAIN, PretrainConfig
+
+prepare = partial(job._beginning, PRETRAIN, build(PretrainConfig, options), lambda line: None, given=None)
+told["outcome"] = job._train_as_rank(PRETRAIN, prepare, world)
+"""
+
+
+def options_of(run, dataset, **changes):
+    return {**SMALL, **OPTIONS, "run": run, "shards": dataset, **changes}
+
+
+def assert_alike(run, other, step=STEPS, rel=1e-5):
+    """Everything that is counted is equal, and losses and weights are but for rounding."""
+    ours, theirs = metrics(run), metrics(other)
+    assert len(ours) == len(theirs) == step
+    for here, there in zip(ours, theirs, strict=True):
+        assert here == {
+            name: pytest.approx(value, rel=rel) if isinstance(value, float) else value
+            for name, value in there.items()
+        }
+    here, there = (
+        load_file(checkpoint.folder_of(each, step) / checkpoint.MODEL_NAME) for each in (run, other)
+    )
+    assert here.keys() == there.keys()
+    for name, tensor in here.items():
+        torch.testing.assert_close(tensor, there[name], rtol=10 * rel, atol=2 * rel)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[{}, {"use_moe": True, "num_experts": 4, "num_experts_per_tok": 1, "seq_aux": True}],
+    ids=["dense", "experts"],
+)
+def alone(request, tmp_path_factory, small_dataset, other_dataset):
+    """A run in one process, and its options."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    options = options_of(run, small_dataset, val_shards=str(other_dataset), val_every=3, **request.param)
+    pretrain(build(PretrainConfig, options), Said())
+    return run, options
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_any_number_of_ranks_learns_the_same(tmp_path, alone, size):
+    expected, options = alone
+    told = run_ranks(TRAIN, size, options=options | {"run": tmp_path / "run"})
+    assert_alike(tmp_path / "run", expected)
+    outcomes = [each["outcome"] for each in told]
+    assert [outcome.rank for outcome in outcomes] == list(range(size))
+    assert len({(outcome.step, outcome.cursor, outcome.loss) for outcome in outcomes}) == 1
