@@ -3,6 +3,8 @@
     checkpoints/step-000001000/
         model.safetensors       every weight that is learned under its parameter name, in full precision
         optimizer.safetensors   the optimizer's tensors as KEY.PARAMETER, such as `exp_avg.model.norm.weight`
+                                (both are as many files, `model-00001-of-00004.safetensors`, where as many ranks hold the weights
+                                in shards, and each writes what it holds; see `stored`)
         state.json              step, cursor, options, the dataset's fingerprint, what validation gave at this step, size and
                                 SHA-256 of the two files, and of itself
 
@@ -20,14 +22,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -40,6 +42,9 @@ from minimind_data.files import (
     remove_partials,
     sha256_of,
 )
+from minimind_train.distributed import ALONE, World
+from minimind_train.sharding import is_sharded, own_rows, sharded_like
+from minimind_train.stored import StoredTensors, to_be_stored
 
 FORMAT_VERSION = 2  # 1 did not count the lines of metrics
 FOLDER_NAME = "checkpoints"
@@ -98,8 +103,19 @@ def tensors_of(model: nn.Module, optimizer: Optimizer) -> Tensors:
         model: its `state_dict` is saved as it is, so a shared tensor must have one name in it; frozen parameters are left out.
         optimizer: its state for every parameter of the model.
     """
-    weights = {name: tensor.detach().contiguous() for name, tensor in _learned(model).items()}
-    return {MODEL_NAME: weights, OPTIMIZER_NAME: _flat_state(optimizer, model)}
+    weights = _learned(model)
+    meshes = [tensor.device_mesh for tensor in weights.values() if is_sharded(tensor)]
+
+    def of_this_rank(name: str) -> str:
+        if not meshes:
+            return name
+        stem, _, suffix = name.rpartition(".")
+        return f"{stem}-{meshes[0].get_local_rank() + 1:05d}-of-{meshes[0].size():05d}.{suffix}"
+
+    return {
+        of_this_rank(MODEL_NAME): to_be_stored(weights.items()),
+        of_this_rank(OPTIMIZER_NAME): to_be_stored(_flat_state(optimizer, model)),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,17 +133,26 @@ class Checkpoint:
             UserError: the model is not the one that was saved.
         """
         try:
-            weights = load_file(self.folder / MODEL_NAME)
-            flat_state = {} if optimizer is None else load_file(self.folder / OPTIMIZER_NAME)
+            weights = self._stored(MODEL_NAME)
+            here = _learned(model)
+            _refuse_other_shapes(self.folder, weights.shapes, here)
+            with torch.no_grad():
+                for name, tensor in here.items():
+                    if is_sharded(tensor):
+                        rows, first = own_rows(tensor)
+                        rows.copy_(weights.rows(name, first, len(rows)))
+                    else:
+                        tensor.copy_(weights.whole(name))
+            if optimizer is not None:
+                _fill(optimizer, model, self._stored(OPTIMIZER_NAME))
         except (OSError, SafetensorError):
             if self.folder.exists():
                 raise
             raise GoneCheckpointError(self.folder) from None
-        learned = _learned(model)
-        _refuse_other_shapes(self.folder, weights, learned)
-        model.load_state_dict(weights, strict=len(learned) == len(model.state_dict()))
-        if optimizer is not None:
-            _fill(optimizer, model, flat_state)
+
+    def _stored(self, name: str) -> StoredTensors:
+        stem, _, suffix = name.rpartition(".")
+        return StoredTensors([*self.folder.glob(name), *self.folder.glob(f"{stem}-*-of-*.{suffix}")])
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -151,40 +176,62 @@ def save(
     tensors: Tensors,
     *,
     go_on: Callable[[], object] = lambda: None,
+    world: World = ALONE,
 ) -> Path:
-    """Write a checkpoint.
+    """Write a checkpoint, or together with other ranks one part of it each.
 
     Args:
         run: the run folder.
         state: step, cursor and what they belong to.
         tensors: what `tensors_of` gave, or a copy of it.
         go_on: called between two files; what it raises ends the save without a trace.
+        world: the ranks that write it together, all of which come here.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        UserError: it could not be written; the checkpoints before it are as they were.
+        UserError: it could not be written, by one of them; the checkpoints before it are as they were.
     """
     final = folder_of(run, state.step)
-    partial = partial_name(final)
+    with contextlib.ExitStack() as undo:
+        if world.leads:
+            partial = partial_name(final)
+            undo.callback(shutil.rmtree, partial, ignore_errors=True)
+            with world.leading(), _plainly(final):
+                final.parent.mkdir(exist_ok=True)
+                remove_leftovers(run)
+                partial.mkdir()
+        partial = world.told(partial if world.leads else None)
+        written: dict[str, Any] | UserError
+        try:
+            with _plainly(final):
+                written = _write(partial, tensors, go_on)
+        except UserError as error:
+            written = error
+        files: dict[str, Any] = {}
+        for of_rank in world.gathered(written):
+            if isinstance(of_rank, UserError):
+                raise of_rank
+            files |= of_rank
+        if world.leads:
+            with world.leading(), _plainly(final):
+                _write_state(partial, state, files)
+                if final.exists():  # damaged, else the run would have gone on from it
+                    delete(final)
+                partial.rename(final)
+                fsync_folder(final.parent)
+                fsync_folder(run)
+        return world.told(final if world.leads else None)
+
+
+@contextlib.contextmanager
+def _plainly(final: Path) -> Iterator[None]:
+    """Turn what the system says against writing a checkpoint into one sentence."""
     try:
-        final.parent.mkdir(exist_ok=True)
-        remove_leftovers(run)
-        partial.mkdir()
-        _write(partial, state, tensors, go_on)
-        if final.exists():  # damaged, else the run would have gone on from it
-            delete(final)
-        partial.rename(final)
-        fsync_folder(final.parent)
-        fsync_folder(run)
+        yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(_sentence(final, error)) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return final
 
 
 def best_of(
@@ -280,7 +327,8 @@ def _found(run: Path, step: int) -> Checkpoint:
         raise GoneCheckpointError(folder) from None
 
 
-def _write(folder: Path, state: CheckpointState, tensors: Tensors, go_on: Callable[[], object]) -> None:
+def _write(folder: Path, tensors: Tensors, go_on: Callable[[], object]) -> dict[str, Any]:
+    """Write the files of this rank, and return the size and the checksum of each."""
     files = {}
     for name, named in tensors.items():
         path = folder / name
@@ -290,6 +338,10 @@ def _write(folder: Path, state: CheckpointState, tensors: Tensors, go_on: Callab
             os.fsync(file.fileno())
         files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         go_on()
+    return files
+
+
+def _write_state(folder: Path, state: CheckpointState, files: dict[str, Any]) -> None:
     told = {"format_version": FORMAT_VERSION, **asdict(state), "files": files}
     with (folder / STATE_NAME).open("w", encoding="utf-8") as file:
         json.dump({**told, "sha256": checksum_of_json(told)}, file, ensure_ascii=False, indent=1)
@@ -347,30 +399,36 @@ def _learned(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
-def _flat_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{key}.{name}": torch.as_tensor(value).detach().contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+def _flat_state(optimizer: Optimizer, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            yield f"{key}.{name}", torch.as_tensor(value)
 
 
-def _fill(optimizer: Optimizer, model: nn.Module, flat: dict[str, Tensor]) -> None:
+def _fill(optimizer: Optimizer, model: nn.Module, stored: StoredTensors) -> None:
     """Give an optimizer the state that `_flat_state` took from another one over the same parameters."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())
     by_name: dict[str, dict[str, Tensor]] = {}
-    for key_and_name, value in flat.items():
+    for key_and_name, shape in stored.shapes.items():
         key, name = key_and_name.split(".", 1)
-        # A copy, because what was loaded is a map of the file, and aligned otherwise than the allocator's own tensors.
-        by_name.setdefault(name, {})[key] = value.clone()
+        parameter = parameters.get(name)
+        if parameter is not None and is_sharded(parameter) and shape == list(parameter.shape):
+            rows, first = own_rows(parameter)
+            value: Tensor = sharded_like(parameter, stored.rows(key_and_name, first, len(rows)))
+        else:
+            # A copy, because what was loaded is a map of the file, and aligned otherwise than the allocator's own tensors.
+            value = stored.whole(key_and_name).clone()
+        by_name.setdefault(name, {})[key] = value
+    names = {parameter: name for name, parameter in parameters.items()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     state = {index: by_name[name] for index, name in enumerate(ordered) if name in by_name}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _refuse_other_shapes(folder: Path, there: dict[str, Tensor], here: dict[str, Tensor]) -> None:
+def _refuse_other_shapes(folder: Path, there: dict[str, list[int]], model: dict[str, Tensor]) -> None:
+    here = {name: list(tensor.shape) for name, tensor in model.items()}
     for name in sorted(there.keys() | here.keys()):
-        sides = [list(tensors[name].shape) if name in tensors else "absent" for tensors in (there, here)]
+        sides = [shapes.get(name, "absent") for shapes in (there, here)]
         if sides[0] != sides[1]:
             raise UserError(
                 f"{folder}: the checkpoint is of another model: {name} is {sides[0]} in the checkpoint and {sides[1]} in this "

@@ -37,6 +37,7 @@ _HARMLESS = frozenset(
         "shards",
         "device",
         "nproc",
+        "parallel",
         "micro_batch",
         "threads",
         "compile",

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from minimind_data.errors import UserError
 from minimind_train.devices import resolve_device
@@ -53,9 +54,14 @@ class World:
         asked: a signal that the process which started the ranks wants obeyed, as if it had come here.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, group: Any = None) -> None:
         self.place = place
         self.asked: signal.Signals | None = None
+        self._group = group
+
+    def on_another_line(self) -> "World":
+        """Return the same ranks, for another thread to ask, whose questions do not come between this one's. All ask for it together."""
+        return World(self.place, dist.new_group(backend="gloo")) if self.size > 1 else self
 
     @property
     def rank(self) -> int:
@@ -100,7 +106,7 @@ class World:
         if self.size == 1:
             return list(numbers)
         sums = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(sums)
+        dist.all_reduce(sums, group=self._group)
         totals: list[float] = sums.tolist()
         return totals
 
@@ -110,7 +116,7 @@ class World:
         if self.size == 1:
             return asked
         number = torch.tensor(asked or 0)
-        dist.all_reduce(number, dist.ReduceOp.MAX)
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
         return Stop(int(number)) if number else None
 
     def told(self, value: T | None) -> T:
@@ -121,7 +127,7 @@ class World:
         """
         if self.size > 1:
             box = [value]
-            dist.broadcast_object_list(box, src=0)
+            dist.broadcast_object_list(box, src=0, group=self._group)
             value = box[0]
         if isinstance(value, UserError):
             raise value
@@ -135,13 +141,25 @@ class World:
             yield
         except UserError as error:
             if self.size > 1:
-                dist.broadcast_object_list([UserError(str(error))], src=0)
+                dist.broadcast_object_list([UserError(str(error))], src=0, group=self._group)
             raise
+
+    def give(self, tensor: Tensor) -> None:
+        """Let all ranks have what rank 0 has in a tensor, which is changed in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0, group=self._group)
+
+    def gathered(self, value: T) -> list[T]:
+        """Return what each rank brings here, in their order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def wait(self) -> None:
         """Go on when all ranks have come here."""
-        if self.size > 1:
-            dist.barrier()
+        self.total((0.0,))
 
 
 ALONE = World(Place(rank=0, size=1, local_rank=0, local_size=1))

@@ -282,6 +282,7 @@ class _Job(Generic[ConfigT]):
         _refuse_unfit(config, shards, self.device, world)
         self.phase = phase
         self.world = world
+        self.sharded = world.size > 1 and config.training.parallel == "fsdp"
         self.run = config.training.run
         self.shards = shards
         self.origin = origin
@@ -328,7 +329,10 @@ class _Job(Generic[ConfigT]):
             initialize(model, training.seed)
         if lora.lora_rank:
             add_adapters(model, lora, training.seed)
-        model.to(self.device)
+        if not self.sharded:
+            model.to(self.device)
+        objective = self.phase.objective(model, self.config, self.origin)
+        learner = shared_out(objective, world, self.device, parallel=training.parallel, dtype=training.dtype)
         optimizer = make_optimizer(model, self.config.optim)
         if found:
             found.restore(model, optimizer)
@@ -341,7 +345,6 @@ class _Job(Generic[ConfigT]):
             compile_layers(model)
         if training.activation_checkpointing:
             recompute_activations(model)
-        objective = self.phase.objective(model, self.config, self.origin)
         samples = self._samples(self.course.windows)
         measure = {}
         if self.evaluator:
@@ -391,7 +394,7 @@ class _Job(Generic[ConfigT]):
                     "training goes on the same without them; to have them again, put them back from a backup while the run is stopped"
                 )
             return loop.run(
-                shared_out(objective, world, self.device),
+                learner,
                 optimizer,
                 batches,
                 step=step,
@@ -463,13 +466,23 @@ class _Job(Generic[ConfigT]):
             state=state,
             before=metrics.sync,
             best=math.inf if best is None or best.val_loss is None else best.val_loss,
-            writes=self.world.leads,
+            writers=self._writers(),
             say=self.say,
         )
 
+    def _writers(self) -> World | None:
+        """Return the ranks that write a checkpoint together with this one: all where each holds a part of it, else rank 0."""
+        if self.sharded:
+            return self.world.on_another_line()
+        return ALONE if self.world.leads else None
+
     def _introduce(self, model: MiniMind, step: int, total_steps: int, cursor: int) -> None:
         training, processes = self.config.training, self.world.size
-        where = self.device.type if processes == 1 else f"{self.device.type}, {processes} processes,"
+        where = (
+            self.device.type
+            if processes == 1
+            else f"{self.device.type}, {processes} processes by {training.parallel},"
+        )
         self.say(parameter_line(self.config.model))
         if self.config.lora.lora_rank:
             learned = sum(each.numel() for each in model.parameters() if each.requires_grad)
@@ -531,7 +544,14 @@ def _refuse_unfit(config: PhaseConfig, shards: Datasets, device: torch.device, w
     least = 12 if config.optim.optimizer == "muon" else 16
     if config.lora.lora_rank:
         least, what = 4, f"{size / 1e6:,.1f} M parameters"
-    refuse_too_large(what, least * size, device, "take a smaller --hidden-size or --num-hidden-layers")
+    share = world.size if config.training.parallel == "fsdp" else 1
+    on_one_device = world.place.local_size if device.type == "cpu" else 1
+    refuse_too_large(
+        what,
+        least * size * on_one_device // share,
+        device,
+        "take a smaller --hidden-size or --num-hidden-layers, or more devices with --parallel fsdp",
+    )
     # Two int64 a token, and its position where documents are kept apart.
     samples = (24 if config.data.document_mask else 16) * config.training.global_batch * config.data.seq_len
     refuse_too_large("the samples of a step", samples, torch.device("cpu"), "take a smaller --global-batch")

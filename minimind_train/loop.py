@@ -21,6 +21,7 @@ from minimind_train.interrupt import Stop, StopRequest
 from minimind_train.metrics import Records
 from minimind_train.nonfinite import MOST_IN_A_ROW, OnNonfinite, Tolerance
 from minimind_train.optim import OptimConfig, learning_rate
+from minimind_train.parallel import Parallel
 from minimind_train.precision import Dtype, LossScale, autocast
 from minimind_train.progress import Progress, Say
 from minimind_train.sampler import SampleCursor
@@ -60,6 +61,10 @@ class RunConfig:
         int,
         "Processes on this machine that learn together, each with a device of its own; torchrun starts them on many.",
     ] = 1
+    parallel: Annotated[
+        Parallel,
+        "What several processes share: ddp, the batch; fsdp, the weights and the optimizer's state too, for models that outgrow a device.",
+    ] = "ddp"
     dtype: Annotated[
         Dtype, "Of matrix products; auto is bf16 where the device has it natively, else fp32."
     ] = "auto"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from minimind_data.errors import UserError
+from minimind_train.sharding import whole
 
 _MAX_STEPS = 10**12  # an exact number as a float too
 
@@ -140,4 +141,4 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float, *, scale: floa
     parameters = list(parameters)
     if scale != 1:
         torch._foreach_mul_([each.grad for each in parameters if each.grad is not None], 1 / scale)
-    return nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+    return whole(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))

@@ -1,39 +1,75 @@
-"""One objective on several ranks: how the passes of each become one gradient.
+"""One objective on several ranks: how the passes of each become one gradient, and where the weights are.
 
-`ddp`: every rank has all weights, and gradients are averaged over the ranks while the last backward pass of a step still runs. The step
-multiplies its losses by the number of ranks, so that averages are sums.
+`ddp`: every rank has all weights and all of the optimizer's state; gradients are averaged while the last backward pass of a step
+still runs. It is the quickest where a device has room for 16 bytes a parameter.
+
+`fsdp`: every rank has its share of the rows of every weight, its gradient and its state (`fully_shard`, FSDP2). A layer's weights come
+together for its pass and go apart again. In bf16 and fp16 they come together in that dtype, while those that are kept, the residual
+stream and the sums of gradients are float32. The embedding, whose output is the residual stream, comes together in float32.
+
+Both average gradients over the ranks. The step multiplies its losses by the number of ranks, so that averages are sums. In passes before the
+last of a step there is no gradient traffic; `fsdp` pays for that by holding whole gradients on every rank from the first pass to the last,
+so where memory is short one pass a step, a micro-batch of the global batch over the ranks, takes the least.
 """
 
 import contextlib
 from contextlib import AbstractContextManager
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from minimind_train.distributed import World
+from minimind_train.model import Layer
 from minimind_train.objective import Objective
 
+Parallel = Literal["ddp", "fsdp"]
 
-def shared_out(objective: Objective, world: World, device: torch.device) -> nn.Module:
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+
+
+def shared_out(
+    objective: Objective, world: World, device: torch.device, *, parallel: Parallel, dtype: str
+) -> nn.Module:
     """Return what a step calls in place of the objective, so that the gradients of all ranks are added up.
 
     Args:
-        objective: on `device`, with the same weights on every rank.
+        objective: rank 0's weights are those that all have afterwards. On `device`, or, to be sharded, on the CPU, so that no
+            device ever holds all of it; its parameters are then other objects, so the optimizer is made after this.
         world: the ranks.
         device: of this rank.
+        parallel: how.
+        dtype: of matrix products, resolved.
     """
     if world.size == 1:
         return objective
-    return DistributedDataParallel(
-        objective,
-        device_ids=[device] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,  # the gradients are not held a second time
+    if parallel == "ddp":
+        return DistributedDataParallel(
+            objective,
+            device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,  # the gradients are not held a second time
+        )
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 - takes a second
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: PLC0415
+
+    for parameter in objective.parameters():
+        world.give(parameter.data)
+    mesh = init_device_mesh(device.type, (world.size,))
+    policy = MixedPrecisionPolicy(
+        param_dtype=_DTYPES[dtype], reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    for module in list(objective.modules()):
+        if isinstance(module, Layer):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(objective, mesh=mesh)
+    return objective
 
 
 def gradients_added_up(objective: nn.Module, *, wanted: bool) -> AbstractContextManager[object]:
     """Return the context of a forward and backward pass: whether the gradients of the ranks are added up in it."""
-    if isinstance(objective, DistributedDataParallel) and not wanted:
-        return objective.no_sync()
+    if isinstance(objective, DistributedDataParallel):
+        return contextlib.nullcontext() if wanted else objective.no_sync()
+    if sync := getattr(objective, "set_requires_gradient_sync", None):  # it is sharded
+        sync(wanted)
     return contextlib.nullcontext()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minimind_train import checkpoint
 from minimind_train.checkpoint import CheckpointState, Tensors
+from minimind_train.distributed import ALONE, World
 from minimind_train.progress import Say
 from minimind_train.retention import Retention
 
@@ -57,7 +58,7 @@ class Saver:
         state: returns what else a checkpoint says, of a line of metrics (with `step` and `position`).
         before: called in the thread before a checkpoint gets its name, for what must be on the disk by then.
         best: the lowest validation loss so far.
-        writes: whether this is the rank that writes; the others only bring together, by calling `tensors`, what it writes.
+        writers: the ranks that write a checkpoint together, by a line of their own; None where this rank does not write.
         say: takes lines for the user.
     """
 
@@ -70,7 +71,7 @@ class Saver:
         state: Callable[[Mapping[str, Any]], CheckpointState],
         before: Callable[[], None] = lambda: None,
         best: float = math.inf,
-        writes: bool = True,
+        writers: World | None = ALONE,
         say: Say,
     ) -> None:
         self._run = run
@@ -80,7 +81,7 @@ class Saver:
         self._state = state
         self._before = before
         self._best = best
-        self._writes = writes
+        self._writers = writers
         self._say = say
         self._copies: Tensors = {}
         self._thread: threading.Thread | None = None
@@ -103,10 +104,8 @@ class Saver:
         if (loss := record.get("val_loss", math.inf)) < self._best:
             self._best = loss
             due = due or config.save_best
-        if due and self._writes:
+        if due and self._writers:
             self._save(self._state(record))
-        elif due:
-            self._tensors()
         if leaving:
             self.wait()
 
@@ -146,6 +145,8 @@ class Saver:
                 self._say(str(failure))
 
     def _save(self, state: CheckpointState) -> None:
+        writers = self._writers
+        assert writers is not None
         self.wait()
         tensors, arrived = self._copy(self._tensors())
 
@@ -153,8 +154,9 @@ class Saver:
             try:
                 arrived()
                 self._before()
-                checkpoint.save(self._run, state, tensors, go_on=self._go_on)
-                self._retention.apply(self._run, newest=state.step)
+                checkpoint.save(self._run, state, tensors, go_on=self._go_on, world=writers)
+                if writers.leads:
+                    self._retention.apply(self._run, newest=state.step)
             except _Abandoned:
                 pass
             except BaseException as error:  # noqa: BLE001 - it is raised where the training sees it

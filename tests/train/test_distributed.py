@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from minimind_data.options import build
-from minimind_train import checkpoint
 from minimind_train.pretrain import PretrainConfig, pretrain
+from minimind_train.trained import model_of
 
 from .conftest import OPTIONS as SMALL
 from .conftest import Said, metrics
@@ -42,9 +41,7 @@ def assert_alike(run, other, step=STEPS, rel=1e-5):
             name: pytest.approx(value, rel=rel) if isinstance(value, float) else value
             for name, value in there.items()
         }
-    here, there = (
-        load_file(checkpoint.folder_of(each, step) / checkpoint.MODEL_NAME) for each in (run, other)
-    )
+    here, there = (dict(model_of(each, step=step, say=Said()).named_parameters()) for each in (run, other))
     assert here.keys() == there.keys()
     for name, tensor in here.items():
         torch.testing.assert_close(tensor, there[name], rtol=10 * rel, atol=2 * rel)
@@ -63,10 +60,10 @@ def alone(request, tmp_path_factory, small_dataset, other_dataset):
     return run, options
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_any_number_of_ranks_learns_the_same(tmp_path, alone, size):
+@pytest.mark.parametrize(("parallel", "size"), [("ddp", 2), ("ddp", 3), ("fsdp", 2), ("fsdp", 3)])
+def test_any_number_of_ranks_learns_the_same(tmp_path, alone, parallel, size):
     expected, options = alone
-    told = run_ranks(TRAIN, size, options=options | {"run": tmp_path / "run"})
+    told = run_ranks(TRAIN, size, options=options | {"run": tmp_path / "run", "parallel": parallel})
     assert_alike(tmp_path / "run", expected)
     outcomes = [each["outcome"] for each in told]
     assert [outcome.rank for outcome in outcomes] == list(range(size))
