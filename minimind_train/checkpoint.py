@@ -152,7 +152,10 @@ class Checkpoint:
 
     def _stored(self, name: str) -> StoredTensors:
         stem, _, suffix = name.rpartition(".")
-        return StoredTensors([*self.folder.glob(name), *self.folder.glob(f"{stem}-*-of-*.{suffix}")])
+        files = [*self.folder.glob(name), *self.folder.glob(f"{stem}-*-of-*.{suffix}")]
+        if not files:
+            raise FileNotFoundError(self.folder / name)
+        return StoredTensors(files)
 
 
 def folder_of(run: Path, step: int) -> Path:

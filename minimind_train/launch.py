@@ -23,7 +23,7 @@ from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from types import FrameType
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -63,9 +63,10 @@ def together(work: Callable[[World], T], nproc: int) -> T:
         UserError: a rank ended before its time; the message says why.
         KeyboardInterrupt: Ctrl-C before all could stop in good order, or a second time.
     """
-    ranks = _Ranks(work, nproc)
+    ranks = _Ranks()
     try:
         with ranks.passing_signals_on():
+            ranks.start(work, nproc)
             ends = ranks.wait()
     finally:
         ranks.kill()
@@ -82,30 +83,40 @@ def together(work: Callable[[World], T], nproc: int) -> T:
     raise UserError(_sentence(rank, end, nproc))
 
 
-class _Ranks(Generic[T]):
+class _Ranks:
     """The processes, and the ends of the pipes to them.
 
     Attributes:
         asked: the signal that was passed on, or None.
     """
 
-    def __init__(self, work: Callable[[World], T], nproc: int) -> None:
+    def __init__(self) -> None:
         self.asked: signal.Signals | None = None
         self._former: dict[signal.Signals, Any] = {}
-        # The ranks meet here; it is kept as long as they live.
-        self._store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
         self._processes: dict[int, SpawnProcess] = {}
         self._pipes: dict[int, Connection] = {}
+        # The ranks meet here; it is kept as long as they live.
+        self._store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
+
+    def start(self, work: Callable[[World], Any], nproc: int) -> None:
+        """Start them all."""
+        context = multiprocessing.get_context("spawn")
         for rank in range(nproc):
             place = Place(rank=rank, size=nproc, local_rank=rank, local_size=nproc)
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_be_rank, args=(work, place, self._store.port, theirs), name=f"rank-{rank}"
             )
-            process.start()
+            # Ctrl-C on a terminal comes to them too; while they still import it waits for them to answer it.
+            former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                process.start()
+            finally:
+                self._processes[rank], self._pipes[rank] = process, ours
+                signal.pthread_sigmask(signal.SIG_SETMASK, former)
             theirs.close()
-            self._processes[rank], self._pipes[rank] = process, ours
+            if self.asked:
+                ours.send(self.asked)
 
     def wait(self) -> dict[int, _End]:
         """Return how each rank ended, in the order in which they did; when one failed, the others are ended."""
@@ -128,9 +139,9 @@ class _Ranks(Generic[T]):
     def kill(self) -> None:
         """End those that are left."""
         for process in self._processes.values():
-            if process.is_alive():
+            if process.pid is not None:
                 process.kill()
-            process.join()
+                process.join()
 
     @contextlib.contextmanager
     def passing_signals_on(self) -> Iterator[None]:
@@ -192,6 +203,7 @@ def _be_rank(work: Callable[[World], Any], place: Place, port: int, pipe: Connec
     torch.set_num_threads(max(1, torch.get_num_threads() // place.local_size))
     status = 1
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         with joined(world, TCPStore(_HOST, port)):
             end = _End("done", work(world))
         status = 0

@@ -1,6 +1,7 @@
 """Ranks for tests: processes forked from one that has imported what they need, which meet at a file and run a piece of code.
 
-The code finds `world`, joined, and what it was given by name; what it puts into `told` comes back. It is a string because tests are
+The code finds `world`, joined, and what it was given by name; what it puts into `told` comes back, also where it ends itself by
+`leave()`. It is a string because tests are
 no package that another process could import.
 """
 
@@ -21,6 +22,11 @@ import os, pickle, sys, traceback
 import torch, torch.distributed as dist
 from minimind_train.distributed import Place, World, joined
 
+def leave():  # as one who is killed, but for what it has told
+    with open(f"{meeting}.{rank}", "wb") as file:
+        pickle.dump(told, file)
+    os._exit(0)
+
 torch.set_num_threads(1)
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 world, told = World(Place(rank=rank, size=size, local_rank=rank, local_size=size)), {}
@@ -30,9 +36,7 @@ try:
 except BaseException:
     traceback.print_exc()
     told = traceback.format_exc()
-with open(f"{meeting}.{rank}", "wb") as file:
-    pickle.dump(told, file)
-os._exit(0)
+leave()
 """
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOADED)

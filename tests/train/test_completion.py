@@ -46,7 +46,7 @@ def training_run(tmp_path, whole_run, monkeypatch):
     return run, race
 
 
-@pytest.mark.parametrize("function", ["_checked", "sha256_of", "load_file"])
+@pytest.mark.parametrize("function", ["_checked", "sha256_of", "StoredTensors"])
 def test_a_checkpoint_that_is_deleted_while_it_is_read_gives_way_to_a_newer_one(
     training_run, whole_run, function
 ):
@@ -55,14 +55,14 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_gives_way_to_a_newer_one(
     assert text_of(run) == text_of(whole_run, step=9)
 
 
-@pytest.mark.parametrize("function", ["_checked", "load_file"])
+@pytest.mark.parametrize("function", ["_checked", "StoredTensors"])
 def test_a_run_that_deletes_faster_than_one_can_read_is_a_sentence_at_last(
     training_run, whole_run, function, monkeypatch
 ):
     run, _ = training_run
     found = checkpoint.load_latest(whole_run, pytest.fail)
     gone = checkpoint.Checkpoint(folder=checkpoint.folder_of(run, 8), state=found.state)
-    if function == "load_file":
+    if function == "StoredTensors":
         monkeypatch.setattr(checkpoint, "load_latest", lambda *_: gone)
     else:
         monkeypatch.setattr(checkpoint, "steps_of", lambda _: [8])
@@ -74,7 +74,7 @@ def test_a_run_that_deletes_faster_than_one_can_read_is_a_sentence_at_last(
 
 def test_a_checkpoint_that_was_asked_for_and_is_deleted_meanwhile_is_named(training_run):
     run, race = training_run
-    race("load_file", 1)
+    race("StoredTensors", 1)
     with pytest.raises(UserError, match="step-000000003: deleted while it was read"):
         text_of(run, step=3)
     with pytest.raises(UserError, match="no checkpoint of step 3; there are: 6"):

@@ -5,7 +5,7 @@ import torch
 
 from minimind_data.options import build
 from minimind_train.pretrain import PretrainConfig, pretrain
-from minimind_train.trained import model_of
+from minimind_train.pretrained import model_of
 
 from .conftest import OPTIONS as SMALL
 from .conftest import Said, metrics
