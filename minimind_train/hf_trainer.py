@@ -47,7 +47,7 @@ class OrderedTrainer(Trainer):  # type: ignore[misc]
         settings: those of `Trainer`. Of `args`, `max_steps` says the steps of the whole run, else `num_train_epochs` its end.
 
     Raises:
-        UserError: the settings divide a batch in a way that an order of samples knows nothing of.
+        UserError: the order is another dataset's, or the settings divide a batch in a way that an order of samples knows nothing of.
     """
 
     def __init__(self, *, order: Order, skips: Skips = NO_SKIPS, **settings: Any) -> None:
@@ -65,6 +65,11 @@ class OrderedTrainer(Trainer):  # type: ignore[misc]
             raise UserError(
                 "the devices of a tensor, context or sequence parallel group share their samples, which an order of samples does "
                 "not know; use data parallelism, FSDP included"
+            )
+        if len(self.train_dataset) != order.num_windows:
+            raise UserError(
+                f"the order is one of {order.num_windows:,} windows, train_dataset has {len(self.train_dataset):,}; make the order "
+                "from the windows of that dataset"
             )
         if args.auto_find_batch_size:
             raise UserError(

@@ -14,7 +14,7 @@ from minimind_train.sampler import SampleOrder
 pytest.importorskip("transformers")
 
 _RANK = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
@@ -39,8 +39,8 @@ config = LlamaConfig(
 )
 args = TrainingArguments(
     out, per_device_train_batch_size=int(micro_batch), gradient_accumulation_steps=int(accumulation), max_steps=int(steps),
-    save_steps=3, logging_steps=1, report_to="none", use_cpu=True, ddp_backend="gloo", disable_tqdm=True,
-    lr_scheduler_type="constant",
+    save_steps=3, logging_steps=1, report_to="none", use_cpu=True, disable_tqdm=True,
+    lr_scheduler_type="constant", ddp_backend="gloo" if "RANK" in os.environ else None,
 )
 order = SampleOrder(num_windows=len(windows), seed=5)
 trainer = OrderedTrainer(model=LlamaForCausalLM(config), args=args, train_dataset=Recorder(windows), order=order)
@@ -54,6 +54,7 @@ def train(script, dataset, out, *, world_size, micro_batch, accumulation, steps,
     """Train on so many processes; return (what all of them read, micro-batch by micro-batch; the losses)."""
     words = [script, dataset, out, micro_batch, accumulation, steps, "go on" if go_on else "begin"]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    launch = launch if world_size > 1 else []
     done = subprocess.run(
         [sys.executable, *launch, *map(str, words)], capture_output=True, text=True, timeout=400, check=False
     )

@@ -11,8 +11,11 @@ from minimind_data.errors import UserError
 from minimind_data.shards import ShardSet
 from minimind_data.windows import open_windows
 from minimind_train.loader import WindowDataset
+from minimind_train.parts import Datasets
 from minimind_train.sampler import SampleOrder
 from minimind_train.skips import Skips
+
+from .conftest import Said
 
 transformers = pytest.importorskip("transformers")
 hf_trainer = pytest.importorskip("minimind_train.hf_trainer")
@@ -255,6 +258,19 @@ def test_a_resume_at_a_billion_reads_nothing_before_it(tmp_path, windows, whole)
     assert dataset.seen == order.windows(np.arange(10**9, 10**9 + 16)).tolist()
 
 
+def test_a_mixture_is_an_order_too(tmp_path, small_dataset, other_dataset):
+    datasets = Datasets.open([f"a={small_dataset}:3", f"b={other_dataset}:1"])
+    mixed = datasets.windows(announce=Said(), layout="concat", seq_len=SEQ_LEN, labels=True)
+    order = datasets.order(mixed, seed=5, kind="shuffled")
+    dataset = Recorder(mixed)
+    make_trainer(tmp_path, mixed, dataset=dataset, order=order, max_steps=6).train()
+    again = Recorder(mixed)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    make_trainer(tmp_path, mixed, dataset=again, order=order, max_steps=6).train(resume_from_checkpoint=True)
+    assert dataset.seen == order.windows(np.arange(48)).tolist()
+    assert again.seen == dataset.seen[24:]
+
+
 def test_what_does_not_fit_is_refused(tmp_path, windows, whole):
     other = resumed(tmp_path, whole, 6, windows, order=SampleOrder(num_windows=len(windows), seed=6))
     with pytest.raises(UserError, match="seed is 5 in the saved state, 6 here"):
@@ -265,6 +281,8 @@ def test_what_does_not_fit_is_refused(tmp_path, windows, whole):
     path.write_text(json.dumps(told))
     with pytest.raises(UserError, match="resume a checkpoint that OrderedTrainer saved"):
         make_trainer(tmp_path, windows).train(resume_from_checkpoint=True)
+    with pytest.raises(UserError, match=f"one of 7 windows, train_dataset has {len(windows)}"):
+        make_trainer(tmp_path, windows, order=SampleOrder(num_windows=7))
     with pytest.raises(UserError, match="auto_find_batch_size"):
         make_trainer(tmp_path, windows, auto_find_batch_size=True)
 
