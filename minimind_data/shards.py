@@ -203,7 +203,9 @@ class ShardSet:
         for first, last, start, stop in rows:
             for index in range(first, last + 1):
                 begin = int(self.token_starts[index])
-                self.shard(index).will_need(max(0, start - begin), stop - begin)
+                # What lies between a first and a last is seldom there, and mapped by `shard`.
+                shard = self._shards.get(index) or self.shard(index)
+                shard.will_need(max(0, start - begin), stop - begin)
 
     def slice(self, start: int, stop: int) -> TokenArray:
         """Return the tokens [start, stop) of the stream: a view where one shard holds them all, else a copy."""
