@@ -5,7 +5,7 @@ read are named to the system beforehand (`madvise`), all of a batch and those of
 alone it would read far around each, since it cannot know that the next is somewhere else.
 
 Windows are small, and a disk gives more by the row. So where memory holds the whole dataset, some of it is asked for in order beside each
-batch, until all has been.
+batch that is scattered over it, until all has been.
 
 A system that has everything in its page cache need not be told, and telling it costs more than a gather. Each thread's counters say whether
 a batch came from a disk; when one did not, nothing is asked for any more, until one does.
@@ -25,6 +25,7 @@ from minimind_data.shards import Shard, ShardSet
 _STRETCH_BYTES = 2**20
 _WINDOWS_A_STRETCH = 32
 """A batch of 64 windows of 1 KiB, which are as many reads of some 4 KiB, is accompanied by 2 MiB in a row: about as long a wait."""
+_NEAR_WINDOWS = 64
 _THREAD = getattr(resource, "RUSAGE_THREAD", None)
 
 
@@ -74,7 +75,8 @@ class ReadAhead:
             if self._begun:
                 if later is not None:
                     self._ask(later())
-                self._read_on(-(-len(windows) // _WINDOWS_A_STRETCH))
+                if _are_scattered(windows):
+                    self._read_on(-(-len(windows) // _WINDOWS_A_STRETCH))
         batch = self._windows.fetch(windows)
         self._begun = True
         self._waits = _disk_reads() != before
@@ -89,6 +91,11 @@ class ReadAhead:
             self._rest = _stretches(self._windows.shard_sets)
         for shard, start, stop in itertools.islice(self._rest, num_stretches):
             shard.will_need(start, stop)
+
+
+def _are_scattered(windows: NDArray[np.int64]) -> bool:
+    """Whether a batch comes from all over the dataset; one that does not, as in a shuffle of blocks, brings its neighbours with it."""
+    return len(windows) > 1 and bool(np.median(np.diff(np.sort(windows))) > _NEAR_WINDOWS)
 
 
 def _stretches(shard_sets: tuple[ShardSet, ...]) -> Iterator[tuple[Shard, int, int]]:

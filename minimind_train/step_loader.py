@@ -10,7 +10,7 @@ holds, and the loop that completes a step moves the cursor.
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from itertools import islice
 from types import TracebackType
@@ -181,7 +181,9 @@ class StepLoader:
         # One thread, so the steps are read one after the other. A future carries an exception to where the step is consumed.
         thread = ThreadPoolExecutor(1, thread_name_prefix="step-loader")
         try:
-            steps = deque(thread.submit(self._read, number) for number in islice(numbers, self.prefetch))
+            steps = deque(thread.submit(self._read, number) for number in islice(numbers, 1))
+            wait(steps)  # The first step is what a run waits for, so nothing is read beside it.
+            steps.extend(thread.submit(self._read, number) for number in islice(numbers, self.prefetch - 1))
             while steps:
                 step = steps.popleft()
                 steps.extend(thread.submit(self._read, number) for number in islice(numbers, 1))

@@ -1,6 +1,6 @@
 """Our own StepLoader over windows of layout concat in a full shuffle; one step is one batch.
 
-Grown, it is 500 shards of one document each, which take no room.
+Grown, it is one shard of documents of 2^30 tokens, all of them a hole.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from minimind_train.step_loader import StepLoader
 
 _SHARD_TOKENS = 20_000_000
 """What a split of 64 MiB of text makes."""
-_GROWN_SHARDS = 500
+_GROWN_DOCUMENT_TOKENS = 2**30
 _TOKEN_BYTES = 2
 _UNKNOWN = {"input": 0, "input_start": 0, "input_stop": 0, "input_sha256": ""}
 
@@ -43,20 +43,18 @@ def write(task: LoadTask) -> None:
 
 
 def grow(task: LoadTask) -> None:
-    per_shard, rest = divmod(task.num_windows * task.seq_len + 1, _GROWN_SHARDS)
-    entries = []
-    for number in range(_GROWN_SHARDS):
-        name, tokens = f"text-{number:05d}", per_shard + (number < rest)
-        header = IndexHeader(dtype="uint16", num_sequences=1, num_documents=1)
-        index = index_bytes(header, np.array([tokens]), np.array([0, 1]))
-        (task.folder / f"{name}.idx").write_bytes(index)
-        with (task.folder / f"{name}.bin").open("wb") as file:
-            file.write(np.array([task.bos_id], "<u2").tobytes())
-            file.seek((tokens - 1) * _TOKEN_BYTES)
-            file.write(np.array([task.eos_id], "<u2").tobytes())
-        sizes = {"documents": 1, "sequences": 1, "tokens": tokens, "bytes": tokens * _TOKEN_BYTES}
-        entries.append(ShardEntry(name=name, **_UNKNOWN, **sizes, sha256="", index_sha256=""))
-    _finish(task, entries)
+    name, tokens = "text-00000", task.num_windows * task.seq_len + 1
+    count = -(-tokens // _GROWN_DOCUMENT_TOKENS)
+    lengths = np.full(count, _GROWN_DOCUMENT_TOKENS)
+    lengths[-1] -= lengths.sum() - tokens
+    header = IndexHeader(dtype="uint16", num_sequences=count, num_documents=count)
+    (task.folder / f"{name}.idx").write_bytes(index_bytes(header, lengths, np.arange(count + 1)))
+    with (task.folder / f"{name}.bin").open("wb") as file:
+        file.write(np.array([task.bos_id], "<u2").tobytes())
+        file.seek((tokens - 1) * _TOKEN_BYTES)
+        file.write(np.array([task.eos_id], "<u2").tobytes())
+    sizes = {"documents": count, "sequences": count, "tokens": tokens, "bytes": tokens * _TOKEN_BYTES}
+    _finish(task, [ShardEntry(name=name, **_UNKNOWN, **sizes, sha256="", index_sha256="")])
 
 
 def _finish(task: LoadTask, entries: list[ShardEntry]) -> None:
@@ -74,13 +72,13 @@ def _finish(task: LoadTask, entries: list[ShardEntry]) -> None:
     (task.folder / "manifest.json").write_text(manifest.to_json())
 
 
-def opened(task: LoadTask) -> tuple[Windows, SampleOrder]:
+def opened(task: LoadTask, block: int = 1) -> tuple[Windows, SampleOrder]:
     windows = open_windows(ShardSet.open(task.folder), layout="concat", seq_len=task.seq_len)
-    return windows, SampleOrder(num_windows=len(windows), seed=42)
+    return windows, SampleOrder(num_windows=len(windows), seed=42, block=block)
 
 
-def batches(task: LoadTask, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-    windows, order = opened(task)
+def batches(task: LoadTask, start: int, block: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    windows, order = opened(task, block)
     position, stop = start * task.batch, len(windows) // task.batch * task.batch
     with StepLoader(
         windows, order, start=position, stop=stop, global_batch=task.batch, micro_batch=task.batch

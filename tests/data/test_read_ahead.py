@@ -148,3 +148,15 @@ def test_a_pickle_begins_anew(make_dataset):
     ahead.fetch(numbers(1))
     again = pickle.loads(pickle.dumps(ahead))
     assert np.array_equal(again.fetch(numbers(1))["input_ids"], windows.fetch(numbers(1))["input_ids"])
+
+
+def test_the_rest_of_a_dataset_is_asked_for_beside_batches_that_are_scattered_over_it_only(monkeypatch):
+    windows, begun = Recorded(monkeypatch, cold=True), []
+    monkeypatch.setattr(read_ahead, "_stretches", lambda _: iter(begun.append("begun") or ()))
+    for batch in (numbers(5), numbers(*range(100, 164)), numbers(3, 70, 5, 40)):
+        ahead = ReadAhead(windows)
+        ahead.fetch(batch)
+        ahead.fetch(batch)
+    assert not begun
+    ahead.fetch(numbers(0, 1000, 2000))
+    assert begun == ["begun"]
