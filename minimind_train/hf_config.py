@@ -116,7 +116,7 @@ def _kind_of(config: ModelConfig) -> str:
         if config.n_shared_experts:
             _refuse("shared experts", f"n_shared_experts {config.n_shared_experts}", kind)
         if config.scoring_func != "softmax":
-            _refuse("another router than softmax", f"scoring_func {config.scoring_func}", kind)
+            _refuse("a router other than softmax", f"scoring_func {config.scoring_func}", kind)
     if kind == "llama" and config.hidden_size % config.num_attention_heads:
         _refuse(
             "a width that does not divide into its heads",
@@ -128,8 +128,8 @@ def _kind_of(config: ModelConfig) -> str:
 
 def _refuse(what: str, named: str, kind: str) -> None:
     raise UserError(
-        f"--to hf: {ARCHITECTURES[kind]} has no {what} ({named}), and no other class here has; export it by --to minimind if that "
-        "can hold it, or go on with the run's own checkpoints"
+        f"--to hf: {ARCHITECTURES[kind]} cannot hold {what} ({named}), and no other class that is known here can; export it by "
+        "--to minimind if that can, or go on with the run's own checkpoints"
     )
 
 

@@ -23,7 +23,7 @@ from minimind_train.pretrained import model_of
 
 from .conftest import Said, config_of
 
-BRISK = {"learning_rate": 0.05, "steps": 12, "head_dim": 8, "save_every": 0}
+BRISK = {"learning_rate": 0.05, "steps": 12, "save_every": 0}
 EXPERTS = {"use_moe": True, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 YARN = {
     "inference_rope_scaling": True,
@@ -33,10 +33,10 @@ YARN = {
 }
 KINDS = {
     "qwen3": {},
-    "qwen3-untied": {"tie_word_embeddings": False},
+    "qwen3-untied": {"tie_word_embeddings": False, "head_dim": 12},
     "qwen3-yarn": YARN,
     "llama": {"qk_norm": False, "rms_norm_eps": 1e-5, "rope_theta": 5000.0},
-    "llama-yarn": {"qk_norm": False, **YARN},
+    "llama-yarn": {"qk_norm": False, "head_dim": 12, **YARN},
     "qwen3-moe": EXPERTS,
     "qwen3-moe-raw": {**EXPERTS, "norm_topk_prob": False, "tie_word_embeddings": False},
     "qwen3-moe-one": {**EXPERTS, "num_experts_per_tok": 1, **YARN},
@@ -241,10 +241,10 @@ def test_minimind_s_options_are_those_of_its_generation():
     [
         (
             {**EXPERTS, "n_shared_experts": 1},
-            "Qwen3MoeForCausalLM has no shared experts (n_shared_experts 1)",
+            "Qwen3MoeForCausalLM cannot hold shared experts (n_shared_experts 1)",
         ),
-        ({**EXPERTS, "scoring_func": "sigmoid"}, "no another router than softmax"),
-        ({**EXPERTS, "qk_norm": False}, "no experts without a norm of queries and keys"),
+        ({**EXPERTS, "scoring_func": "sigmoid"}, "cannot hold a router other than softmax"),
+        ({**EXPERTS, "qk_norm": False}, "cannot hold experts without a norm of queries and keys"),
         (
             {"qk_norm": False, "hidden_size": 100, "head_dim": 16},
             "hidden_size 100 with num_attention_heads 8",
