@@ -13,6 +13,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +27,9 @@ from minimind_train.interrupt import Stop
 T = TypeVar("T")
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_PATIENCE = timedelta(minutes=30)
+"""For a rank that is silent but not gone: one that saves to a slow disk, say, or a machine that has lost its network."""
+
 _LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out")
 
 
@@ -210,7 +214,9 @@ def joined(world: World, store: Any = None) -> Iterator[None]:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
-        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
+        dist.init_process_group(
+            backend, store=store, rank=world.rank, world_size=world.size, timeout=_PATIENCE
+        )
         yield
     except RuntimeError as error:
         if not _tells_of_loss(error):

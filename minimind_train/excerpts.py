@@ -4,7 +4,9 @@ Looking leaves no trace in a run: the random numbers are of a generator of their
 excerpt to the next is the model.
 """
 
+import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -46,6 +48,7 @@ class Excerpts:
         tokenizer: the run's.
         info: its special ids.
         tell: takes each excerpt.
+        around: gives what is entered while the model writes.
 
     Raises:
         UserError: a prompt leaves the model no room.
@@ -59,6 +62,7 @@ class Excerpts:
         tokenizer: Tokenizer,
         info: TokenizerInfo,
         tell: Tell,
+        around: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
         self._model = model
         self._every = config.sample_every
@@ -66,6 +70,7 @@ class Excerpts:
         self._tokenizer = tokenizer
         self._eos_id = info.eos_id
         self._tell = tell
+        self._around = around
         self._prompts = [
             (text, [info.bos_id, *tokenizer.encode(text, add_special_tokens=False).ids])
             for text in config.sample_prompt
@@ -82,5 +87,7 @@ class Excerpts:
             return
         for number, (prompt, ids) in enumerate(self._prompts, 1):
             name = "sample" if len(self._prompts) == 1 else f"sample/{number}"
-            new = generate(self._model, ids, options=self._options, eos_id=self._eos_id)
-            self._tell(step, name, prompt, "".join(stream_text(self._tokenizer, new)))
+            with self._around():
+                new = generate(self._model, ids, options=self._options, eos_id=self._eos_id)
+                text = "".join(stream_text(self._tokenizer, new))
+            self._tell(step, name, prompt, text)

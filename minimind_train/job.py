@@ -48,9 +48,9 @@ from minimind_train.model_config import parameter_line
 from minimind_train.nonfinite import Tolerance
 from minimind_train.objective import Objective
 from minimind_train.optim import make_optimizer
-from minimind_train.parallel import shared_out
+from minimind_train.parallel import model_by_itself, shared_out
 from minimind_train.parts import Datasets, MixedWindows, Samples, words_of
-from minimind_train.precision import LossScale, allow_tf32
+from minimind_train.precision import LossScale, allow_tf32, autocast
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.runs import RunRecord, load_run_tokenizer, moved_cursor
 from minimind_train.sampler import SampleCursor
@@ -404,7 +404,7 @@ class _Job(Generic[ConfigT]):
                 optim=self.config.optim,
                 device=self.device,
                 metrics=trackers,
-                look=self._excerpts(model, trackers),
+                look=self._excerpts(model, objective, trackers),
                 save=saver.after_step,
                 tolerance=tolerance,
                 describe=self.course.describe,
@@ -424,7 +424,7 @@ class _Job(Generic[ConfigT]):
         )
         return Trackers(metrics, config.track if self.world.leads else (), run, self.say)
 
-    def _excerpts(self, model: MiniMind, trackers: Trackers) -> Callable[[int], None]:
+    def _excerpts(self, model: MiniMind, objective: Objective, trackers: Trackers) -> Callable[[int], None]:
         def tell(step: int, name: str, prompt: str, text: str) -> None:
             self.say(f"step {step}  after {prompt!r}: {text!r}")
             trackers.text(step, name, prompt + text)
@@ -433,7 +433,9 @@ class _Job(Generic[ConfigT]):
         if not config.sample_every:
             return lambda _: None
         tokenizer = load_run_tokenizer(self.run, info).reference
-        return Excerpts(model, config, tokenizer=tokenizer, info=info, tell=tell).after_step
+        forward = autocast(self.config.training.dtype, self.device)
+        around = partial(model_by_itself, objective, forward)
+        return Excerpts(model, config, tokenizer=tokenizer, info=info, tell=tell, around=around).after_step
 
     def _saver(
         self,

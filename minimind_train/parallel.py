@@ -13,6 +13,7 @@ so where memory is short one pass a step, a micro-batch of the global batch over
 """
 
 import contextlib
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -73,3 +74,22 @@ def gradients_added_up(objective: nn.Module, *, wanted: bool) -> AbstractContext
     if sync := getattr(objective, "set_requires_gradient_sync", None):  # it is sharded
         sync(wanted)
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def model_by_itself(objective: nn.Module, forward: AbstractContextManager[object]) -> Iterator[None]:
+    """Let the objective's model be called by itself inside the block, by all ranks alike.
+
+    Where it is sharded, what stands around the layers, whose weights come together for a pass of the objective alone, does so for the
+    block; and as its layers come together in the dtype of matrix products, it is entered in `forward`, the context of a pass.
+    """
+    unshard, reshard = (getattr(objective, name, None) for name in ("unshard", "reshard"))
+    if unshard is None or reshard is None:
+        yield
+        return
+    unshard()
+    try:
+        with forward:
+            yield
+    finally:
+        reshard()
