@@ -41,8 +41,8 @@ def pair(number):
     return {side: [*prompt, {**ANSWER, "content": f"{side} {number}"}] for side in ("chosen", "rejected")}
 
 
-SFT = [{"conversations": conversation(number)} for number in range(300)]
-DPO = [pair(number) for number in range(200)]
+SFT = [{"conversations": conversation(number)} for number in range(150)]
+DPO = [pair(number) for number in range(80)]
 RECORDS = {"sft": SFT, "dpo": DPO}
 
 
@@ -130,7 +130,7 @@ def test_a_build_that_dies_at_any_step_goes_on_to_the_same_bytes(source, tmp_pat
     tokenize([source], options(tmp_path / "whole", kind))
     wanted = tree(tmp_path / "whole")
     real = split_module.ShardWriter.commit
-    for dies_at in range(1, 6):
+    for dies_at in range(1, 5):
         calls = []
 
         def commit_or_die(self, calls=calls, dies_at=dies_at):
