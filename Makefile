@@ -1,14 +1,18 @@
 # Two commands do all the set-up on a machine that has only Python 3.11, pip, make and gcc:
 #   make demo   text -> shards -> a model that learns, is killed, resumes, and writes a few lines
+#   make demo-chat   a model reads, learns to answer, and learns which answers are liked
 #   make test   lint, types, import layers, and every test
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test lint types layers pytest format clean
+.PHONY: demo demo-chat test lint types layers pytest format clean
 
 demo: .venv/.installed
 	$(BIN)/python -m minimind_cli.demo
+
+demo-chat: .venv/.installed
+	$(BIN)/python -m minimind_cli.demo_chat
 
 test: lint types layers pytest
 
@@ -30,7 +34,7 @@ format: .venv/.installed-dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv runs/demo
+	rm -rf .venv runs/demo runs/demo-chat
 
 .venv/.pip: constraints.txt
 	$(PYTHON) -m venv .venv

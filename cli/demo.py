@@ -7,7 +7,6 @@ and the documentation that ships inside every Python, so nothing is downloaded.
 import json
 import os
 import pydoc_data.topics
-import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from .steps import run, shown, title
 
 _WORK = Path("runs/demo")
 _RUN = _WORK / "model"
@@ -68,18 +69,18 @@ def main() -> None:
     shutil.rmtree(_WORK, ignore_errors=True)
     _WORK.mkdir(parents=True)
 
-    _title("1. Text to shards")
+    title("1. Text to shards")
     documentation = _write_documentation()
-    _run("mm-data", "tokenize", str(_SAMPLE), str(documentation), "--out", str(_SHARDS))
-    _run("mm-data", "verify", str(_SHARDS))
+    run("mm-data", "tokenize", str(_SAMPLE), str(documentation), "--out", str(_SHARDS))
+    run("mm-data", "verify", str(_SHARDS))
 
-    _title(f"2. Train, and kill -9 after step {_KILL_AFTER_STEP}")
+    title(f"2. Train, and kill -9 after step {_KILL_AFTER_STEP}")
     pretrain = ["mm-train", "pretrain", "--shards", str(_SHARDS), "--run", str(_RUN), *_MODEL, *_TRAIN]
     killed_at = _run_and_kill(pretrain)
     print(f"killed after step {killed_at}; {_RUN / 'checkpoints'} holds {', '.join(_checkpoints())}")
 
-    _title("3. Resume, as if nothing had happened")
-    _run("mm-train", "pretrain", "--run", str(_RUN), "--resume")
+    title("3. Resume, as if nothing had happened")
+    run("mm-train", "pretrain", "--run", str(_RUN), "--resume")
     metrics = _metrics()
     steps = [line["step"] for line in metrics]
     if steps != list(range(1, _STEPS + 1)):
@@ -87,9 +88,9 @@ def main() -> None:
             f"error: {_RUN / 'metrics.jsonl'} should have steps 1 to {_STEPS} once each; please report this"
         )
 
-    _title("4. Text from the model")
+    title("4. Text from the model")
     for prompt in _PROMPTS:
-        _run(
+        run(
             "mm-train",
             "generate",
             "--run",
@@ -102,7 +103,7 @@ def main() -> None:
             "0.5",
         )
 
-    _title("What happened")
+    title("What happened")
     first, last = metrics[0], [line["loss"] for line in metrics[-20:]]
     speeds = sorted(line["tokens_per_second"] for line in metrics)
     dataset = json.loads((_SHARDS / "manifest.json").read_bytes())
@@ -118,7 +119,7 @@ def main() -> None:
     )
     print(f"  metrics.jsonl    has every step from 1 to {_STEPS} exactly once")
     print(f"  time             {time.monotonic() - start:.0f} s")
-    _title("What to type next")
+    title("What to type next")
     print('  .venv/bin/mm-data tokenize YOUR.jsonl --out data/yours    # lines of {"text": "…"}')
     print("  .venv/bin/mm-train pretrain --shards data/yours           # MiniMind's model and settings")
     print('  .venv/bin/mm-train generate --run runs/pretrain --prompt "…"')
@@ -133,25 +134,9 @@ def _write_documentation() -> Path:
     return path
 
 
-def _title(text: str) -> None:
-    print(f"\n== {text}", flush=True)
-
-
-def _shown(command: list[str]) -> list[str]:
-    """Print a command as one would type it, and return it with this environment's own program in front."""
-    print("$", shlex.join(command), flush=True)
-    return [str(Path(sys.executable).with_name(command[0])), *command[1:]]
-
-
-def _run(*command: str) -> None:
-    status = subprocess.run(_shown(list(command)), check=False).returncode
-    if status:
-        sys.exit(f"error: the command above ended with status {status}")
-
-
 def _run_and_kill(command: list[str]) -> int:
     """Start training, wait for the step, kill the process without warning; return its last finished step."""
-    process = subprocess.Popen(_shown(command))
+    process = subprocess.Popen(shown(command))
     while process.poll() is None and (not (metrics := _metrics()) or metrics[-1]["step"] < _KILL_AFTER_STEP):
         time.sleep(0.05)
     if process.poll() is not None:
