@@ -65,9 +65,11 @@ def _objective(model: MiniMind, config: DpoConfig, origin: Origin) -> Preference
     if config.reference.reference == "cached":
         return Preference(model, config.preference, lambda micro_batch: micro_batch[REFERENCE])
     frozen = origin.model("--reference online compares with it")
-    frozen.to(next(model.parameters()).device)
 
     def online(micro_batch: Mapping[str, Tensor]) -> Tensor:
+        frozen.to(
+            micro_batch["chosen_input_ids"].device
+        )  # where the model itself is not yet, if it will be sharded
         with torch.no_grad():
             return log_probs_of_pairs(frozen, micro_batch)[0]
 
