@@ -306,6 +306,31 @@ def _export(app: typer.Typer) -> None:
     command(app, "export")(run_command)
 
 
+def _plot(app: typer.Typer) -> None:
+    """Draw the curves of runs: a page of HTML, or a picture."""
+    from minimind_train.plot import Axis, draw  # noqa: PLC0415 - see the module's docstring
+
+    def run_command(
+        runs: Annotated[
+            list[Path], typer.Argument(metavar="RUN...", help="Folders of runs; they may be training.")
+        ],
+        out: Annotated[
+            list[Path] | None,
+            typer.Option(
+                metavar="FILE",
+                help="Where to: .html for a page, .png, .svg or .pdf for a picture, which needs matplotlib. Repeatable; plot.html by default.",
+            ),
+        ] = None,
+        x: Annotated[Axis, typer.Option(help="What the curves are drawn over.")] = "step",
+    ) -> None:
+        for file in out or [Path("plot.html")]:
+            draw(runs, file, axis=x)
+            print(file)
+
+    run_command.__doc__ = _plot.__doc__
+    command(app, "plot")(run_command)
+
+
 _COMMANDS: dict[str, Callable[[typer.Typer], None]] = {
     "pretrain": _pretrain,
     "sft": _sft,
@@ -313,6 +338,7 @@ _COMMANDS: dict[str, Callable[[typer.Typer], None]] = {
     "generate": _generate,
     "eval": _eval,
     "export": _export,
+    "plot": _plot,
 }
 
 
