@@ -88,22 +88,26 @@ class World:
         Raises:
             UserError: there is no such device, or none for this rank.
         """
-        device, place = resolve_device(name), self.place
-        if place.size == 1 or device.type == "cpu":
+        place = self.place
+        if place.size == 1 or name == "cpu":
+            return resolve_device(name)
+        there = torch.cuda.device_count()
+        if place.local_rank < there:
+            torch.cuda.set_device(place.local_rank)  # before anything makes itself at home on the first one
+        device = resolve_device(name)
+        if device.type == "cpu":
             return device
-        if ":" in name or device.type == "mps":
+        if ":" in name or device.type != "cuda":
             raise UserError(
-                f"--device {name} is one device, and each of {place.size} processes needs its own; write --device cuda, or cpu"
+                f"--device {name}: {place.size} processes learn together each on a CUDA device of its own, or all on the CPU; write "
+                "--device cuda or --device cpu"
             )
-        module = torch.get_device_module(device)
-        there = module.device_count()
         if place.local_size > there:
             raise UserError(
-                f"{place.local_size} processes on a machine with {there} {device.type} devices, and each needs its own; start fewer "
+                f"{place.local_size} processes on a machine with {there} cuda devices, and each needs its own; start fewer "
                 "(--nproc), or add --device cpu"
             )
-        module.set_device(place.local_rank)
-        return torch.device(device.type, place.local_rank)
+        return torch.device("cuda", place.local_rank)
 
     def total(self, numbers: Sequence[float]) -> list[float]:
         """Return the sums over all ranks, in double precision; every rank asks at the same time, for as many."""

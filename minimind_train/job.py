@@ -94,7 +94,7 @@ def begin(
     Args:
         phase: what kind of training.
         config: its options.
-        say: takes lines for the user.
+        say: takes lines for the user; of several processes, that of rank 0 calls it.
         given: which of them the user wrote, by flat name; by default those that are not as without a word.
 
     Raises:
@@ -119,7 +119,7 @@ def resume(
         run: its folder.
         given: the options that the user wrote, by flat name; `resume_from` moves the cursor.
         allow_change: names of options that may differ from what the run was begun with.
-        say: takes lines for the user.
+        say: takes lines for the user; of several processes, that of rank 0 calls it.
 
     Raises:
         UserError: there is no run, or an option differs that must not; the message shows both sides.

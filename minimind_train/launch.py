@@ -197,9 +197,8 @@ def _be_rank(work: Callable[[World], Any], place: Place, port: int, pipe: Connec
     world = World(place)
     threading.Thread(target=_listen, args=(pipe, world), name="listener", daemon=True).start()
     _meet_on_this_machine()
-    tqdm.set_lock(
-        threading.RLock()
-    )  # its own is shared among processes, and would be missed where one is killed
+    # tqdm's own lock is one of all processes, which is missed where one of them is killed.
+    tqdm.set_lock(threading.RLock())
     torch.set_num_threads(max(1, torch.get_num_threads() // place.local_size))
     status = 1
     try:

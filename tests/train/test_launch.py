@@ -57,11 +57,13 @@ def test_a_run_goes_on_in_other_numbers_whoever_was_killed(tmp_path, small_datas
     assert_gone(ranks)
 
     process, ranks = begun(again, 3, len(steps(run)) + 10)
-    process.terminate()
+    for pid in (process.pid, *ranks):  # as Ctrl-C on a terminal does
+        os.kill(pid, signal.SIGINT)
     _, said = process.communicate(timeout=240)
-    assert process.returncode == 128 + signal.SIGTERM, said
+    assert process.returncode == 128 + signal.SIGINT, said
     last = checkpoint.steps_of(run)[-1]
-    assert said.count(f"stopped by SIGTERM after step {last} of 150") == said.count("stopped by") == 1
+    assert said.count(f"stopped by SIGINT after step {last} of 150") == said.count("stopped by") == 1
+    assert "Traceback" not in said
     assert steps(run) == list(range(1, last + 1))
     assert_gone(ranks)
 
@@ -100,15 +102,35 @@ def test_what_one_rank_says_is_the_reason(tmp_path, monkeypatch, deed, sentence)
         together(importlib.import_module("deeds").work, 2)
 
 
-def test_ranks_end_with_the_process_that_started_them(tmp_path):
-    (tmp_path / "deeds.py").write_text(WORK.replace("DEED", "print('here', flush=True); time.sleep(600)"))
-    program = "from deeds import *; together(work, 2)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, text=True
-    )
+def begun_to_work(folder, deed):
+    """A process whose ranks work, which rank 1 has said."""
+    (folder / "deeds.py").write_text(WORK.replace("DEED", deed))
+    program = "from deeds import *; print(together(work, 2))"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=folder, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "here\n"
-    ranks = children_of(process.pid)
-    process.kill()
-    process.communicate(timeout=60)
+    return process, children_of(process.pid)
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGKILL], [signal.SIGTERM, signal.SIGTERM]])
+def test_ranks_end_with_the_process_that_started_them(tmp_path, signals):
+    process, ranks = begun_to_work(tmp_path, "print('here', flush=True); time.sleep(600)")
     assert len(ranks) == 2
+    for number in signals:  # the first SIGTERM is a request, which these ranks never look at
+        process.send_signal(number)
+        time.sleep(0.5)
+    process.communicate(timeout=60)
+    assert process.returncode == -signals[-1]
+    assert_gone(ranks)
+
+
+def test_a_signal_to_the_process_that_started_them_reaches_every_rank(tmp_path):
+    # The deed ends the condition of its rank, so that all do what follows.
+    work = """print('here', flush=True)
+    while not (stop := world.agreed_stop(None)):
+        time.sleep(0.01)
+    return stop.what"""
+    process, ranks = begun_to_work(tmp_path, work)
+    process.terminate()
+    told, _ = process.communicate(timeout=60)
+    assert (process.returncode, told) == (0, "SIGTERM\n")
     assert_gone(ranks)

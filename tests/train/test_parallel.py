@@ -151,15 +151,25 @@ def test_torchrun_says_who_a_process_is(monkeypatch):
         launched_place()
 
 
-def test_ranks_on_a_machine_without_devices_for_them_are_refused(monkeypatch):
-    world = World(Place(rank=0, size=4, local_rank=0, local_size=4))
-    assert world.device("cpu") == torch.device("cpu")
-    monkeypatch.setattr("minimind_train.distributed.resolve_device", lambda _: torch.device("cuda"))
+def test_every_rank_has_a_device_of_its_own_or_says_that_there_is_none(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(
+        "minimind_train.distributed.resolve_device",
+        lambda name: torch.device("cpu" if name == "cpu" else "cuda"),
+    )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match="4 processes on a machine with 2 cuda devices"):
-        world.device("cuda")
-    with pytest.raises(UserError, match="--device cuda:1 is one device"):
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    world = World(Place(rank=3, size=4, local_rank=1, local_size=2))  # the second machine's second
+    assert world.device("cpu") == torch.device("cpu")
+    assert chosen == []
+    assert world.device("auto") == torch.device("cuda:1")
+    assert chosen == [1]
+    with pytest.raises(
+        UserError, match="--device cuda:1: 4 processes learn together each on a CUDA device of its own"
+    ):
         world.device("cuda:1")
+    with pytest.raises(UserError, match="4 processes on a machine with 2 cuda devices"):
+        World(Place(rank=0, size=4, local_rank=0, local_size=4)).device("cuda")
 
 
 def test_a_batch_that_is_smaller_than_the_ranks_is_refused_before_anything_is_written(
