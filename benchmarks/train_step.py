@@ -25,7 +25,6 @@ import argparse
 import importlib
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -271,6 +270,12 @@ def peak_of(device: str, dtype: str) -> tuple[float, str]:
     return measured_peak(device, dtype), "measured"
 
 
+def resident(which: str) -> int:
+    """Bytes that this process holds, or held at most. (What getrusage says is inherited from who started it.)"""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith(which))
+
+
 def memory_of(task: Task, kind: str) -> int:
     """Bytes that two steps take more than what was there before; in a process of its own."""
     torch.set_num_threads(task.threads)
@@ -279,14 +284,14 @@ def memory_of(task: Task, kind: str) -> int:
     learner = make_learner(task, kind, first_weights(task.config))
     batches = random_batches(task, 2)
     if task.device == "cpu":
-        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        before = resident("VmRSS")
     else:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     for batch in batches:
         learner.step(batch)
     if task.device == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        return resident("VmHWM") - before
     return torch.cuda.max_memory_allocated() - before
 
 

@@ -68,3 +68,22 @@ def test_any_number_of_ranks_learns_the_same(tmp_path, alone, parallel, size):
     outcomes = [each["outcome"] for each in told]
     assert [outcome.rank for outcome in outcomes] == list(range(size))
     assert len({(outcome.step, outcome.cursor, outcome.loss) for outcome in outcomes}) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "fp16", "activation_checkpointing": True},
+        {"optimizer": "muon"},
+    ],
+    ids=["fp16", "muon"],
+)
+def test_sharded_weights_learn_the_same_in_fp16_and_by_muon(tmp_path, small_dataset, options):
+    alone, shared = (options_of(tmp_path / name, small_dataset, **options) for name in ("alone", "shared"))
+    pretrain(build(PretrainConfig, alone), Said())
+    run_ranks(TRAIN, 2, options=shared | {"parallel": "fsdp"})
+    ours, theirs = (metrics(tmp_path / name) for name in ("shared", "alone"))
+    for name in ("loss", "grad_norm"):
+        assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs], rel=1e-3)
+    for name in ("loss_scale", "skipped_steps", "position"):
+        assert [line.get(name) for line in ours] == [line.get(name) for line in theirs]
