@@ -9,11 +9,14 @@ save of a run is told apart, because its copies need fresh memory.
 """
 
 import argparse
+import os
 import shutil
 import statistics
 import tempfile
 import time
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as mm-train does, and before torch comes
 
 import torch
 from machine import describe_machine
