@@ -21,12 +21,12 @@ _TEXTS = {
     "sft": Path("data/sample_sft.jsonl"),
     "dpo": Path("data/sample_dpo.jsonl"),
 }
-_QUESTIONS = ["天空为什么是蓝色的？", "水在多少度结冰？", "Why do we have seasons?"]
+_QUESTIONS = ["天空为什么是蓝色的？", "太阳系有几颗行星？", "What is the square root of 144?"]
 _MODEL = "--hidden-size 192 --num-hidden-layers 3 --num-attention-heads 6 --num-key-value-heads 3"
 _OPTIONS = {
-    "pretrain": f"{_MODEL} --seq-len 128 --global-batch 16 --micro-batch 16 --steps 200 --learning-rate 3e-3 --warmup-steps 20",
-    "sft": "--seq-len 160 --layout pack --global-batch 8 --micro-batch 8 --steps 120 --learning-rate 2e-3 --warmup-steps 10",
-    "dpo": "--seq-len 96 --global-batch 10 --micro-batch 10 --epochs 10 --learning-rate 1e-4",
+    "pretrain": f"{_MODEL} --seq-len 128 --global-batch 4 --micro-batch 4 --steps 600 --learning-rate 2e-3 --warmup-steps 50",
+    "sft": "--seq-len 160 --layout pack --global-batch 4 --micro-batch 4 --steps 250 --learning-rate 2e-3 --warmup-steps 20",
+    "dpo": "--seq-len 96 --global-batch 30 --micro-batch 10 --epochs 12 --learning-rate 3e-4",
 }
 
 
@@ -62,8 +62,8 @@ def main() -> None:
     print("\n  loss on the answers of the conversations, in nats a token")
     for stage in _STAGES:
         print(f"    after {stage:<9} {losses[stage]:.4f}")
-    first, last = _metrics("dpo")[0], _metrics("dpo")[-1]
-    print("\n  the pairs, before and after dpo")
+    first, last = _metrics("dpo")[0], _metrics("dpo")[-1]  # each over all pairs, which are one batch
+    print("\n  the liked answer and the other one of each pair, before and after dpo")
     for name in ("reward_margin", "reward_accuracy", "chosen_log_prob", "rejected_log_prob"):
         print(f"    {name.replace('_', ' '):<18} {first[name]:9.3f} {last[name]:9.3f}")
     print(f"\n  {time.monotonic() - start:.0f} seconds. Talk with the last one:")
