@@ -22,7 +22,7 @@ COMMANDS = sorted(
 def test_the_example_loop_runs(tmp_path):
     tokenize([ROOT / "data" / "sample.jsonl"], TokenizeOptions(out=tmp_path / "mine", workers=1))
     start = README.index("    from minimind_data import")
-    code = textwrap.dedent(README[start : README.index("\n\nThe shards also open", start)])
+    code = textwrap.dedent(README[start : README.index("\n\n[docs/loops.md]", start)])
     assert "data/mine" in code
     seen: dict = {}
     exec(code.replace("data/mine", str(tmp_path / "mine")), seen)  # noqa: S102 - the README's own code
