@@ -22,7 +22,7 @@ from .options import Given, as_defaults, command, make_app, plain, refuse_idle
 
 if TYPE_CHECKING:
     from minimind_train.config import DataConfig
-    from minimind_train.job import Phase
+    from minimind_train.phase import Phase
 
 
 def _pretrain(app: typer.Typer) -> None:

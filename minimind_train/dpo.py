@@ -14,12 +14,12 @@ from minimind_data.windows import Windows
 from minimind_train import job, loop
 from minimind_train.config import DataConfig, StartConfig
 from minimind_train.evaluate import ValidationConfig
-from minimind_train.job import Phase
 from minimind_train.lora import LoraConfig
 from minimind_train.model import MiniMind
 from minimind_train.model_config import ModelConfig
 from minimind_train.optim import OptimConfig
 from minimind_train.parts import MixedWindows, Samples
+from minimind_train.phase import Phase
 from minimind_train.preference import REFERENCE, Preference, PreferenceOptions, log_probs_of_pairs
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.reference import Reference, ReferencedWindows, reference_log_probs

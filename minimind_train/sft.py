@@ -8,12 +8,12 @@ from typing import ClassVar
 from minimind_train import job, loop
 from minimind_train.config import DataConfig, StartConfig
 from minimind_train.evaluate import ValidationConfig
-from minimind_train.job import Phase
 from minimind_train.lora import LoraConfig
 from minimind_train.model import MiniMind
 from minimind_train.model_config import ModelConfig
 from minimind_train.objective import NextToken
 from minimind_train.optim import OptimConfig
+from minimind_train.phase import Phase
 from minimind_train.progress import Say, say_on_stderr
 
 __all__ = ["SFT", "SftConfig", "sft"]

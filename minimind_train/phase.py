@@ -1,0 +1,56 @@
+"""What distinguishes one kind of training from another: its options, its objective, its kind of dataset."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal
+
+import torch
+
+from minimind_data.errors import UserError
+from minimind_data.shards import ShardSet
+from minimind_data.windows import Windows
+from minimind_train.config import (
+    ConfigT,
+)
+from minimind_train.model import MiniMind
+from minimind_train.objective import Objective
+from minimind_train.parts import MixedWindows, Samples
+from minimind_train.progress import Say
+from minimind_train.start import Origin
+
+__all__ = ["Phase"]
+
+
+def _as_they_are(windows: Samples, *_: object) -> Samples:
+    return windows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase(Generic[ConfigT]):
+    """What distinguishes one kind of training from another."""
+
+    command: str
+    """What `mm-train` calls it, and what the run's record says."""
+    dataset: Literal["pretrain", "sft", "dpo"]
+    """The kind of dataset that it learns."""
+    config: type[ConfigT]
+    """Its options; made without arguments, they are its defaults."""
+    objective: Callable[[MiniMind, ConfigT, Origin], Objective]
+    """What it learns by, over a model and by options that are resolved."""
+    samples: Callable[[Windows | MixedWindows, ConfigT, Origin, torch.device, Say], Samples] = _as_they_are
+    """What it learns from windows, where that is more than the dataset has."""
+
+
+def refuse_other_kind(phase: Phase[Any], sets: Sequence[ShardSet]) -> None:
+    """Refuse datasets of a kind that the phase does not learn.
+
+    Raises:
+        UserError: one of them is; the message names it.
+    """
+    for shards in sets:
+        kind = shards.manifest.kind
+        if kind != phase.dataset:
+            raise UserError(
+                f"{shards.folder}: a dataset of kind {kind}, and `mm-train {phase.command}` learns kind {phase.dataset}; make one by "
+                f"`mm-data tokenize --kind {phase.dataset}`, or train on this one by `mm-train {kind}`"
+            )
