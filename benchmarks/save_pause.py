@@ -30,6 +30,7 @@ from minimind_train.objective import NextToken
 from minimind_train.optim import OptimConfig, make_optimizer
 from minimind_train.presets import PRESETS
 from minimind_train.saver import SaveConfig, Saver
+from minimind_train.tensors import tensors_of
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     training = Training(arguments)
     training.step()  # the optimizer's averages come with the first step
-    tensors = checkpoint.tensors_of(training.model, training.optimizer)
+    tensors = tensors_of(training.model, training.optimizer)
     num_bytes = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
     print(describe_machine())
     print(f"{arguments.preset} on {arguments.device}, a checkpoint of {num_bytes / 1e6:,.0f} MB\n")
@@ -89,9 +90,7 @@ class Training:
         """Save as a loop does that waits, and return how long."""
         self.step()
         then = time.perf_counter()
-        checkpoint.save(
-            run, self._state({"step": self.number}), checkpoint.tensors_of(self.model, self.optimizer)
-        )
+        checkpoint.save(run, self._state({"step": self.number}), tensors_of(self.model, self.optimizer))
         pause = time.perf_counter() - then
         shutil.rmtree(run / checkpoint.FOLDER_NAME)
         return pause
@@ -101,7 +100,7 @@ class Training:
         saver = Saver(
             run,
             SaveConfig(save_every=1, keep=1),
-            tensors=lambda: checkpoint.tensors_of(self.model, self.optimizer),
+            tensors=lambda: tensors_of(self.model, self.optimizer),
             state=self._state,
             say=print,
         )

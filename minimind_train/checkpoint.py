@@ -27,10 +27,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from minimind_data.errors import UserError
@@ -43,13 +42,17 @@ from minimind_data.files import (
     sha256_of,
 )
 from minimind_train.distributed import ALONE, World
-from minimind_train.sharding import is_sharded, own_rows, sharded_like
-from minimind_train.stored import StoredTensors, to_be_stored
+from minimind_train.stored import StoredTensors
+from minimind_train.tensors import (
+    MODEL_NAME,
+    OPTIMIZER_NAME,
+    Tensors,
+    put_optimizer_state,
+    put_weights,
+)
 
 FORMAT_VERSION = 2  # 1 did not count the lines of metrics
 FOLDER_NAME = "checkpoints"
-MODEL_NAME = "model.safetensors"
-OPTIMIZER_NAME = "optimizer.safetensors"
 STATE_NAME = "state.json"
 
 _NAME = re.compile(r"step-(\d{9,})")
@@ -92,32 +95,6 @@ class CheckpointState:
     """What it was measured on; losses on other things cannot be compared with it."""
 
 
-Tensors = dict[str, dict[str, Tensor]]
-"""By file, by name: all the tensors of a checkpoint."""
-
-
-def tensors_of(model: nn.Module, optimizer: Optimizer) -> Tensors:
-    """Return the tensors themselves that a checkpoint of these is made of; the next step changes them.
-
-    Args:
-        model: its `state_dict` is saved as it is, so a shared tensor must have one name in it; frozen parameters are left out.
-        optimizer: its state for every parameter of the model.
-    """
-    weights = _learned(model)
-    meshes = [tensor.device_mesh for tensor in weights.values() if is_sharded(tensor)]
-
-    def of_this_rank(name: str) -> str:
-        if not meshes:
-            return name
-        stem, _, suffix = name.rpartition(".")
-        return f"{stem}-{meshes[0].get_local_rank() + 1:05d}-of-{meshes[0].size():05d}.{suffix}"
-
-    return {
-        of_this_rank(MODEL_NAME): to_be_stored(weights.items()),
-        of_this_rank(OPTIMIZER_NAME): to_be_stored(_flat_state(optimizer, model)),
-    }
-
-
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A checkpoint on disk whose every byte has just been found right."""
@@ -134,17 +111,9 @@ class Checkpoint:
         """
         try:
             weights = self._stored(MODEL_NAME)
-            here = _learned(model)
-            _refuse_other_shapes(self.folder, weights.shapes, here)
-            with torch.no_grad():
-                for name, tensor in here.items():
-                    if is_sharded(tensor):
-                        rows, first = own_rows(tensor)
-                        rows.copy_(weights.rows(name, first, len(rows)))
-                    else:
-                        tensor.copy_(weights.whole(name))
+            put_weights(self.folder, model, weights)
             if optimizer is not None:
-                _fill(optimizer, model, self._stored(OPTIMIZER_NAME))
+                put_optimizer_state(optimizer, model, self._stored(OPTIMIZER_NAME))
         except (OSError, SafetensorError):
             if self.folder.exists():
                 raise
@@ -394,49 +363,6 @@ def _problem(folder: Path, told: dict[str, Any], *, with_files: bool) -> str | N
         if sha256_of(folder / name) != entry["sha256"]:
             return f"{name} does not fit its checksum"
     return None
-
-
-def _learned(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state of a model without the parameters that are frozen."""
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
-
-
-def _flat_state(optimizer: Optimizer, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            yield f"{key}.{name}", torch.as_tensor(value)
-
-
-def _fill(optimizer: Optimizer, model: nn.Module, stored: StoredTensors) -> None:
-    """Give an optimizer the state that `_flat_state` took from another one over the same parameters."""
-    parameters = dict(model.named_parameters())
-    by_name: dict[str, dict[str, Tensor]] = {}
-    for key_and_name, shape in stored.shapes.items():
-        key, name = key_and_name.split(".", 1)
-        parameter = parameters.get(name)
-        if parameter is not None and is_sharded(parameter) and shape == list(parameter.shape):
-            rows, first = own_rows(parameter)
-            value: Tensor = sharded_like(parameter, stored.rows(key_and_name, first, len(rows)))
-        else:
-            # A copy, because what was loaded is a map of the file, and aligned otherwise than the allocator's own tensors.
-            value = stored.whole(key_and_name).clone()
-        by_name.setdefault(name, {})[key] = value
-    names = {parameter: name for name, parameter in parameters.items()}
-    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    state = {index: by_name[name] for index, name in enumerate(ordered) if name in by_name}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _refuse_other_shapes(folder: Path, there: dict[str, list[int]], model: dict[str, Tensor]) -> None:
-    here = {name: list(tensor.shape) for name, tensor in model.items()}
-    for name in sorted(there.keys() | here.keys()):
-        sides = [shapes.get(name, "absent") for shapes in (there, here)]
-        if sides[0] != sides[1]:
-            raise UserError(
-                f"{folder}: the checkpoint is of another model: {name} is {sides[0]} in the checkpoint and {sides[1]} in this "
-                "model; give the model the options of its run, or start a new one in another --run"
-            )
 
 
 def delete(folder: Path) -> None:

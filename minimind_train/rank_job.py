@@ -44,6 +44,7 @@ from minimind_train.sampler import SampleCursor
 from minimind_train.saver import Saver
 from minimind_train.start import Origin
 from minimind_train.step_loader import StepLoader
+from minimind_train.tensors import Tensors, tensors_of
 from minimind_train.tracking import TrackedRun, Trackers
 
 __all__ = ["RankJob", "Start"]
@@ -173,7 +174,7 @@ class RankJob(Generic[ConfigT]):
                 num_terms=objective.num_terms,
             ) as batches,
             self._saver(
-                partial(checkpoint.tensors_of, model, optimizer),
+                partial(tensors_of, model, optimizer),
                 metrics,
                 tolerance,
                 scale,
@@ -234,7 +235,7 @@ class RankJob(Generic[ConfigT]):
 
     def _saver(
         self,
-        tensors: Callable[[], checkpoint.Tensors],
+        tensors: Callable[[], Tensors],
         metrics: MetricsLog | NoMetrics,
         tolerance: Tolerance,
         scale: LossScale | None,

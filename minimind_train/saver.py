@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from minimind_train import checkpoint
-from minimind_train.checkpoint import CheckpointState, Tensors
+from minimind_train.checkpoint import CheckpointState
 from minimind_train.distributed import ALONE, World
 from minimind_train.progress import Say
 from minimind_train.retention import Retention
+from minimind_train.tensors import Tensors
 
 _LIMITS = {"save_every": (0, 10**12), "keep": (0, 10**12), "keep_every": (0, 10**12)}
 
@@ -54,7 +55,7 @@ class Saver:
     Args:
         run: the run folder.
         config: when, and what stays.
-        tensors: returns what is to be saved as it is now; see `checkpoint.tensors_of`.
+        tensors: returns what is to be saved as it is now; see `tensors.tensors_of`.
         state: returns what else a checkpoint says, of a line of metrics (with `step` and `position`).
         before: called in the thread before a checkpoint gets its name, for what must be on the disk by then.
         best: the lowest validation loss so far.

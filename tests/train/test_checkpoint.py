@@ -13,6 +13,7 @@ from minimind_train.checkpoint import CheckpointState
 from minimind_train.model import MiniMind, ModelConfig, initialize
 from minimind_train.optim import OptimConfig, make_optimizer
 from minimind_train.retention import Retention
+from minimind_train.tensors import tensors_of
 
 CONFIG = ModelConfig(
     hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=40
@@ -40,7 +41,7 @@ def state(step):
 
 
 def save(run, state, model, optimizer, keep=3):
-    folder = checkpoint.save(run, state, checkpoint.tensors_of(model, optimizer))
+    folder = checkpoint.save(run, state, tensors_of(model, optimizer))
     Retention(newest=keep).apply(run, newest=state.step)
     return folder
 

@@ -21,6 +21,7 @@ from minimind_train.pretrain import PRETRAIN, PretrainConfig, pretrain, resume
 from minimind_train.pretrained import load_weights, model_of
 from minimind_train.run_evaluation import evaluate_run
 from minimind_train.runs import RunRecord
+from minimind_train.tensors import MODEL_NAME
 
 from .conftest import Said, config_of, metrics, retokenized, stop_after, weights
 
@@ -166,7 +167,7 @@ def test_room_for_more_entries_than_the_tokenizer_has_stays(make_run, begin_from
     file.unlink()
     (tmp_path / "hf" / "config.json").write_text(json.dumps({**told, "vocab_size": 272}))
     begun, _ = begin_from(tmp_path / "hf", **STILL)
-    stored = load_file(checkpoint.folder_of(begun, 1) / checkpoint.MODEL_NAME)
+    stored = load_file(checkpoint.folder_of(begun, 1) / MODEL_NAME)
     torch.testing.assert_close(stored[name], wider[name], rtol=0, atol=1e-9)
     narrower = {**tensors, name: tensors[name][:200]}
     torch.save(narrower, tmp_path / "hf" / "pytorch_model.bin")

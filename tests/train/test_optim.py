@@ -11,6 +11,7 @@ from minimind_train import checkpoint
 from minimind_train.model import MiniMind, ModelConfig, initialize
 from minimind_train.objective import NextToken
 from minimind_train.optim import OptimConfig, clip_gradients, learning_rate, make_optimizer
+from minimind_train.tensors import tensors_of
 
 PEAK = 5e-4
 
@@ -281,7 +282,7 @@ def test_muon_resumes_from_a_checkpoint_bit_for_bit(tmp_path, stopped_after):
     optimizer = make_optimizer(first, MUON)
     learn(first, optimizer, steps[:stopped_after])
     state = checkpoint.CheckpointState(step=stopped_after, cursor=0, config={}, dataset="", metrics_lines=0)
-    checkpoint.save(tmp_path, state, checkpoint.tensors_of(first, optimizer))
+    checkpoint.save(tmp_path, state, tensors_of(first, optimizer))
     second = mixture(seed=9)
     optimizer = make_optimizer(second, MUON)
     checkpoint.load(tmp_path, stopped_after).restore(second, optimizer)

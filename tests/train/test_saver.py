@@ -15,6 +15,7 @@ from minimind_train.pretrain import resume
 from minimind_train.pretrained import model_of
 from minimind_train.retention import Retention
 from minimind_train.saver import SaveConfig, Saver
+from minimind_train.tensors import tensors_of
 
 from .conftest import Said, metrics
 from .test_checkpoint import bits, make, state, train
@@ -31,7 +32,7 @@ class Training:
         self.saver = Saver(
             run,
             SaveConfig(**{"save_every": 0, **options}),
-            tensors=lambda: checkpoint.tensors_of(self.model, self.optimizer),
+            tensors=lambda: tensors_of(self.model, self.optimizer),
             state=self.state,
             before=lambda: self.synced.append(threading.current_thread().name),
             say=self.said,
@@ -104,7 +105,7 @@ def test_losses_on_different_things_are_not_compared(tmp_path):
         told = CheckpointState(
             step=step, cursor=0, config={}, dataset="", metrics_lines=0, val_loss=float(step), val_on=on
         )
-        checkpoint.save(tmp_path, told, checkpoint.tensors_of(*make()))
+        checkpoint.save(tmp_path, told, tensors_of(*make()))
     assert checkpoint.load_best(tmp_path).state.step == 2
     assert checkpoint.best_of(tmp_path, measured_on="those").step == 1
     assert checkpoint.best_of(tmp_path, measured_on="others") is None
@@ -113,7 +114,7 @@ def test_losses_on_different_things_are_not_compared(tmp_path):
 @pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 4]), (1, [4]), (3, [2, 3, 4]), (9, [1, 2, 3, 4])])
 def test_so_many_stay(tmp_path, keep, left):
     for step in range(1, 5):
-        checkpoint.save(tmp_path, state(step), checkpoint.tensors_of(*make()))
+        checkpoint.save(tmp_path, state(step), tensors_of(*make()))
     Retention(newest=keep).apply(tmp_path, newest=4)
     assert checkpoint.steps_of(tmp_path) == left
     assert len(list((tmp_path / "checkpoints").iterdir())) == len(left)

@@ -14,6 +14,7 @@ from minimind_train.config import changeable
 from minimind_train.pretrain import PRETRAIN, PretrainConfig, pretrain, resume
 from minimind_train.pretrained import checksum_of_tensors, load_weights
 from minimind_train.runs import RunRecord
+from minimind_train.tensors import MODEL_NAME
 
 from .conftest import Said, config_of, make_dataset, metrics, retokenized, stop_after, weights
 
@@ -40,7 +41,7 @@ def tuned(tmp_path, whole_run, other_dataset):
 
 
 def stored(run, step):
-    return load_file(checkpoint.folder_of(run, step) / checkpoint.MODEL_NAME)
+    return load_file(checkpoint.folder_of(run, step) / MODEL_NAME)
 
 
 def test_the_first_step_moves_the_weights_that_were_there(tuned, tmp_path, whole_run):
