@@ -27,7 +27,7 @@ layers: .venv/.installed-dev
 	$(BIN)/lint-imports
 
 pytest: .venv/.installed-dev
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 format: .venv/.installed-dev
 	$(BIN)/ruff format .

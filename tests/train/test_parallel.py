@@ -19,7 +19,7 @@ from .test_distributed import TRAIN, assert_alike
 pytestmark = pytest.mark.distributed
 
 COUNT = """
-from minimind_train import job
+from minimind_train import rank_job
 from minimind_train.parallel import shared_out
 
 told["traffic"] = []
@@ -41,7 +41,7 @@ def hooked(*arguments, **keywords):
         learner.register_comm_hook(None, hook)
     return learner
 
-job.shared_out = hooked
+rank_job.shared_out = hooked
 name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 setattr(dist, name, counted(getattr(dist, name)))
 """

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from minimind_train import checkpoint, job
+from minimind_train import checkpoint, rank_job
 from minimind_train.model import MiniMind, ModelConfig, initialize
 from minimind_train.objective import NextToken
 from minimind_train.optim import OptimConfig, make_optimizer
@@ -145,7 +145,7 @@ def test_a_loss_that_is_not_finite_is_no_matter_of_scale(loss):
 @pytest.fixture
 def overflowing(monkeypatch):
     """Runs in fp16 begin with a scale that is too large."""
-    monkeypatch.setattr(job, "LossScale", lambda **told: LossScale(**{"value": HUGE, **told}))
+    monkeypatch.setattr(rank_job, "LossScale", lambda **told: LossScale(**{"value": HUGE, **told}))
 
 
 @pytest.mark.usefixtures("overflowing")
