@@ -40,6 +40,24 @@ def test_a_command_exists_with_its_flags(command):
         assert re.search(rf"{flag}\b", told.stdout), flag
 
 
+def test_the_chinese_one_has_the_same_commands_and_names_the_same_files():
+    chinese = (ROOT / "README.zh.md").read_text(encoding="utf-8")
+
+    def told(text):
+        return sorted(
+            line.split("  #")[0].split()
+            for line in text.splitlines()
+            if line.startswith(("    mm-", "    make"))
+        )
+
+    assert told(chinese) == told(README)
+    for pattern in (r"\]\(([^)]+)\)", r"`([\w/.-]+\.py)"):
+        assert set(re.findall(pattern, chinese)) ^ set(re.findall(pattern, README)) <= {
+            "README.zh.md",
+            "README.md",
+        }
+
+
 def test_there_are_commands_to_check():
     assert len(COMMANDS) >= 8
 
