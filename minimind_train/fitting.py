@@ -3,9 +3,7 @@
 import torch
 
 from minimind_data.errors import UserError
-from minimind_train.config import (
-    PhaseConfig,
-)
+from minimind_train.config import PhaseConfig
 from minimind_train.devices import refuse_too_large
 from minimind_train.distributed import World
 from minimind_train.parts import Datasets

@@ -9,16 +9,14 @@ import torch
 from minimind_data.errors import UserError
 from minimind_data.shards import ShardSet
 from minimind_data.windows import Windows
-from minimind_train.config import (
-    ConfigT,
-)
+from minimind_train.config import ConfigT
 from minimind_train.model import MiniMind
 from minimind_train.objective import Objective
 from minimind_train.parts import MixedWindows, Samples
 from minimind_train.progress import Say
 from minimind_train.start import Origin
 
-__all__ = ["Phase"]
+__all__ = ["Phase", "refuse_other_kind"]
 
 
 def _as_they_are(windows: Samples, *_: object) -> Samples:

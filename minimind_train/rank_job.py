@@ -15,11 +15,7 @@ from minimind_data.errors import UserError
 from minimind_data.windows import Windows
 from minimind_train import checkpoint, loop
 from minimind_train.checkpoint import Checkpoint, CheckpointState
-from minimind_train.config import (
-    ConfigT,
-    recorded,
-    with_stretches,
-)
+from minimind_train.config import ConfigT, recorded, with_stretches
 from minimind_train.course import Course
 from minimind_train.devices import out_of_memory_is_plain
 from minimind_train.distributed import ALONE, World
