@@ -227,6 +227,7 @@ def _eval(app: typer.Typer) -> None:
     """Measure a trained model on a dataset: loss, perplexity, bits per byte."""
     from minimind_data.windows import Layout  # noqa: PLC0415 - see the module's docstring
     from minimind_train.model_config import RopeScaling  # noqa: PLC0415
+    from minimind_train.precision import Dtype  # noqa: PLC0415
     from minimind_train.run_evaluation import evaluate_run  # noqa: PLC0415
     from minimind_train.trained import parse_step  # noqa: PLC0415
 
@@ -250,6 +251,9 @@ def _eval(app: typer.Typer) -> None:
         ] = 32,
         checkpoint: Annotated[Any, _checkpoint_option(parse_step)] = None,
         device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+        dtype: Annotated[
+            Dtype | None, typer.Option(help="Of the matrix products, where not as in the run.")
+        ] = None,
         as_json: Annotated[
             bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
         ] = False,
@@ -267,6 +271,7 @@ def _eval(app: typer.Typer) -> None:
             num_windows=windows,
             batch=micro_batch,
             device=device,
+            dtype=dtype,
             cut={name: value for name, value in cut.items() if value is not None},
             changes={name: value for name, value in asdict(scaling).items() if name in given},
         )

@@ -20,7 +20,7 @@ from minimind_train.model import MiniMind
 from minimind_train.objective import NextToken, Objective
 from minimind_train.opened import Opened, open_trained
 from minimind_train.parts import words_of
-from minimind_train.precision import resolve_dtype
+from minimind_train.precision import Dtype, resolve_dtype
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.runs import RunRecord
 from minimind_train.start import Origin
@@ -35,6 +35,7 @@ def evaluate_run(
     num_windows: int | None = None,
     batch: int = 32,
     device: str = "auto",
+    dtype: Dtype | None = None,
     cut: Mapping[str, Any] = MappingProxyType({}),
     changes: Mapping[str, Any] = MappingProxyType({}),
     say: Say = say_on_stderr,
@@ -48,6 +49,7 @@ def evaluate_run(
         num_windows: how many windows, spread evenly; all by default.
         batch: windows that go through the model at once.
         device: where to compute.
+        dtype: of the matrix products; the run's by default, and for a folder what `auto` gives there.
         cut: `seq_len` and `layout` of the windows, where they are to differ from the run's.
         changes: options of the model that are to differ, such as those of its positions.
         say: takes lines for the user.
@@ -74,7 +76,7 @@ def evaluate_run(
         num_windows=num_windows,
         batch=batch,
         device=place,
-        dtype=resolve_dtype(build(RunConfig, options).dtype, place),
+        dtype=resolve_dtype(dtype or build(RunConfig, options).dtype, place),
         announce=say,
         **window_options(data),
     )

@@ -1,6 +1,12 @@
-"""What all tests share: a loaded machine is no failure."""
+"""What all tests share: a loaded machine is no failure, and neither is being started in the background."""
+
+import signal
 
 from hypothesis import settings
 
 settings.register_profile("without a deadline", deadline=None)
 settings.load_profile("without a deadline")
+
+# A shell's background job ignores SIGINT and so do its children; the tests of Ctrl-C would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

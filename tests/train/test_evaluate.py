@@ -257,6 +257,17 @@ def test_a_run_measured_from_outside_gives_what_it_gave_itself(measured_run, oth
     assert earlier.loss != found.loss
 
 
+def test_the_precision_is_the_run_s_unless_another_is_asked_for(measured_run, other_dataset):
+    run, _ = measured_run
+
+    def loss(**asked):
+        return evaluate_run(run, other_dataset, num_windows=16, device="cpu", say=Said(), **asked).loss
+
+    assert loss() == loss(dtype="fp32")
+    assert loss(dtype="bf16") != loss()
+    assert loss(dtype="bf16") == pytest.approx(loss(), rel=1e-2)
+
+
 def test_a_run_is_not_measured_on_another_tokenizer(tmp_path, whole_run, small_dataset):
     other = retokenized(tmp_path / "other")
     with pytest.raises(UserError, match=r"its tokenizer \(259 entries, \w{12}…\) is not that of"):
