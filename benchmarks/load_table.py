@@ -33,6 +33,7 @@ class Peer:
 ALL = {
     "ours": Peer("StepLoader, one thread", "ours", workers=(0,)),
     "ours_blocks": Peer("StepLoader, shuffled in blocks of 1,024 windows", "ours", workers=(0,)),
+    "ours_in_order": Peer("StepLoader, not shuffled", "ours", workers=(0,)),
     "ours_torch": Peer("WindowDataset and ResumableBatchSampler in torch's DataLoader", "ours"),
     "minimind": Peer(
         "its method in our words: tokenizes in __getitem__, walks to its place",

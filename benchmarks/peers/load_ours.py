@@ -16,7 +16,7 @@ from minimind_data.format import IndexHeader, Manifest, ShardEntry, TokenizerInf
 from minimind_data.shards import ShardSet
 from minimind_data.windows import Windows, open_windows
 from minimind_data.writer import ShardWriter
-from minimind_train.sampler import SampleOrder
+from minimind_train.sampler import OrderKind, SampleOrder
 from minimind_train.step_loader import StepLoader
 
 _SHARD_TOKENS = 20_000_000
@@ -72,13 +72,15 @@ def _finish(task: LoadTask, entries: list[ShardEntry]) -> None:
     (task.folder / "manifest.json").write_text(manifest.to_json())
 
 
-def opened(task: LoadTask, block: int = 1) -> tuple[Windows, SampleOrder]:
+def opened(task: LoadTask, block: int = 1, kind: OrderKind = "shuffled") -> tuple[Windows, SampleOrder]:
     windows = open_windows(ShardSet.open(task.folder), layout="concat", seq_len=task.seq_len)
-    return windows, SampleOrder(num_windows=len(windows), seed=42, block=block)
+    return windows, SampleOrder(num_windows=len(windows), seed=42, block=block, kind=kind)
 
 
-def batches(task: LoadTask, start: int, block: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-    windows, order = opened(task, block)
+def batches(
+    task: LoadTask, start: int, block: int = 1, kind: OrderKind = "shuffled"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    windows, order = opened(task, block, kind)
     position, stop = start * task.batch, len(windows) // task.batch * task.batch
     with StepLoader(
         windows, order, start=position, stop=stop, global_batch=task.batch, micro_batch=task.batch
