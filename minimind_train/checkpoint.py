@@ -167,14 +167,14 @@ def save(
     """
     final = folder_of(run, state.step)
     with contextlib.ExitStack() as undo:
-        if world.leads:
+        if world.is_main:
             partial = partial_name(final)
             undo.callback(shutil.rmtree, partial, ignore_errors=True)
-            with world.leading(), _plainly(final):
+            with world.relaying_errors(), _plainly(final):
                 final.parent.mkdir(exist_ok=True)
                 remove_leftovers(run)
                 partial.mkdir()
-        partial = world.told(partial if world.leads else None)
+        partial = world.broadcast(partial if world.is_main else None)
         written: dict[str, Any] | UserError
         try:
             with _plainly(final):
@@ -182,19 +182,19 @@ def save(
         except UserError as error:
             written = error
         files: dict[str, Any] = {}
-        for of_rank in world.gathered(written):
+        for of_rank in world.all_gather(written):
             if isinstance(of_rank, UserError):
                 raise of_rank
             files |= of_rank
-        if world.leads:
-            with world.leading(), _plainly(final):
+        if world.is_main:
+            with world.relaying_errors(), _plainly(final):
                 _write_state(partial, state, files)
                 if final.exists():  # damaged, else the run would have gone on from it
                     delete(final)
                 partial.rename(final)
                 fsync_folder(final.parent)
                 fsync_folder(run)
-        return world.told(final if world.leads else None)
+        return world.broadcast(final if world.is_main else None)
 
 
 @contextlib.contextmanager

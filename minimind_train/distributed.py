@@ -1,11 +1,10 @@
-"""The ranks that learn one model together: who this process is among them, and what they must agree on.
+"""The ranks that train one model together: which one this process is, and the collectives that they use on the host.
 
-A `World` is passed to whoever needs it; there is no global one. Numbers that ranks add up or agree on are few and on the host, so
-they go by gloo also where the gradients go by nccl: nothing waits for a GPU. In a world of one every question has its answer at
-once, and a run alone does nothing that it would not do without this module.
+A `World` is passed to whoever needs it; there is no global one. Its collectives carry a few numbers or small objects in host memory, so
+they use gloo even where gradients use nccl: none of them waits for a GPU. In a world of one rank each returns its argument at once.
 
-What rank 0 finds out (which checkpoint, which options), the others are told, so that no two ranks can come to different answers. Only
-rank 0 writes and speaks.
+What rank 0 decides (which checkpoint, which options) is broadcast, so that no two ranks can decide differently. Only rank 0 writes
+files and prints. Gradients are not this module's business: see `parallel`. Nor is starting ranks: see `launch`.
 """
 
 import contextlib
@@ -27,14 +26,14 @@ from minimind_train.interrupt import Stop
 T = TypeVar("T")
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_PATIENCE = timedelta(minutes=30)
+_TIMEOUT = timedelta(minutes=30)
 """For a rank that is silent but not gone: one that saves to a slow disk, say, or a machine that has lost its network."""
 
 _LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out")
 
 
 class LostRankError(UserError):
-    """Another rank has ended, which this one noticed by its silence; the reason is that one's to tell."""
+    """A collective failed because another rank has ended; that rank reports the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,20 +50,24 @@ class Place:
 
 
 class World:
-    """All ranks, as one of them sees them.
+    """All ranks, as one of them sees them. Every collective must be called by all ranks, in the same order.
+
+    Args:
+        place: this rank's.
+        group: the process group of the collectives; the default group where it is None.
 
     Attributes:
-        place: of this rank.
-        asked: a signal that the process which started the ranks wants obeyed, as if it had come here.
+        place: this rank's.
+        forwarded_signal: a signal that the launching process received and passed on to its ranks, or None.
     """
 
     def __init__(self, place: Place, group: Any = None) -> None:
         self.place = place
-        self.asked: signal.Signals | None = None
+        self.forwarded_signal: signal.Signals | None = None
         self._group = group
 
-    def on_another_line(self) -> "World":
-        """Return the same ranks, for another thread to ask, whose questions do not come between this one's. All ask for it together."""
+    def with_own_group(self) -> "World":
+        """Return the same ranks with a process group of their own, so that another thread can use collectives. A collective."""
         return World(self.place, dist.new_group(backend="gloo")) if self.size > 1 else self
 
     @property
@@ -78,8 +81,8 @@ class World:
         return self.place.size
 
     @property
-    def leads(self) -> bool:
-        """Whether this is rank 0, which alone writes and speaks."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone writes files and prints."""
         return self.place.rank == 0
 
     def device(self, name: str) -> torch.device:
@@ -109,8 +112,8 @@ class World:
             )
         return torch.device("cuda", place.local_rank)
 
-    def total(self, numbers: Sequence[float]) -> list[float]:
-        """Return the sums over all ranks, in double precision; every rank asks at the same time, for as many."""
+    def all_reduce_sum(self, numbers: Sequence[float]) -> list[float]:
+        """Return the sums of these numbers over all ranks, in float64; every rank passes as many."""
         if self.size == 1:
             return list(numbers)
         sums = torch.tensor(numbers, dtype=torch.float64)
@@ -119,19 +122,19 @@ class World:
         return totals
 
     def agreed_stop(self, asked: Stop | None) -> Stop | None:
-        """Return what any rank was asked: the same for all, so that all stop after the same step."""
-        asked = asked or (Stop(128 + self.asked) if self.asked else None)
+        """Return the reason to stop of any rank that has one; the same on all ranks, so that all stop after the same step."""
+        asked = asked or (Stop(128 + self.forwarded_signal) if self.forwarded_signal else None)
         if self.size == 1:
             return asked
         number = torch.tensor(asked or 0)
         dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
         return Stop(int(number)) if number else None
 
-    def told(self, value: T | None) -> T:
-        """Return what rank 0 brings here; the others bring None.
+    def broadcast(self, value: T | None) -> T:
+        """Return rank 0's value, which can be pickled; the other ranks pass None.
 
         Raises:
-            UserError: rank 0 brings one; see `leading`.
+            UserError: rank 0 raised one in `relaying_errors` instead of coming here.
         """
         if self.size > 1:
             box = [value]
@@ -143,8 +146,8 @@ class World:
         return value
 
     @contextlib.contextmanager
-    def leading(self) -> Iterator[None]:
-        """Let rank 0 find out what the others wait for in `told`, where they raise the `UserError` that is raised in here."""
+    def relaying_errors(self) -> Iterator[None]:
+        """Around what rank 0 does while the others wait in `broadcast`: a `UserError` raised here is raised there too."""
         try:
             yield
         except UserError as error:
@@ -152,33 +155,33 @@ class World:
                 dist.broadcast_object_list([UserError(str(error))], src=0, group=self._group)
             raise
 
-    def give(self, tensor: Tensor) -> None:
-        """Let all ranks have what rank 0 has in a tensor, which is changed in place."""
+    def broadcast_tensor(self, tensor: Tensor) -> None:
+        """Overwrite a tensor, in place, by rank 0's tensor of the same shape and dtype."""
         if self.size > 1:
             dist.broadcast(tensor, src=0, group=self._group)
 
-    def gathered(self, value: T) -> list[T]:
-        """Return what each rank brings here, in their order."""
+    def all_gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, which can be pickled, by rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def wait(self) -> None:
-        """Go on when all ranks have come here."""
-        self.total((0.0,))
+    def barrier(self) -> None:
+        """Return once all ranks have called this."""
+        self.all_reduce_sum((0.0,))
 
 
 ALONE = World(Place(rank=0, size=1, local_rank=0, local_size=1))
 """The world of a run in one process."""
 
 
-def launched_place() -> Place | None:
-    """Return the place that `torchrun`, or what sets the same variables, gave this process; None where nothing did.
+def torchrun_place() -> Place | None:
+    """Return the place that the environment variables of `torchrun` give this process; None where they are not set.
 
     Raises:
-        UserError: it is no place.
+        UserError: some of them are missing or no numbers.
     """
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return None
@@ -203,11 +206,11 @@ def launched_place() -> Place | None:
 
 
 @contextlib.contextmanager
-def joined(world: World, store: Any = None) -> Iterator[None]:
-    """Be one of the ranks inside the block.
+def process_group(world: World, store: Any = None) -> Iterator[None]:
+    """Initialise torch's default process group for the block, and destroy it at the end; nothing in a world of one rank.
 
     Args:
-        world: as this process sees it.
+        world: the ranks.
         store: where the ranks meet, a store of `torch.distributed`; without it, at MASTER_ADDR and MASTER_PORT.
 
     Raises:
@@ -219,11 +222,11 @@ def joined(world: World, store: Any = None) -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
         dist.init_process_group(
-            backend, store=store, rank=world.rank, world_size=world.size, timeout=_PATIENCE
+            backend, store=store, rank=world.rank, world_size=world.size, timeout=_TIMEOUT
         )
         yield
     except RuntimeError as error:
-        if not _tells_of_loss(error):
+        if not _is_connection_loss(error):
             raise
         reason = str(error).strip().partition("\n")[0]
         raise LostRankError(
@@ -234,7 +237,7 @@ def joined(world: World, store: Any = None) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def _tells_of_loss(error: RuntimeError) -> bool:
+def _is_connection_loss(error: RuntimeError) -> bool:
     """Whether an error means that another rank does not answer; gloo's is told from others by its text alone."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(word in text for word in _LOST)

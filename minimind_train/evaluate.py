@@ -165,7 +165,7 @@ class Evaluator:
                         num_bytes += self._bytes_of(samples)
         finally:
             objective.train(was_training)
-        loss_sum, terms, text_bytes, *sums = self._world.total(
+        loss_sum, terms, text_bytes, *sums = self._world.all_reduce_sum(
             (loss_sum, num_terms, num_bytes, *measured.values())
         )
         num_terms, num_bytes = int(terms), int(text_bytes)

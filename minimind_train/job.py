@@ -25,9 +25,9 @@ from minimind_train.config import (
     resolved,
 )
 from minimind_train.description import describe
-from minimind_train.distributed import ALONE, World, joined, launched_place
+from minimind_train.distributed import ALONE, World, process_group, torchrun_place
 from minimind_train.finished import note_finish, refuse_idle_changes, refuse_repetition
-from minimind_train.launch import together
+from minimind_train.launch import launch_ranks
 from minimind_train.parts import Datasets, words_of
 from minimind_train.phase import Phase, refuse_other_kind
 from minimind_train.progress import Say, say_on_stderr
@@ -81,7 +81,7 @@ def resume(
         UserError: there is no run, or an option differs that must not; the message shows both sides.
     """
     prepare = partial(_going_on, phase, run, given, say, allow_change=allow_change)
-    recorded_nproc = RunRecord.read(run).options.get("nproc", 1) if launched_place() is None else 1
+    recorded_nproc = RunRecord.read(run).options.get("nproc", 1) if torchrun_place() is None else 1
     return _among_ranks(phase, prepare, nproc=given.get("nproc", recorded_nproc))
 
 
@@ -97,15 +97,15 @@ def _among_ranks(
 ) -> loop.Outcome:
     """Be the rank that this process was started as, or start ranks, or be the only one."""
     work = partial(_train_as_rank, phase, prepare)
-    place = launched_place()
+    place = torchrun_place()
     if place is None and nproc > 1:
-        return together(work, nproc)
+        return launch_ranks(work, nproc)
     if place is not None and nproc > 1:
         raise UserError(
             f"--nproc {nproc} under torchrun, which starts the processes itself; leave one of the two out"
         )
     world = World(place or ALONE.place)
-    with joined(world):
+    with process_group(world):
         return work(world)
 
 
@@ -115,15 +115,15 @@ def _train_as_rank(
     world: World,
 ) -> loop.Outcome:
     """Prepare the run, or wait for what rank 0 has prepared, and train."""
-    if world.leads:
+    if world.is_main:
         with contextlib.ExitStack() as held:
-            with world.leading():
+            with world.relaying_errors():
                 job, start, before_steps = held.enter_context(prepare(world))
-            outcome = job.train(world.told(start), before_steps)
+            outcome = job.train(world.broadcast(start), before_steps)
             if outcome.step >= outcome.total_steps:
                 note_finish(job.run, outcome.step)
             return outcome
-    start = world.told(None)
+    start = world.broadcast(None)
     run = start.config.training.run
     if not (run / runs.CONFIG_NAME).is_file():
         raise UserError(

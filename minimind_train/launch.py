@@ -30,9 +30,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from tqdm import tqdm
 
 from minimind_data.errors import UserError
-from minimind_train.distributed import LostRankError, Place, World, joined
+from minimind_train.distributed import LostRankError, Place, World, process_group
 
-__all__ = ["together"]
+__all__ = ["launch_ranks"]
 
 T = TypeVar("T")
 
@@ -52,8 +52,8 @@ class _End(NamedTuple):
     """What came out of it where it is done, else the reason."""
 
 
-def together(work: Callable[[World], T], nproc: int) -> T:
-    """Run `work` as each of several ranks on this machine, and return what that of rank 0 does.
+def launch_ranks(work: Callable[[World], T], nproc: int) -> T:
+    """Run `work` on several ranks on this machine, one process each, and return what rank 0 returns.
 
     Args:
         work: can be pickled, and so can what it returns.
@@ -78,8 +78,10 @@ def together(work: Callable[[World], T], nproc: int) -> T:
         outcome: T = ends[0].told
         return outcome
     rank, end = early[0]
-    if end.kind == "interrupted" and ranks.asked:
-        signal.raise_signal(ranks.asked)  # nobody listens any more, so it does what it does to any process
+    if end.kind == "interrupted" and ranks.forwarded_signal:
+        signal.raise_signal(
+            ranks.forwarded_signal
+        )  # nobody listens any more, so it does what it does to any process
     raise UserError(_sentence(rank, end, nproc))
 
 
@@ -87,11 +89,11 @@ class _Ranks:
     """The processes, and the ends of the pipes to them.
 
     Attributes:
-        asked: the signal that was passed on, or None.
+        forwarded_signal: the signal that was passed on, or None.
     """
 
     def __init__(self) -> None:
-        self.asked: signal.Signals | None = None
+        self.forwarded_signal: signal.Signals | None = None
         self._former: dict[signal.Signals, Any] = {}
         self._processes: dict[int, SpawnProcess] = {}
         self._pipes: dict[int, Connection] = {}
@@ -115,8 +117,8 @@ class _Ranks:
                 self._processes[rank], self._pipes[rank] = process, ours
                 signal.pthread_sigmask(signal.SIG_SETMASK, former)
             theirs.close()
-            if self.asked:
-                ours.send(self.asked)
+            if self.forwarded_signal:
+                ours.send(self.forwarded_signal)
 
     def wait(self) -> dict[int, _End]:
         """Return how each rank ended, in the order in which they did; when one failed, the others are ended."""
@@ -156,15 +158,15 @@ class _Ranks:
             self._restore()
 
     def _pass_on(self, number: int, _: FrameType | None) -> None:
-        if self.asked:
+        if self.forwarded_signal:
             self.kill()
             self._restore()
             signal.raise_signal(number)
             return
-        self.asked = signal.Signals(number)
+        self.forwarded_signal = signal.Signals(number)
         for pipe in self._pipes.values():
             with contextlib.suppress(OSError):  # that rank has just ended
-                pipe.send(self.asked)
+                pipe.send(self.forwarded_signal)
 
     def _restore(self) -> None:
         for number, handler in self._former.items():
@@ -203,7 +205,7 @@ def _be_rank(work: Callable[[World], Any], place: Place, port: int, pipe: Connec
     status = 1
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        with joined(world, TCPStore(_HOST, port)):
+        with process_group(world, TCPStore(_HOST, port)):
             end = _End("done", work(world))
         status = 0
     except LostRankError as error:
@@ -225,7 +227,7 @@ def _listen(pipe: Connection, world: World) -> None:
     """Take signals from the process that started this one, and end with it."""
     try:
         while True:
-            world.asked = pipe.recv()
+            world.forwarded_signal = pipe.recv()
     except (EOFError, OSError):
         os._exit(1)
 

@@ -172,7 +172,7 @@ def run(
     loss: float | None = None
     num_tokens, seconds = 0, 0.0
     stopping: Stop | None = None
-    shown = Progress(step=step, total_steps=total_steps, say=say, visible=world.leads)
+    shown = Progress(step=step, total_steps=total_steps, say=say, visible=world.is_main)
     with StopRequest(config.max_hours) as request, shown as progress:
         then = time.perf_counter()
         for batch in batches:

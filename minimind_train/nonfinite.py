@@ -126,7 +126,7 @@ class Tolerance:
                 found = self._objective(window).summed
             if place < len(positions):
                 flags[place] = float(not found.isfinite())
-        guilty = np.array(world.total(flags)) > 0
+        guilty = np.array(world.all_reduce_sum(flags)) > 0
         blamed: list[int] = positions[guilty].tolist()
         return blamed
 

@@ -30,10 +30,10 @@ Parallel = Literal["ddp", "fsdp"]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 
-def shared_out(
+def parallelize(
     objective: Objective, world: World, device: torch.device, *, parallel: Parallel, dtype: str
 ) -> nn.Module:
-    """Return what a step calls in place of the objective, so that the gradients of all ranks are added up.
+    """Wrap or shard an objective, so that the gradients of all ranks are averaged; with one rank, return it as it is.
 
     Args:
         objective: rank 0's weights are those that all have afterwards. On `device`, or, to be sharded, on the CPU, so that no
@@ -55,7 +55,7 @@ def shared_out(
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: PLC0415
 
     for parameter in objective.parameters():
-        world.give(parameter.data)
+        world.broadcast_tensor(parameter.data)
     mesh = init_device_mesh(device.type, (world.size,))
     policy = MixedPrecisionPolicy(
         param_dtype=_DTYPES[dtype], reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -67,21 +67,22 @@ def shared_out(
     return objective
 
 
-def gradients_added_up(objective: nn.Module, *, wanted: bool) -> AbstractContextManager[object]:
-    """Return the context of a forward and backward pass: whether the gradients of the ranks are added up in it."""
+def gradient_sync(objective: nn.Module, *, enabled: bool) -> AbstractContextManager[object]:
+    """Return the context of a forward and backward pass in which gradients are averaged over the ranks, or are not."""
     if isinstance(objective, DistributedDataParallel):
-        return contextlib.nullcontext() if wanted else objective.no_sync()
+        return contextlib.nullcontext() if enabled else objective.no_sync()
     if sync := getattr(objective, "set_requires_gradient_sync", None):  # it is sharded
-        sync(wanted)
+        sync(enabled)
     return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def model_by_itself(objective: nn.Module, forward: AbstractContextManager[object]) -> Iterator[None]:
-    """Let the objective's model be called by itself inside the block, by all ranks alike.
+def unsharded(objective: nn.Module, forward: AbstractContextManager[object]) -> Iterator[None]:
+    """Make the objective's model callable by itself inside the block, which all ranks must enter.
 
-    Where it is sharded, what stands around the layers, whose weights come together for a pass of the objective alone, does so for the
-    block; and as its layers come together in the dtype of matrix products, it is entered in `forward`, the context of a pass.
+    `fully_shard` gathers the parameters outside of the layers (embedding, last norm, output matrix) only for a pass of the objective. So
+    they are gathered here for the whole block; and as layers are gathered in the dtype of matrix products, the block runs inside of
+    `forward`, the context of a forward pass. Nothing is done where the objective is not sharded.
     """
     unshard, reshard = (getattr(objective, name, None) for name in ("unshard", "reshard"))
     if unshard is None or reshard is None:

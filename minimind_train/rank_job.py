@@ -30,7 +30,7 @@ from minimind_train.model_config import parameter_line
 from minimind_train.nonfinite import Tolerance
 from minimind_train.objective import Objective
 from minimind_train.optim import make_optimizer
-from minimind_train.parallel import model_by_itself, shared_out
+from minimind_train.parallel import parallelize, unsharded
 from minimind_train.parts import Datasets, MixedWindows, Samples
 from minimind_train.phase import Phase
 from minimind_train.precision import LossScale, allow_tf32, autocast
@@ -114,7 +114,7 @@ class RankJob(Generic[ConfigT]):
         lora = self.config.lora
         why = f"{self.run} learns adapters alone" if found else f"{self.run} has no checkpoint yet"
         # Rank 0 gives its weights to all.
-        weights = self.origin.weights(why) if world.leads and (found is None or lora.lora_rank) else None
+        weights = self.origin.weights(why) if world.is_main and (found is None or lora.lora_rank) else None
         if weights:
             model.load_state_dict(weights.tensors)
         else:
@@ -124,11 +124,11 @@ class RankJob(Generic[ConfigT]):
         if not self.sharded:
             model.to(self.device)
         objective = self.phase.objective(model, self.config, self.origin)
-        learner = shared_out(objective, world, self.device, parallel=training.parallel, dtype=training.dtype)
+        learner = parallelize(objective, world, self.device, parallel=training.parallel, dtype=training.dtype)
         optimizer = make_optimizer(model, self.config.optim)
         if found:
             found.restore(model, optimizer)
-        world.wait()  # for all ranks: what does not fit one of them leaves the run as it was
+        world.barrier()  # for all ranks: what does not fit one of them leaves the run as it was
         before_steps()
         self._introduce(model, step, total_steps, cursor)
         place = SampleCursor(cursor)
@@ -155,7 +155,7 @@ class RankJob(Generic[ConfigT]):
         )
 
         with (
-            MetricsLog(self.run / FILE_NAME, last_step=step) if world.leads else NoMetrics() as metrics,
+            MetricsLog(self.run / FILE_NAME, last_step=step) if world.is_main else NoMetrics() as metrics,
             StepLoader(
                 samples,
                 self.course.order,
@@ -180,7 +180,7 @@ class RankJob(Generic[ConfigT]):
             ) as saver,
             self._trackers(metrics, step) as trackers,
         ):
-            if world.leads and found and (lost := found.state.metrics_lines - metrics.num_lines) > 0:
+            if world.is_main and found and (lost := found.state.metrics_lines - metrics.num_lines) > 0:
                 self.say(
                     f"{self.run / FILE_NAME}: {lost} of the {found.state.metrics_lines} lines up to step {step} are gone or broken; "
                     "training goes on the same without them; to have them again, put them back from a backup while the run is stopped"
@@ -214,7 +214,7 @@ class RankJob(Generic[ConfigT]):
         run = TrackedRun(
             folder=self.run, project=config.track_project, options=recorded(self.config), step=step
         )
-        return Trackers(metrics, config.track if self.world.leads else (), run, self.say)
+        return Trackers(metrics, config.track if self.world.is_main else (), run, self.say)
 
     def _excerpts(self, model: MiniMind, objective: Objective, trackers: Trackers) -> Callable[[int], None]:
         def tell(step: int, name: str, prompt: str, text: str) -> None:
@@ -226,7 +226,7 @@ class RankJob(Generic[ConfigT]):
             return lambda _: None
         tokenizer = load_run_tokenizer(self.run, info).reference
         forward = autocast(self.config.training.dtype, self.device)
-        around = partial(model_by_itself, objective, forward)
+        around = partial(unsharded, objective, forward)
         return Excerpts(model, config, tokenizer=tokenizer, info=info, tell=tell, around=around).after_step
 
     def _saver(
@@ -267,8 +267,8 @@ class RankJob(Generic[ConfigT]):
     def _writers(self) -> World | None:
         """Return the ranks that write a checkpoint together with this one: all where each holds a part of it, else rank 0."""
         if self.sharded:
-            return self.world.on_another_line()
-        return ALONE if self.world.leads else None
+            return self.world.with_own_group()
+        return ALONE if self.world.is_main else None
 
     def _introduce(self, model: MiniMind, step: int, total_steps: int, cursor: int) -> None:
         training, processes = self.config.training, self.world.size

@@ -156,7 +156,7 @@ class Saver:
                 arrived()
                 self._before()
                 checkpoint.save(self._run, state, tensors, go_on=self._go_on, world=writers)
-                if writers.leads:
+                if writers.is_main:
                     self._retention.apply(self._run, newest=state.step)
             except _Abandoned:
                 pass

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from minimind_train.distributed import ALONE, World
 from minimind_train.optim import clip_gradients
-from minimind_train.parallel import gradients_added_up
+from minimind_train.parallel import gradient_sync
 from minimind_train.precision import LossScale
 from minimind_train.step_loader import StepBatch
 
@@ -72,7 +72,7 @@ def take_step(
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     num_terms, num_windows, num_targets, num_tokens = map(
-        int, world.total((batch.num_terms, batch.num_windows, batch.num_targets, batch.num_tokens))
+        int, world.all_reduce_sum((batch.num_terms, batch.num_windows, batch.num_targets, batch.num_tokens))
     )
     num_terms = max(num_terms, 1)  # a batch of nothing but padding has loss 0, not 0/0
     factor = scale.value if scale else 1.0
@@ -81,7 +81,7 @@ def take_step(
     passes = [(batch.stand_in, 0)] if batch.stand_in is not None else []
     passes += [(micro_batch, 1) for micro_batch in batch.micro_batches]
     for number, (micro_batch, counts) in enumerate(passes, 1):
-        with gradients_added_up(objective, wanted=number == len(passes)):
+        with gradient_sync(objective, enabled=number == len(passes)):
             with forward:
                 found = objective(micro_batch)
                 loss = found.summed * counts / num_terms
@@ -98,7 +98,7 @@ def take_step(
     norm = clip_gradients(objective.parameters(), grad_clip, scale=factor)
     # All numbers come to the host together, because each such trip waits for the device.
     *values, norm_here = torch.stack((*sums.values(), norm)).tolist()
-    here = dict(zip(sums, world.total(values), strict=True))
+    here = dict(zip(sums, world.all_reduce_sum(values), strict=True))
     learned_here = here["loss"] + here.get("auxiliary", 0.0)
     skipped = scale is not None and scale.skips(learned_here, norm_here)
     if not skipped:

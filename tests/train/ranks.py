@@ -20,7 +20,7 @@ _PRELOADED = [
 _PRELUDE = """
 import os, pickle, sys, traceback
 import torch, torch.distributed as dist
-from minimind_train.distributed import Place, World, joined
+from minimind_train.distributed import Place, World, process_group
 
 def leave():  # as one who is killed, but for what it has told
     with open(f"{meeting}.{rank}", "wb") as file:
@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 world, told = World(Place(rank=rank, size=size, local_rank=rank, local_size=size)), {}
 try:
-    with joined(world, dist.FileStore(meeting, size) if size > 1 else None):
+    with process_group(world, dist.FileStore(meeting, size) if size > 1 else None):
         exec(compile(source, "<rank>", "exec"), globals())
 except BaseException:
     traceback.print_exc()

@@ -13,7 +13,7 @@ import pytest
 from minimind_data.errors import UserError
 from minimind_data.options import build
 from minimind_train import checkpoint
-from minimind_train.launch import together
+from minimind_train.launch import launch_ranks
 from minimind_train.pretrain import PretrainConfig, pretrain, resume
 
 from .conftest import Said, steps
@@ -75,12 +75,12 @@ def test_a_run_goes_on_in_other_numbers_whoever_was_killed(tmp_path, small_datas
 WORK = """
 import time
 from minimind_data.errors import UserError
-from minimind_train.launch import together
+from minimind_train.launch import launch_ranks
 
 def work(world):
     if world.rank == 1:
         DEED
-    world.wait()
+    world.barrier()
 """
 
 
@@ -99,13 +99,13 @@ def test_what_one_rank_says_is_the_reason(tmp_path, monkeypatch, deed, sentence)
     monkeypatch.syspath_prepend(tmp_path)  # that of the ranks too
     monkeypatch.delitem(sys.modules, "deeds", raising=False)
     with pytest.raises(UserError, match=sentence):
-        together(importlib.import_module("deeds").work, 2)
+        launch_ranks(importlib.import_module("deeds").work, 2)
 
 
 def begun_to_work(folder, deed):
     """A process whose ranks work, which rank 1 has said."""
     (folder / "deeds.py").write_text(WORK.replace("DEED", deed))
-    program = "from deeds import *; print(together(work, 2))"
+    program = "from deeds import *; print(launch_ranks(work, 2))"
     process = subprocess.Popen([sys.executable, "-c", program], cwd=folder, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "here\n"
     return process, children_of(process.pid)

@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from minimind_data.errors import UserError
 from minimind_data.options import build
 from minimind_train import checkpoint, loop
-from minimind_train.distributed import ALONE, Place, World, launched_place
-from minimind_train.parallel import shared_out
+from minimind_train.distributed import ALONE, Place, World, torchrun_place
+from minimind_train.parallel import parallelize
 from minimind_train.pretrain import PretrainConfig, pretrain, resume
 
 from .conftest import OPTIONS as SMALL
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.distributed
 
 COUNT = """
 from minimind_train import rank_job
-from minimind_train.parallel import shared_out
+from minimind_train.parallel import parallelize
 
 told["traffic"] = []
 
@@ -36,12 +36,12 @@ def hook(_, bucket):
     return sums.then(lambda future: future.value()[0])
 
 def hooked(*arguments, **keywords):
-    learner = shared_out(*arguments, **keywords)
+    learner = parallelize(*arguments, **keywords)
     if hasattr(learner, "register_comm_hook"):
         learner.register_comm_hook(None, hook)
     return learner
 
-rank_job.shared_out = hooked
+rank_job.parallelize = hooked
 name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 setattr(dist, name, counted(getattr(dist, name)))
 """
@@ -125,30 +125,30 @@ def test_in_bf16_sharded_or_not_it_learns_much_the_same(tmp_path, small_dataset,
 
 def test_alone_nothing_is_asked_or_wrapped():
     module = torch.nn.Linear(2, 2)
-    assert shared_out(module, ALONE, torch.device("cpu"), parallel="fsdp", dtype="fp32") is module
-    assert ALONE.total((0.1, 7)) == [0.1, 7]
-    assert ALONE.gathered("a") == ["a"]
-    assert ALONE.told("a") == "a"
+    assert parallelize(module, ALONE, torch.device("cpu"), parallel="fsdp", dtype="fp32") is module
+    assert ALONE.all_reduce_sum((0.1, 7)) == [0.1, 7]
+    assert ALONE.all_gather("a") == ["a"]
+    assert ALONE.broadcast("a") == "a"
     assert ALONE.agreed_stop(None) is None
 
 
 def test_torchrun_says_who_a_process_is(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    assert launched_place() is None
+    assert torchrun_place() is None
     given = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(
         UserError, match=r"but not which \(RANK=5, WORLD_SIZE=8, MASTER_ADDR=, MASTER_PORT=\)"
     ):
-        launched_place()
+        torchrun_place()
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1234")
-    assert launched_place() == Place(rank=5, size=8, local_rank=1, local_size=4)
+    assert torchrun_place() == Place(rank=5, size=8, local_rank=1, local_size=4)
     monkeypatch.setenv("RANK", "8")
     with pytest.raises(UserError, match="start it by torchrun"):
-        launched_place()
+        torchrun_place()
 
 
 def test_every_rank_has_a_device_of_its_own_or_says_that_there_is_none(monkeypatch):
