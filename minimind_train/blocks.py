@@ -8,7 +8,6 @@ and whatever comes behind it begins so much earlier.
 The smaller the blocks, the better the shuffle: samples that are neighbours in the shards are learned within a block of each other.
 """
 
-import hashlib
 import operator
 from functools import lru_cache
 from typing import Final, overload
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minimind_train.permutation import Permutation
+from minimind_train.seeds import derive_seed
 
 __all__ = ["BlockPermutation"]
 
@@ -32,8 +32,8 @@ class BlockPermutation:
         if self._block < 1:
             raise ValueError(f"a block has at least 1 window, not {block}")
         num_blocks = -(-self._n // self._block)
-        self._blocks = Permutation(num_blocks, _mixed("blocks", seed), epoch)
-        self._seed = _mixed("inside", seed, epoch)
+        self._blocks = Permutation(num_blocks, derive_seed("blocks", seed), epoch)
+        self._seed = derive_seed("inside", seed, epoch)
         # The last block, its place among the shuffled ones, and how much shorter it is.
         self._last = num_blocks - 1
         self._short_slot = self._blocks.inverse(self._last)
@@ -86,9 +86,3 @@ class BlockPermutation:
     def _check(self, numbers: NDArray[np.int64]) -> None:
         if numbers.size and (numbers.min() < 0 or numbers.max() >= self._n):
             raise IndexError(f"indices {numbers.min()} to {numbers.max()} are not all in range({self._n})")
-
-
-def _mixed(*words: str | int) -> int:
-    """A seed of 64 bits out of several words; none of them can be taken for another's end."""
-    digest = hashlib.blake2b("/".join(map(str, words)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")

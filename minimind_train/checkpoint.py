@@ -292,7 +292,7 @@ def load_latest(run: Path, on_damaged: Callable[[str], None]) -> Checkpoint | No
 def _found(run: Path, step: int) -> Checkpoint:
     folder = folder_of(run, step)
     try:
-        return Checkpoint(folder=folder, state=_checked(folder))
+        return Checkpoint(folder=folder, state=_state_in(folder, with_files=True))
     except DamagedCheckpointError:
         if folder.exists():
             raise
@@ -323,11 +323,6 @@ def _write_state(folder: Path, state: CheckpointState, files: dict[str, Any]) ->
     for name in files:  # safetensors lets nobody else read what it writes; the user's umask shall decide
         shutil.copymode(folder / STATE_NAME, folder / name)
     fsync_folder(folder)
-
-
-def _checked(folder: Path) -> CheckpointState:
-    """Read state.json and hold both files against it."""
-    return _state_in(folder, with_files=True)
 
 
 def _state_in(folder: Path, *, with_files: bool = False) -> CheckpointState:

@@ -25,7 +25,7 @@ from minimind_train.progress import Say, say_on_stderr
 from minimind_train.reference import Reference, ReferencedWindows, reference_log_probs
 from minimind_train.start import Origin
 
-__all__ = ["DPO", "DpoConfig", "dpo"]
+__all__ = ["DPO", "DpoConfig", "ReferenceConfig", "dpo"]
 
 
 @dataclass(frozen=True, kw_only=True)

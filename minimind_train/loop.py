@@ -4,7 +4,6 @@ A phase (pre-training, …) brings its objective and the batches; what a step is
 step to step, so a run that begins again at step s does what the first one did.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from minimind_train.precision import Dtype, LossScale, autocast
 from minimind_train.progress import Progress, Say
 from minimind_train.sampler import SampleCursor
 from minimind_train.saver import SaveConfig
+from minimind_train.seeds import derive_seed
 from minimind_train.step import NotFiniteError, StepResult, take_step
 from minimind_train.step_loader import StepLoader
 from minimind_train.tracking import TrackConfig
@@ -179,7 +179,7 @@ def run(
             step += 1
             rate = learning_rate(step, total_steps, optim)
             # Before each step, from nothing but its number: dropout after a resume is what it would have been.
-            torch.manual_seed(_mix(config.seed, step, batches.rank))
+            torch.manual_seed(derive_seed(config.seed, step, batches.rank))
             try:
                 result = take_step(
                     objective,
@@ -249,8 +249,3 @@ def _told(result: StepResult) -> dict[str, Any]:
         **({} if result.auxiliary is None else {"auxiliary_loss": result.auxiliary}),
         **result.measures,
     }
-
-
-def _mix(seed: int, step: int, rank: int) -> int:
-    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")

@@ -93,15 +93,21 @@ def _cut_back(path: Path, last_step: int) -> tuple[int, int]:
     if not path.exists():
         return 0, 0
     lines = path.read_bytes().splitlines(keepends=True)
-    steps = [record["step"] if (record := _record(line)) is not None else None for line in lines]
+    steps = [None if (record := _record(line)) is None else record["step"] for line in lines]
     kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= last_step]
     if kept != lines:
         write_atomic(path, b"".join(kept))
     return len(kept), max((step for step in steps if step is not None), default=0)
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl, which may not exist yet; a last line that is still being written is left out."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [record for line in lines if (record := _record(line)) is not None]
+
+
 def _record(line: bytes) -> dict[str, Any] | None:
-    """Read one line, or return None if it is torn or no record."""
+    """Parse one line; None where it has no end, or is no record of a step."""
     if not line.endswith(b"\n"):
         return None
     try:

@@ -9,7 +9,6 @@ many windows a part has given before a position is then a division and a look in
 Where the shares change on the way a new **stretch** begins. It says what each part had given by then, so no part loses its place.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minimind_train.sampler import OrderKind, SampleOrder
+from minimind_train.seeds import derive_seed
 
-__all__ = ["MAX_PARTS", "MAX_PERIOD", "MixtureOrder", "MixturePlace", "Stretch", "part_seed", "shares_of"]
+__all__ = ["MAX_PARTS", "MAX_PERIOD", "MixtureOrder", "MixturePlace", "Stretch", "shares_of"]
 
 MAX_PERIOD: Final = 10_000
 """The longest pattern. Weights that no shorter one gives exactly are met to one part in ten thousand."""
@@ -59,12 +59,6 @@ def shares_of(weights: Sequence[Fraction]) -> tuple[int, ...]:
         shares[most] += sign
     divisor = math.gcd(*shares)
     return tuple(share // divisor for share in shares)
-
-
-def part_seed(seed: int, name: str) -> int:
-    """Return the seed of a part: mixed from the run's and the part's name, so that no two parts share an order."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +173,7 @@ class MixtureOrder:
         """Return the order of parts with so many windows each."""
         names = tuple(sorted(num_windows))
         orders = (
-            SampleOrder(num_windows=num_windows[name], seed=part_seed(seed, name), kind=kind, block=block)
+            SampleOrder(num_windows=num_windows[name], seed=derive_seed(seed, name), kind=kind, block=block)
             for name in names
         )
         return cls(names=names, parts=tuple(orders), stretches=tuple(stretches), seed=seed, kind=kind)

@@ -11,7 +11,7 @@ from minimind_data.shards import ShardSet
 from minimind_data.windows import Windows
 from minimind_train.config import ConfigT
 from minimind_train.model import MiniMind
-from minimind_train.objective import Objective
+from minimind_train.objective import NextToken, Objective
 from minimind_train.parts import MixedWindows, Samples
 from minimind_train.progress import Say
 from minimind_train.start import Origin
@@ -19,7 +19,11 @@ from minimind_train.start import Origin
 __all__ = ["Phase", "refuse_other_kind"]
 
 
-def _as_they_are(windows: Samples, *_: object) -> Samples:
+def _next_token(model: MiniMind, *_: object) -> Objective:
+    return NextToken(model)
+
+
+def _windows_alone(windows: Samples, *_: object) -> Samples:
     return windows
 
 
@@ -33,10 +37,10 @@ class Phase(Generic[ConfigT]):
     """The kind of dataset that it learns."""
     config: type[ConfigT]
     """Its options; made without arguments, they are its defaults."""
-    objective: Callable[[MiniMind, ConfigT, Origin], Objective]
-    """What it learns by, over a model and by options that are resolved."""
-    samples: Callable[[Windows | MixedWindows, ConfigT, Origin, torch.device, Say], Samples] = _as_they_are
-    """What it learns from windows, where that is more than the dataset has."""
+    objective: Callable[[MiniMind, ConfigT, Origin], Objective] = _next_token
+    """Returns the objective over a model, by resolved options; by default the cross-entropy of the next token."""
+    samples: Callable[[Windows | MixedWindows, ConfigT, Origin, torch.device, Say], Samples] = _windows_alone
+    """Returns where samples are read; by default the windows, else what adds to them."""
 
 
 def refuse_other_kind(phase: Phase[Any], sets: Sequence[ShardSet]) -> None:

@@ -5,9 +5,8 @@ What is drawn is what `metrics.jsonl` has, of runs that still train too. The pag
 """
 
 import io
-import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, Literal, get_args
 from minimind_data.errors import UserError
 from minimind_data.files import write_atomic
 from minimind_data.page import fill
-from minimind_train.metrics import FILE_NAME
+from minimind_train.metrics import FILE_NAME, read_metrics
 from minimind_train.runs import RunRecord
 
 Axis = Literal["step", "tokens", "position"]
@@ -64,7 +63,7 @@ def read_curves(runs: Sequence[Path]) -> list[Curves]:
 
 def _read(run: Path, name: str) -> Curves:
     seq_len = RunRecord.read(run).options["seq_len"]
-    lines = list(_lines(run / FILE_NAME))
+    lines = [record for record in read_metrics(run / FILE_NAME) if "position" in record]
     if not lines:
         raise UserError(
             f"{run}: no line of metrics yet; the first comes with the first step, others every --log-every steps"
@@ -87,19 +86,6 @@ def _read(run: Path, name: str) -> Curves:
         y={metric: [line.get(metric) for line in chosen] for metric in metrics},
         lines=len(lines),
     )
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines that are whole; the last one of a run that trains may not be."""
-    if not path.exists():
-        return
-    for line in path.read_bytes().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and {"step", "position"} <= record.keys():
-            yield record
 
 
 def _is_curve(metric: str, value: Any) -> bool:

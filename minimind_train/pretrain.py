@@ -9,9 +9,7 @@ from minimind_train import job, loop
 from minimind_train.config import DataConfig, StartConfig
 from minimind_train.evaluate import ValidationConfig
 from minimind_train.lora import LoraConfig
-from minimind_train.model import MiniMind
 from minimind_train.model_config import ModelConfig
-from minimind_train.objective import NextToken
 from minimind_train.optim import OptimConfig
 from minimind_train.phase import Phase
 from minimind_train.progress import Say, say_on_stderr
@@ -34,11 +32,7 @@ class PretrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
 
-def _objective(model: MiniMind, *_: object) -> NextToken:
-    return NextToken(model)
-
-
-PRETRAIN = Phase(command="pretrain", dataset="pretrain", config=PretrainConfig, objective=_objective)
+PRETRAIN = Phase(command="pretrain", dataset="pretrain", config=PretrainConfig)
 
 
 def pretrain(config: PretrainConfig, say: Say = say_on_stderr) -> loop.Outcome:

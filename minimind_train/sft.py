@@ -9,9 +9,7 @@ from minimind_train import job, loop
 from minimind_train.config import DataConfig, StartConfig
 from minimind_train.evaluate import ValidationConfig
 from minimind_train.lora import LoraConfig
-from minimind_train.model import MiniMind
 from minimind_train.model_config import ModelConfig
-from minimind_train.objective import NextToken
 from minimind_train.optim import OptimConfig
 from minimind_train.phase import Phase
 from minimind_train.progress import Say, say_on_stderr
@@ -42,11 +40,7 @@ class SftConfig:
             )
 
 
-def _objective(model: MiniMind, *_: object) -> NextToken:
-    return NextToken(model)
-
-
-SFT = Phase(command="sft", dataset="sft", config=SftConfig, objective=_objective)
+SFT = Phase(command="sft", dataset="sft", config=SftConfig)
 
 
 def sft(config: SftConfig, say: Say = say_on_stderr) -> loop.Outcome:

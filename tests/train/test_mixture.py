@@ -13,10 +13,10 @@ from minimind_train.mixture import (
     MAX_PERIOD,
     MixtureOrder,
     Stretch,
-    part_seed,
     shares_of,
 )
 from minimind_train.sampler import SampleOrder
+from minimind_train.seeds import derive_seed
 
 
 def mixture(sizes, shares, seed=7, kind="shuffled"):
@@ -68,7 +68,7 @@ def test_every_part_goes_through_its_own_order_without_a_gap(shares, data):
     windows = order.windows(np.arange(300))
     turns = owners(order, np.arange(300))
     for part, name in enumerate(order.names):
-        own = SampleOrder(num_windows=sizes[name], seed=part_seed(7, name))
+        own = SampleOrder(num_windows=sizes[name], seed=derive_seed(7, name))
         mine = windows[turns == part] - order.starts[part]
         assert mine.tolist() == own.windows(np.arange(len(mine))).tolist()
 
@@ -160,7 +160,7 @@ def test_in_every_period_a_part_is_within_one_window_of_its_weight(weights):
 
 
 def test_seeds_of_parts_have_nothing_to_do_with_each_other():
-    seeds = {part_seed(seed, name) for seed in range(20) for name in ("a", "b", "1", "")}
+    seeds = {derive_seed(seed, name) for seed in range(20) for name in ("a", "b", "1", "")}
     assert len(seeds) == 80
     assert all(0 <= seed < 2**64 for seed in seeds)
 
