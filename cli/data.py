@@ -26,7 +26,7 @@ from minimind_data.verify import dataset_bytes
 from minimind_data.verify import verify as verify_dataset
 from minimind_data.windows import Layout, LongDocuments
 from minimind_data.words import counted
-from minimind_train.parts import course_of, place_of, read_sources, words_of
+from minimind_train.parts import data_of_run, place_of, read_sources, source_texts
 from minimind_train.permutation import MAX_SEED
 
 from . import shards as shard_commands
@@ -283,10 +283,10 @@ def locate(
     else:
         refuse_idle(given, layout)
     try:
-        sources = read_sources(words_of(options["shards"]))
+        sources = read_sources(source_texts(options["shards"]))
     except ValueError as error:
         raise typer.BadParameter(str(error).removeprefix("--shards").removeprefix(":").strip()) from None
-    windows, ordered, skips = course_of(options, _say)
+    windows, ordered, skips = data_of_run(options, _say)
     told = place_of(ordered, windows, position) | (
         {"left_out": True} if not skips.count(position, position + 1) else {}
     )

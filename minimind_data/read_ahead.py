@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from minimind_data.shards import Shard, ShardSet
 
-_STRETCH_BYTES = 2**20
-_WINDOWS_A_STRETCH = 32
+_CHUNK_BYTES = 2**20
+_WINDOWS_PER_CHUNK = 32
 """A batch of 64 windows of 1 KiB, which are as many reads of some 4 KiB, is accompanied by 2 MiB in a row: about as long a wait."""
 _NEAR_WINDOWS = 64
 _THREAD = getattr(resource, "RUSAGE_THREAD", None)
@@ -76,7 +76,7 @@ class ReadAhead:
                 if later is not None:
                     self._ask(later())
                 if _are_scattered(windows):
-                    self._read_on(-(-len(windows) // _WINDOWS_A_STRETCH))
+                    self._read_on(-(-len(windows) // _WINDOWS_PER_CHUNK))
         batch = self._windows.fetch(windows)
         self._begun = True
         self._waits = _disk_reads() != before
@@ -86,10 +86,10 @@ class ReadAhead:
         if len(windows):
             self._windows.will_need(windows)
 
-    def _read_on(self, num_stretches: int) -> None:
+    def _read_on(self, num_chunks: int) -> None:
         if self._rest is None:
-            self._rest = _stretches(self._windows.shard_sets)
-        for shard, start, stop in itertools.islice(self._rest, num_stretches):
+            self._rest = _chunks(self._windows.shard_sets)
+        for shard, start, stop in itertools.islice(self._rest, num_chunks):
             shard.will_need(start, stop)
 
 
@@ -98,12 +98,12 @@ def _are_scattered(windows: NDArray[np.int64]) -> bool:
     return len(windows) > 1 and bool(np.median(np.diff(np.sort(windows))) > _NEAR_WINDOWS)
 
 
-def _stretches(shard_sets: tuple[ShardSet, ...]) -> Iterator[tuple[Shard, int, int]]:
+def _chunks(shard_sets: tuple[ShardSet, ...]) -> Iterator[tuple[Shard, int, int]]:
     """All of the datasets, as (shard, first token, the one behind the last), unless memory would not hold them."""
     if 2 * sum(shards.num_tokens * shards.dtype.itemsize for shards in shard_sets) > _available_bytes():
         return
     for shards in shard_sets:
-        step = _STRETCH_BYTES // shards.dtype.itemsize
+        step = _CHUNK_BYTES // shards.dtype.itemsize
         for shard in shards:
             for start in range(0, len(shard.tokens), step):
                 yield shard, start, start + step

@@ -10,7 +10,7 @@ from minimind_train.devices import resolve_device
 from minimind_train.generate import GenerateOptions, generate, stream_text
 from minimind_train.opened import open_trained
 from minimind_train.progress import Say, say_on_stderr
-from minimind_train.trained import Which
+from minimind_train.trained import CheckpointChoice
 
 
 def complete(
@@ -18,7 +18,7 @@ def complete(
     prompt: str,
     options: GenerateOptions,
     *,
-    step: Which = None,
+    step: CheckpointChoice = None,
     device: str = "auto",
     changes: Mapping[str, Any] = MappingProxyType({}),
     say: Say = say_on_stderr,

@@ -20,17 +20,17 @@ from minimind_train.devices import resolve_device
 from minimind_train.evaluate import ValidationConfig
 from minimind_train.excerpts import ExcerptConfig
 from minimind_train.lora import LoraConfig
-from minimind_train.mixture import Stretch
+from minimind_train.mixture import MixtureStage
 from minimind_train.model_config import NO_SHAPES, ModelConfig
 from minimind_train.optim import OptimConfig
-from minimind_train.parts import Datasets, Source, read_sources, shown_weights, words_of
+from minimind_train.parts import Datasets, Source, read_sources, shown_weights, source_texts
 from minimind_train.precision import resolve_dtype
 from minimind_train.runs import Change, RunRecord
 from minimind_train.sampler import OrderKind
 from minimind_train.saver import SaveConfig
 from minimind_train.skips import Skips
 from minimind_train.tracking import TrackConfig
-from minimind_train.trained import Which, parse_step
+from minimind_train.trained import CheckpointChoice, parse_step
 
 _HARMLESS = frozenset(
     {
@@ -51,13 +51,15 @@ _MICRO_BATCH = frozenset({"micro_batch"})  # harmless but where experts are bala
 _SKIPS = "skip_positions"
 WEIGHTS = "weights"
 """What a change of a mixture's weights is called."""
-_MADE = frozenset({"stretches", "from_sha256"})  # not by the user
-_DEEDS = frozenset({"resume_from", _SKIPS})  # a resume does these because it is told to: no permission needed
-_NOT_RECORDED = frozenset({"run"})  # a run is where it is, also when its folder has been moved
+_DERIVED = frozenset({"mixture_stages", "from_sha256"})  # by the run, not by the user
+_ACTIONS = frozenset(
+    {"resume_from", _SKIPS}
+)  # a resume does these because they are asked for: no --allow-change needed
+_UNRECORDED = frozenset({"run"})  # a run is where it is, also when its folder has been moved
 _ORIGIN = frozenset(
     {"from_weight", "from_step"}
 )  # where they lie may change; that they are the same is checked
-_BEFORE_IT_WAS_AN_OPTION = (
+_DEFAULTS_OF_OLD_RECORDS = (
     flatten(ModelConfig())
     | flatten(LoraConfig())
     | {
@@ -105,11 +107,11 @@ class DataConfig:
         tuple[str, ...],
         "A:B, leave out the samples at positions A to B - 1 for good. Repeatable; with --resume, in addition to those before.",
     ] = ()
-    stretches: tuple[Stretch, ...] = field(default=(), metadata={"flag": False})
+    mixture_stages: tuple[MixtureStage, ...] = field(default=(), metadata={"flag": False})
     """Of a mixture: the shares of its parts, and from which position on. Made when the run begins and when it is reweighted."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shards", words_of(self.shards))
+        object.__setattr__(self, "shards", source_texts(self.shards))
         read_sources(self.shards)  # refuses what it cannot read
         object.__setattr__(self, "skip_positions", Skips.of(self.skip_positions).told())
         if not 1 <= self.shuffle_block <= 2**40:
@@ -134,7 +136,7 @@ class StartConfig:
         "shape of the model; of a .pth the options must say it.",
     ] = None
     from_step: Annotated[
-        Which,
+        CheckpointChoice,
         "With --from-weight: the step of the checkpoint, or best; the newest whole one by default.",
         parse_step,
     ] = None
@@ -204,12 +206,12 @@ _SHAPES = frozenset(flatten(ModelConfig())) - NO_SHAPES | frozenset(flatten(Lora
 def changeable(kind: type[PhaseConfig]) -> frozenset[str]:
     """Return the names that `--allow-change` takes in a phase with these options."""
     names = frozenset({"dataset", "tokenizer", *flatten(kind())})
-    return names - (_HARMLESS - _MICRO_BATCH) - _NOT_RECORDED - _SHAPES - _MADE - _DEEDS - _ORIGIN
+    return names - (_HARMLESS - _MICRO_BATCH) - _UNRECORDED - _SHAPES - _DERIVED - _ACTIONS - _ORIGIN
 
 
-def with_stretches(config: ConfigT, stretches: tuple[Stretch, ...]) -> ConfigT:
+def with_stages(config: ConfigT, stages: tuple[MixtureStage, ...]) -> ConfigT:
     """Return the options with the shares of a mixture that hold, and from where on."""
-    return replace(config, data=replace(config.data, stretches=stretches))
+    return replace(config, data=replace(config.data, mixture_stages=stages))
 
 
 def window_options(data: DataConfig) -> dict[str, Any]:
@@ -255,11 +257,11 @@ def recorded(config: PhaseConfig) -> dict[str, Any]:
     flat = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in flatten(config).items()
-        if name not in _NOT_RECORDED
+        if name not in _UNRECORDED
     }
-    shards, stretches = config.data.shards, config.data.stretches
-    mixed = {"shards": list(shards), "stretches": [stretch.told() for stretch in stretches]}
-    return flat | (mixed if stretches else {"shards": shards[0], "stretches": []})
+    shards, stages = config.data.shards, config.data.mixture_stages
+    mixed = {"shards": list(shards), "mixture_stages": [stage.told() for stage in stages]}
+    return flat | (mixed if stages else {"shards": shards[0], "mixture_stages": []})
 
 
 def record_of(command: str, config: PhaseConfig, shards: Datasets) -> RunRecord:
@@ -288,8 +290,8 @@ def reconciled(
         UserError: something differs that must not.
     """
     skipped = Skips.of((*record.options.get(_SKIPS, ()), *given.get(_SKIPS, ()))).told()
-    given = {name: value for name, value in given.items() if name not in _DEEDS | _NOT_RECORDED}
-    begun = _BEFORE_IT_WAS_AN_OPTION | record.options
+    given = {name: value for name, value in given.items() if name not in _ACTIONS | _UNRECORDED}
+    begun = _DEFAULTS_OF_OLD_RECORDS | record.options
     options = begun | given | {_SKIPS: skipped}
     if "nproc" in given and "threads" not in given:
         options["threads"] = 0  # the share of a core's threads is another one now
@@ -309,7 +311,7 @@ def reconciled(
         for name in sorted(given.keys() | runs.ENDS if given.keys() & runs.ENDS else given)
         if name not in harmless | _ORIGIN
     }
-    then, now = read_sources(words_of(record.options["shards"])), shards.sources
+    then, now = read_sources(source_texts(record.options["shards"])), shards.sources
     if [source.name for source in then] != [source.name for source in now]:
         raise UserError(
             f"{run}: --shards has other parts (in the run: {_names(then)}, on the command line: {_names(now)}); the parts of a "
@@ -327,8 +329,8 @@ def reconciled(
 
 def from_options(kind: type[ConfigT], options: Mapping[str, Any], run: Path) -> ConfigT:
     """Return the options of a run from its record."""
-    stretches = tuple(map(Stretch.of, options.get("stretches", ())))
-    made = {"shards": words_of(options["shards"]), "stretches": stretches, "run": run}
+    stages = tuple(map(MixtureStage.of, options.get("mixture_stages", ())))
+    made = {"shards": source_texts(options["shards"]), "mixture_stages": stages, "run": run}
     return build(kind, {**options, **made})
 
 

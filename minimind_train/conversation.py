@@ -16,7 +16,7 @@ from minimind_train.generate import GenerateOptions, generate, stream_text
 from minimind_train.model import MiniMind
 from minimind_train.opened import open_trained
 from minimind_train.progress import Say, say_on_stderr
-from minimind_train.trained import Which
+from minimind_train.trained import CheckpointChoice
 
 __all__ = ["Conversation"]
 
@@ -60,7 +60,7 @@ class Conversation:
         options: GenerateOptions,
         *,
         system: str | None = None,
-        step: Which = None,
+        step: CheckpointChoice = None,
         device: str = "auto",
         changes: Mapping[str, Any] = MappingProxyType({}),
         say: Say = say_on_stderr,

@@ -23,7 +23,7 @@ from minimind_train.phase import Phase
 from minimind_train.preference import REFERENCE, Preference, PreferenceOptions, log_probs_of_pairs
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.reference import Reference, ReferencedWindows, reference_log_probs
-from minimind_train.start import Origin
+from minimind_train.start import InitialWeights
 
 __all__ = ["DPO", "DpoConfig", "ReferenceConfig", "dpo"]
 
@@ -61,7 +61,7 @@ class DpoConfig:
             raise ValueError(f"layout must be pad, a pair a window, not {self.data.layout}")
 
 
-def _objective(model: MiniMind, config: DpoConfig, origin: Origin) -> Preference:
+def _objective(model: MiniMind, config: DpoConfig, origin: InitialWeights) -> Preference:
     if config.reference.reference == "cached":
         return Preference(model, config.preference, lambda micro_batch: micro_batch[REFERENCE])
     frozen = origin.model("--reference online compares with it")
@@ -77,7 +77,7 @@ def _objective(model: MiniMind, config: DpoConfig, origin: Origin) -> Preference
 
 
 def _samples(
-    windows: Windows | MixedWindows, config: DpoConfig, origin: Origin, device: torch.device, say: Say
+    windows: Windows | MixedWindows, config: DpoConfig, origin: InitialWeights, device: torch.device, say: Say
 ) -> Samples:
     """Put the reference's log-probabilities beside each pair."""
     if config.reference.reference == "online":

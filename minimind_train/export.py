@@ -36,7 +36,7 @@ from minimind_train.peft_form import (
 from minimind_train.pretrained import adapted_model, model_of
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.runs import RunRecord, load_run_tokenizer
-from minimind_train.trained import Which
+from minimind_train.trained import CheckpointChoice
 
 __all__ = ["Target", "WeightDtype", "export"]
 
@@ -52,7 +52,7 @@ def export(
     out: Path,
     *,
     to: Target,
-    step: Which = None,
+    step: CheckpointChoice = None,
     dtype: WeightDtype | None = None,
     say: Say = say_on_stderr,
 ) -> Path:
@@ -134,7 +134,9 @@ def _to_hf(
     return out
 
 
-def _to_peft(out: Path, run: Path, *, step: Which, base: str | None, dtype: WeightDtype, say: Say) -> Path:
+def _to_peft(
+    out: Path, run: Path, *, step: CheckpointChoice, base: str | None, dtype: WeightDtype, say: Say
+) -> Path:
     model, lora = adapted_model(run, step=step, say=say)
     weights = _cast(adapter_tensors(model), dtype, run)
     with _whole_folder(out, ADAPTER_CONFIG_NAME) as partial:

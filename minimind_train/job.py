@@ -28,12 +28,12 @@ from minimind_train.description import describe
 from minimind_train.distributed import ALONE, World, process_group, torchrun_place
 from minimind_train.finished import note_finish, refuse_idle_changes, refuse_repetition
 from minimind_train.launch import launch_ranks
-from minimind_train.parts import Datasets, words_of
+from minimind_train.parts import Datasets, source_texts
 from minimind_train.phase import Phase, refuse_other_kind
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.rank_job import RankJob, Start
 from minimind_train.runs import RunRecord, moved_cursor
-from minimind_train.start import Origin, begun_from
+from minimind_train.start import InitialWeights, with_initial_weights
 
 __all__ = ["begin", "resume"]
 
@@ -131,7 +131,7 @@ def _train_as_rank(
             "machines share"
         )
     shards = _open_shards(start.config.data.shards)
-    origin = Origin(start.config, _say_nothing)
+    origin = InitialWeights(start.config, _say_nothing)
     return RankJob(phase, start.config, shards, origin, say=_say_nothing, world=world).train(start)
 
 
@@ -144,9 +144,11 @@ def _beginning(
     runs.refuse_occupied(run)
     shards = Datasets.open(config.data.shards)
     refuse_other_kind(phase, shards.sets)
-    config, weights = begun_from(config, shards, given, say)
-    job = RankJob(phase, resolved(config, shards), shards, Origin(config, say, weights), say=say, world=world)
-    start = Start(config=job.config, found=None, step=0, cursor=job.course.first_position())
+    config, weights = with_initial_weights(config, shards, given, say)
+    job = RankJob(
+        phase, resolved(config, shards), shards, InitialWeights(config, say, weights), say=say, world=world
+    )
+    start = Start(config=job.config, found=None, step=0, cursor=job.data.first_position())
     with disk_full_is_plain(run):
         run.mkdir(parents=True, exist_ok=True)
     with disk_full_is_plain(run), runs.lock(run):
@@ -184,18 +186,18 @@ def _going_on(
         if not found:
             refuse_repetition(run, record)
             say(f"{run}: no checkpoint yet, so the run begins again")
-        shards = _open_shards(words_of(given.get("shards", record.options["shards"])))
+        shards = _open_shards(source_texts(given.get("shards", record.options["shards"])))
         kept = record.without_moves_after(step)
         config, new_record = reconciled(
             phase.config, run, kept, given, shards, step=step, allow_change=allow_change
         )
         refuse_other_kind(phase, shards.sets)
-        job = RankJob(phase, config, shards, Origin(config, say), say=say, world=world)
+        job = RankJob(phase, config, shards, InitialWeights(config, say), say=say, world=world)
         if "from_weight" in given:
             job.origin.weights("--from-weight says where they are now")
-        cursor = kept.cursor_at(step, found.state.cursor if found else job.course.first_position())
+        cursor = kept.cursor_at(step, found.state.cursor if found else job.data.first_position())
         if "resume_from" in given:
-            moved = job.course.position_of(given["resume_from"], cursor=cursor)
+            moved = job.data.position_of(given["resume_from"], cursor=cursor)
             new_record = new_record.changed([moved_cursor(step, cursor, moved)])
             cursor = moved
         if any(change.name == WEIGHTS for change in new_record.changes[len(kept.changes) :]):
@@ -204,7 +206,7 @@ def _going_on(
         new_record = replace(new_record.placed(step, cursor), finished=record.finished)
         described = describe(phase.command, job.config, new_record.changes)
         update = partial(runs.update, run, record, new_record, shards.folder, described)
-        if found and step >= job.course.end(step, cursor)[1]:
+        if found and step >= job.data.end(step, cursor)[1]:
             refuse_idle_changes(run, step, new_record.changes[len(kept.changes) :])
             update()  # of the end itself
         yield job, Start(config=job.config, found=found, step=step, cursor=cursor), update

@@ -18,7 +18,7 @@ from minimind_train.distributed import ALONE, World
 from minimind_train.excerpts import ExcerptConfig
 from minimind_train.interrupt import Stop, StopRequest
 from minimind_train.metrics import Records
-from minimind_train.nonfinite import MOST_IN_A_ROW, OnNonfinite, Tolerance
+from minimind_train.nonfinite import MOST_IN_A_ROW, NonfiniteGuard, OnNonfinite
 from minimind_train.optim import OptimConfig, learning_rate
 from minimind_train.parallel import Parallel
 from minimind_train.precision import Dtype, LossScale, autocast
@@ -133,7 +133,7 @@ def run(
     device: torch.device,
     metrics: Records,
     save: Save,
-    tolerance: Tolerance,
+    guard: NonfiniteGuard,
     describe: Callable[[int], dict[str, Any]],
     validate: Callable[[int], dict[str, Any]] = lambda _: {},
     look: Callable[[int], None] = lambda _: None,
@@ -155,7 +155,7 @@ def run(
         device: where the model is.
         metrics: takes a line for each logged step.
         save: called after each step.
-        tolerance: decides about a step whose loss or gradient is not finite.
+        guard: decides about a step whose loss or gradient is not finite.
         describe: what metrics say of a cursor besides its position: epoch, perhaps shard and offset.
         validate: called with each finished step; what it returns goes into the step's line of metrics, which is then written.
         look: called with each finished step, once its line is written.
@@ -192,14 +192,14 @@ def run(
                     world=world,
                 )
             except NotFiniteError as error:
-                tolerance.bear(error, step, batch, positions=batches.positions(batch), forward=forward)
+                guard.handle(error, step, batch, positions=batches.positions(batch), forward=forward)
                 found: dict[str, Any] = {"skipped": str(error)}
             else:
                 loss, found = result.loss, _told(result)
                 num_tokens += result.num_tokens
             cursor.advance(batch.stop - batch.start)
             seconds += time.perf_counter() - then
-            skipped = tolerance.skipped + (scale.skipped_steps if scale else 0)
+            skipped = guard.skipped + (scale.skipped_steps if scale else 0)
             record = {
                 "step": step,
                 "position": cursor.position,

@@ -6,7 +6,7 @@ its share (Tijdeman, "The chairman assignment problem", 1980, whose bound of 1 -
 many windows a part has given before a position is then a division and a look into the pattern, and what it gives next is its own
 `SampleOrder` at that number: each part has epochs of its own, shuffled by a seed of its own.
 
-Where the shares change on the way a new **stretch** begins. It says what each part had given by then, so no part loses its place.
+Where the shares change on the way a new **stage** (`MixtureStage`) begins. It says what each part had given by then, so no part loses its place.
 """
 
 import math
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from minimind_train.sampler import OrderKind, SampleOrder
 from minimind_train.seeds import derive_seed
 
-__all__ = ["MAX_PARTS", "MAX_PERIOD", "MixtureOrder", "MixturePlace", "Stretch", "shares_of"]
+__all__ = ["MAX_PARTS", "MAX_PERIOD", "MixtureOrder", "MixturePlace", "MixtureStage", "shares_of"]
 
 MAX_PERIOD: Final = 10_000
 """The longest pattern. Weights that no shorter one gives exactly are met to one part in ten thousand."""
@@ -62,7 +62,7 @@ def shares_of(weights: Sequence[Fraction]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stretch:
+class MixtureStage:
     """The shares that hold from a position on.
 
     Attributes:
@@ -137,28 +137,26 @@ class MixtureOrder:
     Attributes:
         names: of the parts, ascending, so that how they are listed changes nothing.
         parts: the order of each.
-        stretches: which shares hold from where on; the first begins at 0.
+        stages: which shares hold from where on; the first begins at 0.
         seed: of the run; the parts' are mixed from it.
         kind: of all parts.
     """
 
     names: tuple[str, ...]
     parts: tuple[SampleOrder, ...]
-    stretches: tuple[Stretch, ...]
+    stages: tuple[MixtureStage, ...]
     seed: int = 0
     kind: OrderKind = "shuffled"
 
     def __post_init__(self) -> None:
         if list(self.names) != sorted(set(self.names)) or len(self.names) != len(self.parts):
             raise ValueError(f"the parts of a mixture have names of their own, ascending, not {self.names}")
-        starts = [stretch.start for stretch in self.stretches]
+        starts = [stage.start for stage in self.stages]
         if starts[:1] != [0] or starts != sorted(set(starts)):
-            raise ValueError(
-                f"the stretches of a mixture begin at 0 and then later and later, not at {starts}"
-            )
-        for stretch in self.stretches:
-            if not len(stretch.shares) == len(stretch.taken) == len(self.parts) or stretch.period < 1:
-                raise ValueError(f"a stretch has a share and a count for each of {len(self.parts)} parts")
+            raise ValueError(f"the stages of a mixture begin at 0 and then later and later, not at {starts}")
+        for stage in self.stages:
+            if not len(stage.shares) == len(stage.taken) == len(self.parts) or stage.period < 1:
+                raise ValueError(f"a stage has a share and a count for each of {len(self.parts)} parts")
 
     @classmethod
     def of(
@@ -168,7 +166,7 @@ class MixtureOrder:
         seed: int,
         kind: OrderKind = "shuffled",
         block: int = 1,
-        stretches: Sequence[Stretch],
+        stages: Sequence[MixtureStage],
     ) -> Self:
         """Return the order of parts with so many windows each."""
         names = tuple(sorted(num_windows))
@@ -176,7 +174,7 @@ class MixtureOrder:
             SampleOrder(num_windows=num_windows[name], seed=derive_seed(seed, name), kind=kind, block=block)
             for name in names
         )
-        return cls(names=names, parts=tuple(orders), stretches=tuple(stretches), seed=seed, kind=kind)
+        return cls(names=names, parts=tuple(orders), stages=tuple(stages), seed=seed, kind=kind)
 
     @property
     def num_windows(self) -> int:
@@ -190,10 +188,10 @@ class MixtureOrder:
 
     def described(self, position: int) -> dict[str, Any]:
         """What decides the order before a position; see `SampleOrder.described`."""
-        before = [stretch.told() for stretch in self.stretches if stretch.start < max(position, 1)]
+        before = [stage.told() for stage in self.stages if stage.start < max(position, 1)]
         sizes = {name: part.num_windows for name, part in zip(self.names, self.parts, strict=True)}
         told = self.parts[0].described(position) | {"num_windows": sizes, "seed": self.seed}
-        return told | {"stretches": before}
+        return told | {"stages": before}
 
     def windows(self, positions: _Ints) -> _Ints:
         """The windows at these positions, which may come in any order."""
@@ -215,13 +213,13 @@ class MixtureOrder:
         """How many windows each part has given before a position."""
         if position < 0:
             raise ValueError(f"a position counts samples from 0, and cannot be {position}")
-        stretch = next(stretch for stretch in reversed(self.stretches) if stretch.start <= position)
-        periods, rest = divmod(position - stretch.start, stretch.period)
-        parts, _ = _pattern(stretch.shares)
+        stage = next(stage for stage in reversed(self.stages) if stage.start <= position)
+        periods, rest = divmod(position - stage.start, stage.period)
+        parts, _ = _pattern(stage.shares)
         begun = np.bincount(parts[:rest], minlength=len(self.parts)).tolist()
         return tuple(
             before + periods * share + more
-            for before, share, more in zip(stretch.taken, stretch.shares, begun, strict=True)
+            for before, share, more in zip(stage.taken, stage.shares, begun, strict=True)
         )
 
     def reweighted(self, position: int, shares: tuple[int, ...]) -> Self:
@@ -229,23 +227,23 @@ class MixtureOrder:
 
         What was to hold from there on or later holds no longer.
         """
-        kept = tuple(stretch for stretch in self.stretches if stretch.start < position)
+        kept = tuple(stage for stage in self.stages if stage.start < position)
         taken = self.taken(position)
-        return replace(self, stretches=(*kept, Stretch(start=position, shares=shares, taken=taken)))
+        return replace(self, stages=(*kept, MixtureStage(start=position, shares=shares, taken=taken)))
 
     def _turns(self, positions: _Ints) -> tuple[_Ints, _Ints]:
         """Return (the part at each position, how many windows it has given before), both int64 of the positions' shape."""
         if positions.size and positions.min() < 0:
             raise ValueError(f"a position counts samples from 0, and cannot be {positions.min()}")
-        begins = np.array([stretch.start for stretch in self.stretches], np.int64)
+        begins = np.array([stage.start for stage in self.stages], np.int64)
         held = np.searchsorted(begins, positions, side="right") - 1
         owners, numbers = np.empty_like(positions), np.empty_like(positions)
         for which in np.unique(held).tolist():
-            stretch, here = self.stretches[which], held == which
-            parts, before = _pattern(stretch.shares)
-            periods, places = np.divmod(positions[here] - stretch.start, stretch.period)
+            stage, here = self.stages[which], held == which
+            parts, before = _pattern(stage.shares)
+            periods, places = np.divmod(positions[here] - stage.start, stage.period)
             owner = parts[places]
             owners[here] = owner
-            shares, taken = np.array(stretch.shares, np.int64), np.array(stretch.taken, np.int64)
+            shares, taken = np.array(stage.shares, np.int64), np.array(stage.taken, np.int64)
             numbers[here] = taken[owner] + periods * shares[owner] + before[places]
         return owners, numbers

@@ -24,8 +24,8 @@ MOST_IN_A_ROW = 10
 """So many steps that are skipped one after another are no accident any more: the run ends."""
 
 
-class Tolerance:
-    """Decides what becomes of a run whose step was not finite.
+class NonfiniteGuard:
+    """Decides whether a run goes on after a step whose loss or gradient is not finite, and says which samples caused it.
 
     Args:
         objective: by which it learns, as it is without what wraps it for several ranks.
@@ -61,7 +61,7 @@ class Tolerance:
         self._last_step = -1
         self._in_a_row = 0
 
-    def bear(
+    def handle(
         self,
         error: NotFiniteError,
         step: int,
@@ -70,7 +70,7 @@ class Tolerance:
         positions: NDArray[np.int64],
         forward: AbstractContextManager[object],
     ) -> None:
-        """Note a step that moved no weight, and say where it came from.
+        """Count a step that moved no weight, and name the positions whose loss alone is not finite.
 
         Args:
             error: what was not finite.
@@ -80,7 +80,7 @@ class Tolerance:
             forward: entered around each forward pass.
 
         Raises:
-            UserError: the run ends here.
+            UserError: the policy is to stop, or too many steps in a row were skipped.
         """
         self._in_a_row = self._in_a_row + 1 if step == self._last_step + 1 else 1
         self._last_step = step

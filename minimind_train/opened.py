@@ -15,7 +15,7 @@ from minimind_train.model_config import ModelConfig
 from minimind_train.pretrained import load_weights, model_of
 from minimind_train.progress import Say
 from minimind_train.runs import RunRecord, load_run_tokenizer
-from minimind_train.trained import Which
+from minimind_train.trained import CheckpointChoice
 
 __all__ = ["Opened", "open_trained"]
 
@@ -34,7 +34,7 @@ class Opened:
 def open_trained(
     path: Path,
     *,
-    step: Which,
+    step: CheckpointChoice,
     say: Say,
     changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> Opened:

@@ -21,7 +21,7 @@ from minimind_data.errors import UserError
 from minimind_data.format import TokenizerInfo
 from minimind_data.shards import ShardSet
 from minimind_data.windows import Windows, open_windows
-from minimind_train.mixture import MAX_PARTS, MixtureOrder, Stretch, shares_of
+from minimind_train.mixture import MAX_PARTS, MixtureOrder, MixtureStage, shares_of
 from minimind_train.sampler import OrderKind, SampleOrder
 from minimind_train.skips import Skips
 
@@ -31,14 +31,14 @@ __all__ = [
     "Order",
     "Samples",
     "Source",
-    "course_of",
+    "data_of_run",
     "epochs_of",
     "introduce",
     "place_of",
     "read_sources",
     "refuse_other_tokenizer",
     "shown_weights",
-    "words_of",
+    "source_texts",
 ]
 
 _MIXED = re.compile(r"(?P<name>[^=:/\\]*)=(?P<folder>.+):(?P<weight>[^:]*)", re.DOTALL)
@@ -82,8 +82,8 @@ def read_sources(texts: Sequence[str]) -> tuple[Source, ...]:
     return tuple(sources)
 
 
-def words_of(shards: str | Path | Sequence[str]) -> tuple[str, ...]:
-    """Return what was written behind `--shards`, however it was kept."""
+def source_texts(shards: str | Path | Sequence[str]) -> tuple[str, ...]:
+    """Return the values of `--shards`, one a dataset, of an option that holds one string or path, or several."""
     return (str(shards),) if isinstance(shards, str | Path) else tuple(shards)
 
 
@@ -267,16 +267,16 @@ class Datasets:
         seed: int,
         kind: OrderKind,
         block: int = 1,
-        stretches: Sequence[Stretch] = (),
+        stages: Sequence[MixtureStage] = (),
     ) -> Order:
-        """Return the order of their windows; of a mixture without `stretches`, by its weights from the first position on."""
+        """Return the order of their windows; of a mixture without `stages`, by its weights from the first position on."""
         if not isinstance(windows, MixedWindows):
             return SampleOrder(num_windows=len(windows), seed=seed, kind=kind, block=block)
-        if not stretches:
+        if not stages:
             shares = self.shares(windows)
-            stretches = [Stretch(start=0, shares=shares, taken=(0,) * len(shares))]
+            stages = [MixtureStage(start=0, shares=shares, taken=(0,) * len(shares))]
         sizes = dict(zip(self.names, map(len, windows.parts), strict=True))
-        return MixtureOrder.of(sizes, seed=seed, kind=kind, block=block, stretches=stretches)
+        return MixtureOrder.of(sizes, seed=seed, kind=kind, block=block, stages=stages)
 
 
 def shown_weights(sources: Sequence[Source]) -> str:
@@ -306,21 +306,21 @@ def refuse_other_tokenizer(one: ShardSet, other: ShardSet, why: str) -> None:
 
 def introduce(order: MixtureOrder, position: int, wanted: str) -> list[str]:
     """Say of a mixture what holds at a position: the shares, how near they come to the weights, and where each part is."""
-    stretch = next(stretch for stretch in reversed(order.stretches) if stretch.start <= position)
+    stage = next(stage for stage in reversed(order.stages) if stage.start <= position)
     lines = [
-        f"mixture of {len(order.names)}, wanted of the tokens: {wanted}; a pattern of {stretch.period} windows:"
+        f"mixture of {len(order.names)}, wanted of the tokens: {wanted}; a pattern of {stage.period} windows:"
     ]
     for name, part, share, epochs in zip(
-        order.names, order.parts, stretch.shares, epochs_of(order, position).values(), strict=True
+        order.names, order.parts, stage.shares, epochs_of(order, position).values(), strict=True
     ):
         lines.append(
-            f"  {name}: {share} of {stretch.period} windows ({share / stretch.period:.4f}), "
+            f"  {name}: {share} of {stage.period} windows ({share / stage.period:.4f}), "
             f"{part.num_windows:,} windows, {epochs:.4f} epochs done"
         )
     return lines
 
 
-def course_of(
+def data_of_run(
     options: Mapping[str, Any], announce: Callable[[str], None]
 ) -> tuple[Windows | MixedWindows, Order, Skips]:
     """Return what a run reads, in which order, and what it leaves out, from the options in its record.
@@ -328,7 +328,7 @@ def course_of(
     Raises:
         UserError: a dataset is not where it was.
     """
-    datasets = Datasets.open(words_of(options["shards"]))
+    datasets = Datasets.open(source_texts(options["shards"]))
     cut = {name: options[name] for name in ("layout", "seq_len", "long_documents") if name in options}
     windows = datasets.windows(announce=announce, **cut)
     order = datasets.order(
@@ -336,7 +336,7 @@ def course_of(
         seed=options["seed"],
         kind=options["order"],
         block=options.get("shuffle_block", 1),
-        stretches=[Stretch.of(told) for told in options.get("stretches", ())],
+        stages=[MixtureStage.of(told) for told in options.get("mixture_stages", ())],
     )
     return windows, order, Skips.of(options.get("skip_positions", ()))
 

@@ -14,7 +14,7 @@ from minimind_train.model import MiniMind
 from minimind_train.objective import NextToken, Objective
 from minimind_train.parts import MixedWindows, Samples
 from minimind_train.progress import Say
-from minimind_train.start import Origin
+from minimind_train.start import InitialWeights
 
 __all__ = ["Phase", "refuse_other_kind"]
 
@@ -37,9 +37,11 @@ class Phase(Generic[ConfigT]):
     """The kind of dataset that it learns."""
     config: type[ConfigT]
     """Its options; made without arguments, they are its defaults."""
-    objective: Callable[[MiniMind, ConfigT, Origin], Objective] = _next_token
+    objective: Callable[[MiniMind, ConfigT, InitialWeights], Objective] = _next_token
     """Returns the objective over a model, by resolved options; by default the cross-entropy of the next token."""
-    samples: Callable[[Windows | MixedWindows, ConfigT, Origin, torch.device, Say], Samples] = _windows_alone
+    samples: Callable[[Windows | MixedWindows, ConfigT, InitialWeights, torch.device, Say], Samples] = (
+        _windows_alone
+    )
     """Returns where samples are read; by default the windows, else what adds to them."""
 
 

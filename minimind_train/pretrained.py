@@ -24,7 +24,7 @@ from minimind_train.model import MiniMind
 from minimind_train.model_config import ModelConfig
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.runs import CONFIG_NAME, RunRecord
-from minimind_train.trained import Which, used
+from minimind_train.trained import CheckpointChoice, with_checkpoint
 
 __all__ = ["Weights", "adapted_model", "checksum_of_tensors", "load_weights", "model_of", "same_weights"]
 
@@ -47,7 +47,7 @@ class Weights(NamedTuple):
 def load_weights(
     path: Path,
     *,
-    step: Which = None,
+    step: CheckpointChoice = None,
     shape: ModelConfig | None = None,
     say: Say = say_on_stderr,
 ) -> Weights:
@@ -115,7 +115,7 @@ def same_weights(options: Mapping[str, Any], why: str, say: Say) -> Weights:
 
 
 def model_of(
-    run: Path, *, step: Which, say: Say, changes: Mapping[str, Any] = MappingProxyType({})
+    run: Path, *, step: CheckpointChoice, say: Say, changes: Mapping[str, Any] = MappingProxyType({})
 ) -> MiniMind:
     """Return the model of a run, on the CPU, in the mode of use; adapters are merged into what they stand beside.
 
@@ -131,7 +131,7 @@ def model_of(
     return _model_and_step_of(run, step, say, changes)[0]
 
 
-def adapted_model(run: Path, *, step: Which, say: Say) -> tuple[MiniMind, LoraConfig]:
+def adapted_model(run: Path, *, step: CheckpointChoice, say: Say) -> tuple[MiniMind, LoraConfig]:
     """Return the model of a run with its adapters beside their matrices, and what they are.
 
     Raises:
@@ -144,16 +144,18 @@ def adapted_model(run: Path, *, step: Which, say: Say) -> tuple[MiniMind, LoraCo
             raise UserError(f"{run}: has no adapters, since it was trained without --lora-rank")
         return _restored(found, {}, say), lora
 
-    return used(run, step, restored, say)
+    return with_checkpoint(run, step, restored, say)
 
 
-def _model_and_step_of(run: Path, step: Which, say: Say, changes: Mapping[str, Any]) -> tuple[MiniMind, int]:
+def _model_and_step_of(
+    run: Path, step: CheckpointChoice, say: Say, changes: Mapping[str, Any]
+) -> tuple[MiniMind, int]:
     def restored(found: Checkpoint) -> tuple[MiniMind, int]:
         model = _restored(found, changes, say)
         merge_adapters(model)
         return model, found.state.step
 
-    return used(run, step, restored, say)
+    return with_checkpoint(run, step, restored, say)
 
 
 def _restored(found: Checkpoint, changes: Mapping[str, Any], say: Say) -> MiniMind:

@@ -15,8 +15,7 @@ from minimind_data.errors import UserError
 from minimind_data.windows import Windows
 from minimind_train import checkpoint, loop
 from minimind_train.checkpoint import Checkpoint, CheckpointState
-from minimind_train.config import ConfigT, recorded, with_stretches
-from minimind_train.course import Course
+from minimind_train.config import ConfigT, recorded, with_stages
 from minimind_train.devices import out_of_memory_is_plain
 from minimind_train.distributed import ALONE, World
 from minimind_train.evaluate import validation
@@ -27,7 +26,7 @@ from minimind_train.lora import adapters_of, add_adapters
 from minimind_train.metrics import FILE_NAME, MetricsLog, NoMetrics
 from minimind_train.model import MiniMind, initialize
 from minimind_train.model_config import parameter_line
-from minimind_train.nonfinite import Tolerance
+from minimind_train.nonfinite import NonfiniteGuard
 from minimind_train.objective import Objective
 from minimind_train.optim import make_optimizer
 from minimind_train.parallel import parallelize, unsharded
@@ -35,10 +34,11 @@ from minimind_train.parts import Datasets, MixedWindows, Samples
 from minimind_train.phase import Phase
 from minimind_train.precision import LossScale, allow_tf32, autocast
 from minimind_train.progress import Say
+from minimind_train.run_data import RunData
 from minimind_train.runs import load_run_tokenizer
 from minimind_train.sampler import SampleCursor
 from minimind_train.saver import Saver
-from minimind_train.start import Origin
+from minimind_train.start import InitialWeights
 from minimind_train.step_loader import StepLoader
 from minimind_train.tensors import Tensors, tensors_of
 from minimind_train.tracking import TrackedRun, Trackers
@@ -65,7 +65,7 @@ class RankJob(Generic[ConfigT]):
         phase: Phase[ConfigT],
         config: ConfigT,
         shards: Datasets,
-        origin: Origin,
+        origin: InitialWeights,
         *,
         say: Say,
         world: World,
@@ -79,17 +79,17 @@ class RankJob(Generic[ConfigT]):
         self.shards = shards
         self.origin = origin
         self.say = say
-        self.course = Course(config, shards, say)
-        self.config = with_stretches(config, self.course.stretches)
-        self.evaluator = self.course.evaluator(self.device, world)
+        self.data = RunData(config, shards, say)
+        self.config = with_stages(config, self.data.stages)
+        self.evaluator = self.data.evaluator(self.device, world)
         if config.training.saving.save_best and not self.evaluator:
             raise UserError("--save-best needs something to measure on; pass --val-shards, or leave it out")
         self._measured_on = self.evaluator.measures_on if self.evaluator else None
 
     def reweight(self, cursor: int) -> None:
         """Let other weights of a mixture hold from the cursor on."""
-        self.course.reweight(cursor)
-        self.config = with_stretches(self.config, self.course.stretches)
+        self.data.reweight(cursor)
+        self.config = with_stages(self.config, self.data.stages)
 
     @failing_to_compile_is_plain()
     @out_of_memory_is_plain(
@@ -104,7 +104,7 @@ class RankJob(Generic[ConfigT]):
         """
         training, world = self.config.training, self.world
         found, step, cursor = start.found, start.step, start.cursor
-        end, total_steps = self.course.end(step, cursor)
+        end, total_steps = self.data.end(step, cursor)
         if step >= total_steps:
             self.say(f"{self.run}: finished already, {step} steps; nothing to do")
             return loop.Outcome(step=step, total_steps=total_steps, cursor=cursor, loss=None, rank=world.rank)
@@ -137,14 +137,14 @@ class RankJob(Generic[ConfigT]):
             compile_layers(model)
         if training.activation_checkpointing:
             recompute_activations(model)
-        samples = self._samples(self.course.windows)
+        samples = self._samples(self.data.windows)
         measure = {}
         if self.evaluator:
             every = self.config.validation.val_every
             self.evaluator.samples = self._samples(self.evaluator.windows)
             measure["validate"] = validation(self.evaluator, objective, every=every, total_steps=total_steps)
         self.origin.release()
-        tolerance = Tolerance(
+        guard = NonfiniteGuard(
             objective,
             training.on_nonfinite,
             run=self.run,
@@ -158,7 +158,7 @@ class RankJob(Generic[ConfigT]):
             MetricsLog(self.run / FILE_NAME, last_step=step) if world.is_main else NoMetrics() as metrics,
             StepLoader(
                 samples,
-                self.course.order,
+                self.data.order,
                 start=cursor,
                 stop=end,
                 global_batch=training.global_batch,
@@ -166,13 +166,13 @@ class RankJob(Generic[ConfigT]):
                 rank=world.rank,
                 world_size=world.size,
                 device=self.device,
-                skips=self.course.skips,
+                skips=self.data.skips,
                 num_terms=objective.num_terms,
             ) as batches,
             self._saver(
                 partial(tensors_of, model, optimizer),
                 metrics,
-                tolerance,
+                guard,
                 scale,
                 best=checkpoint.best_of(self.run, last_step=step, measured_on=self._measured_on)
                 if found
@@ -198,8 +198,8 @@ class RankJob(Generic[ConfigT]):
                 metrics=trackers,
                 look=self._excerpts(model, objective, trackers),
                 save=saver.after_step,
-                tolerance=tolerance,
-                describe=self.course.describe,
+                guard=guard,
+                describe=self.data.describe,
                 **measure,
                 scale=scale,
                 say=self.say,
@@ -233,7 +233,7 @@ class RankJob(Generic[ConfigT]):
         self,
         tensors: Callable[[], Tensors],
         metrics: MetricsLog | NoMetrics,
-        tolerance: Tolerance,
+        guard: NonfiniteGuard,
         scale: LossScale | None,
         *,
         best: CheckpointState | None,
@@ -248,7 +248,7 @@ class RankJob(Generic[ConfigT]):
                 dataset=self.shards.fingerprint,
                 metrics_lines=metrics.num_lines,
                 loss_scale=scale.told() if scale else None,
-                skipped_steps=tolerance.skipped,
+                skipped_steps=guard.skipped,
                 val_loss=record.get("val_loss"),
                 val_on=self._measured_on if "val_loss" in record else None,
             )
@@ -284,13 +284,13 @@ class RankJob(Generic[ConfigT]):
                 f"{learned / 1e6:.2f}M parameters of adapters are learned, in {len(adapters_of(model))} matrices"
             )
         self.say(
-            f"{self.run}: on {where} in {training.dtype}, {len(self.course.windows):,} windows of "
-            f"{self.course.windows.seq_len} tokens"
+            f"{self.run}: on {where} in {training.dtype}, {len(self.data.windows):,} windows of "
+            f"{self.data.windows.seq_len} tokens"
         )
-        for line in self.course.introduce(cursor):
+        for line in self.data.introduce(cursor):
             self.say(line)
         again = f"going on after step {step} of {total_steps}" if step else f"step 1 of {total_steps}"
         place = "".join(
-            f", {name} {value}" for name, value in self.course.describe(cursor).items() if name != "epochs"
+            f", {name} {value}" for name, value in self.data.describe(cursor).items() if name != "epochs"
         )
         self.say(f"{again} at position {cursor}{place}")

@@ -19,19 +19,19 @@ from minimind_train.loop import RunConfig
 from minimind_train.model import MiniMind
 from minimind_train.objective import NextToken, Objective
 from minimind_train.opened import Opened, open_trained
-from minimind_train.parts import words_of
+from minimind_train.parts import source_texts
 from minimind_train.precision import Dtype, resolve_dtype
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.runs import RunRecord
-from minimind_train.start import Origin
-from minimind_train.trained import Which
+from minimind_train.start import InitialWeights
+from minimind_train.trained import CheckpointChoice
 
 
 def evaluate_run(
     run: Path,
     dataset: Path,
     *,
-    step: Which = None,
+    step: CheckpointChoice = None,
     num_windows: int | None = None,
     batch: int = 32,
     device: str = "auto",
@@ -63,7 +63,12 @@ def evaluate_run(
     options = dict(opened.record.options) if opened.record else {}
     if "layout" in cut:
         options["document_mask"] = cut["layout"] == "pack"
-    known = {**options, **cut, "shards": words_of(options.get("shards", str(dataset))), "stretches": ()}
+    known = {
+        **options,
+        **cut,
+        "shards": source_texts(options.get("shards", str(dataset))),
+        "mixture_stages": (),
+    }
     data = build(DataConfig, known)
     if data.seq_len > (longest := opened.model.config.longest_sequence):
         raise UserError(
@@ -110,4 +115,4 @@ def _of_pairs(model: MiniMind, run: Path, record: RunRecord | None, dataset: Pat
         )
     config = from_options(DpoConfig, record.options, run)
     online = replace(config, reference=replace(config.reference, reference="online"))
-    return DPO.objective(model, online, Origin(config, say))
+    return DPO.objective(model, online, InitialWeights(config, say))

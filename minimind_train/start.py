@@ -20,13 +20,13 @@ from minimind_train.parts import Datasets
 from minimind_train.pretrained import Weights, checksum_of_tensors, load_weights, same_weights
 from minimind_train.progress import Say
 
-__all__ = ["Origin", "begun_from"]
+__all__ = ["InitialWeights", "with_initial_weights"]
 
 _OF_TRAINING = frozenset({"dropout"})
 """What says how a model is trained, and so is no property of its weights."""
 
 
-def begun_from(
+def with_initial_weights(
     config: ConfigT, shards: Datasets, given: Collection[str] | None, say: Say
 ) -> tuple[ConfigT, Weights | None]:
     """Return the options of a new run with the model's taken from its weights, and these; None where it begins from none.
@@ -76,8 +76,8 @@ def begun_from(
     return replace(config, model=model, start=start), weights
 
 
-class Origin:
-    """The weights that a run began from, loaded when they are needed.
+class InitialWeights:
+    """The weights that a run began from, loaded when they are first asked for.
 
     Args:
         config: the run's options, which say which weights these are.

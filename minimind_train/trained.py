@@ -1,4 +1,8 @@
-"""Which checkpoint of a run is used by whoever does not train it; the run may still be training."""
+"""Which checkpoint of a run to read, for whoever does not train it: the newest, the best, or that of a step.
+
+The run may still be training, and delete a checkpoint while it is read; then the next newer one is tried. Checkpoints themselves are
+read in `checkpoint`.
+"""
 
 import contextlib
 from collections.abc import Callable
@@ -14,11 +18,11 @@ _MAX_TRIES = 5
 
 T = TypeVar("T")
 
-Which = int | Literal["best"] | None
+CheckpointChoice = int | Literal["best"] | None
 """Which checkpoint of a run: that of a step, that of the lowest validation loss, or the newest whole one."""
 
 
-def parse_step(text: str) -> Which:
+def parse_step(text: str) -> CheckpointChoice:
     """Read what names a checkpoint: a step, or `best`.
 
     Raises:
@@ -31,13 +35,13 @@ def parse_step(text: str) -> Which:
     return int(text)
 
 
-def used(run: Path, step: Which, use: Callable[[Checkpoint], T], say: Say) -> T:
-    """Find a checkpoint of a run, which may be training, and return what `use` makes of it.
+def with_checkpoint(run: Path, step: CheckpointChoice, use: Callable[[Checkpoint], T], say: Say) -> T:
+    """Find a checkpoint of a run, which may be training, call `use` with it, and return what that returns.
 
     Args:
         run: the run's folder.
         step: which checkpoint.
-        use: reads it; called again with a newer one where the run has deleted it meanwhile.
+        use: reads the checkpoint; called again with a newer one where the run has deleted it meanwhile.
         say: is told of damaged checkpoints.
 
     Raises:

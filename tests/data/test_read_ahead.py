@@ -85,18 +85,18 @@ def test_batches_are_the_same(make_dataset, layout):
 
 
 def test_all_of_a_dataset_is_asked_for_in_order_where_memory_holds_it(make_dataset, monkeypatch):
-    monkeypatch.setattr(read_ahead, "_STRETCH_BYTES", 20)
+    monkeypatch.setattr(read_ahead, "_CHUNK_BYTES", 20)
     shards = make_dataset(SHARDS)
     size = shards.num_tokens * shards.dtype.itemsize
     monkeypatch.setattr(read_ahead, "_available_bytes", lambda: 2 * size)
     tokens = [
         token
-        for shard, start, stop in read_ahead._stretches((shards,))
+        for shard, start, stop in read_ahead._chunks((shards,))
         for token in shard.tokens[start:stop].tolist()
     ]
     assert tokens == shards.slice(0, shards.num_tokens).tolist()
     monkeypatch.setattr(read_ahead, "_available_bytes", lambda: 2 * size - 1)
-    assert not list(read_ahead._stretches((shards,)))
+    assert not list(read_ahead._chunks((shards,)))
 
 
 def test_rows_that_are_asked_for_may_reach_over_shards_and_to_the_last_byte(make_dataset):
@@ -152,7 +152,7 @@ def test_a_pickle_begins_anew(make_dataset):
 
 def test_the_rest_of_a_dataset_is_asked_for_beside_batches_that_are_scattered_over_it_only(monkeypatch):
     windows, begun = Recorded(monkeypatch, cold=True), []
-    monkeypatch.setattr(read_ahead, "_stretches", lambda _: iter(begun.append("begun") or ()))
+    monkeypatch.setattr(read_ahead, "_chunks", lambda _: iter(begun.append("begun") or ()))
     for batch in (numbers(5), numbers(*range(100, 164)), numbers(3, 70, 5, 40)):
         ahead = ReadAhead(windows)
         ahead.fetch(batch)

@@ -17,7 +17,7 @@ from minimind_data.shards import ShardSet
 from minimind_data.windows import open_windows
 from minimind_data.writer import ShardWriter
 from minimind_train.loader import ResumableBatchSampler, WindowDataset
-from minimind_train.mixture import MixtureOrder, Stretch
+from minimind_train.mixture import MixtureOrder, MixtureStage
 from minimind_train.sampler import SampleOrder
 from minimind_train.step_loader import StepLoader
 
@@ -332,8 +332,8 @@ def test_torchdata_stopped_again_and_again_on_every_rank_leaves_nothing_out(
 
 
 def test_a_mixture_has_a_place_too_and_new_shares_at_it_are_no_other_order():
-    first = Stretch(start=0, shares=(1, 2), taken=(0, 0))
-    order = MixtureOrder.of({"a": 30, "b": 21}, seed=1, stretches=[first])
+    first = MixtureStage(start=0, shares=(1, 2), taken=(0, 0))
+    order = MixtureOrder.of({"a": 30, "b": 21}, seed=1, stages=[first])
     sampler = ResumableBatchSampler(order, 4, stop=120)
     taken = flat(islice(iter(sampler), 6))
     state = json.loads(json.dumps(sampler.state_dict()))
@@ -343,7 +343,7 @@ def test_a_mixture_has_a_place_too_and_new_shares_at_it_are_no_other_order():
     other = ResumableBatchSampler(order.reweighted(24, (2, 1)), 4, stop=120)
     other.load_state_dict(state)
     assert taken + flat(other) == windows_in(other.order, 0, 120)
-    with pytest.raises(UserError, match="stretches is"):
+    with pytest.raises(UserError, match="stages is"):
         ResumableBatchSampler(order.reweighted(23, (2, 1)), 4, stop=120).load_state_dict(state)
 
 

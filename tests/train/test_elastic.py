@@ -16,7 +16,7 @@ from minimind_data.shards import ShardSet
 from minimind_data.windows import open_windows
 from minimind_train import loop
 from minimind_train.loader import ResumableBatchSampler, WindowDataset
-from minimind_train.mixture import MixtureOrder, Stretch
+from minimind_train.mixture import MixtureOrder, MixtureStage
 from minimind_train.pretrain import pretrain, resume
 from minimind_train.sampler import SampleOrder
 from minimind_train.skips import Skips
@@ -62,8 +62,8 @@ class Leg:
 
 
 def first_order(block=1):
-    stretches = [Stretch(start=0, shares=(2, 1, 4), taken=(0, 0, 0))]
-    return MixtureOrder.of(SIZES, seed=11, block=block, stretches=stretches)
+    stages = [MixtureStage(start=0, shares=(2, 1, 4), taken=(0, 0, 0))]
+    return MixtureOrder.of(SIZES, seed=11, block=block, stages=stages)
 
 
 def walk(legs, block=1):
@@ -251,7 +251,7 @@ def test_a_real_run_stopped_and_changed_on_the_way_sees_the_same_list(
         name: len(open_windows(ShardSet.open(folder), layout="concat", seq_len=16))
         for name, folder in (("a", small_dataset), ("b", other_dataset))
     }
-    order = MixtureOrder.of(sizes, seed=42, stretches=[Stretch(start=0, shares=(3, 1), taken=(0, 0))])
+    order = MixtureOrder.of(sizes, seed=42, stages=[MixtureStage(start=0, shares=(3, 1), taken=(0, 0))])
     steps = {"allow_change": {"steps", "global_batch", "weights"}, "say": Said()}
 
     pretrain(config_of(run_folder, parts(3, 1), steps=4, save_every=1, keep=0), Said())

@@ -14,7 +14,7 @@ from minimind_train.interrupt import Stop, StopRequest
 from minimind_train.losses import summed_cross_entropy
 from minimind_train.metrics import MetricsLog
 from minimind_train.model import MiniMind, ModelConfig, initialize
-from minimind_train.nonfinite import Tolerance
+from minimind_train.nonfinite import NonfiniteGuard
 from minimind_train.objective import MicroLoss, NextToken
 from minimind_train.optim import OptimConfig, learning_rate, make_optimizer
 from minimind_train.sampler import SampleCursor, SampleOrder
@@ -93,7 +93,7 @@ class Run:
         )
         self.step, self.cursor = 0, SampleCursor()
         self.saved, self.said = [], []
-        self.tolerance = Tolerance(
+        self.guard = NonfiniteGuard(
             self.objective,
             self.config.on_nonfinite,
             run=Path("runs/it"),
@@ -130,7 +130,7 @@ class Run:
                 device=CPU,
                 metrics=metrics,
                 save=self.save,
-                tolerance=self.tolerance,
+                guard=self.guard,
                 describe=lambda position: {"epoch": (position - 1) // NUM_WINDOWS},
                 say=self.said.append,
             )

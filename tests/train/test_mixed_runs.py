@@ -11,7 +11,7 @@ from minimind_data.errors import UserError
 from minimind_data.shards import ShardSet
 from minimind_data.windows import open_windows
 from minimind_train import checkpoint
-from minimind_train.mixture import Stretch
+from minimind_train.mixture import MixtureStage
 from minimind_train.parts import Datasets, MixedWindows, place_of, read_sources
 from minimind_train.pretrain import pretrain, resume
 from minimind_train.runs import Change, RunRecord
@@ -78,7 +78,7 @@ def test_a_run_takes_its_parts_by_weight_and_says_so(begin_mixed, tmp_path, part
         "b": round(24 / len(windows.parts[1]), 4),
     }
     record = RunRecord.read(tmp_path / "run")
-    assert record.options["stretches"] == [{"start": 0, "shares": [3, 1], "taken": [0, 0]}]
+    assert record.options["mixture_stages"] == [{"start": 0, "shares": [3, 1], "taken": [0, 0]}]
     assert record.dataset.split(" ")[1] == f"b={datasets.sets[1].manifest.fingerprint}"
     state = checkpoint.load(tmp_path / "run", 12).state
     assert state.config == record.options
@@ -109,9 +109,9 @@ def test_new_weights_hold_from_the_cursor_on_and_in_every_later_resume(begin_mix
         resume(run, {"shards": other}, say=Said())
     resume(run, {"shards": other}, allow_change={"weights"}, say=Said())
     record = RunRecord.read(run)
-    assert [Stretch.of(told) for told in record.options["stretches"]] == [
-        Stretch(start=0, shares=(3, 1), taken=(0, 0)),
-        Stretch(start=48, shares=(1, 3), taken=(36, 12)),
+    assert [MixtureStage.of(told) for told in record.options["mixture_stages"]] == [
+        MixtureStage(start=0, shares=(3, 1), taken=(0, 0)),
+        MixtureStage(start=48, shares=(1, 3), taken=(36, 12)),
     ]
     assert record.changes == (Change(step=6, name="weights", old="a=0.75 b=0.25", new="a=0.25 b=0.75"),)
     there, last = metrics(run), weights(run, 12)

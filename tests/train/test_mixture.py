@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from minimind_train.mixture import (
     MAX_PERIOD,
     MixtureOrder,
-    Stretch,
+    MixtureStage,
     shares_of,
 )
 from minimind_train.sampler import SampleOrder
@@ -20,8 +20,8 @@ from minimind_train.seeds import derive_seed
 
 
 def mixture(sizes, shares, seed=7, kind="shuffled"):
-    first = Stretch(start=0, shares=tuple(shares), taken=(0,) * len(shares))
-    return MixtureOrder.of(sizes, seed=seed, kind=kind, stretches=[first])
+    first = MixtureStage(start=0, shares=tuple(shares), taken=(0,) * len(shares))
+    return MixtureOrder.of(sizes, seed=seed, kind=kind, stages=[first])
 
 
 def owners(order, positions):
@@ -94,7 +94,7 @@ def test_new_shares_take_no_part_from_its_place(shares, changes):
 def test_shares_that_change_twice_at_one_place_are_those_of_the_last_word():
     order = mixture({"a": 9, "b": 9}, (1, 1)).reweighted(40, (3, 1)).reweighted(60, (1, 9))
     assert order.reweighted(40, (1, 3)) == mixture({"a": 9, "b": 9}, (1, 1)).reweighted(40, (1, 3))
-    assert order.reweighted(0, (1, 3)).stretches == (Stretch(start=0, shares=(1, 3), taken=(0, 0)),)
+    assert order.reweighted(0, (1, 3)).stages == (MixtureStage(start=0, shares=(1, 3), taken=(0, 0)),)
 
 
 @given(position=st.integers(0, 10**15), shares=SHARES)
@@ -111,7 +111,7 @@ def test_any_position_costs_what_the_first_does_and_agrees_with_its_neighbours(p
     assert window == order.starts[place.part] + place.window
 
 
-def test_positions_may_come_in_any_order_across_stretches():
+def test_positions_may_come_in_any_order_across_stages():
     order = mixture({"a": 5, "b": 7, "c": 3}, (5, 3, 1)).reweighted(50, (1, 0, 1)).reweighted(111, (0, 4, 3))
     positions = np.random.default_rng(0).permutation(300)
     expected = [order.starts[p.part] + p.window for p in map(order.place, range(300))]
@@ -174,12 +174,12 @@ def test_what_makes_no_mixture_is_refused():
         shares_of([])
     good = mixture({"a": 1, "b": 1}, (1, 1))
     with pytest.raises(ValueError, match="ascending"):
-        MixtureOrder(names=("b", "a"), parts=good.parts, stretches=good.stretches)
+        MixtureOrder(names=("b", "a"), parts=good.parts, stages=good.stages)
     with pytest.raises(ValueError, match="begin at 0"):
-        MixtureOrder(names=good.names, parts=good.parts, stretches=())
+        MixtureOrder(names=good.names, parts=good.parts, stages=())
     with pytest.raises(ValueError, match="a share and a count for each of 2 parts"):
         MixtureOrder(
-            names=good.names, parts=good.parts, stretches=(Stretch(start=0, shares=(1,), taken=(0,)),)
+            names=good.names, parts=good.parts, stages=(MixtureStage(start=0, shares=(1,), taken=(0,)),)
         )
     for call in (good.place, good.taken, lambda position: good.windows(np.array([position]))):
         with pytest.raises(ValueError, match="cannot be -1"):
@@ -187,8 +187,8 @@ def test_what_makes_no_mixture_is_refused():
 
 
 def test_a_stretch_comes_back_from_json():
-    stretch = Stretch(start=5, shares=(1, 2), taken=(2, 3))
-    assert Stretch.of(stretch.told()) == stretch
+    stage = MixtureStage(start=5, shares=(1, 2), taken=(2, 3))
+    assert MixtureStage.of(stage.told()) == stage
 
 
 def test_the_order_of_a_mixture_is_pinned():

@@ -1,6 +1,7 @@
-"""The course of a run through its data: which windows there are, which comes when, where the run begins and ends.
+"""The data of a run: its windows, the order in which they are learned, where the run begins and ends in it, what validates it.
 
-All of it is arithmetic on the cursor; nothing here is learned or saved.
+Everything here is arithmetic on the cursor and the options; nothing is learned or saved. Opening datasets is in `parts`, reading batches in
+`step_loader`.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from minimind_data.shards import ShardSet
 from minimind_train.config import NEEDS_SEQUENTIAL, PhaseConfig, window_options
 from minimind_train.distributed import World
 from minimind_train.evaluate import Evaluator, open_evaluator
-from minimind_train.mixture import MixtureOrder, Stretch
+from minimind_train.mixture import MixtureOrder, MixtureStage
 from minimind_train.parts import (
     Datasets,
     MixedWindows,
@@ -25,24 +26,24 @@ from minimind_train.parts import (
 from minimind_train.progress import Say
 from minimind_train.skips import Skips
 
-__all__ = ["Course"]
+__all__ = ["RunData"]
 
 
-class Course:
-    """The course of a run.
+class RunData:
+    """The windows of a run, their order, and its begin and end in them.
 
     Args:
-        config: the run's options.
-        datasets: what it reads.
+        config: the run's resolved options.
+        datasets: the opened dataset, or those of a mixture.
         say: takes lines for the user.
 
     Attributes:
-        windows: what can be learned.
-        order: which window comes when.
+        windows: the windows of the dataset, or of all parts.
+        order: which window stands at which position.
         skips: the positions that are left out.
 
     Raises:
-        UserError: there is no window, or none of a part.
+        UserError: the dataset, or a part of the mixture, has no window.
     """
 
     def __init__(self, config: PhaseConfig, datasets: Datasets, say: Say) -> None:
@@ -57,13 +58,13 @@ class Course:
             seed=config.training.seed,
             kind=config.data.order,
             block=config.data.shuffle_block,
-            stretches=config.data.stretches,
+            stages=config.data.mixture_stages,
         )
 
     @property
-    def stretches(self) -> tuple[Stretch, ...]:
+    def stages(self) -> tuple[MixtureStage, ...]:
         """The shares of the parts of a mixture, and from which position on."""
-        return self.order.stretches if isinstance(self.order, MixtureOrder) else ()
+        return self.order.stages if isinstance(self.order, MixtureOrder) else ()
 
     def first_position(self) -> int:
         """Return where the run begins in the data.
