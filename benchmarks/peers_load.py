@@ -113,7 +113,7 @@ class Bench:
 
     def command(self, name: str, tasks: list[LoadTask]) -> tuple[list[str], dict[str, str]]:
         """Return a loader's command and the environment that it runs in."""
-        (self.folder / "tasks.json").write_text(json.dumps([task.told() for task in tasks]))
+        (self.folder / "tasks.json").write_text(json.dumps([task.as_dict() for task in tasks]))
         (self.folder / "figures.json").unlink(missing_ok=True)
         peer = ALL[name]
         python = environment(peer.environment) / "python" if peer.environment else Path(sys.executable)

@@ -50,7 +50,7 @@ def stats(
     seq_lens = tuple(dict.fromkeys(seq_len or DEFAULT_SEQ_LENS))
     with ByteProgress("count", sum(entry.bytes for entry in shards.manifest.shards)) as bar:
         found = describe(shards, tokenizer, seq_lens, bar.add)
-    told = found.told()
+    told = found.as_dict()
     if as_json:
         print(json.dumps(told, ensure_ascii=False))
     else:

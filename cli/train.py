@@ -276,7 +276,7 @@ def _eval(app: typer.Typer) -> None:
             changes={name: value for name, value in asdict(scaling).items() if name in given},
         )
         if as_json:
-            print(json.dumps(found.told()))
+            print(json.dumps(found.as_dict()))
         else:
             print(f"{folder}: {found}")
 

@@ -55,7 +55,7 @@ def write_page(
 
     Args:
         path: the file.
-        told: what `Stats.told` returns; its window lengths are those that the page shows.
+        told: what `Stats.as_dict` returns; its window lengths are those that the page shows.
         shards: the dataset.
         tokenizer: the one that made it.
         num_windows: windows of each layout and length, fewer where the page would become too big for a browser.

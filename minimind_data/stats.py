@@ -126,7 +126,7 @@ class Stats:
     waste: tuple[Waste, ...]
     """By window length, then by layout."""
 
-    def told(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Return everything as one object for JSON."""
         manifest = self.shards.manifest
         lengths = self.lengths

@@ -113,7 +113,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "shards", source_texts(self.shards))
         read_sources(self.shards)  # refuses what it cannot read
-        object.__setattr__(self, "skip_positions", Skips.of(self.skip_positions).told())
+        object.__setattr__(self, "skip_positions", Skips.of(self.skip_positions).as_texts())
         if not 1 <= self.shuffle_block <= 2**40:
             raise ValueError(f"shuffle_block must be from 1 to 2^40 windows, not {self.shuffle_block}")
         if self.seq_len < 1:
@@ -260,7 +260,7 @@ def recorded(config: PhaseConfig) -> dict[str, Any]:
         if name not in _UNRECORDED
     }
     shards, stages = config.data.shards, config.data.mixture_stages
-    mixed = {"shards": list(shards), "mixture_stages": [stage.told() for stage in stages]}
+    mixed = {"shards": list(shards), "mixture_stages": [stage.as_dict() for stage in stages]}
     return flat | (mixed if stages else {"shards": shards[0], "mixture_stages": []})
 
 
@@ -289,7 +289,7 @@ def reconciled(
     Raises:
         UserError: something differs that must not.
     """
-    skipped = Skips.of((*record.options.get(_SKIPS, ()), *given.get(_SKIPS, ()))).told()
+    skipped = Skips.of((*record.options.get(_SKIPS, ()), *given.get(_SKIPS, ()))).as_texts()
     given = {name: value for name, value in given.items() if name not in _ACTIONS | _UNRECORDED}
     begun = _DEFAULTS_OF_OLD_RECORDS | record.options
     options = begun | given | {_SKIPS: skipped}

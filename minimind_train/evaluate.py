@@ -68,7 +68,7 @@ class Evaluation:
     measures: Mapping[str, float] = field(default_factory=dict)
     """What else the objective measures, as means over the pairs."""
 
-    def told(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Return what there is, by name."""
         told = {name: value for name, value in asdict(self).items() if value is not None}
         del told["measures"]
@@ -242,7 +242,7 @@ def validation(
     def validate(step: int) -> dict[str, Any]:
         if step % every and step != total_steps:
             return {}
-        found = evaluator.measure(objective).told()
+        found = evaluator.measure(objective).as_dict()
         return {f"val_{name}": value for name, value in found.items()}
 
     return validate

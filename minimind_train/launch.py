@@ -48,8 +48,8 @@ class _End(NamedTuple):
 
     kind: Literal["done", "refused", "failed", "lost", "interrupted", "killed"]
     """`lost`: because another one had ended. `killed`: without a word."""
-    told: Any
-    """What came out of it where it is done, else the reason."""
+    result: Any
+    """What `work` returned where it is done, else why it ended."""
 
 
 def launch_ranks(work: Callable[[World], T], nproc: int) -> T:
@@ -75,7 +75,7 @@ def launch_ranks(work: Callable[[World], T], nproc: int) -> T:
         (item for item in ends.items() if item[1].kind != "done"), key=lambda item: item[1].kind == "lost"
     )
     if not early:
-        outcome: T = ends[0].told
+        outcome: T = ends[0].result
         return outcome
     rank, end = early[0]
     if end.kind == "interrupted" and ranks.forwarded_signal:
@@ -190,8 +190,8 @@ class _Ranks:
 def _sentence(rank: int, end: _End, nproc: int) -> str:
     """Say why a rank, and with it the run, has ended."""
     if end.kind in {"refused", "lost"}:
-        return str(end.told)
-    return f"rank {rank} of {nproc} {end.told}, so the others were ended too; go on with --resume, which may have another --nproc"
+        return str(end.result)
+    return f"rank {rank} of {nproc} {end.result}, so the others were ended too; go on with --resume, which may have another --nproc"
 
 
 def _be_rank(work: Callable[[World], Any], place: Place, port: int, pipe: Connection) -> None:

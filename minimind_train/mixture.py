@@ -85,7 +85,7 @@ class MixtureStage:
         """Return what `told` was made from, as JSON gives it back."""
         return cls(start=int(told["start"]), shares=tuple(told["shares"]), taken=tuple(told["taken"]))
 
-    def told(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Return it as JSON holds it."""
         return {"start": self.start, "shares": list(self.shares), "taken": list(self.taken)}
 
@@ -188,7 +188,7 @@ class MixtureOrder:
 
     def described(self, position: int) -> dict[str, Any]:
         """What decides the order before a position; see `SampleOrder.described`."""
-        before = [stage.told() for stage in self.stages if stage.start < max(position, 1)]
+        before = [stage.as_dict() for stage in self.stages if stage.start < max(position, 1)]
         sizes = {name: part.num_windows for name, part in zip(self.names, self.parts, strict=True)}
         told = self.parts[0].described(position) | {"num_windows": sizes, "seed": self.seed}
         return told | {"stages": before}

@@ -86,7 +86,7 @@ class NonfiniteGuard:
         self._last_step = step
         self.skipped += 1
         guilty = self._blamed(batch, positions, forward)
-        places = Skips.of([f"{position}:{position + 1}" for position in guilty]).told()
+        places = Skips.of([f"{position}:{position + 1}" for position in guilty]).as_texts()
         shown = (
             f"from {_shown(guilty)} of the" if guilty else "from no window alone but from the whole of the"
         )

@@ -78,8 +78,8 @@ class LossScale:
         self.skipped_steps += 1
         return True
 
-    def told(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps; `LossScale(**told)` is the same again."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps; `LossScale(**state)` is the same again."""
         return asdict(self)
 
 

@@ -247,7 +247,7 @@ class RankJob(Generic[ConfigT]):
                 config=options,
                 dataset=self.shards.fingerprint,
                 metrics_lines=metrics.num_lines,
-                loss_scale=scale.told() if scale else None,
+                loss_scale=scale.state_dict() if scale else None,
                 skipped_steps=guard.skipped,
                 val_loss=record.get("val_loss"),
                 val_on=self._measured_on if "val_loss" in record else None,

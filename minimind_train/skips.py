@@ -54,7 +54,7 @@ class Skips:
                 merged.append((first, stop))
         return cls(tuple(merged))
 
-    def told(self) -> tuple[str, ...]:
+    def as_texts(self) -> tuple[str, ...]:
         """Return the ranges as `of` reads them."""
         return tuple(f"{first}:{stop}" for first, stop in self.ranges)
 

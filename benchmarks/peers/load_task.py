@@ -74,7 +74,7 @@ class LoadTask:
         tokens, width = self.tokens, self.seq_len
         return (tokens[start : start + width + 1] for start in range(0, len(tokens) - width, width))
 
-    def told(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
 

@@ -53,7 +53,7 @@ def dataset(tmp_path, write_jsonl):
 
 def write(dataset, path, seq_lens=(16, 40), **options):
     tokenizer = load_tokenizer(dataset.folder)
-    told = stats(dataset, tokenizer, seq_lens).told()
+    told = stats(dataset, tokenizer, seq_lens).as_dict()
     assert write_page(path, told, dataset, tokenizer, **options) == path.stat().st_size
     reader = Reader()
     reader.feed(path.read_text("utf-8"))

@@ -140,7 +140,7 @@ def page(tmp_path, write_jsonl):
     tokenize([write_jsonl(texts)], TokenizeOptions(out=tmp_path / "d", workers=1))
     shards = ShardSet.open(tmp_path / "d")
     tokenizer = load_tokenizer(tmp_path / "d")
-    told = stats(shards, tokenizer, [16, 64]).told()
+    told = stats(shards, tokenizer, [16, 64]).as_dict()
     write_page(tmp_path / "page.html", told, shards, tokenizer, num_windows=40)
     return tmp_path / "page.html"
 

@@ -121,7 +121,7 @@ def run(legs, block=1):
     cursor, seen, redone = 0, [], {}
     for leg in legs:
         batch = leg.global_batch or batch
-        skips = Skips.of([*skips.told(), *leg.skips])
+        skips = Skips.of([*skips.as_texts(), *leg.skips])
         if leg.shares:
             order = order.reweighted(cursor, leg.shares)
         if leg.global_batch or leg.shares or leg.skips:

@@ -188,7 +188,7 @@ def test_what_makes_no_mixture_is_refused():
 
 def test_a_stretch_comes_back_from_json():
     stage = MixtureStage(start=5, shares=(1, 2), taken=(2, 3))
-    assert MixtureStage.of(stage.told()) == stage
+    assert MixtureStage.of(stage.as_dict()) == stage
 
 
 def test_the_order_of_a_mixture_is_pinned():

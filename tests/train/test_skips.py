@@ -39,7 +39,7 @@ def test_batches_of_any_size_are_the_kept_positions_one_after_the_other(ranges, 
 @given(ranges=RANGES)
 def test_ranges_are_written_as_they_are_read_and_never_touch(ranges):
     skips = skips_of(ranges)
-    assert Skips.of(skips.told()) == skips == Skips.of([*skips.told(), *skips.told()])
+    assert Skips.of(skips.as_texts()) == skips == Skips.of([*skips.as_texts(), *skips.as_texts()])
     edges = [edge for pair in skips.ranges for edge in pair]
     assert edges == sorted(set(edges))
 
