@@ -9,31 +9,10 @@ import sys
 import time
 
 import pytest
-from typer.testing import CliRunner
 
-from minimind_cli.train import make
 from minimind_data.build import TokenizeOptions, tokenize
 
-TINY = [
-    *("--seq-len", "32", "--hidden-size", "16", "--num-hidden-layers", "1", "--num-attention-heads", "2"),
-    *(
-        "--num-key-value-heads",
-        "1",
-        "--global-batch",
-        "4",
-        "--threads",
-        "1",
-        "--device",
-        "cpu",
-        "--steps",
-        "1",
-    ),
-]
-
-
-def mm_train(*arguments, **options):
-    arguments = list(map(str, arguments))
-    return CliRunner().invoke(make(arguments), arguments, **options)
+from .conftest import TINY, mm_train
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +20,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chat")
     (folder / "text.txt").write_text("one two three four five six seven\n" * 99)
     tokenize([folder / "text.txt"], TokenizeOptions(out=folder / "data", workers=1))
-    result = mm_train("pretrain", "--shards", folder / "data", "--run", folder / "run", *TINY)
+    result = mm_train("pretrain", "--shards", folder / "data", "--run", folder / "run", *TINY, "--steps", 1)
     assert result.exit_code == 0, result.stderr
     return folder / "run"
 

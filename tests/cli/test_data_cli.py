@@ -10,21 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from minimind_cli.data import app
 from minimind_data import writer
 from minimind_data.options import format_size, parse_size
 
+from .conftest import mm_data
+
 TEXTS = [f"Question {i}? Answer {i}。<|im_end|>" for i in range(200)]
-
-
-@pytest.fixture
-def run():
-    def call(*arguments):
-        return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-    return call
 
 
 @pytest.fixture
@@ -35,8 +27,8 @@ def source(tmp_path):
 
 
 @pytest.fixture
-def dataset(run, source, tmp_path):
-    result = run("tokenize", source, "--out", tmp_path / "data", "--workers", 1, "--split-bytes", "2KiB")
+def dataset(source, tmp_path):
+    result = mm_data("tokenize", source, "--out", tmp_path / "data", "--workers", 1, "--split-bytes", "2KiB")
     assert result.exit_code == 0, result.stderr
     return tmp_path / "data"
 
@@ -50,104 +42,104 @@ def sentence(result, status=1):
     return lines[0]
 
 
-def test_tokenize_says_what_it_made_and_that_it_is_done(run, source, tmp_path):
-    first = run("tokenize", source, "--out", tmp_path / "data", "--workers", 1)
+def test_tokenize_says_what_it_made_and_that_it_is_done(source, tmp_path):
+    first = mm_data("tokenize", source, "--out", tmp_path / "data", "--workers", 1)
     assert first.exit_code == 0
     assert "200 documents" in first.stdout
     assert "encoding with fastokens: agrees with tokenizers" in first.stderr
-    second = run("tokenize", source, "--out", tmp_path / "data")
+    second = mm_data("tokenize", source, "--out", tmp_path / "data")
     assert second.exit_code == 0
     assert "already done, nothing to do" in second.stdout
 
 
-def test_info(run, dataset, source):
-    told = json.loads(run("info", dataset, "--json").stdout)
+def test_info(dataset, source):
+    told = json.loads(mm_data("info", dataset, "--json").stdout)
     assert (told["documents"], told["kind"], told["dtype"]) == (200, "pretrain", "uint16")
     assert told["inputs"][0]["path"] == str(source)
-    assert "200 documents" in run("info", dataset).stdout
+    assert "200 documents" in mm_data("info", dataset).stdout
 
 
-def test_window_speaks_json_and_text(run, dataset):
-    told = json.loads(run("window", dataset, 3, "--seq-len", 16, "--json").stdout)
+def test_window_speaks_json_and_text(dataset):
+    told = json.loads(mm_data("window", dataset, 3, "--seq-len", 16, "--json").stdout)
     assert set(told) == {"input_ids", "targets", "document_ids", "shard", "offset", "text"}
     assert told["input_ids"][1:] == told["targets"][:-1]
     assert told["offset"] == 48
     labels = json.loads(
-        run("window", dataset, 3, "--seq-len", 64, "--layout", "pad", "--labels", "--json").stdout
+        mm_data("window", dataset, 3, "--seq-len", 64, "--layout", "pad", "--labels", "--json").stdout
     )
     assert set(labels) == {"input_ids", "labels", "document_ids", "shard", "offset", "text"}
     assert labels["text"].startswith("<|im_start|>Question 3?")
-    assert "window 3 of" in run("window", dataset, 3, "--seq-len", 16).stdout
-    assert "there are windows 0 to" in sentence(run("window", dataset, 10**6, "--seq-len", 16))
+    assert "window 3 of" in mm_data("window", dataset, 3, "--seq-len", 16).stdout
+    assert "there are windows 0 to" in sentence(mm_data("window", dataset, 10**6, "--seq-len", 16))
 
 
-def test_packed_windows_are_planned_once_and_leave_the_dataset_as_it_is(run, dataset):
+def test_packed_windows_are_planned_once_and_leave_the_dataset_as_it_is(dataset):
     before = sorted(path.name for path in dataset.iterdir())
     arguments = ("--seq-len", 64, "--layout", "pack", "--long-documents", "fragment")
-    first = run("window", dataset, 3, *arguments, "--json")
+    first = mm_data("window", dataset, 3, *arguments, "--json")
     assert "planning which of 200 documents share a window of 65 tokens" in first.stderr
     told = json.loads(first.stdout)
     assert len(set(told["document_ids"]) - {-1}) > 1
-    again = run("window", dataset, 3, *arguments)
+    again = mm_data("window", dataset, 3, *arguments)
     assert "planning" not in again.stderr
     assert "% of all places filled" in again.stderr
     assert "0 tokens of the dataset in no window" in again.stdout
     located = json.loads(
-        run("locate", dataset, *arguments, "--position", 3, "--order", "sequential", "--json").stdout
+        mm_data("locate", dataset, *arguments, "--position", 3, "--order", "sequential", "--json").stdout
     )
     assert (located["window"], located["shard"], located["offset"]) == (3, told["shard"], told["offset"])
-    assert run("verify", dataset).exit_code == 0
+    assert mm_data("verify", dataset).exit_code == 0
     assert sorted({path.name for path in dataset.iterdir()} - {".mm-pack"}) == before
-    assert "'cut', 'fragment', 'drop'" in run(
+    assert "'cut', 'fragment', 'drop'" in mm_data(
         "window", dataset, 3, "--seq-len", 64, "--long-documents", "lose"
     ).stderr.replace("\n", " ")
 
 
-def test_locate_agrees_with_window(run, dataset):
-    told = json.loads(run("locate", dataset, "--seq-len", 16, "--position", 10**9, "--json").stdout)
+def test_locate_agrees_with_window(dataset):
+    told = json.loads(mm_data("locate", dataset, "--seq-len", 16, "--position", 10**9, "--json").stdout)
     assert set(told) == {"position", "epoch", "window", "shard", "offset"}
-    window = json.loads(run("window", dataset, told["window"], "--seq-len", 16, "--json").stdout)
+    window = json.loads(mm_data("window", dataset, told["window"], "--seq-len", 16, "--json").stdout)
     assert (window["shard"], window["offset"]) == (told["shard"], told["offset"])
     straight = json.loads(
-        run("locate", dataset, "--seq-len", 16, "--position", 5, "--order", "sequential", "--json").stdout
+        mm_data("locate", dataset, "--seq-len", 16, "--position", 5, "--order", "sequential", "--json").stdout
     )
     assert (straight["epoch"], straight["window"]) == (0, 5)
-    assert "position 5: epoch 0" in run("locate", dataset, "--seq-len", 16, "--position", 5).stdout
+    assert "position 5: epoch 0" in mm_data("locate", dataset, "--seq-len", 16, "--position", 5).stdout
 
 
-def test_locate_speaks_mixtures(run, dataset):
+def test_locate_speaks_mixtures(dataset):
     words = ["locate", f"b={dataset}:0.25", f"a={dataset}:3/4", "--seq-len", 16]
-    told = [json.loads(run(*words, "--position", position, "--json").stdout) for position in range(8)]
+    told = [json.loads(mm_data(*words, "--position", position, "--json").stdout) for position in range(8)]
     assert [one.pop("part") for one in told].count("a") == 6
     assert set(told[0]) == {"position", "epoch", "window", "shard", "offset"}
-    window = json.loads(run("window", dataset, told[5]["window"], "--seq-len", 16, "--json").stdout)
+    window = json.loads(mm_data("window", dataset, told[5]["window"], "--seq-len", 16, "--json").stdout)
     assert (window["shard"], window["offset"]) == (told[5]["shard"], told[5]["offset"])
     assert (
         "part a, epoch"
-        in run(*words, "--position", 10**9).stdout + run(*words, "--position", 10**9 + 1).stdout
+        in mm_data(*words, "--position", 10**9).stdout + mm_data(*words, "--position", 10**9 + 1).stdout
     )
-    wrong = run("locate", f"a={dataset}:x", "--seq-len", 16, "--position", 1)
+    wrong = mm_data("locate", f"a={dataset}:x", "--seq-len", 16, "--position", 1)
     assert wrong.exit_code == 2
     assert "such as 0.7 or 1/3" in " ".join(wrong.stderr.split())
 
 
-def test_verify_finds_every_flipped_byte(run, dataset):
-    assert run("verify", dataset).exit_code == 0
-    assert json.loads(run("verify", dataset, "--json").stdout)["ok"] is True
+def test_verify_finds_every_flipped_byte(dataset):
+    assert mm_data("verify", dataset).exit_code == 0
+    assert json.loads(mm_data("verify", dataset, "--json").stdout)["ok"] is True
     for path in sorted(dataset.iterdir()):
         good = path.read_bytes()
         for at in range(0, len(good), max(1, len(good) // 5)):
             bad = bytearray(good)
             bad[at] ^= 1
             path.write_bytes(bad)
-            assert path.name in sentence(run("verify", dataset)), (path, at)
+            assert path.name in sentence(mm_data("verify", dataset)), (path, at)
         path.write_bytes(good)
-    assert run("verify", dataset).exit_code == 0
+    assert mm_data("verify", dataset).exit_code == 0
 
 
-def test_verify_as_json_tells_the_problems_and_fails(run, dataset):
+def test_verify_as_json_tells_the_problems_and_fails(dataset):
     (dataset / "text-00001.bin").unlink()
-    result = run("verify", dataset, "--json")
+    result = mm_data("verify", dataset, "--json")
     told = json.loads(result.stdout)
     assert told["ok"] is False
     assert "text-00001.bin: missing" in told["problems"][0]
@@ -180,12 +172,10 @@ def test_verify_as_json_tells_the_problems_and_fails(run, dataset):
         (["train-tokenizer", "SOURCE", "--out", "x.json", "--vocab-size", "5"], "--vocab-size 5"),
     ],
 )
-def test_what_cannot_be_done_is_one_sentence(
-    run, source, dataset, arguments, complaint, monkeypatch, tmp_path
-):
+def test_what_cannot_be_done_is_one_sentence(source, dataset, arguments, complaint, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     places = {"SOURCE": source, "DATASET": dataset}
-    assert complaint in sentence(run(*(places.get(argument, argument) for argument in arguments)))
+    assert complaint in sentence(mm_data(*(places.get(argument, argument) for argument in arguments)))
 
 
 @pytest.mark.parametrize(
@@ -201,13 +191,13 @@ def test_what_cannot_be_done_is_one_sentence(
         ["nonsense"],
     ],
 )
-def test_wrong_usage_is_status_2(run, arguments):
-    result = run(*arguments)
+def test_wrong_usage_is_status_2(arguments):
+    result = mm_data(*arguments)
     assert result.exit_code == 2
     assert "Traceback" not in result.stderr
 
 
-def test_a_full_disk_is_named_and_the_run_can_go_on(run, source, tmp_path, monkeypatch):
+def test_a_full_disk_is_named_and_the_run_can_go_on(source, tmp_path, monkeypatch):
     real = writer.ShardWriter.append
     calls = []
 
@@ -219,10 +209,10 @@ def test_a_full_disk_is_named_and_the_run_can_go_on(run, source, tmp_path, monke
 
     arguments = ["tokenize", source, "--out", tmp_path / "data", "--workers", 1, "--split-bytes", "2KiB"]
     monkeypatch.setattr(writer.ShardWriter, "append", full)
-    assert "data: the disk is full; what was whole before stays" in sentence(run(*arguments))
+    assert "data: the disk is full; what was whole before stays" in sentence(mm_data(*arguments))
     assert not list((tmp_path / "data").rglob("*.partial"))
     monkeypatch.undo()
-    result = run(*arguments)
+    result = mm_data(*arguments)
     assert result.exit_code == 0
     assert "kept       3 shards" in result.stdout
 
@@ -238,7 +228,7 @@ def test_a_reader_that_goes_away_does_not_stop_the_work(source, tmp_path, stderr
     assert (tmp_path / "data" / "manifest.json").exists()
 
 
-def test_a_read_only_dataset_that_is_done_is_done(run, source, dataset, monkeypatch):
+def test_a_read_only_dataset_that_is_done_is_done(source, dataset, monkeypatch):
     real = Path.mkdir
 
     def read_only(self, *arguments, **settings):
@@ -248,36 +238,38 @@ def test_a_read_only_dataset_that_is_done_is_done(run, source, dataset, monkeypa
 
     monkeypatch.setattr(Path, "mkdir", read_only)
     command = ["tokenize", source, "--out", dataset, "--split-bytes", "2KiB"]
-    result = run(*command)
+    result = mm_data(*command)
     assert result.exit_code == 0
     assert "already done, nothing to do" in result.stdout
     (dataset / "text-00001.idx").unlink()
-    assert "data: cannot be written (Read-only file system)" in sentence(run(*command))
+    assert "data: cannot be written (Read-only file system)" in sentence(mm_data(*command))
 
 
-def test_verify_says_each_remedy_once_and_it_helps(run, source, dataset):
+def test_verify_says_each_remedy_once_and_it_helps(source, dataset):
     for name in ("text-00000", "text-00001"):
         (dataset / f"{name}.bin").write_bytes(b"")
         (dataset / f"{name}.idx").write_bytes((dataset / f"{name}.idx").read_bytes()[:50])
     (dataset / "tokenizer.json").write_bytes(b"{}")
     (dataset / "manifest.json").write_bytes((dataset / "manifest.json").read_bytes() + b" ")
-    told = sentence(run("verify", dataset))
+    told = sentence(mm_data("verify", dataset))
     assert (
         told.count("delete the shard's")
         == told.count("run the same `mm-data tokenize` again: it restores it")
         == 1
     )
-    again = run("tokenize", source, "--out", dataset, "--split-bytes", "2KiB")
+    again = mm_data("tokenize", source, "--out", dataset, "--split-bytes", "2KiB")
     assert again.exit_code == 0, again.stderr
     assert "4 of 6 splits were done before; making 2" in again.stderr
     assert "tokenizer.json: was missing or changed; it is restored" in again.stderr
-    assert run("verify", dataset).exit_code == 0
+    assert mm_data("verify", dataset).exit_code == 0
 
 
-def test_train_tokenizer_makes_one_that_tokenize_takes(run, source, tmp_path):
-    result = run("train-tokenizer", source, "--out", tmp_path / "tok" / "tokenizer.json", "--vocab-size", 300)
+def test_train_tokenizer_makes_one_that_tokenize_takes(source, tmp_path):
+    result = mm_data(
+        "train-tokenizer", source, "--out", tmp_path / "tok" / "tokenizer.json", "--vocab-size", 300
+    )
     assert "300 entries" in result.stdout
-    made = run("tokenize", source, "--out", tmp_path / "data", "--tokenizer", tmp_path / "tok")
+    made = mm_data("tokenize", source, "--out", tmp_path / "data", "--tokenizer", tmp_path / "tok")
     assert made.exit_code == 0
 
 

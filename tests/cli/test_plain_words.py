@@ -3,20 +3,10 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
 
-from minimind_cli import data
-from minimind_cli.train import make
 from minimind_data.words import counted
 
-
-def mm_data(*arguments):
-    return CliRunner().invoke(data.app, list(map(str, arguments)))
-
-
-def mm_train(*arguments):
-    arguments = list(map(str, arguments))
-    return CliRunner().invoke(make(arguments), arguments)
+from .conftest import mm_data, mm_train
 
 
 @pytest.fixture(scope="module")

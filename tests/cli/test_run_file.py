@@ -13,7 +13,7 @@ from minimind_train.pretrain import PretrainConfig
 from minimind_train.runs import Change, RunRecord
 from minimind_train.sft import SftConfig
 
-from .test_train_cli import TINY, dataset, mm_train  # noqa: F401 - a fixture
+from .conftest import TINY, mm_train
 
 
 def results(run):
@@ -38,10 +38,10 @@ OPTIONS = [*TINY, "--steps", 4, "--dropout", 0.1, "--learning-rate", 0.01, "--se
         ["--preset", "minimind2-small", "--steps", 2],
     ],
 )
-def test_a_run_folder_holds_what_repeats_the_run_bit_for_bit(dataset, tmp_path, more):  # noqa: F811
+def test_a_run_folder_holds_what_repeats_the_run_bit_for_bit(training_data, tmp_path, more):
     once, again = tmp_path / "once", tmp_path / "again"
-    more = [str(word).replace("DATASET", str(dataset)) for word in more]
-    shards = [] if "--shards" in more else ["--shards", dataset]
+    more = [str(word).replace("DATASET", str(training_data)) for word in more]
+    shards = [] if "--shards" in more else ["--shards", training_data]
     result = mm_train("pretrain", "--run", once, *shards, *OPTIONS, *more)
     assert result.exit_code == 0, result.stderr
     result = mm_train("pretrain", "--config", once / "run.toml", "--run", again)
@@ -51,12 +51,12 @@ def test_a_run_folder_holds_what_repeats_the_run_bit_for_bit(dataset, tmp_path, 
     assert (again / "run.toml").read_text() == (once / "run.toml").read_text()
 
 
-def test_the_command_line_wins_over_the_file(dataset, tmp_path):  # noqa: F811
+def test_the_command_line_wins_over_the_file(training_data, tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text(
         f"""
         preset = "minimind2-small"
-        shards = "{dataset}"
+        shards = "{training_data}"
         seq-len = 32
         hidden_size = 32
         intermediate_size = 64
@@ -85,9 +85,9 @@ def test_the_command_line_wins_over_the_file(dataset, tmp_path):  # noqa: F811
     )
 
 
-def test_with_resume_a_file_is_held_against_the_run_like_flags(dataset, tmp_path):  # noqa: F811
+def test_with_resume_a_file_is_held_against_the_run_like_flags(training_data, tmp_path):
     run, file = tmp_path / "run", tmp_path / "mine.toml"
-    assert mm_train("pretrain", "--run", run, "--shards", dataset, *OPTIONS).exit_code == 0
+    assert mm_train("pretrain", "--run", run, "--shards", training_data, *OPTIONS).exit_code == 0
     same = mm_train("pretrain", "--run", run, "--resume", "--config", run / "run.toml")
     assert same.exit_code == 0, same.stderr
     file.write_text("learning_rate = 0.5")

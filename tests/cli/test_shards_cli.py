@@ -3,24 +3,15 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
 
-from minimind_cli.data import app
-
-
-@pytest.fixture
-def run():
-    def call(*arguments):
-        return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-    return call
+from .conftest import mm_data
 
 
 @pytest.fixture
-def dataset(run, tmp_path):
+def dataset(tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"text": f"Text number {i}."}) + "\n" for i in range(200)))
-    result = run("tokenize", path, "--out", tmp_path / "data", "--workers", 1, "--split-bytes", "2KiB")
+    result = mm_data("tokenize", path, "--out", tmp_path / "data", "--workers", 1, "--split-bytes", "2KiB")
     assert result.exit_code == 0, result.stderr
     return tmp_path / "data"
 
@@ -30,29 +21,31 @@ def good(result):
     return result.stdout
 
 
-def test_convert_there_and_back(run, dataset, tmp_path):
-    there = good(run("convert", dataset, "--to", "nanogpt", "--out", tmp_path / "n"))
+def test_convert_there_and_back(dataset, tmp_path):
+    there = good(mm_data("convert", dataset, "--to", "nanogpt", "--out", tmp_path / "n"))
     assert "200 documents" in there
     assert "in 1 file (shards to nanogpt)" in there
     back = good(
-        run(
+        mm_data(
             "convert", tmp_path / "n", "--from", "nanogpt", "--tokenizer", dataset, "--out", tmp_path / "back"
         )
     )
     assert "in 1 shard (nanogpt to shards)" in back
     assert "cut          at every id 2" in back
     assert "200 documents came without BOS, 0 without EOS; added" in back
-    good(run("verify", tmp_path / "back"))
-    told = json.loads(good(run("info", tmp_path / "back", "--json")))
+    good(mm_data("verify", tmp_path / "back"))
+    told = json.loads(good(mm_data("info", tmp_path / "back", "--json")))
     assert told["options"]["converted_from"] == "nanogpt"
 
 
-def test_merge_and_shuffle_make_datasets(run, dataset, tmp_path):
-    assert "400 documents" in good(run("merge", dataset, dataset, "--out", tmp_path / "m"))
-    made = good(run("shuffle", tmp_path / "m", "--out", tmp_path / "s", "--seed", 7, "--shard-bytes", "1KiB"))
+def test_merge_and_shuffle_make_datasets(dataset, tmp_path):
+    assert "400 documents" in good(mm_data("merge", dataset, dataset, "--out", tmp_path / "m"))
+    made = good(
+        mm_data("shuffle", tmp_path / "m", "--out", tmp_path / "s", "--seed", 7, "--shard-bytes", "1KiB")
+    )
     assert "400 documents" in made
-    good(run("verify", tmp_path / "s"))
-    good(run("window", tmp_path / "s", 0, "--seq-len", 16))
+    good(mm_data("verify", tmp_path / "s"))
+    good(mm_data("window", tmp_path / "s", 0, "--seq-len", 16))
 
 
 @pytest.mark.parametrize(
@@ -72,9 +65,9 @@ def test_merge_and_shuffle_make_datasets(run, dataset, tmp_path):
         (["shuffle", "DATA", "--out", "o", "--seed", "-1"], 2, "seed must be from 0"),
     ],
 )
-def test_what_goes_wrong_is_one_sentence(run, dataset, tmp_path, monkeypatch, arguments, status, match):
+def test_what_goes_wrong_is_one_sentence(dataset, tmp_path, monkeypatch, arguments, status, match):
     monkeypatch.chdir(tmp_path)
-    result = run(*(dataset if argument == "DATA" else argument for argument in arguments))
+    result = mm_data(*(dataset if argument == "DATA" else argument for argument in arguments))
     assert result.exit_code == status
     assert match in result.stderr
     assert "Traceback" not in result.stderr

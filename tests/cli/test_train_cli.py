@@ -10,49 +10,21 @@ import torch
 from typer.testing import CliRunner
 
 from minimind_cli import data
-from minimind_cli.train import make
-from minimind_data.build import TokenizeOptions, tokenize
 from minimind_data.shards import ShardSet
 from minimind_data.windows import open_windows
 from minimind_train.objective import NextToken
 from minimind_train.sampler import SampleOrder
 
-TINY = [
-    *("--seq-len", "32", "--hidden-size", "16", "--num-hidden-layers", "1", "--num-attention-heads", "2"),
-    *("--num-key-value-heads", "1", "--global-batch", "4", "--threads", "1", "--device", "cpu"),
-]
+from .conftest import TINY, mm_train
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dataset")
-    lines = [
-        json.dumps({"text": f"问题{i}的答案是{i * i}。 The answer is {i * i}.<|im_end|>"}) for i in range(99)
-    ]
-    (folder / "text.jsonl").write_text("\n".join(lines))
-    tokenize([folder / "text.jsonl"], TokenizeOptions(out=folder / "data", workers=1))
-    return folder / "data"
-
-
-@pytest.fixture(autouse=True)
-def _threads_are_put_back():
-    former = torch.get_num_threads()
-    yield
-    torch.set_num_threads(former)
-
-
-def mm_train(*arguments):
-    arguments = list(map(str, arguments))
-    return CliRunner().invoke(make(arguments), arguments)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, dataset):
+def run(tmp_path_factory, training_data):
     run = tmp_path_factory.mktemp("runs") / "small"
     result = mm_train(
         "pretrain",
         "--shards",
-        dataset,
+        training_data,
         "--run",
         run,
         *TINY,
@@ -129,9 +101,9 @@ def test_every_option_of_the_contract_is_there():
     assert "--vocab-size" not in said
 
 
-def test_a_run_says_what_it_does_on_stderr_and_nothing_on_stdout(dataset, tmp_path):
+def test_a_run_says_what_it_does_on_stderr_and_nothing_on_stdout(training_data, tmp_path):
     run = tmp_path / "run"
-    result = mm_train("pretrain", "--shards", dataset, "--run", run, *TINY, "--steps", 2)
+    result = mm_train("pretrain", "--shards", training_data, "--run", run, *TINY, "--steps", 2)
     assert result.exit_code == 0
     assert result.stdout == ""
     assert "step 2/2  loss" in result.stderr
@@ -139,9 +111,9 @@ def test_a_run_says_what_it_does_on_stderr_and_nothing_on_stdout(dataset, tmp_pa
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 
-def test_a_preset_is_what_nothing_else_says(dataset, tmp_path):
+def test_a_preset_is_what_nothing_else_says(training_data, tmp_path):
     run = tmp_path / "run"
-    begin = ["pretrain", "--shards", dataset, "--run", run, "--preset", "minimind2-moe", *TINY]
+    begin = ["pretrain", "--shards", training_data, "--run", run, "--preset", "minimind2-moe", *TINY]
     result = mm_train(*begin, "--intermediate-size", 24, "--n-shared-experts", 2, "--steps", 2)
     assert result.exit_code == 0, result.stderr
     assert re.search(r"^Model Params: 0\.\d\dM", result.stderr, re.MULTILINE)
@@ -159,8 +131,8 @@ def test_a_preset_is_what_nothing_else_says(dataset, tmp_path):
     )
 
 
-def test_a_second_start_is_refused_and_a_second_resume_does_nothing(run, dataset):
-    result = mm_train("pretrain", "--shards", dataset, "--run", run, *TINY, "--steps", 4)
+def test_a_second_start_is_refused_and_a_second_resume_does_nothing(run, training_data):
+    result = mm_train("pretrain", "--shards", training_data, "--run", run, *TINY, "--steps", 4)
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ")
     assert "--resume" in result.stderr
@@ -169,7 +141,7 @@ def test_a_second_start_is_refused_and_a_second_resume_does_nothing(run, dataset
     assert "finished already, 4 steps" in result.stderr
 
 
-def test_only_what_stands_on_the_command_line_is_held_against_the_run(run, dataset):
+def test_only_what_stands_on_the_command_line_is_held_against_the_run(run, training_data):
     assert mm_train("pretrain", "--run", run, "--resume", *TINY, "--steps", 4).exit_code == 0
     result = mm_train("pretrain", "--run", run, "--resume", "--learning-rate", 1, "--seed", 7)
     assert result.exit_code == 1
@@ -178,8 +150,8 @@ def test_only_what_stands_on_the_command_line_is_held_against_the_run(run, datas
     assert "Traceback" not in result.stderr
 
 
-def test_an_allowed_change_goes_on(dataset, tmp_path):
-    begin = ["pretrain", "--shards", dataset, "--run", tmp_path / "run"]
+def test_an_allowed_change_goes_on(training_data, tmp_path):
+    begin = ["pretrain", "--shards", training_data, "--run", tmp_path / "run"]
     assert mm_train(*begin, *TINY, "--steps", 2).exit_code == 0
     result = mm_train(
         "pretrain", "--run", tmp_path / "run", "--resume", "--steps", 3, "--allow-change", "steps"
@@ -188,16 +160,16 @@ def test_an_allowed_change_goes_on(dataset, tmp_path):
     assert "done, 3 steps" in result.stderr
 
 
-def test_a_mixture_is_one_shards_for_each_part(dataset, tmp_path):
+def test_a_mixture_is_one_shards_for_each_part(training_data, tmp_path):
     run = ["pretrain", "--run", tmp_path / "run"]
-    parts = ["--shards", f"zh={dataset}:0.7", "--shards", f"en={dataset}:0.3"]
+    parts = ["--shards", f"zh={training_data}:0.7", "--shards", f"en={training_data}:0.3"]
     result = mm_train(*run, *parts, *TINY, "--steps", 5)
     assert result.exit_code == 0, result.stderr
     assert "zh: 7 of 10 windows" in result.stderr
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["epochs"]["zh"] > last["epochs"]["en"] > 0
     again = [*run, "--resume", "--steps", 6, "--allow-change", "steps"]
-    parts = ["--shards", f"zh={dataset}:1", "--shards", f"en={dataset}:1"]
+    parts = ["--shards", f"zh={training_data}:1", "--shards", f"en={training_data}:1"]
     refused = mm_train(*again, *parts)
     assert refused.exit_code == 1
     assert "weights (in the run: en=0.3 zh=0.7, on the command line: en=0.5 zh=0.5)" in refused.stderr
@@ -206,13 +178,13 @@ def test_a_mixture_is_one_shards_for_each_part(dataset, tmp_path):
     assert "zh: 1 of 2 windows" in result.stderr
 
 
-def test_a_run_says_where_its_positions_lie_with_all_that_changed(dataset, tmp_path):
+def test_a_run_says_where_its_positions_lie_with_all_that_changed(training_data, tmp_path):
     run = tmp_path / "run"
-    parts = [f"zh={dataset}:0.7", f"en={dataset}:0.3"]
+    parts = [f"zh={training_data}:0.7", f"en={training_data}:0.3"]
     shards = [word for part in parts for word in ("--shards", part)]
     begin = ["--steps", 3, "--skip-positions", "5:7", "--shuffle-block", 3, "--seed", 5]
     assert mm_train("pretrain", "--run", run, *shards, *TINY, *begin).exit_code == 0
-    other = ["--shards", f"zh={dataset}:0", "--shards", f"en={dataset}:1", "--reweight-at-resume"]
+    other = ["--shards", f"zh={training_data}:0", "--shards", f"en={training_data}:1", "--reweight-at-resume"]
     more = ["--steps", 4, "--allow-change", "steps"]
     assert mm_train("pretrain", "--run", run, "--resume", *other, *more).exit_code == 0
 
@@ -230,9 +202,9 @@ def test_a_run_says_where_its_positions_lie_with_all_that_changed(dataset, tmp_p
     assert {one["part"] for one in told[14:]} == {"en"}
     words = ["locate", "--run", str(run), "--position", "5"]
     assert CliRunner().invoke(data.app, words).stdout.splitlines()[0].endswith("left out")
-    for wrong in (["--seed", "5"], ["--seq-len", "8"], [str(dataset)]):
+    for wrong in (["--seed", "5"], ["--seq-len", "8"], [str(training_data)]):
         assert CliRunner().invoke(data.app, [*words, *wrong]).exit_code == 2
-    missing = CliRunner().invoke(data.app, ["locate", "--position", "5", str(dataset)])
+    missing = CliRunner().invoke(data.app, ["locate", "--position", "5", str(training_data)])
     assert missing.exit_code == 2
     assert "pass DIR and --seq-len" in " ".join(missing.stderr.split())
 
@@ -311,26 +283,30 @@ def test_what_generate_cannot_do(run, arguments, status, complaint):
     assert complaint in result.stderr
 
 
-def test_a_run_is_measured_as_it_learns_and_from_outside(dataset, tmp_path):
+def test_a_run_is_measured_as_it_learns_and_from_outside(training_data, tmp_path):
     run = tmp_path / "run"
-    validation = ["--val-shards", dataset, "--val-every", 2, "--val-batches", 3]
-    result = mm_train("pretrain", "--shards", dataset, "--run", run, *TINY, "--steps", 3, *validation)
+    validation = ["--val-shards", training_data, "--val-every", 2, "--val-batches", 3]
+    result = mm_train("pretrain", "--shards", training_data, "--run", run, *TINY, "--steps", 3, *validation)
     assert result.exit_code == 0, result.stderr
     assert "step 2/3  validation loss" in result.stderr
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    result = mm_train("eval", "--run", run, "--shards", dataset, "--windows", 12, "--device", "cpu", "--json")
+    result = mm_train(
+        "eval", "--run", run, "--shards", training_data, "--windows", 12, "--device", "cpu", "--json"
+    )
     assert result.exit_code == 0, result.stderr
     told = json.loads(result.stdout)
     assert told["loss"] == pytest.approx(last["val_loss"], rel=1e-4)
     assert {f"val_{name}" for name in told} <= last.keys()
-    plain = mm_train("eval", "--run", run, "--shards", dataset, "--windows", 12, "--device", "cpu").stdout
+    plain = mm_train(
+        "eval", "--run", run, "--shards", training_data, "--windows", 12, "--device", "cpu"
+    ).stdout
     assert f"loss {told['loss']:.4f}" in plain
     assert "bits a byte" in plain
 
 
-def test_a_run_whose_time_is_up_says_how_it_goes_on(dataset, tmp_path):
+def test_a_run_whose_time_is_up_says_how_it_goes_on(training_data, tmp_path):
     run = tmp_path / "run"
-    begin = ["pretrain", "--shards", dataset, "--run", run, *TINY, "--steps", 50]
+    begin = ["pretrain", "--shards", training_data, "--run", run, *TINY, "--steps", 50]
     stopped = mm_train(*begin, "--max-hours", 1e-9, "--log-every", 1)
     assert stopped.exit_code == 124
     assert "stopped by --max-hours after step 1 of 50, which is saved" in stopped.stderr
@@ -341,7 +317,7 @@ def test_a_run_whose_time_is_up_says_how_it_goes_on(dataset, tmp_path):
     assert mm_train("pretrain", "--run", run, "--resume", "--max-hours", 0).exit_code == 0
 
 
-def test_the_commands_of_a_loss_that_is_no_number_work(dataset, tmp_path, monkeypatch):
+def test_the_commands_of_a_loss_that_is_no_number_work(training_data, tmp_path, monkeypatch):
     run = tmp_path / "my run"
     real = NextToken.forward
 
@@ -350,11 +326,11 @@ def test_the_commands_of_a_loss_that_is_no_number_work(dataset, tmp_path, monkey
         bad = (micro_batch["input_ids"] == window["input_ids"][0]).all(1).any()
         return found._replace(summed=found.summed / (~bad))
 
-    windows = open_windows(ShardSet.open(dataset), layout="concat", seq_len=32)
+    windows = open_windows(ShardSet.open(training_data), layout="concat", seq_len=32)
     window = windows.fetch(np.array([SampleOrder(num_windows=len(windows), seed=42).window(9)[1]]))
     window = {name: torch.from_numpy(array) for name, array in window.items()}
     monkeypatch.setattr(NextToken, "forward", spoiled)
-    begin = ["pretrain", "--shards", dataset, "--run", run, *TINY, "--steps", 4, "--save-every", 1]
+    begin = ["pretrain", "--shards", training_data, "--run", run, *TINY, "--steps", 4, "--save-every", 1]
     result = mm_train(*begin)
     assert result.exit_code == 1
     assert "the loss is inf at step 3, from position 9 of the positions 8 to 11" in result.stderr
@@ -380,8 +356,10 @@ def test_the_commands_of_a_loss_that_is_no_number_work(dataset, tmp_path, monkey
         (["--shards", "DATASET", "--windows", "0"], 2, "windows"),
     ],
 )
-def test_what_eval_cannot_do(run, dataset, arguments, status, complaint):
-    result = mm_train("eval", "--run", run, *(dataset if word == "DATASET" else word for word in arguments))
+def test_what_eval_cannot_do(run, training_data, arguments, status, complaint):
+    result = mm_train(
+        "eval", "--run", run, *(training_data if word == "DATASET" else word for word in arguments)
+    )
     assert result.exit_code == status
     assert complaint in result.stderr
 

@@ -13,11 +13,33 @@ import tokenizers
 
 from minimind_data.convert import ConvertOptions, ConvertSummary, convert
 from minimind_data.format import InputEntry, Manifest, ShardEntry, TokenizerInfo, dtype_for, numpy_dtype
+from minimind_data.options import build
+from minimind_data.plan import TokenizeOptions
 from minimind_data.shards import ShardSet
 from minimind_data.verify import verify
 from minimind_data.writer import ShardWriter
 
 BOS, EOS, PAD = 1, 2, 0
+TEXTS = [
+    f"第{i}个问题：{i} 加 {i} 等于多少？ 等于 {2 * i}。<|im_end|> What is {i} times two? It is {2 * i}.<|im_end|>"
+    + " filler" * (i % 40)
+    for i in range(400)
+]
+"""Texts of many lengths, in two languages, with special tokens in them."""
+
+
+def options(out: Path, **changes) -> TokenizeOptions:
+    """Options of a build in this process, in splits so small that there are many."""
+    return build(TokenizeOptions, {"out": out, "workers": 1, "split_bytes": 8192, **changes})
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file in a folder, byte for byte."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture

@@ -18,30 +18,14 @@ import pytest
 from minimind_data import split as split_module
 from minimind_data import tokenizer as tokenizer_module
 from minimind_data import tries
-from minimind_data.build import TokenizeOptions, tokenize
+from minimind_data.build import tokenize
 from minimind_data.errors import UserError
-from minimind_data.options import build
 from minimind_data.shards import ShardSet
 from minimind_data.tokenizer import ReferenceEncoder, load_tokenizer
 
+from .conftest import TEXTS, options, tree
+
 REFERENCE = load_tokenizer().reference
-TEXTS = [
-    f"第{i}个问题：{i} 加 {i} 等于多少？ 等于 {2 * i}。<|im_end|> What is {i} times two? It is {2 * i}.<|im_end|>"
-    + " filler" * (i % 40)
-    for i in range(400)
-]
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def options(out: Path, **changes) -> TokenizeOptions:
-    return build(TokenizeOptions, {"out": out, "workers": 1, "split_bytes": 8192, **changes})
 
 
 @pytest.fixture

@@ -7,31 +7,20 @@ import sys
 import numpy as np
 import pytest
 
-from minimind_data.build import TokenizeOptions, commit, tokenize
+from minimind_data.build import commit, tokenize
 from minimind_data.dedup import duplicates, hashes_of, in_validation
 from minimind_data.errors import UserError
-from minimind_data.options import build
 from minimind_data.shards import ShardSet
 from minimind_data.tokenizer import load_tokenizer
 from minimind_data.verify import verify
+
+from .conftest import options, tree
 
 REFERENCE = load_tokenizer().reference
 TEXTS = [
     f"第{i}个问题：{i} 加 {i} 等于多少？ What is {i} times two? It is {2 * i}." + " filler" * (i % 40)
     for i in range(300)
 ]
-
-
-def options(out, **changes):
-    return build(TokenizeOptions, {"out": out, "workers": 1, "split_bytes": 8192, **changes})
-
-
-def tree(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def stamps(folder):

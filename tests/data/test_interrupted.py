@@ -15,17 +15,11 @@ from minimind_data.errors import UserError
 from minimind_data.options import build
 from minimind_data.verify import verify
 
+from .conftest import tree
+
 
 def options(out, **changes):
     return build(TokenizeOptions, {"out": out, "workers": 1, "split_bytes": 1024, **changes})
-
-
-def tree(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture

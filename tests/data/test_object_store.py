@@ -15,21 +15,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from minimind_data import stores
-from minimind_data.build import TokenizeOptions, commit, tokenize
+from minimind_data.build import commit, tokenize
 from minimind_data.errors import UserError
-from minimind_data.options import build
 from minimind_data.sources import expand
 from minimind_data.verify import verify
+
+from .conftest import options
 
 boto3 = pytest.importorskip("boto3")
 moto_server = pytest.importorskip("moto.server")
 
 TEXTS = [f"Text number {i} 第{i}个" + " filler" * (i % 40) for i in range(400)]
 FILES = ("a.jsonl", "b.jsonl.gz", "c.parquet", "d e%20f.jsonl", "deep/é#[x].jsonl", "deep/z.txt")
-
-
-def options(out, **changes):
-    return build(TokenizeOptions, {"out": out, "workers": 1, "split_bytes": 8192, **changes})
 
 
 def shards(folder):

@@ -24,6 +24,8 @@ from minimind_data.errors import UserError
 from minimind_data.ray_engine import cores_per_task
 from minimind_data.shards import ShardSet
 
+from .conftest import tree
+
 cluster_test = [
     pytest.mark.distributed,
     pytest.mark.slow,
@@ -138,10 +140,6 @@ def right(source, tmp_path_factory):
 
 def options(out, **changes):
     return TokenizeOptions(**{"out": out, "split_bytes": SPLIT_BYTES, **changes})
-
-
-def tree(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @contextlib.contextmanager

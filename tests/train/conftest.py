@@ -17,6 +17,7 @@ from minimind_data.options import build
 from minimind_data.writer import ShardWriter
 from minimind_train import checkpoint
 from minimind_train.metrics import FILE_NAME
+from minimind_train.model_config import ModelConfig
 from minimind_train.pretrain import PretrainConfig, pretrain
 from minimind_train.runs import RunRecord
 
@@ -140,6 +141,18 @@ OPTIONS = {
 }
 
 
+SMALL_MODEL = ModelConfig(
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    intermediate_size=40,
+    vocab_size=53,
+    max_position_embeddings=64,
+)
+"""A model of two layers whose sizes are all different, so that none can be taken for another."""
+
+
 def config_of(run, dataset, **changes):
     return build(PretrainConfig, {**OPTIONS, "run": run, "shards": dataset, **changes})
 
@@ -164,6 +177,20 @@ def begin(tmp_path, small_dataset):
         return outcome, said
 
     return begin
+
+
+def run_maker(tmp_path_factory, dataset, **defaults):
+    """What makes runs by their options, and makes each once."""
+    made = {}
+
+    def make(**options):
+        key = json.dumps(options)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("runs") / "run"
+            pretrain(config_of(made[key], dataset, **(defaults | options)), Said())
+        return made[key]
+
+    return make
 
 
 def stop_after(run, step):

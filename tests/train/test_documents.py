@@ -16,18 +16,12 @@ from minimind_data.windows import IGNORED, open_windows
 from minimind_train import documents
 from minimind_train.documents import Documents, flash_kernel
 from minimind_train.losses import summed_cross_entropy
-from minimind_train.model import KVCache, MiniMind, ModelConfig, initialize
+from minimind_train.model import KVCache, MiniMind, initialize
+
+from .conftest import SMALL_MODEL
 
 SEQ_LEN = 48
-MODEL = ModelConfig(
-    hidden_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    intermediate_size=40,
-    vocab_size=259,
-    max_position_embeddings=SEQ_LEN,
-)
+MODEL = dataclasses.replace(SMALL_MODEL, vocab_size=259, max_position_embeddings=SEQ_LEN)
 TIGHT = {"rtol": 1e-4, "atol": 1e-5}
 
 

@@ -21,7 +21,7 @@ from minimind_train.model_config import RopeScaling
 from minimind_train.pretrain import pretrain
 from minimind_train.pretrained import model_of
 
-from .conftest import Said, config_of
+from .conftest import Said, config_of, run_maker
 
 BRISK = {"learning_rate": 0.05, "steps": 12, "save_every": 0}
 EXPERTS = {"use_moe": True, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -52,16 +52,7 @@ def ids_of(*shape):
 @pytest.fixture(scope="module")
 def make_run(tmp_path_factory, small_dataset):
     """A run of some brisk steps of a model with these options; the same options, the same run."""
-    made = {}
-
-    def make(**options):
-        key = json.dumps(options)
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("runs") / "run"
-            pretrain(config_of(made[key], small_dataset, **(BRISK | options)), Said())
-        return made[key]
-
-    return make
+    return run_maker(tmp_path_factory, small_dataset, **BRISK)
 
 
 def ours(run, ids):

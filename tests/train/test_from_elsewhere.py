@@ -23,7 +23,7 @@ from minimind_train.run_evaluation import evaluate_run
 from minimind_train.runs import RunRecord
 from minimind_train.tensors import MODEL_NAME
 
-from .conftest import Said, config_of, metrics, retokenized, stop_after, weights
+from .conftest import Said, config_of, metrics, retokenized, run_maker, stop_after, weights
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
 EXPERTS = {"use_moe": True, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -43,18 +43,7 @@ STILL = {"steps": 1, "learning_rate": 1e-12, "weight_decay": 0.0}
 
 @pytest.fixture(scope="module")
 def make_run(tmp_path_factory, small_dataset):
-    made = {}
-
-    def make(**options):
-        key = json.dumps(options)
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("runs") / "run"
-            pretrain(
-                config_of(made[key], small_dataset, **{"steps": 3, "learning_rate": 0.01, **options}), Said()
-            )
-        return made[key]
-
-    return make
+    return run_maker(tmp_path_factory, small_dataset, steps=3, learning_rate=0.01)
 
 
 @pytest.fixture

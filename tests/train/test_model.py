@@ -1,3 +1,5 @@
+"""The model computes what its formulas say, in one pass or token by token, in whatever precision."""
+
 import dataclasses
 
 import numpy as np
@@ -14,18 +16,10 @@ from minimind_train.model import (
 )
 from minimind_train.rotary import rotary_tables, rotate
 
-SMALL = ModelConfig(
-    hidden_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    intermediate_size=40,
-    vocab_size=53,
-    max_position_embeddings=64,
-)
+from .conftest import SMALL_MODEL
 
 
-def make(config=SMALL, seed=0, spread=10.0):
+def make(config=SMALL_MODEL, seed=0, spread=10.0):
     """A model with large weights and uneven norms, so that every part of it shows in the logits."""
     model = MiniMind(config)
     initialize(model, seed)
@@ -39,7 +33,7 @@ def make(config=SMALL, seed=0, spread=10.0):
     return model.eval()
 
 
-def ids_of(*shape, vocab=SMALL.vocab_size, seed=3):
+def ids_of(*shape, vocab=SMALL_MODEL.vocab_size, seed=3):
     return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -114,7 +108,7 @@ def reference_logits(config, weights, ids):
     ids=str,
 )
 def test_logits_are_those_of_the_formulas(change):
-    config = dataclasses.replace(SMALL, **change)
+    config = dataclasses.replace(SMALL_MODEL, **change)
     model = make(config)
     ids = ids_of(2, 17)
     ours = logits_of(model, ids).numpy()
@@ -125,7 +119,7 @@ def test_logits_are_those_of_the_formulas(change):
 
 
 def test_golden_logits_of_a_seed():
-    model = MiniMind(SMALL)
+    model = MiniMind(SMALL_MODEL)
     initialize(model, 42)
     logits = logits_of(model, torch.tensor([[1, 2, 3, 4]]))[0, -1, :4]
     torch.testing.assert_close(
@@ -139,7 +133,7 @@ def test_a_token_changes_nothing_before_it():
     before = logits_of(model, ids)
     for t in (0, 7, 15):
         changed = ids.clone()
-        changed[0, t] = (changed[0, t] + 1) % SMALL.vocab_size
+        changed[0, t] = (changed[0, t] + 1) % SMALL_MODEL.vocab_size
         after = logits_of(model, changed)
         assert torch.equal(before[:, :t], after[:, :t])
         assert not torch.isclose(before[:, t:], after[:, t:]).all(-1).any()
@@ -177,8 +171,8 @@ def test_cache_grows_without_losing_what_it_holds():
 
 def test_a_sequence_may_be_as_long_as_the_positions_and_no_longer():
     model = make()
-    longest = SMALL.max_position_embeddings
-    assert logits_of(model, ids_of(1, longest)).shape == (1, longest, SMALL.vocab_size)
+    longest = SMALL_MODEL.max_position_embeddings
+    assert logits_of(model, ids_of(1, longest)).shape == (1, longest, SMALL_MODEL.vocab_size)
     with pytest.raises(ValueError, match="65 tokens is longer than max_position_embeddings, which is 64"):
         model(ids_of(1, longest + 1))
     cache = KVCache()
@@ -189,11 +183,11 @@ def test_a_sequence_may_be_as_long_as_the_positions_and_no_longer():
 
 def test_grouped_queries_equal_repeated_heads():
     grouped = make()
-    repeated = make(dataclasses.replace(SMALL, num_key_value_heads=6))
+    repeated = make(dataclasses.replace(SMALL_MODEL, num_key_value_heads=6))
     weights = grouped.state_dict()
     for name, tensor in weights.items():
         if "k_proj" in name or "v_proj" in name:
-            heads = tensor.unflatten(0, (2, SMALL.head_size))
+            heads = tensor.unflatten(0, (2, SMALL_MODEL.head_size))
             weights[name] = heads.repeat_interleave(3, dim=0).flatten(0, 1)
     repeated.load_state_dict(weights)
     ids = ids_of(2, 12)
@@ -202,10 +196,10 @@ def test_grouped_queries_equal_repeated_heads():
 
 def test_rotation_depends_on_distance_only():
     generator = torch.Generator().manual_seed(0)
-    query, key = torch.randn(2, 1, 1, 1, SMALL.head_size, generator=generator)
+    query, key = torch.randn(2, 1, 1, 1, SMALL_MODEL.head_size, generator=generator)
 
     def score(at, other):
-        here, there = (rotary_tables(p, p + 1, SMALL, torch.device("cpu")) for p in (at, other))
+        here, there = (rotary_tables(p, p + 1, SMALL_MODEL, torch.device("cpu")) for p in (at, other))
         return (rotate(query, *here) * rotate(key, *there)).sum()
 
     torch.testing.assert_close(score(9, 4), score(25, 20), rtol=1e-4, atol=1e-4)
@@ -213,7 +207,7 @@ def test_rotation_depends_on_distance_only():
 
 
 def test_dropout_works_in_training_only():
-    model = make(dataclasses.replace(SMALL, dropout=0.3))
+    model = make(dataclasses.replace(SMALL_MODEL, dropout=0.3))
     ids = ids_of(1, 12)
     assert torch.equal(logits_of(model, ids), logits_of(make(), ids))
     model.train()
@@ -240,7 +234,7 @@ def test_bf16_is_near_float32():
 
 
 def test_every_parameter_gets_a_gradient():
-    model = make(dataclasses.replace(SMALL, tie_word_embeddings=False))
+    model = make(dataclasses.replace(SMALL_MODEL, tie_word_embeddings=False))
     model.logits(model(ids_of(2, 9))).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -260,7 +254,7 @@ def layer_names(number, qk_norm):
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_have_minimind_names(qk_norm, tied):
-    config = dataclasses.replace(SMALL, qk_norm=qk_norm, tie_word_embeddings=tied)
+    config = dataclasses.replace(SMALL_MODEL, qk_norm=qk_norm, tie_word_embeddings=tied)
     expected = {"model.embed_tokens.weight", "model.norm.weight"}
     expected |= layer_names(0, qk_norm) | layer_names(1, qk_norm)
     expected |= set() if tied else {"lm_head.weight"}
@@ -270,7 +264,10 @@ def test_parameters_have_minimind_names(qk_norm, tied):
 
 
 def test_tied_weights_are_one():
-    tied, untied = MiniMind(SMALL), MiniMind(dataclasses.replace(SMALL, tie_word_embeddings=False))
+    tied, untied = (
+        MiniMind(SMALL_MODEL),
+        MiniMind(dataclasses.replace(SMALL_MODEL, tie_word_embeddings=False)),
+    )
     assert tied.head_weight is tied.model.embed_tokens.weight
     assert untied.head_weight is untied.lm_head.weight
 
@@ -313,14 +310,14 @@ def test_sizes_are_minimind_s(config, expected):
     "options", [{}, {"qk_norm": False}, {"tie_word_embeddings": False}, {"head_dim": 14}], ids=str
 )
 def test_a_model_s_size_is_known_before_it_is_made(options):
-    config = dataclasses.replace(SMALL, **options)
+    config = dataclasses.replace(SMALL_MODEL, **options)
     assert config.num_parameters == count_parameters(MiniMind(config))
 
 
 # Initialisation
 
 
-def weights_of(seed, config=SMALL):
+def weights_of(seed, config=SMALL_MODEL):
     model = MiniMind(config)
     initialize(model, seed)
     return model.state_dict()
@@ -339,7 +336,7 @@ def test_a_seed_gives_the_weights_whatever_the_global_generator():
 
 
 def test_initialising_leaves_the_global_generator_alone():
-    model = MiniMind(SMALL)
+    model = MiniMind(SMALL_MODEL)
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -349,7 +346,7 @@ def test_initialising_leaves_the_global_generator_alone():
 
 def test_matrices_are_normal_with_deviation_0_02_and_norms_are_ones():
     for name, tensor in weights_of(
-        0, dataclasses.replace(SMALL, hidden_size=192, vocab_size=600, tie_word_embeddings=False)
+        0, dataclasses.replace(SMALL_MODEL, hidden_size=192, vocab_size=600, tie_word_embeddings=False)
     ).items():
         if "norm" in name:
             assert (tensor == 1).all(), name

@@ -14,18 +14,10 @@ from minimind_train.model import KVCache, MiniMind, count_parameters, initialize
 from minimind_train.model_config import ModelConfig, parameter_line
 from minimind_train.moe import Mixture, imbalance
 
-SMALL = ModelConfig(
-    hidden_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    intermediate_size=40,
-    vocab_size=53,
-    max_position_embeddings=64,
-    use_moe=True,
-    num_experts=5,
-    num_experts_per_tok=2,
-    router_aux_loss_coef=0.3,
+from .conftest import SMALL_MODEL
+
+SMALL = dataclasses.replace(
+    SMALL_MODEL, use_moe=True, num_experts=5, num_experts_per_tok=2, router_aux_loss_coef=0.3
 )
 
 KINDS = [

@@ -74,6 +74,9 @@ try:
     exec(train)
 except ValueError as error:
     told["said"] = str(error)
+except RuntimeError as error:  # the other rank was first to leave, in the middle of a collective of the step
+    told["said"] = f"lost the others: {error}"
+    leave()
 """
 
 
