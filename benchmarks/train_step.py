@@ -280,7 +280,7 @@ def memory_of(task: Task, kind: str) -> int:
     """Bytes that two steps take more than what was there before; in a process of its own."""
     torch.set_num_threads(task.threads)
     if task.device != "cpu":
-        allow_tf32(True, torch.device(task.device))
+        allow_tf32(torch.device(task.device), allowed=True)
     learner = make_learner(task, kind, first_weights(task.config))
     batches = random_batches(task, 2)
     if task.device == "cpu":
@@ -409,7 +409,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     dtype = resolve_dtype(arguments.dtype, device)
-    allow_tf32(True, device)
+    allow_tf32(device, allowed=True)
     print(
         f"{describe_machine()}, torch {torch.__version__}, {arguments.device} in {dtype}, {arguments.threads} threads"
     )

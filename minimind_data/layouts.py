@@ -104,8 +104,8 @@ class PadWindows(WindowsBase):
 
     layout = "pad"
 
-    def __init__(self, shards: ShardSet, seq_len: int, labels: bool, documents_apart: bool) -> None:
-        super().__init__(shards, seq_len, labels, documents_apart)
+    def __init__(self, shards: ShardSet, seq_len: int, *, labels: bool, documents_apart: bool) -> None:
+        super().__init__(shards, seq_len, labels=labels, documents_apart=documents_apart)
         self._counted: tuple[int, int] | None = None
 
     def __len__(self) -> int:
@@ -217,9 +217,9 @@ class PackWindows(WindowsBase):
     layout = "pack"
 
     def __init__(
-        self, shards: ShardSet, seq_len: int, labels: bool, documents_apart: bool, plan: PackPlan
+        self, shards: ShardSet, seq_len: int, plan: PackPlan, *, labels: bool, documents_apart: bool
     ) -> None:
-        super().__init__(shards, seq_len, labels, documents_apart)
+        super().__init__(shards, seq_len, labels=labels, documents_apart=documents_apart)
         self.plan = plan
 
     def __len__(self) -> int:

@@ -19,8 +19,8 @@ class PairWindows(PadWindows):
     int64 [L]. What speaks of one sequence in a window, `segments`, `document_ids` and `locate`, speaks of the chosen one.
     """
 
-    def __init__(self, shards: ShardSet, seq_len: int, labels: bool) -> None:
-        super().__init__(shards, seq_len, labels, documents_apart=False)
+    def __init__(self, shards: ShardSet, seq_len: int, *, labels: bool) -> None:
+        super().__init__(shards, seq_len, labels=labels, documents_apart=False)
 
     @property
     def num_places(self) -> int:

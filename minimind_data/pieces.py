@@ -63,7 +63,9 @@ def pieces_of(tokenizer: Tokenizer) -> Pieces:
     shows_spaces = _WORD_START in told or "Metaspace" in told
     pieces = [b""] * tokenizer.info.vocab_size
     for token, token_id in tokenizer.reference.get_vocab(with_added_tokens=False).items():
-        pieces[token_id] = _byte_level_piece(token) if exact else _other_piece(token, shows_spaces)
+        pieces[token_id] = (
+            _byte_level_piece(token) if exact else _other_piece(token, shows_spaces=shows_spaces)
+        )
     added = tokenizer.reference.get_added_tokens_decoder()
     for token_id, added_token in added.items():
         pieces[token_id] = added_token.content.encode()
@@ -87,7 +89,7 @@ def _byte_level_piece(token: str) -> bytes:
         return token.encode()
 
 
-def _other_piece(token: str, shows_spaces: bool) -> bytes:
+def _other_piece(token: str, *, shows_spaces: bool) -> bytes:
     if found := _BYTE_FALLBACK.fullmatch(token):
         return bytes.fromhex(found[1])
     return (token.replace(_WORD_START, " ") if shows_spaces else token).encode()

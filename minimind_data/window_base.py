@@ -21,7 +21,7 @@ class WindowsBase:
 
     layout: Layout
 
-    def __init__(self, shards: ShardSet, seq_len: int, labels: bool, documents_apart: bool) -> None:
+    def __init__(self, shards: ShardSet, seq_len: int, *, labels: bool, documents_apart: bool) -> None:
         self.shards = shards
         self.seq_len = seq_len
         self.labels = labels

@@ -166,14 +166,14 @@ def open_windows(
             raise UserError(
                 f"{shards.folder}: holds pairs (dpo), a window of which is one pair; take --layout pad, not {layout}"
             )
-        windows = PairWindows(shards, seq_len, labels)
+        windows = PairWindows(shards, seq_len, labels=labels)
     elif layout == "concat":
-        windows = ConcatWindows(shards, seq_len, labels, documents_apart)
+        windows = ConcatWindows(shards, seq_len, labels=labels, documents_apart=documents_apart)
     elif layout == "pad":
-        windows = PadWindows(shards, seq_len, labels, documents_apart)
+        windows = PadWindows(shards, seq_len, labels=labels, documents_apart=documents_apart)
     else:
         plan = open_plan(shards, seq_len if labels else seq_len + 1, long_documents, say)
-        windows = PackWindows(shards, seq_len, labels, documents_apart, plan)
+        windows = PackWindows(shards, seq_len, plan, labels=labels, documents_apart=documents_apart)
     if not len(windows):
         raise UserError(
             f"{shards.folder}: {shards.num_tokens:,} tokens in {shards.num_documents:,} documents make no {layout} window of "

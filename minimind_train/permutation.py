@@ -130,12 +130,12 @@ class Permutation:
 
     def _apply(self, index: int | NDArray[np.int64], *, inverse: bool) -> int | NDArray[np.int64]:
         return (
-            self._of_array(index, inverse)
+            self._of_array(index, inverse=inverse)
             if isinstance(index, np.ndarray)
-            else self._of_int(operator.index(index), inverse)
+            else self._of_int(operator.index(index), inverse=inverse)
         )
 
-    def _of_int(self, number: int, inverse: bool) -> int:
+    def _of_int(self, number: int, *, inverse: bool) -> int:
         if not 0 <= number < self._n:
             raise IndexError(f"index {number} is not in range({self._n})")
         if self._n <= _TABLE_LIMIT:
@@ -146,7 +146,7 @@ class Permutation:
             number = network(number)
         return number
 
-    def _of_array(self, index: NDArray[np.int64], inverse: bool) -> NDArray[np.int64]:
+    def _of_array(self, index: NDArray[np.int64], *, inverse: bool) -> NDArray[np.int64]:
         if not np.issubdtype(index.dtype, np.integer):
             raise TypeError(f"indices must be integers, not {index.dtype}")
         flat = index.reshape(-1)

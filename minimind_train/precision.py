@@ -34,7 +34,7 @@ def autocast(dtype: str, device: torch.device) -> AbstractContextManager[object]
     return torch.autocast(device.type, dtype=_AUTOCAST.get(dtype), enabled=dtype in _AUTOCAST)
 
 
-def allow_tf32(allowed: bool, device: torch.device) -> bool:
+def allow_tf32(device: torch.device, *, allowed: bool) -> bool:
     """Let products of float32 matrices be computed in TF32, where a GPU has it, or forbid that; return whether they are.
 
     TF32 keeps the range of float32 and 10 bits of its 23 after the point. It is set for the whole process, as torch has it.

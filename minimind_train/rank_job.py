@@ -109,7 +109,7 @@ class RankJob(Generic[ConfigT]):
             self.say(f"{self.run}: finished already, {step} steps; nothing to do")
             return loop.Outcome(step=step, total_steps=total_steps, cursor=cursor, loss=None, rank=world.rank)
         torch.set_num_threads(training.threads)
-        allow_tf32(training.tf32, self.device)
+        allow_tf32(self.device, allowed=training.tf32)
         model = MiniMind(self.config.model)
         lora = self.config.lora
         why = f"{self.run} learns adapters alone" if found else f"{self.run} has no checkpoint yet"

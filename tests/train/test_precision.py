@@ -203,9 +203,9 @@ def test_tf32_is_used_where_a_gpu_has_it_and_it_may_be(monkeypatch, capability, 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-        assert allow_tf32(allowed, torch.device("cuda")) is (precision == "high")
+        assert allow_tf32(torch.device("cuda"), allowed=allowed) is (precision == "high")
         assert torch.get_float32_matmul_precision() == precision
-    assert not allow_tf32(True, CPU)
+    assert not allow_tf32(CPU, allowed=True)
     assert torch.get_float32_matmul_precision() == "highest"
 
 
@@ -218,8 +218,8 @@ def test_tf32_rounds_products_on_a_gpu():
     a, b = (torch.randn(256, 256, device=device) for _ in range(2))
     exact = (a.double() @ b.double()).float()
     try:
-        assert allow_tf32(True, device)
+        assert allow_tf32(device, allowed=True)
         rounded = (a @ b - exact).abs().max()
     finally:
-        allow_tf32(False, device)
+        allow_tf32(device, allowed=False)
     assert rounded > 10 * (a @ b - exact).abs().max()
