@@ -16,16 +16,15 @@ from minimind_data.build import tokenize as build_dataset
 from minimind_data.errors import UserError
 from minimind_data.fields import RecordSpec
 from minimind_data.format import SET_ASIDE_NAME, VALIDATION_NAME, Manifest
+from minimind_data.manifests import Summary
 from minimind_data.plan import TokenizeOptions
 from minimind_data.progress import ByteProgress
+from minimind_data.reporting import Report, counted
 from minimind_data.shards import ShardSet
-from minimind_data.split import Report
-from minimind_data.told import Summary
 from minimind_data.train_tokenizer import train_tokenizer as run_training
 from minimind_data.verify import dataset_bytes
 from minimind_data.verify import verify as verify_dataset
 from minimind_data.windows import Layout, LongDocuments
-from minimind_data.words import counted
 from minimind_train.parts import data_of_run, place_of, read_sources, source_texts
 from minimind_train.permutation import MAX_SEED
 

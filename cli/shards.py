@@ -13,9 +13,9 @@ from minimind_data.format import Manifest
 from minimind_data.merge import MergeOptions
 from minimind_data.merge import merge as merge_datasets
 from minimind_data.progress import ByteProgress
+from minimind_data.reporting import counted
 from minimind_data.shuffle import ShuffleOptions
 from minimind_data.shuffle import shuffle as shuffle_dataset
-from minimind_data.words import counted
 
 from .options import command
 

@@ -10,11 +10,11 @@ import typer
 
 from minimind_data.page import DEFAULT_WINDOWS, check_page_place, write_page
 from minimind_data.progress import ByteProgress
+from minimind_data.reporting import counted
 from minimind_data.shards import ShardSet
 from minimind_data.stats import DEFAULT_SEQ_LENS
 from minimind_data.stats import stats as describe
 from minimind_data.tokenizer import load_tokenizer
-from minimind_data.words import counted
 
 _BAR_COLUMNS = 28
 _MAX_ROWS = 24

@@ -13,10 +13,10 @@ import typer
 
 from minimind_data.errors import UserError
 from minimind_data.pieces import Pieces, cells_of, pieces_of
+from minimind_data.reporting import counted
 from minimind_data.shards import ShardSet
 from minimind_data.tokenizer import load_tokenizer
 from minimind_data.windows import IGNORED, Layout, LongDocuments, open_windows
-from minimind_data.words import counted
 
 from .options import Given, refuse_idle
 

@@ -28,7 +28,7 @@ from minimind_data.format import (
     TokenizerInfo,
     dtype_for,
 )
-from minimind_data.manifests import Outcome, assemble, publish, restore
+from minimind_data.manifests import Outcome, Summary, assemble, publish, restore
 from minimind_data.options import build, differences
 from minimind_data.plan import (
     Chat,
@@ -44,9 +44,10 @@ from minimind_data.plan import (
     slice_of,
 )
 from minimind_data.previous import Previous, is_there
+from minimind_data.reporting import Announce, Progress, Report, no_progress
 from minimind_data.reuse import reusable
 from minimind_data.sources import STDIN, Source, expand
-from minimind_data.split import HashResult, Job, Report, SplitResult, SplitTask
+from minimind_data.split import HashResult, Job, SplitResult, SplitTask
 from minimind_data.tokenizer import (
     Choice,
     SpecialTokens,
@@ -55,7 +56,6 @@ from minimind_data.tokenizer import (
     choose_backend,
     load_tokenizer,
 )
-from minimind_data.told import Announce, Progress, Summary, silent
 from minimind_data.work import CannotWriteError, WorkFolder, spooled
 
 
@@ -64,7 +64,7 @@ def tokenize(
     options: TokenizeOptions,
     *,
     announce: Announce = lambda _: None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Summary:
     """Turn text into a dataset; see this module's docstring for what an interruption leaves.
 
@@ -111,7 +111,7 @@ def tokenize(
         return summary
 
 
-def commit(out: Path, *, announce: Announce = lambda _: None, progress: Progress = silent) -> Summary:
+def commit(out: Path, *, announce: Announce = lambda _: None, progress: Progress = no_progress) -> Summary:
     """Join the slices that runs with `task` made into one dataset.
 
     Raises:

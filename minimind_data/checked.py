@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from minimind_data.errors import UserError
 from minimind_data.format import SET_ASIDE_NAME, FormatError, TokenArray, numpy_dtype
 from minimind_data.framing import BLOCK_TOKENS, cut
+from minimind_data.reporting import Report
 from minimind_data.shards import Shard, ShardSet
-from minimind_data.split import Report
 from minimind_data.staging import durable_file
 
 Documents = tuple[TokenArray, NDArray[np.int64]]

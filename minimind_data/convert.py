@@ -47,9 +47,9 @@ from minimind_data.format import (
 from minimind_data.framing import BLOCK_TOKENS, Framed, frame
 from minimind_data.options import parse_size
 from minimind_data.plan import InputHashes
+from minimind_data.reporting import Report
 from minimind_data.shards import ShardSet
 from minimind_data.sources import Source as InputSource
-from minimind_data.split import Report
 from minimind_data.staging import durable_file, new_folder, unique_names, write_metadata
 from minimind_data.tokenizer import SpecialTokens, Tokenizer, load_tokenizer
 from minimind_data.writer import ShardWriter

@@ -10,7 +10,7 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.connection import Connection
@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 from minimind_data.cores import CORES_PER_PROCESS, ENCODER_ENVIRONMENT, num_cores
 from minimind_data.errors import UserError
-from minimind_data.split import HashResult, Job, Report, SplitResult, SplitTask, run_task
+from minimind_data.reporting import Announce, Report
+from minimind_data.split import HashResult, Job, SplitResult, SplitTask, run_task
 from minimind_data.tries import Tries
 
 
@@ -27,7 +28,7 @@ def run_tasks(
     tasks: list[SplitTask],
     workers: int,
     report: Report,
-    announce: Callable[[str], None],
+    announce: Announce,
     *,
     engine: Literal["local", "ray"],
 ) -> Iterator[SplitResult | HashResult]:
@@ -50,7 +51,7 @@ def run_tasks(
 
 
 def run_local(
-    job: Job, tasks: list[SplitTask], workers: int, report: Report, announce: Callable[[str], None]
+    job: Job, tasks: list[SplitTask], workers: int, report: Report, announce: Announce
 ) -> Iterator[SplitResult | HashResult]:
     """Run tasks on this machine with at most `workers` cores busy.
 
@@ -147,7 +148,7 @@ class _Pool:
         tasks: list[SplitTask],
         num_workers: int,
         report: Report,
-        announce: Callable[[str], None],
+        announce: Announce,
     ) -> None:
         self._job = job
         self._waiting = deque(tasks)

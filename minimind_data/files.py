@@ -14,12 +14,13 @@ import os
 import resource
 import secrets
 import shutil
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from minimind_data.errors import UserError
+from minimind_data.reporting import Announce
 
 PARTIAL_SUFFIX = ".partial"
 _HASH_BLOCK_BYTES = 4 * 2**20
@@ -154,9 +155,7 @@ class FolderLock:
         UserError: another process holds the lock (at once, unless `wait` is given).
     """
 
-    def __init__(
-        self, path: Path, busy: str, *, shared: bool = False, wait: Callable[[str], None] | None = None
-    ) -> None:
+    def __init__(self, path: Path, busy: str, *, shared: bool = False, wait: Announce | None = None) -> None:
         self._path = path
         self._busy = busy
         self._kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
@@ -196,7 +195,7 @@ class FolderLock:
         os.close(self._descriptor)
         self._descriptor = None
 
-    def _wait_for(self, descriptor: int, tell: Callable[[str], None]) -> None:
+    def _wait_for(self, descriptor: int, tell: Announce) -> None:
         try:
             tell(self._busy)
             fcntl.flock(descriptor, fcntl.LOCK_EX)

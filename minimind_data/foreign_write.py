@@ -14,8 +14,8 @@ from minimind_data.checked import Documents, checked_documents
 from minimind_data.errors import UserError
 from minimind_data.foreign import MAX_STREAM_TOKENS, STREAM_HEADERS, ForeignFormat
 from minimind_data.format import TOKENIZER_NAME, IndexHeader
+from minimind_data.reporting import Report
 from minimind_data.shards import ShardSet
-from minimind_data.split import Report
 from minimind_data.staging import durable_file, place_file
 
 _UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))

@@ -3,7 +3,7 @@
 A manifest is written last, and a finished one is restored where its files are whole.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +20,9 @@ from minimind_data.format import (
     dtype_for,
 )
 from minimind_data.previous import Previous, entries_of
+from minimind_data.reporting import Announce
 from minimind_data.split import SplitResult, SplitTask
-from minimind_data.tokenizer import Tokenizer
+from minimind_data.tokenizer import Choice, Tokenizer
 from minimind_data.work import WorkFolder
 
 
@@ -32,6 +33,29 @@ class Outcome:
     manifest: Manifest
     validation: Manifest | None
     set_aside: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a build did."""
+
+    manifest: Manifest | None
+    """None where only a slice was made."""
+    validation: Manifest | None
+    """Of the validation part, where there is one."""
+    already_done: bool
+    """The dataset was there, made from the same inputs with the same settings."""
+    kept_shards: int
+    """Shards that an earlier run had made."""
+    made_shards: int
+    input_bytes: int
+    """Of the splits that were made in this run, as they are stored."""
+    seconds: float
+    backend: Choice | None
+    compared: int
+    """Documents whose ids were compared with the reference's in this run."""
+    differences: tuple[str, ...]
+    """Where the fast backend differed from the reference, which then did the work."""
 
 
 def assemble(
@@ -101,7 +125,7 @@ def restore(
     previous: Previous,
     tokenizer_json: str,
     config_json: str | None,
-    announce: Callable[[str], None],
+    announce: Announce,
 ) -> None:
     """Leave a finished dataset as its manifest says it is, all its shards being there."""
     for folder, manifest in ((work.out, previous.manifest), (work.val, previous.validation)):

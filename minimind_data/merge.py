@@ -20,8 +20,8 @@ from minimind_data.format import (
     ShardEntry,
 )
 from minimind_data.options import differences
+from minimind_data.reporting import Report
 from minimind_data.shards import ShardSet
-from minimind_data.split import Report
 from minimind_data.staging import new_folder, place_file, unique_names, write_metadata
 
 

@@ -35,7 +35,6 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -52,6 +51,7 @@ from minimind_data.files import (
     remove_partials,
 )
 from minimind_data.packing import LONG_DOCUMENTS, LongDocuments, best_fit
+from minimind_data.reporting import Announce
 from minimind_data.shards import ShardSet
 
 FOLDER_NAME = ".mm-pack"
@@ -61,8 +61,6 @@ _HEADER = struct.Struct("<8sII32sQQQBBB5xQQQQQQ")
 _HEADER_BYTES = 128
 _CRC_PLACE = slice(12, 16)
 _BLOCK_SEGMENTS = 2**22
-
-Announce = Callable[[str], None]
 
 
 class PackPlan:

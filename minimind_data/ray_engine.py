@@ -20,7 +20,7 @@ import socket
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -34,8 +34,9 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskErr
 from minimind_data.cores import CORES_PER_PROCESS, ENCODER_ENVIRONMENT
 from minimind_data.errors import UserError
 from minimind_data.files import partial_name, remove_partials
+from minimind_data.reporting import Announce, Report
 from minimind_data.sources import Source
-from minimind_data.split import HashResult, Job, Report, SplitResult, SplitTask, run_task
+from minimind_data.split import HashResult, Job, SplitResult, SplitTask, run_task
 from minimind_data.tries import Tries
 
 _CONNECT_SECONDS = 10.0
@@ -78,7 +79,7 @@ class _Made:
 
 
 def run_ray(
-    job: Job, tasks: list[SplitTask], workers: int, report: Report, announce: Callable[[str], None]
+    job: Job, tasks: list[SplitTask], workers: int, report: Report, announce: Announce
 ) -> Iterator[SplitResult | HashResult]:
     """Run tasks on a Ray cluster, in any order, with at most `workers` of its cores reserved; 0 takes all.
 
@@ -127,7 +128,7 @@ class _Run:
         shared: _Shared,
         tasks: list[SplitTask],
         report: Report,
-        announce: Callable[[str], None],
+        announce: Announce,
         *,
         num_cores: int,
         workers: int,

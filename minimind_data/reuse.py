@@ -1,12 +1,13 @@
 """Which splits need not be made: their input is what it was, and their shards are there."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from minimind_data.format import InputEntry
 from minimind_data.plan import TokenizeOptions
 from minimind_data.previous import Previous, is_there
 from minimind_data.records import content_of
+from minimind_data.reporting import Announce
 from minimind_data.split import SplitResult, SplitTask
 from minimind_data.work import WorkFolder
 
@@ -18,7 +19,7 @@ def reusable(
     previous: Previous | None,
     *,
     previous_inputs: Sequence[InputEntry],
-    announce: Callable[[str], None],
+    announce: Announce,
 ) -> tuple[dict[str, SplitResult], set[str]]:
     """Find the results that still hold, of an interrupted build and of a finished dataset.
 

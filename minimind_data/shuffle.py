@@ -25,8 +25,8 @@ from minimind_data.files import allow_open_files
 from minimind_data.format import InputEntry, Manifest, ShardEntry, TokenArray
 from minimind_data.framing import cut
 from minimind_data.options import parse_size
+from minimind_data.reporting import Report
 from minimind_data.shards import ShardSet
-from minimind_data.split import Report
 from minimind_data.staging import new_folder, write_metadata
 from minimind_data.writer import ShardWriter
 

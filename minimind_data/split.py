@@ -7,7 +7,7 @@ depends on the input's bytes and the job alone: not on the process, the machine,
 import base64
 import contextlib
 import functools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +32,7 @@ from minimind_data.format import (
 )
 from minimind_data.records import open_reader, place
 from minimind_data.rendering import ChatSpec
+from minimind_data.reporting import Report
 from minimind_data.stages import DifferenceError, ahead, encode_blocks
 from minimind_data.tokenizer import (
     Encoder,
@@ -50,9 +51,6 @@ _COMPARE_ONE_IN = 1024
 _COMPARE_MAX_CHARS = 2**17
 SET_ASIDE_SUFFIX = ".set-aside.jsonl"
 HASHES_SUFFIX = ".hashes"
-
-Report = Callable[[int, int], None]
-"""Told (bytes of input, tokens) as they are done."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,9 @@
 """A split whose worker died is tried again, a few times, and never in silence; whichever engine runs it."""
 
 from collections import Counter
-from collections.abc import Callable
 
 from minimind_data.errors import UserError
+from minimind_data.reporting import Announce
 from minimind_data.split import SplitTask
 
 MAX_TRIES = 3
@@ -16,7 +16,7 @@ class Tries:
         announce: is told of every split that is tried again.
     """
 
-    def __init__(self, announce: Callable[[str], None]) -> None:
+    def __init__(self, announce: Announce) -> None:
         self._announce = announce
         self._deaths: Counter[str] = Counter()
 

@@ -25,7 +25,7 @@ dataset of pairs (`dpo`) a window is a pair, padded; a sample is `chosen_input_i
 A window of `pack` holds L + 1 tokens (L unshifted), so its last token is only a target, as in the other layouts.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -36,10 +36,10 @@ from minimind_data.layouts import ConcatWindows, PackWindows, PadWindows
 from minimind_data.pack_plan import open_plan
 from minimind_data.packing import LongDocuments
 from minimind_data.pairs import PairWindows
+from minimind_data.reporting import Announce, counted
 from minimind_data.segments import Segments
 from minimind_data.shards import ShardSet
 from minimind_data.window_base import IGNORED, Layout
-from minimind_data.words import counted
 
 _DONE = {"concat": "cut", "pad": "padded", "pack": "packed"}
 
@@ -141,7 +141,7 @@ def open_windows(
     labels: bool = False,
     documents_apart: bool = False,
     long_documents: LongDocuments = "cut",
-    announce: Callable[[str], None] | None = None,
+    announce: Announce | None = None,
 ) -> Windows:
     """Lay windows of `seq_len` tokens over a dataset.
 

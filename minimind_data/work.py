@@ -37,6 +37,7 @@ from minimind_data.format import (
 from minimind_data.options import differences
 from minimind_data.plan import TokenizeOptions, flat_settings, slice_of
 from minimind_data.previous import Previous, first_lines
+from minimind_data.reporting import Progress
 from minimind_data.sources import STDIN, Source, spool, tell
 from minimind_data.split import (
     HASHES_SUFFIX,
@@ -46,7 +47,6 @@ from minimind_data.split import (
     hashes_path,
     set_aside_path,
 )
-from minimind_data.told import Progress
 from minimind_data.writer import WrittenShard
 
 WORK_FOLDER_NAME = ".mm-build"

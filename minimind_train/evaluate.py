@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from minimind_data.errors import UserError
 from minimind_data.format import TOKENIZER_NAME
 from minimind_data.pieces import pieces_of
+from minimind_data.reporting import Announce
 from minimind_data.shards import ShardSet
 from minimind_data.tokenizer import Tokenizer, cached_tokenizer
 from minimind_data.windows import IGNORED, Windows, open_windows
@@ -215,7 +216,7 @@ def open_evaluator(
     batch: int,
     device: torch.device,
     dtype: Dtype,
-    announce: Callable[[str], None],
+    announce: Announce,
     world: World = ALONE,
     **options: Any,
 ) -> Evaluator:

@@ -8,7 +8,7 @@ average, PAD left out: the same for all in layout concat, nearly so in pack, and
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from minimind_data.errors import UserError
 from minimind_data.format import TokenizerInfo
+from minimind_data.reporting import Announce
 from minimind_data.shards import ShardSet
 from minimind_data.windows import Windows, open_windows
 from minimind_train.mixture import MAX_PARTS, MixtureOrder, MixtureStage, shares_of
@@ -242,7 +243,7 @@ class Datasets:
         )
         return tuple(map(str, resolved))
 
-    def windows(self, *, announce: Callable[[str], None], **options: Any) -> Windows | MixedWindows:
+    def windows(self, *, announce: Announce, **options: Any) -> Windows | MixedWindows:
         """Lay windows over them; `options` are those of `open_windows`.
 
         Raises:
@@ -321,7 +322,7 @@ def introduce(order: MixtureOrder, position: int, wanted: str) -> list[str]:
 
 
 def data_of_run(
-    options: Mapping[str, Any], announce: Callable[[str], None]
+    options: Mapping[str, Any], announce: Announce
 ) -> tuple[Windows | MixedWindows, Order, Skips]:
     """Return what a run reads, in which order, and what it leaves out, from the options in its record.
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from minimind_data.words import counted
+from minimind_data.reporting import counted
 
 from .conftest import mm_data, mm_train
 
