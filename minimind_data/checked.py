@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from minimind_data.errors import UserError
 from minimind_data.format import SET_ASIDE_NAME, FormatError, TokenArray, numpy_dtype
-from minimind_data.framing import BLOCK_TOKENS, cut
+from minimind_data.framing import BLOCK_TOKENS, document_ranges
 from minimind_data.reporting import Report
-from minimind_data.shards import Shard, ShardSet
+from minimind_data.shards import ShardSet
 from minimind_data.staging import durable_file
 
 Documents = tuple[TokenArray, NDArray[np.int64]]
@@ -43,9 +43,7 @@ def checked_documents(shards: ShardSet, index: int, report: Report) -> Iterator[
         FormatError: a checksum does not fit.
     """
     entry, item = shards.manifest.shards[index], shards.dtype.itemsize
-    shard = Shard(
-        shards.folder, entry, shards.manifest.dtype
-    )  # mapped for this once, not kept among the set's maps
+    shard = shards.open_shard(index)
     index_sha256 = hashlib.sha256(shard.index.data).hexdigest()
     _check(shards.folder / f"{entry.name}.idx", index_sha256, entry.index_sha256)
     digest = hashlib.sha256()
@@ -53,7 +51,7 @@ def checked_documents(shards: ShardSet, index: int, report: Report) -> Iterator[
     with path.open("rb") as file:
         for first_document in range(0, entry.documents, BLOCK_TOKENS):
             lengths = shard.lengths[first_document : first_document + BLOCK_TOKENS].astype(np.int64)
-            for first, last in cut(lengths, BLOCK_TOKENS):
+            for first, last in document_ranges(lengths, BLOCK_TOKENS):
                 here = lengths[first:last]
                 tokens = np.fromfile(file, numpy_dtype(shards.manifest.dtype), int(here.sum()))
                 digest.update(tokens.view(np.uint8).data)

@@ -44,7 +44,7 @@ from minimind_data.format import (
     dtype_for,
     numpy_dtype,
 )
-from minimind_data.framing import BLOCK_TOKENS, Framed, frame
+from minimind_data.framing import BLOCK_TOKENS, Framed, frame_documents
 from minimind_data.options import parse_size
 from minimind_data.plan import InputHashes
 from minimind_data.reporting import Report
@@ -203,7 +203,7 @@ class _Import:
         shard: _OpenShard | None = None
         try:
             for batch in read(self._source, wanted):
-                framed = frame(batch.tokens, batch.lengths, info, self._dtype)
+                framed = frame_documents(batch.tokens, batch.lengths, info, self._dtype)
                 self._count(framed)
                 if shard and (
                     shard.input != batch.input

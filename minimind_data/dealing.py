@@ -29,7 +29,7 @@ from minimind_data.files import is_disk_full
 from minimind_data.format import REMAKE, FormatError
 from minimind_data.packing import LongDocuments, Packing
 from minimind_data.segments import spread
-from minimind_data.shards import Shard, ShardSet
+from minimind_data.shards import ShardSet
 
 _BLOCK_DOCUMENTS = 2**20
 _BLOCK_FRAGMENTS = 2**22
@@ -150,9 +150,7 @@ def _documents(shards: ShardSet) -> Iterator[tuple[int, NDArray[np.int64]]]:
     for index, entry in enumerate(shards.manifest.shards):
         if not entry.sequences:
             continue
-        shard = Shard(
-            shards.folder, entry, shards.manifest.dtype
-        )  # let go of again; a ShardSet would keep it
+        shard = shards.open_shard(index)
         num_tokens = 0
         for start in range(0, entry.sequences, _BLOCK_DOCUMENTS):
             lengths = shard.lengths[start : start + _BLOCK_DOCUMENTS].astype(np.int64)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from minimind_data.errors import UserError
 from minimind_data.foreign import HF_INFO_NAME, HF_STATE_NAME
-from minimind_data.framing import check_ids, check_lengths, cut
+from minimind_data.framing import check_ids, check_lengths, document_ranges
 from minimind_data.staging import durable_file
 
 _ROWS_PER_BATCH = 1000
@@ -48,7 +48,7 @@ def read_tables(files: tuple[Path, ...], column: str, vocab_size: int, block_tok
                 check_ids(tokens, vocab_size, _place(path, column, row, lengths))
                 check_lengths(lengths, str(path))
                 stops = np.cumsum(lengths)
-                for first, last in cut(lengths, block_tokens):
+                for first, last in document_ranges(lengths, block_tokens):
                     part = tokens[stops[first] - lengths[first] : stops[last - 1]]
                     yield number, num_bytes, part, lengths[first:last]
                     num_bytes = 0  # noqa: PLW2901 - told once for the whole record batch

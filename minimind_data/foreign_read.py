@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from minimind_data.errors import UserError
 from minimind_data.foreign import STREAM_HEADERS, Source, StreamHeader
 from minimind_data.format import INDEX_HEADER_BYTES, INDEX_MAGIC, INDEX_VERSION
-from minimind_data.framing import BLOCK_TOKENS, check_ids, check_lengths, cut
+from minimind_data.framing import BLOCK_TOKENS, check_ids, check_lengths, document_ranges
 
 _MEGATRON_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _MEGATRON_FLOATS = {6: "float64", 7: "float32"}
@@ -102,7 +102,7 @@ def _documents(
     lengths = np.diff(stops, prepend=first_token)
     check_lengths(lengths, str(path))
     with path.open("rb") as file:
-        for first, last in cut(lengths, options.block_tokens):
+        for first, last in document_ranges(lengths, options.block_tokens):
             start = int(stops[first] - lengths[first])
             stop = int(stops[last - 1])
             tokens = _read_array(file, path, dtype, start * item, stop - start)

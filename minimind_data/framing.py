@@ -1,6 +1,7 @@
-"""Documents from elsewhere become documents of ours: BOS + ids + EOS, every id in the vocabulary.
+"""Documents as they are stored, BOS + ids + EOS: out of the ids of texts, and out of documents of other projects.
 
-Everything works on whole blocks of documents: tokens end to end, and the length of each.
+Everything works on whole blocks of documents: tokens end to end, and the length of each. Documents of other projects may have a BOS or an
+EOS already, and ids that no vocabulary of ours has; those of texts were just encoded, and have neither.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +33,9 @@ class Framed:
     """Documents without any token between BOS and EOS; they are left out, as empty texts are."""
 
 
-def frame(tokens: NDArray[Any], lengths: NDArray[np.int64], info: TokenizerInfo, dtype: TokenDtype) -> Framed:
+def frame_documents(
+    tokens: NDArray[Any], lengths: NDArray[np.int64], info: TokenizerInfo, dtype: TokenDtype
+) -> Framed:
     """Give every document exactly the BOS and EOS that it lacks.
 
     A first token that is BOS and a last one that is EOS are kept as the frame. Where BOS and EOS are the same token, one
@@ -82,6 +85,33 @@ def frame(tokens: NDArray[Any], lengths: NDArray[np.int64], info: TokenizerInfo,
     )
 
 
+def frame_texts(
+    ids: NDArray[np.uint32], offsets: NDArray[np.int64], info: TokenizerInfo, dtype: TokenDtype
+) -> tuple[TokenArray, NDArray[np.int64]]:
+    """Put BOS before and EOS behind every text of a batch; nothing is looked at, so this is quicker than `frame_documents`.
+
+    Args:
+        ids: uint32 [T], the texts' ids end to end.
+        offsets: int64 [n + 1], where each text begins.
+        info: for BOS and EOS.
+        dtype: of the result.
+
+    Returns:
+        (tokens [T + 2n] of `dtype`, lengths int64 [n] of the documents with BOS and EOS).
+    """
+    num_texts = len(offsets) - 1
+    tokens = np.empty(len(ids) + 2 * num_texts, numpy_dtype(dtype))
+    bos_places = offsets[:-1] + 2 * np.arange(num_texts)
+    eos_places = offsets[1:] + 2 * np.arange(num_texts) + 1
+    is_text = np.ones(len(tokens), np.bool_)
+    is_text[bos_places] = False
+    is_text[eos_places] = False
+    tokens[is_text] = ids
+    tokens[bos_places] = info.bos_id
+    tokens[eos_places] = info.eos_id
+    return tokens, np.diff(offsets) + 2
+
+
 def check_ids(tokens: NDArray[Any], vocab_size: int, where: Callable[[int], str]) -> None:
     """Check that every id belongs to the vocabulary.
 
@@ -102,7 +132,7 @@ def check_ids(tokens: NDArray[Any], vocab_size: int, where: Callable[[int], str]
     )
 
 
-def cut(lengths: NDArray[np.int64], max_tokens: int) -> Iterator[tuple[int, int]]:
+def document_ranges(lengths: NDArray[np.int64], max_tokens: int) -> Iterator[tuple[int, int]]:
     """Yield ranges [first, last) of documents that hold at most `max_tokens` tokens; a longer document stands alone."""
     stops = np.cumsum(lengths)
     first, done = 0, 0

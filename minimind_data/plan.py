@@ -3,7 +3,6 @@
 Everything here follows from the inputs and the options alone, so any number of machines plan the same build.
 """
 
-import itertools
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +19,7 @@ from minimind_data.records import open_reader, plan_splits
 from minimind_data.rendering import ChatOptions, ChatSpec
 from minimind_data.sources import Format, Source
 from minimind_data.split import SplitTask
+from minimind_data.staging import unique_names
 from minimind_data.tokenizer import Backend, Tokenizer
 from minimind_data.turns import TurnMarks, control_tokens, find_marks
 
@@ -173,21 +173,13 @@ class InputHashes:
 
 def plan_tasks(sources: Sequence[Source], options: TokenizeOptions) -> list[SplitTask]:
     """Name every split of every source: by the source's name, numbered where two share one."""
-    tasks: list[SplitTask] = []
-    stems = [source.stem for source in sources]
-    taken: set[str] = set()
+    prefixes = unique_names([source.stem for source in sources])
     planned = plan_splits(sources, options.split_bytes, options.records)
-    for number, (stem, splits) in enumerate(zip(stems, planned, strict=True)):
-        free = (
-            f"{stem}~{count}" for count in itertools.count(2) if f"{stem}~{count}" not in taken.union(stems)
-        )
-        prefix = next(free) if stem in taken else stem
-        taken.add(prefix)
-        tasks += [
-            SplitTask(name=f"{prefix}-{index:05d}", input=number, split=split)
-            for index, split in enumerate(splits)
-        ]
-    return tasks
+    return [
+        SplitTask(name=f"{prefix}-{index:05d}", input=number, split=split)
+        for number, (prefix, splits) in enumerate(zip(prefixes, planned, strict=True))
+        for index, split in enumerate(splits)
+    ]
 
 
 def idle_options(sources: Sequence[Source], records: RecordSpec) -> list[str]:

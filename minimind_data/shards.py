@@ -111,6 +111,10 @@ class ShardSet:
         self._map_all(np.array([index]))
         return self._shards[index]
 
+    def open_shard(self, index: int) -> Shard:
+        """Map a shard for the caller alone: unlike that of `shard` its map is not kept, so a pass over all shards holds one at a time."""
+        return Shard(self.folder, self.manifest.shards[index], self.manifest.dtype)
+
     def rows(self, starts: NDArray[np.int64], width: int) -> TokenArray:
         """Copy rows of the token stream; a row may reach across any number of shards.
 
@@ -291,7 +295,7 @@ class ShardSet:
             for index in wanted:
                 if index in self._shards:  # another thread was first; its map is the one that gathers know
                     continue
-                shard = Shard(self.folder, self.manifest.shards[index], self.manifest.dtype)
+                shard = self.open_shard(index)
                 if not self.manifest.has_masks:
                     self._check_ends(shard)
                 made[index] = shard

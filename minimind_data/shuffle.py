@@ -23,7 +23,7 @@ from minimind_data.checked import carry_set_aside, check_kind, checked_documents
 from minimind_data.errors import UserError
 from minimind_data.files import allow_open_files
 from minimind_data.format import InputEntry, Manifest, ShardEntry, TokenArray
-from minimind_data.framing import cut
+from minimind_data.framing import document_ranges
 from minimind_data.options import parse_size
 from minimind_data.reporting import Report
 from minimind_data.shards import ShardSet
@@ -93,7 +93,7 @@ def shuffle(
         entries = []
         for number, (starts, lengths) in enumerate(_groups(shards, options)):
             with ShardWriter(folder, f"shuffled-{number:05d}", manifest.dtype) as writer:
-                for first, last in cut(lengths, _FETCH_BYTES // shards.dtype.itemsize):
+                for first, last in document_ranges(lengths, _FETCH_BYTES // shards.dtype.itemsize):
                     tokens = fetch(shards, starts[first:last], lengths[first:last])
                     writer.append(tokens, lengths[first:last])
                     report(tokens.nbytes, len(tokens))
@@ -181,7 +181,7 @@ def _groups(
         starts, lengths = np.concatenate([starts, found[0]]), np.concatenate([lengths, found[1]])
         if not len(lengths):
             continue
-        groups = list(cut(lengths, max_tokens))
+        groups = list(document_ranges(lengths, max_tokens))
         for first, last in groups[:-1]:
             yield starts[first:last], lengths[first:last]
         starts, lengths = starts[groups[-1][0] :], lengths[groups[-1][0] :]
@@ -224,7 +224,7 @@ def _copy_documents(
     for start, length, place in zip(starts[is_long], lengths[is_long], places[is_long], strict=True):
         target[place : place + length] = source[start : start + length]
     starts, lengths, places = starts[~is_long], lengths[~is_long], places[~is_long]
-    for first, last in cut(lengths, _GATHER_TOKENS):
+    for first, last in document_ranges(lengths, _GATHER_TOKENS):
         here = lengths[first:last]
         inside = np.arange(int(here.sum())) - np.repeat(np.cumsum(here) - here, here)
         target[np.repeat(places[first:last], here) + inside] = source[

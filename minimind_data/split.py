@@ -30,6 +30,7 @@ from minimind_data.format import (
     TokenizerInfo,
     numpy_dtype,
 )
+from minimind_data.framing import frame_texts
 from minimind_data.records import open_reader, place
 from minimind_data.rendering import ChatSpec
 from minimind_data.reporting import Report
@@ -219,7 +220,7 @@ def _sequences(
 ) -> tuple[TokenArray, NDArray[np.int64], MaskArray | None, int]:
     """Return (tokens of a block as they are stored, the length of each sequence, mask, conversations not all learned)."""
     if job.chat is None:
-        return *frame(ids, offsets, job.tokenizer, job.dtype), None, 0
+        return *frame_texts(ids, offsets, job.tokenizer, job.dtype), None, 0
     tokenizer = cached_tokenizer(job.tokenizer_json, job.tokenizer)
     ids, offsets, mask, unlearned = encode_chats(block, ids, offsets, tokenizer, job.marks)
     return ids.astype(numpy_dtype(job.dtype)), np.diff(offsets), mask, unlearned
@@ -293,33 +294,6 @@ def _without(blocks: Iterator[Block], drop: NDArray[np.int32] | None) -> Generat
         kept = [place for place in range(num_documents) if number + place not in dropped]
         number += num_documents
         yield block.keep(kept)
-
-
-def frame(
-    ids: Ids, offsets: Offsets, info: TokenizerInfo, dtype: TokenDtype
-) -> tuple[TokenArray, NDArray[np.int64]]:
-    """Put BOS before and EOS behind every text of a batch.
-
-    Args:
-        ids: uint32 [T], the texts' ids end to end.
-        offsets: int64 [n + 1], where each text begins.
-        info: for BOS and EOS.
-        dtype: of the result.
-
-    Returns:
-        (tokens [T + 2n] of `dtype`, lengths int64 [n] of the documents with BOS and EOS).
-    """
-    num_texts = len(offsets) - 1
-    tokens = np.empty(len(ids) + 2 * num_texts, numpy_dtype(dtype))
-    bos_places = offsets[:-1] + 2 * np.arange(num_texts)
-    eos_places = offsets[1:] + 2 * np.arange(num_texts) + 1
-    is_text = np.ones(len(tokens), np.bool_)
-    is_text[bos_places] = False
-    is_text[eos_places] = False
-    tokens[is_text] = ids
-    tokens[bos_places] = info.bos_id
-    tokens[eos_places] = info.eos_id
-    return tokens, np.diff(offsets) + 2
 
 
 def set_aside_path(work_folder: Path, name: str) -> Path:

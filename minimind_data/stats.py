@@ -209,9 +209,9 @@ def _length_blocks(shards: ShardSet) -> Iterator[NDArray[np.int64]]:
 
 
 def _each(shards: ShardSet) -> Iterator[Shard]:
-    """Map one shard after the other, and let go of each: a ShardSet would keep them all."""
-    manifest = shards.manifest
-    return (Shard(shards.folder, entry, manifest.dtype) for entry in manifest.shards if entry.sequences)
+    """Map one shard after the other, those without a document left out."""
+    entries = enumerate(shards.manifest.shards)
+    return (shards.open_shard(index) for index, entry in entries if entry.sequences)
 
 
 def _distinct(lengths: NDArray[np.int64]) -> Iterable[tuple[int, int]]:

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimind_data.format import TokenizerInfo
-from minimind_data.framing import cut, frame
+from minimind_data.framing import document_ranges, frame_documents
 
 
 @settings(max_examples=200, deadline=None)
@@ -26,14 +26,14 @@ def test_framing_adds_what_is_missing_and_nothing_else(documents, same):
         else:
             empty += 1
     tokens = np.array([token for document in documents for token in document], np.int64)
-    made = frame(tokens, np.array([len(one) for one in documents], np.int64), info, "uint16")
+    made = frame_documents(tokens, np.array([len(one) for one in documents], np.int64), info, "uint16")
     assert [part.tolist() for part in np.split(made.tokens, np.cumsum(made.lengths)[:-1])] == (wanted or [[]])
     assert (made.bos_added, made.eos_added, made.empty) == (bos_added, eos_added, empty)
 
 
 @given(lengths=st.lists(st.integers(0, 9)), most=st.integers(1, 12))
 def test_cut_covers_every_document_once_within_the_bound(lengths, most):
-    ranges = list(cut(np.array(lengths, np.int64), most))
+    ranges = list(document_ranges(np.array(lengths, np.int64), most))
     assert [i for first, last in ranges for i in range(first, last)] == list(range(len(lengths)))
     for first, last in ranges:
         assert last == first + 1 or sum(lengths[first:last]) <= most
