@@ -136,7 +136,7 @@ def run(
     guard: NonfiniteGuard,
     describe: Callable[[int], dict[str, Any]],
     validate: Callable[[int], dict[str, Any]] = lambda _: {},
-    look: Callable[[int], None] = lambda _: None,
+    on_step: Callable[[int], None] = lambda _: None,
     scale: LossScale | None = None,
     say: Say,
     world: World = ALONE,
@@ -158,7 +158,7 @@ def run(
         guard: decides about a step whose loss or gradient is not finite.
         describe: what metrics say of a cursor besides its position: epoch, perhaps shard and offset.
         validate: called with each finished step; what it returns goes into the step's line of metrics, which is then written.
-        look: called with each finished step, once its line is written.
+        on_step: called with each finished step, once its line is written.
         scale: of the loss, in fp16.
         say: takes lines for the user.
         world: the ranks that learn together; all stop after the same step, and only the first shows its progress.
@@ -222,11 +222,11 @@ def run(
                 metrics.write(record)
                 num_tokens, seconds = 0, 0.0
             progress.update(record, logged=logged)
-            look(step)
+            on_step(step)
             # Asked once: what comes after this line ends the next step, saved like this one.
             stopping = world.agreed_stop(request.stop)
             save(record, leaving=bool(stopping) or step == total_steps)
-            then = time.perf_counter()  # neither measuring, looking nor saving is counted as training
+            then = time.perf_counter()  # neither validation, excerpts nor saving is counted as training
             if stopping:
                 break
     stopped_by = stopping if step < total_steps else None

@@ -1,6 +1,6 @@
-"""One rank of a run, from wherever it begins: the model is made, what it begins from is put into it, and the loop has it.
+"""One rank of a run: build the model, restore what the run begins from, and run the loop.
 
-With one process there is one rank. Where a run begins, and by which options, is found out in `job`.
+With one process there is one rank. Where a run begins, and by which options, is decided in `job`.
 """
 
 import math
@@ -10,6 +10,8 @@ from functools import partial
 from typing import Any, Generic
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from minimind_data.errors import UserError
 from minimind_data.windows import Windows
@@ -40,7 +42,7 @@ from minimind_train.sampler import SampleCursor
 from minimind_train.saver import Saver
 from minimind_train.start import InitialWeights
 from minimind_train.step_loader import StepLoader
-from minimind_train.tensors import Tensors, tensors_of
+from minimind_train.tensors import tensors_of
 from minimind_train.tracking import TrackedRun, Trackers
 
 __all__ = ["RankJob", "Start"]
@@ -57,8 +59,34 @@ class Start(Generic[ConfigT]):
     cursor: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Learner:
+    """What learns on this rank."""
+
+    model: MiniMind
+    objective: Objective
+    """Over the model, as it is for a world of one rank."""
+    wrapped: nn.Module
+    """What a step calls: the objective, wrapped for several ranks where there are several."""
+    optimizer: Optimizer
+    scale: LossScale | None
+    """Of the loss, in fp16."""
+
+
 class RankJob(Generic[ConfigT]):
-    """One rank of a run, with the options resolved and the data open, from wherever it begins."""
+    """One rank of a run, with resolved options and opened data, before its model is built.
+
+    Args:
+        phase: what kind of training.
+        config: the options, resolved.
+        shards: the datasets.
+        origin: the weights that the run began from.
+        say: takes lines for the user.
+        world: the ranks.
+
+    Raises:
+        UserError: the run cannot be trained here; see `fitting`.
+    """
 
     def __init__(
         self,
@@ -96,7 +124,7 @@ class RankJob(Generic[ConfigT]):
         "go on with --resume and a smaller --micro-batch, or free some memory; earlier checkpoints are intact"
     )
     def train(self, start: Start[ConfigT], before_steps: Callable[[], None] = lambda: None) -> loop.Outcome:
-        """Build the model, put what it begins from into it, and hand all to the loop.
+        """Build what learns, put what it begins from into it, and run the loop.
 
         Args:
             start: where it goes on.
@@ -110,10 +138,63 @@ class RankJob(Generic[ConfigT]):
             return loop.Outcome(step=step, total_steps=total_steps, cursor=cursor, loss=None, rank=world.rank)
         torch.set_num_threads(training.threads)
         allow_tf32(self.device, allowed=training.tf32)
+        learner = self._learner(found)
+        world.barrier()  # for all ranks: what does not fit one of them leaves the run as it was
+        before_steps()
+        self._introduce(learner.model, step, total_steps, cursor)
+        if training.compile:
+            compile_layers(learner.model)
+        if training.activation_checkpointing:
+            recompute_activations(learner.model)
+        samples = self._samples(self.data.windows)
+        validate = self._validation(learner.objective, total_steps)
+        self.origin.release()
+        guard = NonfiniteGuard(
+            learner.objective,
+            training.on_nonfinite,
+            run=self.run,
+            command=self.phase.command,
+            skipped=found.state.skipped_steps if found else 0,
+            say=self.say,
+            world=world,
+        )
+        best = checkpoint.best_of(self.run, last_step=step, measured_on=self._measured_on) if found else None
+        with (
+            MetricsLog(self.run / FILE_NAME, last_step=step) if world.is_main else NoMetrics() as metrics,
+            self._batches(samples, learner.objective, start=cursor, stop=end) as batches,
+            self._saver(learner, metrics, guard, best=best) as saver,
+            self._trackers(metrics, step) as trackers,
+        ):
+            if world.is_main and found:
+                self._say_what_metrics_lost(found.state, metrics.num_lines)
+            return loop.run(
+                learner.wrapped,
+                learner.optimizer,
+                batches,
+                step=step,
+                cursor=SampleCursor(cursor),
+                total_steps=total_steps,
+                config=training,
+                optim=self.config.optim,
+                device=self.device,
+                metrics=trackers,
+                on_step=self._excerpts(learner, trackers),
+                save=saver.after_step,
+                guard=guard,
+                describe=self.data.describe,
+                validate=validate,
+                scale=learner.scale,
+                say=self.say,
+                world=world,
+            )
+
+    def _learner(self, found: Checkpoint | None) -> _Learner:
+        """Build the model, its objective and its optimizer, in the state of a checkpoint where there is one."""
+        training, world = self.config.training, self.world
         model = MiniMind(self.config.model)
         lora = self.config.lora
         why = f"{self.run} learns adapters alone" if found else f"{self.run} has no checkpoint yet"
-        # Rank 0 gives its weights to all.
+        # Rank 0's weights become those of all ranks in `parallelize`.
         weights = self.origin.weights(why) if world.is_main and (found is None or lora.lora_rank) else None
         if weights:
             model.load_state_dict(weights.tensors)
@@ -124,86 +205,41 @@ class RankJob(Generic[ConfigT]):
         if not self.sharded:
             model.to(self.device)
         objective = self.phase.objective(model, self.config, self.origin)
-        learner = parallelize(objective, world, self.device, parallel=training.parallel, dtype=training.dtype)
+        wrapped = parallelize(objective, world, self.device, parallel=training.parallel, dtype=training.dtype)
         optimizer = make_optimizer(model, self.config.optim)
         if found:
             found.restore(model, optimizer)
-        world.barrier()  # for all ranks: what does not fit one of them leaves the run as it was
-        before_steps()
-        self._introduce(model, step, total_steps, cursor)
-        place = SampleCursor(cursor)
         scale = LossScale(**(found and found.state.loss_scale) or {}) if training.dtype == "fp16" else None
-        if training.compile:
-            compile_layers(model)
-        if training.activation_checkpointing:
-            recompute_activations(model)
-        samples = self._samples(self.data.windows)
-        measure = {}
-        if self.evaluator:
-            every = self.config.validation.val_every
-            self.evaluator.samples = self._samples(self.evaluator.windows)
-            measure["validate"] = validation(self.evaluator, objective, every=every, total_steps=total_steps)
-        self.origin.release()
-        guard = NonfiniteGuard(
-            objective,
-            training.on_nonfinite,
-            run=self.run,
-            command=self.phase.command,
-            skipped=found.state.skipped_steps if found else 0,
-            say=self.say,
-            world=world,
+        return _Learner(model=model, objective=objective, wrapped=wrapped, optimizer=optimizer, scale=scale)
+
+    def _batches(self, samples: Samples, objective: Objective, *, start: int, stop: int) -> StepLoader:
+        training = self.config.training
+        return StepLoader(
+            samples,
+            self.data.order,
+            start=start,
+            stop=stop,
+            global_batch=training.global_batch,
+            micro_batch=training.micro_batch,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            device=self.device,
+            skips=self.data.skips,
+            num_terms=objective.num_terms,
         )
 
-        with (
-            MetricsLog(self.run / FILE_NAME, last_step=step) if world.is_main else NoMetrics() as metrics,
-            StepLoader(
-                samples,
-                self.data.order,
-                start=cursor,
-                stop=end,
-                global_batch=training.global_batch,
-                micro_batch=training.micro_batch,
-                rank=world.rank,
-                world_size=world.size,
-                device=self.device,
-                skips=self.data.skips,
-                num_terms=objective.num_terms,
-            ) as batches,
-            self._saver(
-                partial(tensors_of, model, optimizer),
-                metrics,
-                guard,
-                scale,
-                best=checkpoint.best_of(self.run, last_step=step, measured_on=self._measured_on)
-                if found
-                else None,
-            ) as saver,
-            self._trackers(metrics, step) as trackers,
-        ):
-            if world.is_main and found and (lost := found.state.metrics_lines - metrics.num_lines) > 0:
-                self.say(
-                    f"{self.run / FILE_NAME}: {lost} of the {found.state.metrics_lines} lines up to step {step} are gone or broken; "
-                    "training goes on the same without them; to have them again, put them back from a backup while the run is stopped"
-                )
-            return loop.run(
-                learner,
-                optimizer,
-                batches,
-                step=step,
-                cursor=place,
-                total_steps=total_steps,
-                config=training,
-                optim=self.config.optim,
-                device=self.device,
-                metrics=trackers,
-                look=self._excerpts(model, objective, trackers),
-                save=saver.after_step,
-                guard=guard,
-                describe=self.data.describe,
-                **measure,
-                scale=scale,
-                say=self.say,
-                world=world,
+    def _validation(self, objective: Objective, total_steps: int) -> Callable[[int], dict[str, Any]]:
+        if not self.evaluator:
+            return lambda _: {}
+        self.evaluator.samples = self._samples(self.evaluator.windows)
+        every = self.config.validation.val_every
+        return validation(self.evaluator, objective, every=every, total_steps=total_steps)
+
+    def _say_what_metrics_lost(self, state: CheckpointState, num_lines: int) -> None:
+        if (lost := state.metrics_lines - num_lines) > 0:
+            self.say(
+                f"{self.run / FILE_NAME}: {lost} of the {state.metrics_lines} lines up to step {state.step} are gone or broken; "
+                "training goes on the same without them; to have them again, put them back from a backup while the run is stopped"
             )
 
     def _samples(self, windows: Windows | MixedWindows) -> Samples:
@@ -216,7 +252,7 @@ class RankJob(Generic[ConfigT]):
         )
         return Trackers(metrics, config.track if self.world.is_main else (), run, self.say)
 
-    def _excerpts(self, model: MiniMind, objective: Objective, trackers: Trackers) -> Callable[[int], None]:
+    def _excerpts(self, learner: _Learner, trackers: Trackers) -> Callable[[int], None]:
         def tell(step: int, name: str, prompt: str, text: str) -> None:
             self.say(f"step {step}  after {prompt!r}: {text!r}")
             trackers.text(step, name, prompt + text)
@@ -226,19 +262,20 @@ class RankJob(Generic[ConfigT]):
             return lambda _: None
         tokenizer = load_run_tokenizer(self.run, info).reference
         forward = autocast(self.config.training.dtype, self.device)
-        around = partial(unsharded, objective, forward)
-        return Excerpts(model, config, tokenizer=tokenizer, info=info, tell=tell, around=around).after_step
+        around = partial(unsharded, learner.objective, forward)
+        return Excerpts(
+            learner.model, config, tokenizer=tokenizer, info=info, tell=tell, around=around
+        ).after_step
 
     def _saver(
         self,
-        tensors: Callable[[], Tensors],
+        learner: _Learner,
         metrics: MetricsLog | NoMetrics,
         guard: NonfiniteGuard,
-        scale: LossScale | None,
         *,
         best: CheckpointState | None,
     ) -> Saver:
-        options = recorded(self.config)
+        options, scale = recorded(self.config), learner.scale
 
         def state(record: Mapping[str, Any]) -> CheckpointState:
             return CheckpointState(
@@ -256,7 +293,7 @@ class RankJob(Generic[ConfigT]):
         return Saver(
             self.run,
             self.config.training.saving,
-            tensors=tensors,
+            tensors=partial(tensors_of, learner.model, learner.optimizer),
             state=state,
             before=metrics.sync,
             best=math.inf if best is None or best.val_loss is None else best.val_loss,
