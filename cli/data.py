@@ -159,7 +159,7 @@ def info(folder: _Folder, as_json: _Json = False) -> None:
     """Say what a dataset holds."""
     manifest = ShardSet.open(folder).manifest
     num_bytes = sum(entry.bytes for entry in manifest.shards)
-    told = {
+    facts = {
         "kind": manifest.kind,
         "documents": manifest.num_documents,
         "tokens": manifest.num_tokens,
@@ -178,7 +178,7 @@ def info(folder: _Folder, as_json: _Json = False) -> None:
         "fingerprint": manifest.fingerprint,
     }
     if as_json:
-        _print_json(told)
+        _print_json(facts)
         return
     print(
         f"{folder}: {manifest.kind} dataset, {counted(manifest.num_documents, 'document')}, {counted(manifest.num_tokens, 'token')}"
@@ -196,7 +196,7 @@ def info(folder: _Folder, as_json: _Json = False) -> None:
     )
     if manifest.has_masks:
         print(
-            f"  in doubt     {told['different_prompts']:,} of the pairs have different prompts, {told['unlearned']:,} of the "
+            f"  in doubt     {facts['different_prompts']:,} of the pairs have different prompts, {facts['unlearned']:,} of the "
             "conversations are not all learned"
         )
     print(f"  fingerprint  {manifest.fingerprint[:16]}…")
@@ -217,8 +217,8 @@ def verify(folder: _Folder, as_json: _Json = False) -> None:
         )
     if verdict.problems:
         shown, more = verdict.problems[:_PROBLEMS_SHOWN], len(verdict.problems) - _PROBLEMS_SHOWN
-        told = [*shown, *([f"and {more:,} more"] if more > 0 else []), *verdict.remedies]
-        raise UserError("; ".join(told))
+        sentences = [*shown, *([f"and {more:,} more"] if more > 0 else []), *verdict.remedies]
+        raise UserError("; ".join(sentences))
 
 
 command(app)(window)
@@ -286,21 +286,21 @@ def locate(
     except ValueError as error:
         raise typer.BadParameter(str(error).removeprefix("--shards").removeprefix(":").strip()) from None
     windows, ordered, skips = data_of_run(options, _say)
-    told = place_of(ordered, windows, position) | (
+    place = place_of(ordered, windows, position) | (
         {"left_out": True} if not skips.count(position, position + 1) else {}
     )
     if as_json:
-        _print_json({"position": position, **told})
+        _print_json({"position": position, **place})
         return
-    part, whole = (f"part {told['part']}, ", "") if "part" in told else ("", f" of {len(windows):,}")
+    part, whole = (f"part {place['part']}, ", "") if "part" in place else ("", f" of {len(windows):,}")
     print(
-        f"position {position:,}: {part}epoch {told['epoch']}, window {told['window']:,}{whole}, "
-        f"shard {told['shard']}, offset {told['offset']:,}{', left out' if 'left_out' in told else ''}"
+        f"position {position:,}: {part}epoch {place['epoch']}, window {place['window']:,}{whole}, "
+        f"shard {place['shard']}, offset {place['offset']:,}{', left out' if 'left_out' in place else ''}"
     )
-    folder = {source.name: source.folder for source in sources}[told.get("part", "")]
+    folder = {source.name: source.folder for source in sources}[place.get("part", "")]
     words = [
         str(folder),
-        str(told["window"]),
+        str(place["window"]),
         "--seq-len",
         str(options["seq_len"]),
         "--layout",
@@ -318,8 +318,8 @@ def _say(sentence: str) -> None:
     print(sentence, file=sys.stderr)
 
 
-def _print_json(told: dict[str, Any]) -> None:
-    print(json.dumps(told, ensure_ascii=False))
+def _print_json(content: dict[str, Any]) -> None:
+    print(json.dumps(content, ensure_ascii=False))
 
 
 def main() -> None:

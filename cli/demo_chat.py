@@ -92,10 +92,10 @@ def _answer(stage: str, question: str) -> str:
 
 def _loss_on_answers(stage: str) -> float:
     cut = ("--seq-len", "160", "--layout", "pad")
-    told = output_of(
+    output = output_of(
         *("mm-train", "eval", "--run", str(_run(stage)), "--shards", str(_shards("sft")), *cut, "--json")
     )
-    return float(json.loads(told)["loss"])
+    return float(json.loads(output)["loss"])
 
 
 def _metrics(stage: str) -> list[dict[str, Any]]:

@@ -50,39 +50,39 @@ def stats(
     seq_lens = tuple(dict.fromkeys(seq_len or DEFAULT_SEQ_LENS))
     with ByteProgress("count", sum(entry.bytes for entry in shards.manifest.shards)) as bar:
         found = describe(shards, tokenizer, seq_lens, bar.add)
-    told = found.as_dict()
+    numbers = found.as_dict()
     if as_json:
-        print(json.dumps(told, ensure_ascii=False))
+        print(json.dumps(numbers, ensure_ascii=False))
     else:
-        print("\n".join(_lines(folder, told)))
+        print("\n".join(_lines(folder, numbers)))
     if html is not None:
-        size = write_page(html, told, shards, tokenizer, num_windows=windows)
+        size = write_page(html, numbers, shards, tokenizer, num_windows=windows)
         print(f"{html}: {size / 1e6:.1f} MB, open it in any browser", file=sys.stderr)
 
 
-def _lines(folder: Path, told: dict[str, Any]) -> Iterator[str]:
-    text, lengths = told["text"], told["lengths"]
+def _lines(folder: Path, numbers: dict[str, Any]) -> Iterator[str]:
+    text, lengths = numbers["text"], numbers["lengths"]
     percentiles = lengths["percentiles"]
     yield f"{folder}:"
-    counts = [counted(told[name], name.removesuffix("s")) for name in ("documents", "tokens", "shards")]
+    counts = [counted(numbers[name], name.removesuffix("s")) for name in ("documents", "tokens", "shards")]
     yield f"  {counts[0]}, {counts[1]} in {counts[2]}"
     yield f"  text         {text['characters_per_token']:.2f} characters a token, {text['bytes_per_token']:.2f} bytes a token"
     if text["estimated_from_documents"] is None:
         yield f"               ({text['characters']:,} characters)"
     else:
         yield f"               (estimated from {text['estimated_from_documents']:,} documents)"
-    if told["kind"] != "pretrain":
-        yield f"  learned      {told['learned_tokens']:,} tokens, {_percent(told['learned_tokens'] / told['tokens'])} of all"
-    yield f"  vocabulary   {text['ids_used']:,} of {told['vocab_size']:,} entries occur"
+    if numbers["kind"] != "pretrain":
+        yield f"  learned      {numbers['learned_tokens']:,} tokens, {_percent(numbers['learned_tokens'] / numbers['tokens'])} of all"
+    yield f"  vocabulary   {text['ids_used']:,} of {numbers['vocab_size']:,} entries occur"
     yield f"  lengths      {lengths['shortest']:,} to {lengths['longest']:,} tokens, mean {lengths['mean']:,.1f}"
     yield f"               5% up to {percentiles['5']:,}, half up to {percentiles['50']:,}, 95% up to {percentiles['95']:,}"
     yield ""
-    yield f"{'tokens':>23}  {'documents' if told['kind'] == 'pretrain' else 'conversations':>13}"
+    yield f"{'tokens':>23}  {'documents' if numbers['kind'] == 'pretrain' else 'conversations':>13}"
     yield from _histogram(_merged(lengths["histogram"]))
     yield ""
     yield f"{'window':>8}  {'layout':<7} {'windows':>15}  {'padding':>8}  {'tokens lost':>11}  {'documents cut':>13}"
-    for number, waste in enumerate(told["layouts"]):
-        first = not number or told["layouts"][number - 1]["seq_len"] != waste["seq_len"]
+    for number, waste in enumerate(numbers["layouts"]):
+        first = not number or numbers["layouts"][number - 1]["seq_len"] != waste["seq_len"]
         shares = (_percent(waste[name]) for name in ("padding_share", "unused_share", "cut_share"))
         padding, lost, cut = shares
         yield (

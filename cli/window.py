@@ -70,7 +70,7 @@ def window(
     texts = {side: tokenizer.decode(sample[f"{side}input_ids"]) for side in sides}
     document_ids = windows.document_ids(number).tolist()
     if as_json:
-        text = texts[""] if "" in texts else {side.rstrip("_"): told for side, told in texts.items()}
+        text = texts[""] if "" in texts else {side.rstrip("_"): decoded for side, decoded in texts.items()}
         place = {"document_ids": document_ids, "shard": shard, "offset": offset, "text": text}
         print(json.dumps({**sample, **place}, ensure_ascii=False))
         return

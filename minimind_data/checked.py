@@ -73,12 +73,12 @@ def carry_set_aside(datasets: Sequence[ShardSet], folder: Path) -> str | None:
     Raises:
         FormatError: one is missing or not what its manifest says.
     """
-    told = [dataset for dataset in datasets if dataset.manifest.set_aside_sha256 is not None]
-    if not told:
+    with_set_aside = [dataset for dataset in datasets if dataset.manifest.set_aside_sha256 is not None]
+    if not with_set_aside:
         return None
     whole = hashlib.sha256()
     with durable_file(folder / SET_ASIDE_NAME) as target:
-        for dataset in told:
+        for dataset in with_set_aside:
             path = dataset.folder / SET_ASIDE_NAME
             if not path.is_file():
                 raise FormatError(f"{path}: missing, though the manifest names it; put it back")

@@ -134,12 +134,12 @@ def sha256_of_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def checksum_of_json(told: dict[str, Any]) -> str:
+def checksum_of_json(content: dict[str, Any]) -> str:
     """Return the hexadecimal SHA-256 of what a JSON file tells, however it is laid out: a flipped byte or an edit shows.
 
     Keys and values are those of JSON; tuples count as lists.
     """
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class FolderLock:

@@ -194,13 +194,13 @@ def _hf_files(source: Path) -> tuple[Path, ...]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        told = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file; `Dataset.save_to_disk` of Hugging Face datasets makes it"
         ) from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(told, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object; save the dataset again")
-    return told
+    return content

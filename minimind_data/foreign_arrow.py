@@ -156,9 +156,9 @@ def write_hf_state(folder: Path, column: str, files: list[str], fingerprint: str
         "_split": None,
     }
     info = {"citation": "", "description": "", "features": _features(column), "homepage": "", "license": ""}
-    for name, told in ((HF_STATE_NAME, state), (HF_INFO_NAME, info)):
+    for name, content in ((HF_STATE_NAME, state), (HF_INFO_NAME, info)):
         with durable_file(folder / name) as file:
-            file.write(json.dumps(told, indent=2, sort_keys=True).encode())
+            file.write(json.dumps(content, indent=2, sort_keys=True).encode())
 
 
 def _features(column: str) -> dict[str, Any]:
@@ -167,8 +167,8 @@ def _features(column: str) -> dict[str, Any]:
 
 
 def _schema(column: str) -> pa.Schema:
-    told = json.dumps({"info": {"features": _features(column)}})
-    return pa.schema([(column, pa.list_(_ID_TYPE))], metadata={"huggingface": told})
+    content = json.dumps({"info": {"features": _features(column)}})
+    return pa.schema([(column, pa.list_(_ID_TYPE))], metadata={"huggingface": content})
 
 
 def _record_batches(

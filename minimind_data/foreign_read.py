@@ -272,10 +272,10 @@ def _datatrove_dtype(path: Path, size: int, num_tokens: int) -> str:
         first_line = path.with_name(f"{path.name}.metadata").read_text().partition("\n")[0]
     except FileNotFoundError:
         return f"<u{token_bytes}"
-    told = first_line.rpartition("|")[2].strip()
-    if num_tokens and told.isdecimal() and int(told) != token_bytes:
+    stated = first_line.rpartition("|")[2].strip()
+    if num_tokens and stated.isdecimal() and int(stated) != token_bytes:
         raise UserError(
-            f"{path}.metadata: says {told} bytes a token, where the file and its index say {token_bytes}; find out which is right"
+            f"{path}.metadata: says {stated} bytes a token, where the file and its index say {token_bytes}; find out which is right"
         )
     return f"<u{token_bytes}"
 

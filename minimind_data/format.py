@@ -125,8 +125,8 @@ class IndexHeader:
         return cls(dtype=DTYPES_BY_CODE[code], num_sequences=num_sequences, num_documents=num_starts - 1)
 
 
-def _without_empty(told: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in told.items() if value or name not in _LEFT_OUT_WHEN_EMPTY}
+def _without_empty(content: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if value or name not in _LEFT_OUT_WHEN_EMPTY}
 
 
 REMAKE = "delete the shard's .bin and .idx and run the same `mm-data tokenize` again: it makes only what is missing"
@@ -248,7 +248,7 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """A hash of what determines the tokens and their order; neither paths nor the cut into shards are part of it."""
-        told = {
+        content = {
             "format": self.format_version,
             "kind": self.kind,
             "dtype": self.dtype,
@@ -256,7 +256,7 @@ class Manifest:
             "options": {name: value for name, value in self.options.items() if name not in _CUT_OPTIONS},
             "inputs": [{"bytes": entry.bytes, "sha256": entry.sha256} for entry in self.inputs],
         }
-        return checksum_of_json(told)
+        return checksum_of_json(content)
 
     @property
     def has_masks(self) -> bool:
@@ -280,13 +280,16 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the text of `manifest.json`."""
-        told = {
+        content = {
             "format_version": self.format_version,
             "fingerprint": self.fingerprint,
             **_without_empty(asdict(self)),
         }
-        told["shards"] = [_without_empty(shard) for shard in told["shards"]]
-        return json.dumps({**told, "checksum": checksum_of_json(told)}, ensure_ascii=False, indent=1) + "\n"
+        content["shards"] = [_without_empty(shard) for shard in content["shards"]]
+        return (
+            json.dumps({**content, "checksum": checksum_of_json(content)}, ensure_ascii=False, indent=1)
+            + "\n"
+        )
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -297,7 +300,7 @@ class Manifest:
         """
         path = folder / MANIFEST_NAME
         try:
-            told = json.loads(path.read_bytes())
+            content = json.loads(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             raise FormatError(
                 f"{folder}: no dataset (no {MANIFEST_NAME}); make one with `mm-data tokenize`"
@@ -305,19 +308,19 @@ class Manifest:
         except ValueError as error:
             raise FormatError(f"{path}: damaged ({error}); {REMAKE_ALL}") from None
         try:
-            if told["format_version"] != FORMAT_VERSION:
+            if content["format_version"] != FORMAT_VERSION:
                 raise FormatError(
-                    f"{path}: format version {told['format_version']}; this program reads version {FORMAT_VERSION}"
+                    f"{path}: format version {content['format_version']}; this program reads version {FORMAT_VERSION}"
                 )
-            checksum, fingerprint = told.pop("checksum"), told.pop("fingerprint")
-            if checksum != checksum_of_json({**told, "fingerprint": fingerprint}):
+            checksum, fingerprint = content.pop("checksum"), content.pop("fingerprint")
+            if checksum != checksum_of_json({**content, "fingerprint": fingerprint}):
                 raise FormatError(f"{path}: damaged (its checksum does not fit); {REMAKE_ALL}")
             manifest = cls(
                 **{
-                    **told,
-                    "tokenizer": TokenizerInfo(**told["tokenizer"]),
-                    "inputs": tuple(InputEntry(**entry) for entry in told["inputs"]),
-                    "shards": tuple(ShardEntry(**entry) for entry in told["shards"]),
+                    **content,
+                    "tokenizer": TokenizerInfo(**content["tokenizer"]),
+                    "inputs": tuple(InputEntry(**entry) for entry in content["inputs"]),
+                    "shards": tuple(ShardEntry(**entry) for entry in content["shards"]),
                 }
             )
         except (KeyError, TypeError, AttributeError) as error:

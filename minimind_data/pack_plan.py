@@ -114,13 +114,13 @@ class PackPlan:
                 content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        told = content[:_HEADER_BYTES].tobytes()
-        header = _HEADER.unpack(told)
+        header_bytes = content[:_HEADER_BYTES].tobytes()
+        header = _HEADER.unpack(header_bytes)
         if (
             header[:2] != (_MAGIC, VERSION)
             or header[3:6] != _identity(shards)
             or size != _places(header[10], header[11], header[8], header[9])[2]
-            or (check and header[2] != _checksum(told, content))
+            or (check and header[2] != _checksum(header_bytes, content))
             or path.name != _name(shards, header[6], LONG_DOCUMENTS[header[7]])
         ):
             return None
@@ -182,12 +182,12 @@ def open_plan(
 
 
 def _cache_folder() -> Path:
-    told = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not told.is_absolute():  # which the specification of base directories bids us to pass over
-        told = Path("~/.cache")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():  # which the specification of base directories bids us to pass over
+        cache = Path("~/.cache")
         with contextlib.suppress(RuntimeError):  # nobody's home: then `~` is a folder here
-            told = told.expanduser()
-    return told / "minimind-pipeline" / "packing"
+            cache = cache.expanduser()
+    return cache / "minimind-pipeline" / "packing"
 
 
 def _why_not(folder: Path) -> str | None:
@@ -291,8 +291,14 @@ def _write(file: BinaryIO, shards: ShardSet, width: int, long_documents: LongDoc
     assert (windows, segments) == shape[:2]
     full_windows = int(packing.windows[packing.filled == width].sum())
     counts = (int(packing.windows @ packing.filled), full_windows, found.num_long, found.unused_tokens)
-    told = (*_identity(shards), width, LONG_DOCUMENTS.index(long_documents), document_bytes, fragment_bytes)
-    header = _HEADER.pack(_MAGIC, VERSION, 0, *told, *shape[:2], *counts)
+    settings = (
+        *_identity(shards),
+        width,
+        LONG_DOCUMENTS.index(long_documents),
+        document_bytes,
+        fragment_bytes,
+    )
+    header = _HEADER.pack(_MAGIC, VERSION, 0, *settings, *shape[:2], *counts)
     file.flush()
     content = np.frombuffer(mmap.mmap(file.fileno(), stop, access=mmap.ACCESS_READ), np.uint8)
     checksum = _checksum(header, content).to_bytes(4, "little")

@@ -45,7 +45,7 @@ def check_page_place(path: Path) -> None:
 
 def write_page(
     path: Path,
-    told: dict[str, Any],
+    stats: dict[str, Any],
     shards: ShardSet,
     tokenizer: Tokenizer,
     *,
@@ -55,7 +55,7 @@ def write_page(
 
     Args:
         path: the file.
-        told: what `Stats.as_dict` returns; its window lengths are those that the page shows.
+        stats: what `Stats.as_dict` returns; its window lengths are those that the page shows.
         shards: the dataset.
         tokenizer: the one that made it.
         num_windows: windows of each layout and length, fewer where the page would become too big for a browser.
@@ -65,8 +65,8 @@ def write_page(
     """
     data = {
         "name": shards.folder.resolve().name,
-        **told,
-        **sample_windows(told, shards, tokenizer, num_windows),
+        **stats,
+        **sample_windows(stats, shards, tokenizer, num_windows),
     }
     page = fill(resources.files("minimind_data").joinpath(_TEMPLATE_NAME).read_text("utf-8"), data).encode()
     write_atomic(path, page)
@@ -89,7 +89,7 @@ def fill(template: str, data: dict[str, Any]) -> str:
 
 
 def sample_windows(
-    told: dict[str, Any], shards: ShardSet, tokenizer: Tokenizer, num_windows: int
+    stats: dict[str, Any], shards: ShardSet, tokenizer: Tokenizer, num_windows: int
 ) -> dict[str, Any]:
     r"""Return windows of every layout and length, and the texts of their tokens.
 
@@ -101,7 +101,7 @@ def sample_windows(
         sampled windows, see `_window`.
     """
     pieces = pieces_of(tokenizer)
-    kinds = [(layout, seq_len) for seq_len in _seq_lens(told) for layout in get_args(Layout)]
+    kinds = [(layout, seq_len) for seq_len in _seq_lens(stats) for layout in get_args(Layout)]
     per_round = sum(seq_len + 1 for _, seq_len in kinds)
     count = max(1, min(num_windows, _MAX_TOKENS // per_round))
     views: list[dict[str, Any]] = []
@@ -135,8 +135,8 @@ def sample_windows(
     }
 
 
-def _seq_lens(told: dict[str, Any]) -> list[int]:
-    return list(dict.fromkeys(waste["seq_len"] for waste in told["layouts"]))
+def _seq_lens(stats: dict[str, Any]) -> list[int]:
+    return list(dict.fromkeys(waste["seq_len"] for waste in stats["layouts"]))
 
 
 def _window(windows: Windows, number: int, pieces: Pieces, side: str) -> dict[str, Any]:

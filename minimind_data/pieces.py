@@ -59,8 +59,8 @@ def pieces_of(tokenizer: Tokenizer) -> Pieces:
     """Return the bytes of every token of a tokenizer."""
     decoder = json.loads(tokenizer.json).get("decoder")
     exact = _is_byte_level(decoder)
-    told = json.dumps(decoder, ensure_ascii=False)
-    shows_spaces = _WORD_START in told or "Metaspace" in told
+    decoder_json = json.dumps(decoder, ensure_ascii=False)
+    shows_spaces = _WORD_START in decoder_json or "Metaspace" in decoder_json
     pieces = [b""] * tokenizer.info.vocab_size
     for token, token_id in tokenizer.reference.get_vocab(with_added_tokens=False).items():
         pieces[token_id] = (

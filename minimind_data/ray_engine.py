@@ -234,11 +234,11 @@ class _StoppedError(Exception):
 def _make(shared: _Shared, task: SplitTask) -> _Made:
     """Make one split, on whichever node this is."""
     node = f"{ray.util.get_node_ip_address()} ({platform.node()})"  # type: ignore[no-untyped-call]
-    told = [0, 0]
+    done = [0, 0]
 
     def report(num_bytes: int, num_tokens: int) -> None:
-        told[0] += num_bytes
-        told[1] += num_tokens
+        done[0] += num_bytes
+        done[1] += num_tokens
         if not shared.token_path.exists():
             raise _StoppedError
 
@@ -255,7 +255,7 @@ def _make(shared: _Shared, task: SplitTask) -> _Made:
     except OSError as error:
         where = error.filename or shared.job.out
         return _Made(user_error=f"{where}: {error.strerror or error}, says node {node}")
-    return _Made(result=result, num_bytes=told[0], num_tokens=told[1])
+    return _Made(result=result, num_bytes=done[0], num_tokens=done[1])
 
 
 def _check(shared: _Shared, task: SplitTask, node: str) -> None:
@@ -345,9 +345,9 @@ def _connected() -> Iterator[None]:
                 )  # 2.50 speaks of GPUs
                 ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
         except (RayError, ConnectionError, OSError, RuntimeError, ValueError) as error:
-            told = str(error).strip() or type(error).__name__
+            message = str(error).strip() or type(error).__name__
             raise UserError(
-                f"the Ray cluster at {address} cannot be joined ({told.splitlines()[0]}); run this on a node of it, with the same "
+                f"the Ray cluster at {address} cannot be joined ({message.splitlines()[0]}); run this on a node of it, with the same "
                 "versions of Ray and Python"
             ) from None
         finally:

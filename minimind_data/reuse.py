@@ -36,7 +36,7 @@ def reusable(
     """
     kept: dict[str, SplitResult] = {}
     changed = previous.names - {task.name for task in tasks} if previous else set()
-    told: set[str] = set()
+    announced: set[str] = set()
     for task in tasks:
         result, is_new = _result_of(work, task, options, previous)
         if result is None:
@@ -48,9 +48,9 @@ def reusable(
         ):
             if previous is not None and task.name in previous.names:
                 changed.add(task.name)
-            if task.split.path not in told:
+            if task.split.path not in announced:
                 announce(f"{task.split.path}: changed since {task.name} was made; such splits are made again")
-                told.add(task.split.path)
+                announced.add(task.split.path)
         elif is_there(work.out, task.name, result.shard) and is_there(work.val, task.name, result.val_shard):
             kept[task.name] = replace(result, input=task.input)
     return kept, changed

@@ -114,7 +114,7 @@ class ParquetRecords:
         source, fields = self._split.source, self._spec.fields
         groups = range(self._split.start, self._split.stop)
         total_rows = count_rows(source, groups)
-        told = 0
+        reported = 0
         with source.reading(), source.open() as file:
             parquet = pq.ParquetFile(file)
             schema = parquet.schema_arrow
@@ -126,8 +126,8 @@ class ParquetRecords:
                 self._digest.update(orjson.dumps(rows, default=repr)[1:-1] + b",")
                 records = [dict(zip(fields, row, strict=True)) for row in rows]
                 done = self._split.num_bytes * (self.num_lines + len(rows)) // total_rows
-                yield self._block(records, done - told)
-                told = done
+                yield self._block(records, done - reported)
+                reported = done
 
     def _block(self, records: list[dict[str, Any]], num_bytes: int) -> Block:
         get_text = text_getter(self._spec)

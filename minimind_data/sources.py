@@ -192,8 +192,8 @@ def tell(location: str, form: Format = "auto", *, name: str | None = None) -> So
             head = text.read(_HEAD_BYTES)
         if not head:
             raise UserError(f"{shown}: nothing is in it once decompressed; there is nothing to tokenize")
-    told = _form_of(shown, head, form, compressed=compression is not None)
-    return Source(name=shown, location=location, form=told, compression=compression)
+    detected = _form_of(shown, head, form, compressed=compression is not None)
+    return Source(name=shown, location=location, form=detected, compression=compression)
 
 
 def _form_of(name: str, head: bytes, wanted: Format, *, compressed: bool) -> Form:

@@ -156,17 +156,17 @@ def build_split(job: Job, task: SplitTask, report: Report) -> SplitResult:
     Raises:
         UserError: a bad record, unless they are set aside.
     """
-    told = [0, 0]
+    done = [0, 0]
 
     def count(num_bytes: int, num_tokens: int) -> None:
-        told[0] += num_bytes
-        told[1] += num_tokens
+        done[0] += num_bytes
+        done[1] += num_tokens
         report(num_bytes, num_tokens)
 
     try:
         return _build(job, task, job.backend, None, count)
     except DifferenceError as difference:
-        report(-told[0], -told[1])
+        report(-done[0], -done[1])
         return _build(job, task, "tokenizers", str(difference), report)
 
 

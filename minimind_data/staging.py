@@ -111,8 +111,8 @@ def write_metadata(folder: Path, manifest: Manifest, tokenizer: Path | bytes) ->
         manifest: the dataset's.
         tokenizer: the folder that has it, with its chat template where the manifest names one; or what its file holds.
     """
-    told = tokenizer if isinstance(tokenizer, bytes) else (tokenizer / TOKENIZER_NAME).read_bytes()
-    files = [(TOKENIZER_NAME, told), (MANIFEST_NAME, manifest.to_json().encode())]
+    tokenizer_json = tokenizer if isinstance(tokenizer, bytes) else (tokenizer / TOKENIZER_NAME).read_bytes()
+    files = [(TOKENIZER_NAME, tokenizer_json), (MANIFEST_NAME, manifest.to_json().encode())]
     if manifest.tokenizer_config_sha256 is not None and isinstance(tokenizer, Path):
         files.insert(0, (CONFIG_NAME, (tokenizer / CONFIG_NAME).read_bytes()))
     for name, data in files:

@@ -108,10 +108,12 @@ def load_tokenizer(path: Path | None = None, special: SpecialTokens | None = Non
         ) from None
     reference = _parse(text, file)
     special = special or SpecialTokens()
-    told = _ids_of_dataset(file) if file.with_name(MANIFEST_NAME).is_file() else {}
-    config = {} if told else _read_config(file.with_name(CONFIG_NAME))
+    special_ids = _ids_of_dataset(file) if file.with_name(MANIFEST_NAME).is_file() else {}
+    config = {} if special_ids else _read_config(file.with_name(CONFIG_NAME))
     ids = [
-        told[name] if text is None and told else _special_id(reference, name, text, config, file)
+        special_ids[name]
+        if text is None and special_ids
+        else _special_id(reference, name, text, config, file)
         for name, text in (("bos", special.bos), ("eos", special.eos), ("pad", special.pad))
     ]
     return Tokenizer(text, reference, (ids[0], ids[1], ids[2]))
@@ -156,11 +158,11 @@ def _special_id(
     tokenizer: tokenizers.Tokenizer, name: str, text: str | None, config: dict[str, Any], file: Path
 ) -> int:
     if text is None:
-        told = config.get(f"{name}_token")
-        text = told.get("content") if isinstance(told, dict) else told
+        token = config.get(f"{name}_token")
+        text = token.get("content") if isinstance(token, dict) else token
         if text is not None and not isinstance(text, str):
             raise UserError(
-                f"{file.with_name(CONFIG_NAME)}: its {name}_token is {told!r}, not a string; pass --{name}-token TOKEN"
+                f"{file.with_name(CONFIG_NAME)}: its {name}_token is {token!r}, not a string; pass --{name}-token TOKEN"
             )
     if text is None:
         raise UserError(
@@ -184,9 +186,9 @@ def encode_alike(one: str, other: str) -> bool:
 
 
 def _deciding(json_text: str) -> dict[str, Any]:
-    told = json.loads(_parse(json_text, Path(TOKENIZER_NAME)).to_str())
-    parts = {name: told[name] for name in ("normalizer", "pre_tokenizer", "model")}
-    return parts | {"added_tokens": {token["content"]: token["id"] for token in told["added_tokens"]}}
+    content = json.loads(_parse(json_text, Path(TOKENIZER_NAME)).to_str())
+    parts = {name: content[name] for name in ("normalizer", "pre_tokenizer", "model")}
+    return parts | {"added_tokens": {token["content"]: token["id"] for token in content["added_tokens"]}}
 
 
 class Encoder(Protocol):

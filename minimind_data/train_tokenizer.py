@@ -92,10 +92,10 @@ def train_tokenizer(
 
 def _with_visible_tokens(tokenizer: tokenizers.Tokenizer) -> str:
     """Return the tokenizer's JSON; its trainer marks every token it was given as special, which hides it when decoding."""
-    told = json.loads(tokenizer.to_str())
-    for token in told["added_tokens"]:
+    content = json.loads(tokenizer.to_str())
+    for token in content["added_tokens"]:
         token["special"] = token["content"] in _CONTROL_TOKENS
-    return json.dumps(told, ensure_ascii=False, indent=1)
+    return json.dumps(content, ensure_ascii=False, indent=1)
 
 
 def _pieces(inputs: Sequence[Path | str], spec: RecordSpec) -> Iterator[str]:

@@ -152,7 +152,7 @@ class WorkFolder:
             names = names.union(begun["shards"])
         plan = {**settings, "inputs": list(inputs), "shards": sorted(names)}
         if plan != begun:
-            _write_told(path, plan)
+            _write_checked(path, plan)
 
     def plan(self) -> dict[str, Any] | None:
         """Return what was begun, or None.
@@ -163,11 +163,11 @@ class WorkFolder:
         remedy = (
             f"delete {self.path} and run the command that began this build again, which makes all splits anew"
         )
-        return _read_told(self.path / PLAN_NAME, remedy)
+        return _read_checked(self.path / PLAN_NAME, remedy)
 
     def write_result(self, result: SplitResult) -> None:
         """Put down that a split is made."""
-        _write_told(self.path / f"{result.name}{_RESULT_SUFFIX}", asdict(result))
+        _write_checked(self.path / f"{result.name}{_RESULT_SUFFIX}", asdict(result))
 
     def read_result(self, name: str) -> SplitResult | None:
         """Return what the split of this shard gave, or None where it is not made.
@@ -175,14 +175,14 @@ class WorkFolder:
         Raises:
             UserError: the file is damaged.
         """
-        told = _read_told(
+        content = _read_checked(
             self.path / f"{name}{_RESULT_SUFFIX}",
             "delete it and run the command that made this split again, which makes it anew",
         )
-        if told is None:
+        if content is None:
             return None
-        shards = {side: told[side] and WrittenShard(**told[side]) for side in ("shard", "val_shard")}
-        return SplitResult(**{**told, **shards})
+        shards = {side: content[side] and WrittenShard(**content[side]) for side in ("shard", "val_shard")}
+        return SplitResult(**{**content, **shards})
 
     def read_hashes(self, tasks: Sequence[SplitTask]) -> list[bytes]:
         """Return the hashes of the texts of each split."""
@@ -224,11 +224,11 @@ class WorkFolder:
                 records = previous.bad_records(task, result)
             for record in records:
                 if task.split.more:
-                    told = {**record, "path": task.split.sources[record["line"] - 1].name, "line": 1}
+                    entry = {**record, "path": task.split.sources[record["line"] - 1].name, "line": 1}
                 else:
-                    told = {**record, "path": task.split.path, "line": record["line"] + first_line}
+                    entry = {**record, "path": task.split.path, "line": record["line"] + first_line}
                 lines.append(
-                    orjson.dumps({"path": told.pop("path"), **told}, option=orjson.OPT_APPEND_NEWLINE)
+                    orjson.dumps({"path": entry.pop("path"), **entry}, option=orjson.OPT_APPEND_NEWLINE)
                 )
         return b"".join(lines)
 
@@ -259,22 +259,22 @@ class WorkFolder:
             path.unlink()
 
 
-def _write_told(path: Path, told: dict[str, Any]) -> None:
-    write_atomic(path, json.dumps({**told, _CHECKSUM: checksum_of_json(told)}, indent=1))
+def _write_checked(path: Path, content: dict[str, Any]) -> None:
+    write_atomic(path, json.dumps({**content, _CHECKSUM: checksum_of_json(content)}, indent=1))
 
 
-def _read_told(path: Path, remedy: str) -> dict[str, Any] | None:
-    """Read what `_write_told` wrote; None where there is no file."""
-    told: Any = None
+def _read_checked(path: Path, remedy: str) -> dict[str, Any] | None:
+    """Read what `_write_checked` wrote; None where there is no file."""
+    content: Any = None
     try:
-        told = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError):
         pass  # said below
-    if not isinstance(told, dict) or told.pop(_CHECKSUM, None) != checksum_of_json(told):
+    if not isinstance(content, dict) or content.pop(_CHECKSUM, None) != checksum_of_json(content):
         raise UserError(f"{path}: damaged; {remedy}")
-    return told
+    return content
 
 
 def _first_manifest(*folders: Path) -> Manifest | None:

@@ -314,9 +314,9 @@ def _write(folder: Path, tensors: Tensors, go_on: Callable[[], object]) -> dict[
 
 
 def _write_state(folder: Path, state: CheckpointState, files: dict[str, Any]) -> None:
-    told = {"format_version": FORMAT_VERSION, **asdict(state), "files": files}
+    content = {"format_version": FORMAT_VERSION, **asdict(state), "files": files}
     with (folder / STATE_NAME).open("w", encoding="utf-8") as file:
-        json.dump({**told, "sha256": checksum_of_json(told)}, file, ensure_ascii=False, indent=1)
+        json.dump({**content, "sha256": checksum_of_json(content)}, file, ensure_ascii=False, indent=1)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
@@ -328,11 +328,11 @@ def _write_state(folder: Path, state: CheckpointState, files: dict[str, Any]) ->
 def _state_in(folder: Path, *, with_files: bool = False) -> CheckpointState:
     """Read state.json and hold it, and both files where that is asked for, against its checksums."""
     try:
-        told = json.loads((folder / STATE_NAME).read_bytes())
-        problem, version = _problem(folder, told, with_files=with_files), told.get("format_version")
+        content = json.loads((folder / STATE_NAME).read_bytes())
+        problem, version = _problem(folder, content, with_files=with_files), content.get("format_version")
         if problem is None and version == FORMAT_VERSION:
             known = {field.name for field in fields(CheckpointState)}
-            return CheckpointState(**{name: value for name, value in told.items() if name in known})
+            return CheckpointState(**{name: value for name, value in content.items() if name in known})
     except PermissionError:
         raise  # not damaged, and nothing that should be deleted
     except OSError as error:
@@ -346,12 +346,12 @@ def _state_in(folder: Path, *, with_files: bool = False) -> CheckpointState:
     raise DamagedCheckpointError(f"checkpoint {folder} is damaged ({problem})")
 
 
-def _problem(folder: Path, told: dict[str, Any], *, with_files: bool) -> str | None:
+def _problem(folder: Path, content: dict[str, Any], *, with_files: bool) -> str | None:
     """Say in what way a checkpoint is not what was written, or None."""
-    checksum = told.pop("sha256")
-    if checksum != checksum_of_json(told):
+    checksum = content.pop("sha256")
+    if checksum != checksum_of_json(content):
         return f"{STATE_NAME} does not fit its own checksum"
-    for name, entry in told["files"].items() if with_files else ():
+    for name, entry in content["files"].items() if with_files else ():
         num_bytes = (folder / name).stat().st_size
         if num_bytes != entry["bytes"]:
             return f"{name} has {num_bytes} bytes instead of {entry['bytes']}"

@@ -36,13 +36,13 @@ def read_description(path: Path, command: str, names: Collection[str]) -> dict[s
             sentence for the user.
     """
     try:
-        told = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except ValueError as error:  # no TOML, or no UTF-8
         raise ValueError(f"{path}: no TOML ({error}); see run.toml in the folder of any run") from None
     options: dict[str, Any] = {}
-    for key, value in told.items():
+    for key, value in content.items():
         name = key.replace("-", "_")
         if name not in {_COMMAND, _PRESET, *names}:
             raise ValueError(f"{path}: {_unknown(key, name, value, names)}")

@@ -198,9 +198,9 @@ def torchrun_place() -> Place | None:
     except ValueError:
         place = None
     if place is None or missing or not 0 <= place.rank < place.size:
-        told = ", ".join(f"{name}={os.environ.get(name, '')}" for name in _LAUNCHED)
+        variables = ", ".join(f"{name}={os.environ.get(name, '')}" for name in _LAUNCHED)
         raise UserError(
-            f"the environment says that this is one of several ranks, but not which ({told}); start it by torchrun, or unset RANK and WORLD_SIZE"
+            f"the environment says that this is one of several ranks, but not which ({variables}); start it by torchrun, or unset RANK and WORLD_SIZE"
         )
     return place
 

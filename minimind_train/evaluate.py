@@ -71,9 +71,9 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what there is, by name."""
-        told = {name: value for name, value in asdict(self).items() if value is not None}
-        del told["measures"]
-        return {**told, **self.measures}
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        del values["measures"]
+        return {**values, **self.measures}
 
     def __str__(self) -> str:
         """Say it in a line."""

@@ -119,18 +119,18 @@ def _to_hf(
 ) -> Path:
     tokenizer = load_run_tokenizer(run, record.tokenizer)
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    told = to_hf(config, record.tokenizer, dtype)
+    hf_config = to_hf(config, record.tokenizer, dtype)
     with _whole_folder(out, "config.json") as partial:
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
         (partial / TOKENIZER_NAME).write_text(tokenizer.json, encoding="utf-8")
-        special = {name: told[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        special = {name: hf_config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         for name, content in (
-            ("config.json", told),
+            ("config.json", hf_config),
             ("generation_config.json", special),
             (TOKENIZER_CONFIG_NAME, _tokenizer_config(run, tokenizer, record.tokenizer, config)),
         ):
             _write_json(partial / name, content)
-    say(f"{out}: {parameter_line(config)} as {told['architectures'][0]} in {dtype}")
+    say(f"{out}: {parameter_line(config)} as {hf_config['architectures'][0]} in {dtype}")
     return out
 
 
@@ -158,15 +158,15 @@ def _tokenizer_config(
 ) -> dict[str, Any]:
     """Return the tokenizer_config.json of a folder: its special tokens and, where the run has one, its chat template."""
     there = run / TOKENIZER_CONFIG_NAME
-    told: dict[str, Any] = {}
+    tokenizer_config: dict[str, Any] = {}
     if there.is_file():
         try:
-            told = dict(json.loads(there.read_bytes()))
+            tokenizer_config = dict(json.loads(there.read_bytes()))
         except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{there}: no object in JSON ({error}); copy it from the dataset again") from None
     tokens = {"bos_token": info.bos_id, "eos_token": info.eos_id, "pad_token": info.pad_id}
     return {
-        **told,
+        **tokenizer_config,
         **{name: tokenizer.reference.id_to_token(number) for name, number in tokens.items()},
         # By its own name, or transformers would make one after the type of the model, with other rules.
         "tokenizer_class": "PreTrainedTokenizerFast",

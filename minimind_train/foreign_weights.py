@@ -33,10 +33,10 @@ _GATE_UP, _DOWN = ".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"
 def is_hf_folder(path: Path) -> bool:
     """Tell whether a folder holds a config.json as Hugging Face writes it; that of a run names no type of model."""
     try:
-        told = json.loads((path / HF_CONFIG_NAME).read_bytes())
+        content = json.loads((path / HF_CONFIG_NAME).read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(told, dict) and "model_type" in told
+    return isinstance(content, dict) and "model_type" in content
 
 
 def read_hf_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -47,10 +47,10 @@ def read_hf_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """
     source = folder / HF_CONFIG_NAME
     try:
-        told = json.loads(source.read_bytes())
+        content = json.loads(source.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{source}: cannot be read ({error})") from None
-    config = from_hf(told, str(source))
+    config = from_hf(content, str(source))
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(folder):
         tensors |= read_tensors(file)
@@ -81,7 +81,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         UserError: there is no such file, or it holds something else.
     """
     try:
-        told = (
+        loaded = (
             load_file(path)
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
@@ -95,11 +95,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from None
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"{path}: cannot be read ({str(error).partition(chr(10))[0]})") from None
-    if isinstance(told, dict) and isinstance(told.get("model"), dict):
-        told = told["model"]
-    if not (isinstance(told, dict) and told and all(isinstance(tensor, Tensor) for tensor in told.values())):
+    if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
+        loaded = loaded["model"]
+    if not (
+        isinstance(loaded, dict) and loaded and all(isinstance(tensor, Tensor) for tensor in loaded.values())
+    ):
         raise UserError(f"{path}: is no state_dict, a tensor for each name")
-    return told
+    return loaded
 
 
 def num_entries(tensors: Mapping[str, Tensor], source: Path) -> int:

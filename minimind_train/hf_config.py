@@ -78,7 +78,7 @@ def to_hf(config: ModelConfig, tokenizer: TokenizerInfo, dtype: str) -> dict[str
         UserError: no class there computes what this model does.
     """
     kind = _kind_of(config)
-    told: dict[str, Any] = {
+    config_json: dict[str, Any] = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
         **{name: getattr(config.resolved(), name) for name in _SAME_NAMES},
@@ -96,13 +96,13 @@ def to_hf(config: ModelConfig, tokenizer: TokenizerInfo, dtype: str) -> dict[str
         "use_cache": True,
     }
     if kind == "llama":
-        told["mlp_bias"] = False
+        config_json["mlp_bias"] = False
     else:
-        told |= {"use_sliding_window": False, "sliding_window": None}
+        config_json |= {"use_sliding_window": False, "sliding_window": None}
     if kind == "qwen3_moe":
-        told |= {name: getattr(config.resolved(), name) for name in _OF_EXPERTS}
-        told |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
-    return told
+        config_json |= {name: getattr(config.resolved(), name) for name in _OF_EXPERTS}
+        config_json |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    return config_json
 
 
 def _kind_of(config: ModelConfig) -> str:
@@ -147,64 +147,72 @@ def _yarn(scaling: RopeScaling) -> dict[str, Any] | None:
     }
 
 
-def from_hf(told: Mapping[str, Any], source: str) -> ModelConfig:
+def from_hf(config_json: Mapping[str, Any], source: str) -> ModelConfig:
     """Return the shape that a config.json describes.
 
     Args:
-        told: its contents.
+        config_json: its contents.
         source: its name, for the error.
 
     Raises:
         UserError: the model is of another kind, or computes what ours does not.
     """
-    kind = told.get("model_type")
+    kind = config_json.get("model_type")
     if kind not in _DEFAULTS:
         known = ", ".join((*ARCHITECTURES, _MINIMIND))
         raise UserError(
             f"{source}: a model of the type {kind!r}; the types that can be taken over are {known}"
         )
     for key, values in _ONLY.items():
-        if told.get(key) is not None and told[key] not in values:
-            raise UserError(f"{source}: {key} {told[key]!r} is nothing that this model computes")
-    told = _DEFAULTS[kind] | {name: value for name, value in told.items() if value is not None}
+        if config_json.get(key) is not None and config_json[key] not in values:
+            raise UserError(f"{source}: {key} {config_json[key]!r} is nothing that this model computes")
+    config_json = _DEFAULTS[kind] | {name: value for name, value in config_json.items() if value is not None}
     try:
-        return _shape(kind, told, source)
+        return _shape(kind, config_json, source)
     except KeyError as error:
         raise UserError(f"{source}: says nothing of {error.args[0]}") from None
     except (ValueError, TypeError) as error:
         raise UserError(f"{source}: {error}") from None
 
 
-def _shape(kind: str, told: Mapping[str, Any], source: str) -> ModelConfig:
-    options = {name: told[name] for name in _SAME_NAMES if name != "num_key_value_heads"}
-    options["num_key_value_heads"] = told.get("num_key_value_heads", told["num_attention_heads"])
-    options["head_dim"] = told.get("head_dim")
-    rope = told.get("rope_parameters") or told.get("rope_scaling") or {}
-    options["rope_theta"] = float(rope.get("rope_theta", told["rope_theta"]))
-    options["rope_scaling"] = _scaling(rope, told["max_position_embeddings"], source)
+def _shape(kind: str, config_json: Mapping[str, Any], source: str) -> ModelConfig:
+    options = {name: config_json[name] for name in _SAME_NAMES if name != "num_key_value_heads"}
+    options["num_key_value_heads"] = config_json.get(
+        "num_key_value_heads", config_json["num_attention_heads"]
+    )
+    options["head_dim"] = config_json.get("head_dim")
+    rope = config_json.get("rope_parameters") or config_json.get("rope_scaling") or {}
+    options["rope_theta"] = float(rope.get("rope_theta", config_json["rope_theta"]))
+    options["rope_scaling"] = _scaling(rope, config_json["max_position_embeddings"], source)
     options["qk_norm"] = kind != "llama"
     if kind == "qwen3_moe":
-        options |= {name: told[name] for name in _OF_EXPERTS if name != "num_experts"}
-        options |= {"use_moe": True, "num_experts": told.get("num_experts", told.get("num_local_experts"))}
+        options |= {name: config_json[name] for name in _OF_EXPERTS if name != "num_experts"}
+        options |= {
+            "use_moe": True,
+            "num_experts": config_json.get("num_experts", config_json.get("num_local_experts")),
+        }
         if options["num_experts"] is None:
             raise KeyError("num_experts")
     elif kind == _MINIMIND:
-        options |= _minimind_options(told)
+        options |= _minimind_options(config_json)
     return ModelConfig(**options)
 
 
-def _minimind_options(told: Mapping[str, Any]) -> dict[str, Any]:
+def _minimind_options(config_json: Mapping[str, Any]) -> dict[str, Any]:
     """Return what MiniMind's own class says of itself: minimind-3's has a `head_dim` and norms, minimind2's neither."""
-    options: dict[str, Any] = {"qk_norm": "head_dim" in told, "dropout": told.get("dropout", 0.0)}
-    if told.get("use_moe"):
+    options: dict[str, Any] = {
+        "qk_norm": "head_dim" in config_json,
+        "dropout": config_json.get("dropout", 0.0),
+    }
+    if config_json.get("use_moe"):
         names = (*_OF_EXPERTS, "n_shared_experts", "scoring_func", "seq_aux")
-        options |= {"use_moe": True} | {name: told[name] for name in names if name in told}
+        options |= {"use_moe": True} | {name: config_json[name] for name in names if name in config_json}
         for theirs, ours in (
             ("n_routed_experts", "num_experts"),
             ("aux_loss_alpha", "router_aux_loss_coef"),
         ):
-            if theirs in told:
-                options[ours] = told[theirs]
+            if theirs in config_json:
+                options[ours] = config_json[theirs]
     return options
 
 

@@ -199,10 +199,10 @@ def _place_of(checkpoint: Path) -> tuple[int, dict[str, Any]]:
     """
     path = checkpoint / TRAINER_STATE_NAME
     try:
-        told = json.loads(path.read_bytes())
-        return int(told["global_step"]), told["stateful_callbacks"][PlaceCallback.__name__]["attributes"][
-            "place"
-        ]
+        content = json.loads(path.read_bytes())
+        return int(content["global_step"]), content["stateful_callbacks"][PlaceCallback.__name__][
+            "attributes"
+        ]["place"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: says no position in the order of samples ({type(error).__name__}: {error}); resume a checkpoint that "

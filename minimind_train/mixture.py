@@ -81,9 +81,9 @@ class MixtureStage:
         return sum(self.shares)
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> Self:
-        """Return what `told` was made from, as JSON gives it back."""
-        return cls(start=int(told["start"]), shares=tuple(told["shares"]), taken=tuple(told["taken"]))
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Return what `values` was made from, as JSON gives it back."""
+        return cls(start=int(values["start"]), shares=tuple(values["shares"]), taken=tuple(values["taken"]))
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON holds it."""
@@ -190,8 +190,8 @@ class MixtureOrder:
         """What decides the order before a position; see `SampleOrder.described`."""
         before = [stage.as_dict() for stage in self.stages if stage.start < max(position, 1)]
         sizes = {name: part.num_windows for name, part in zip(self.names, self.parts, strict=True)}
-        told = self.parts[0].described(position) | {"num_windows": sizes, "seed": self.seed}
-        return told | {"stages": before}
+        description = self.parts[0].described(position) | {"num_windows": sizes, "seed": self.seed}
+        return description | {"stages": before}
 
     def windows(self, positions: _Ints) -> _Ints:
         """The windows at these positions, which may come in any order."""

@@ -224,5 +224,5 @@ class ModelConfig:
 def parameter_line(config: ModelConfig) -> str:
     """Return the line that MiniMind prints of a model: all its weights and, of a mixture of experts, the active ones."""
     total, active = config.num_parameters, config.num_active_parameters
-    told = f"Model Params: {total / 1e6:.2f}M"
-    return f"{told}-A{active / 1e6:.2f}M" if active < total else told
+    line = f"Model Params: {total / 1e6:.2f}M"
+    return f"{line}-A{active / 1e6:.2f}M" if active < total else line

@@ -337,7 +337,7 @@ def data_of_run(
         seed=options["seed"],
         kind=options["order"],
         block=options.get("shuffle_block", 1),
-        stages=[MixtureStage.of(told) for told in options.get("mixture_stages", ())],
+        stages=[MixtureStage.of(values) for values in options.get("mixture_stages", ())],
     )
     return windows, order, Skips.of(options.get("skip_positions", ()))
 

@@ -117,13 +117,13 @@ class RunData:
 
         Of a mixture, an epoch is as many samples as all parts have windows, and `epochs` says how often each was gone through.
         """
-        told: dict[str, Any] = {"epoch": max(0, position - 1) // len(self.windows)}
+        place: dict[str, Any] = {"epoch": max(0, position - 1) // len(self.windows)}
         if isinstance(self.order, MixtureOrder):
-            told["epochs"] = epochs_of(self.order, position)
+            place["epochs"] = epochs_of(self.order, position)
         elif self._data.order == "sequential":
             _, window = self.order.window(position)
-            told["shard"], told["offset"] = self.windows.locate(window)
-        return told
+            place["shard"], place["offset"] = self.windows.locate(window)
+        return place
 
     def evaluator(self, device: torch.device, world: World) -> Evaluator | None:
         """Return what measures a model that is on `device` on `--val-shards`, each rank its share, or None where there is none.

@@ -94,13 +94,13 @@ class RunRecord:
         """
         path = run / CONFIG_NAME
         try:
-            told = json.loads(path.read_bytes())
-            version, checksum = told["format_version"], told.pop("sha256", None)
-            if version == FORMAT_VERSION and checksum == checksum_of_json(told):
-                del told["format_version"]
-                tokenizer = TokenizerInfo(**told.pop("tokenizer"))
-                changes = tuple(Change(**change) for change in told.pop("changes"))
-                return cls(**told, tokenizer=tokenizer, changes=changes)
+            content = json.loads(path.read_bytes())
+            version, checksum = content["format_version"], content.pop("sha256", None)
+            if version == FORMAT_VERSION and checksum == checksum_of_json(content):
+                del content["format_version"]
+                tokenizer = TokenizerInfo(**content.pop("tokenizer"))
+                changes = tuple(Change(**change) for change in content.pop("changes"))
+                return cls(**content, tokenizer=tokenizer, changes=changes)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(_no_run(run)) from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -115,9 +115,9 @@ class RunRecord:
 
     def write(self, run: Path) -> None:
         """Write the record, whole or not at all."""
-        told = {"format_version": FORMAT_VERSION, **asdict(self)}
-        told["sha256"] = checksum_of_json(told)
-        write_atomic(run / CONFIG_NAME, json.dumps(told, ensure_ascii=False, indent=1) + "\n")
+        content = {"format_version": FORMAT_VERSION, **asdict(self)}
+        content["sha256"] = checksum_of_json(content)
+        write_atomic(run / CONFIG_NAME, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
     def changed(self, changes: Iterable[Change]) -> Self:
         """Return the record with more changes noted."""

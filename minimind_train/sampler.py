@@ -55,8 +55,8 @@ class SampleOrder:
 
     def described(self, position: int) -> dict[str, Any]:  # noqa: ARG002 - the same everywhere, as against a mixture
         """What decides the order before a position, as JSON holds it: what a saved place must agree in."""
-        told = {"num_windows": self.num_windows, "seed": self.seed, "order": self.kind}
-        return told | ({"shuffle_block": self.block} if self.block > 1 else {})
+        description = {"num_windows": self.num_windows, "seed": self.seed, "order": self.kind}
+        return description | ({"shuffle_block": self.block} if self.block > 1 else {})
 
     def windows(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """The windows at these positions, which may lie in any epochs and in any order."""

@@ -255,6 +255,6 @@ def _tensorboard_folder(run: Path) -> Path:
 
 def _read_ids(run: Path) -> dict[str, str]:
     with contextlib.suppress(OSError, ValueError):  # without it, new ones: the trackers show another run
-        told = json.loads((run / FOLDER_NAME / _IDS_NAME).read_bytes())
-        return {name: run_id for name, run_id in told.items() if isinstance(run_id, str)}
+        ids = json.loads((run / FOLDER_NAME / _IDS_NAME).read_bytes())
+        return {name: run_id for name, run_id in ids.items() if isinstance(run_id, str)}
     return {}
