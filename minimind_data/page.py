@@ -29,6 +29,7 @@ DEFAULT_WINDOWS = 24
 _MAX_TOKENS = 400_000
 """Tokens that a page holds at most, about 10 bytes each, unless a single window of each kind is more."""
 _TEMPLATE_NAME = "page.html"
+_BASE_NAME = "page_base.html"
 
 
 def check_page_place(path: Path) -> None:
@@ -68,9 +69,25 @@ def write_page(
         **stats,
         **sample_windows(stats, shards, tokenizer, num_windows),
     }
-    page = fill(resources.files("minimind_data").joinpath(_TEMPLATE_NAME).read_text("utf-8"), data).encode()
+    page = fill(read_template("minimind_data", _TEMPLATE_NAME), data).encode()
     write_atomic(path, page)
     return len(page)
+
+
+def read_template(package: str, name: str) -> str:
+    """Return the template of a page: its title, style, body and script, put into the page that all share, `page_base.html`.
+
+    Args:
+        package: the package that the file lies in.
+        name: the file's name. It holds one of each of these elements, in this order.
+    """
+    own = resources.files(package).joinpath(name).read_text("utf-8")
+    template = resources.files("minimind_data").joinpath(_BASE_NAME).read_text("utf-8")
+    for part in ("title", "style", "body", "script"):
+        found = re.search(rf"<{part}>\n?(.*?)</{part}>", own, re.DOTALL)
+        assert found is not None, (name, part)
+        template = template.replace(f"@{part}@", found[1])
+    return template
 
 
 def fill(template: str, data: dict[str, Any]) -> str:

@@ -8,13 +8,12 @@ import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from minimind_data.errors import UserError
 from minimind_data.files import write_atomic
-from minimind_data.page import fill
+from minimind_data.page import fill, read_template
 from minimind_train.metrics import FILE_NAME, read_metrics
 from minimind_train.runs import RunRecord
 
@@ -131,7 +130,7 @@ def _page(curves: Sequence[Curves], axis: Axis) -> str:
             for one in curves
         ],
     }
-    return fill(resources.files("minimind_train").joinpath(_TEMPLATE_NAME).read_text("utf-8"), data)
+    return fill(read_template("minimind_train", _TEMPLATE_NAME), data)
 
 
 def _picture(curves: Sequence[Curves], axis: Axis, out: Path) -> bytes:

@@ -5,7 +5,6 @@ import hashlib
 import json
 import re
 from html.parser import HTMLParser
-from importlib import resources
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import pytest
 from minimind_data import page as module
 from minimind_data.build import tokenize
 from minimind_data.errors import UserError
-from minimind_data.page import check_page_place, fill, write_page
+from minimind_data.page import check_page_place, fill, read_template, write_page
 from minimind_data.plan import TokenizeOptions
 from minimind_data.shards import ShardSet
 from minimind_data.stats import stats
@@ -121,7 +120,7 @@ def test_pieces_and_joins_spell_the_text(dataset, tmp_path):
 def test_no_text_becomes_part_of_the_page(dataset, tmp_path):
     _, reader = write(dataset, tmp_path / "page.html")
     empty = Reader()
-    empty.feed(resources.files("minimind_data").joinpath("page.html").read_text("utf-8"))
+    empty.feed(read_template("minimind_data", "page.html"))
     tags = [(tag, list(attributes)) for tag, attributes in reader.tags]
     assert tags == [(tag, list(attributes)) for tag, attributes in empty.tags]
     data = fill("<style></style><script></script>@data@", {"text": HOSTILE})
