@@ -64,7 +64,7 @@ def command(
             arguments = {
                 name: _argument(hints[name], name, values, context) for name in hints if name != "return"
             }
-            with _Border():
+            with _ErrorBoundary():
                 function(**arguments)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -169,7 +169,7 @@ def _argument(kind: Any, name: str, values: dict[str, Any], context: typer.Conte
         raise typer.BadParameter(str(error)) from None
 
 
-class _Forgiving(io.TextIOBase):
+class _ClosableStderr(io.TextIOBase):
     """stderr for as long as somebody reads it: a closed pipe or terminal takes the words away, never the work."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -211,7 +211,7 @@ class _Forgiving(io.TextIOBase):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
-class _Border:
+class _ErrorBoundary:
     """Turns what a user can cause into one sentence on stderr and the exit status of the contract."""
 
     def __enter__(self) -> None:
@@ -219,8 +219,8 @@ class _Border:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
-        if not isinstance(sys.stderr, _Forgiving):
-            sys.stderr = _Forgiving(sys.stderr)
+        if not isinstance(sys.stderr, _ClosableStderr):
+            sys.stderr = _ClosableStderr(sys.stderr)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, BrokenPipeError):  # `mm-data info | head`: the reader has seen enough

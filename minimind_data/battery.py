@@ -1,7 +1,7 @@
 """Hard strings: texts on which encoders that call themselves equal have been seen to differ.
 
-A backend must agree with `tokenizers` on all of them, for the tokenizer at hand, before it does any work. The list is made
-by rule, so it is the same in every run, and is short enough (some tens of kilobytes) to cost a few hundredths of a second.
+A backend must agree with `tokenizers` on all of them, for the tokenizer at hand, before it does any work (`tokenizer.choose_backend`). The list
+is made by rule, so it is the same in every run, and is short enough (some tens of kilobytes) to cost a few hundredths of a second.
 """
 
 import itertools

@@ -18,7 +18,7 @@ from minimind_data.chat import chat_template_of
 from minimind_data.dedup import duplicates
 from minimind_data.engines import encoders_in_our_threads, run_tasks
 from minimind_data.errors import UserError
-from minimind_data.files import disk_full_is_plain, sha256_of, write_atomic
+from minimind_data.files import sha256_of, user_error_on_full_disk, write_atomic
 from minimind_data.format import (
     CONFIG_NAME,
     MANIFEST_NAME,
@@ -103,7 +103,7 @@ def tokenize(
 
     begun = None if STDIN in given else plan()
     try:
-        with disk_full_is_plain(options.out), work.locked(options.task):
+        with user_error_on_full_disk(options.out), work.locked(options.task):
             return (begun or plan()).run()
     except CannotWriteError:
         if begun is None or (summary := begun.finished()) is None:
@@ -136,7 +136,7 @@ def commit(out: Path, *, announce: Announce = lambda _: None, progress: Progress
         raise UserError(
             f"{gone[0]}: an input of this build, not there any more; put it back, then commit again"
         )
-    with disk_full_is_plain(out), work.locked():
+    with user_error_on_full_disk(out), work.locked():
         joined = _Build(sources, options, tokenizer, chat, work, announce=announce, progress=progress)
         return joined.run(only_join=True)
 

@@ -1,4 +1,4 @@
-"""How many cores there are, and how encoders are kept to theirs."""
+"""How many cores this process may use, and the environment that keeps encoders to one thread each."""
 
 import os
 

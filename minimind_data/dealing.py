@@ -1,6 +1,6 @@
-"""deal(): which document of each length goes into which window, so that windows follow the corpus.
+"""assign_documents(): which document of each length goes into which window, so that windows follow the corpus.
 
-`packing.py` says how many windows hold so many documents of this length and so many of that. Here the documents are dealt out:
+`packing.py` says how many windows hold so many documents of this length and so many of that. Here documents are assigned to them:
 
 - those of one length are taken in the order of the corpus;
 - the windows of every pattern are spread evenly from the first window to the last, so that all lengths are used up at the same
@@ -44,8 +44,8 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Survey:
-    """What there is to deal out."""
+class SegmentCounts:
+    """The segments of a dataset, counted by length."""
 
     shards: ShardSet
     width: int
@@ -64,8 +64,8 @@ class Survey:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hand:
-    """The next windows."""
+class WindowBlock:
+    """Some windows in a row, and the documents in them."""
 
     sizes: NDArray[np.int64]
     """Segments in each: int64 [B]."""
@@ -75,7 +75,7 @@ class Hand:
     """Which part of its document it is: int64 [S]; None where all are the part 0."""
 
 
-def survey(shards: ShardSet, width: int, long_documents: LongDocuments) -> Survey:
+def count_segments(shards: ShardSet, width: int, long_documents: LongDocuments) -> SegmentCounts:
     """Count the segments of every length.
 
     Raises:
@@ -89,7 +89,7 @@ def survey(shards: ShardSet, width: int, long_documents: LongDocuments) -> Surve
         for segments in _segments(first, lengths, width, long_documents):
             histogram += np.bincount(segments.lengths, minlength=width + 1)
             num_tokens += int(segments.lengths.sum() - np.count_nonzero(segments.fragments))
-    return Survey(
+    return SegmentCounts(
         shards=shards,
         width=width,
         long_documents=long_documents,
@@ -99,8 +99,8 @@ def survey(shards: ShardSet, width: int, long_documents: LongDocuments) -> Surve
     )
 
 
-def deal(found: Survey, packing: Packing, folder: Path) -> Iterator[Hand]:
-    """Deal all segments out to the windows of a packing, window by window.
+def assign_documents(found: SegmentCounts, packing: Packing, folder: Path) -> Iterator[WindowBlock]:
+    """Assign all segments to the windows of a packing, and yield these in order.
 
     Args:
         found: the segments.
@@ -120,13 +120,13 @@ def deal(found: Survey, packing: Packing, folder: Path) -> Iterator[Hand]:
         free = first_places.copy()
         for first, lengths in _documents(found.shards):
             for segments in _segments(first, lengths, found.width, found.long_documents):
-                order, places = _in_turn(segments.lengths, free)
+                order, places = _next_places(segments.lengths, free)
                 documents[places] = segments.documents[order]
                 if found.fragmented:
                     fragments[places] = segments.fragments[order]
         taken = first_places.copy()
         for windows, lengths in _window_blocks(packing):
-            order, places = _in_turn(lengths, taken)
+            order, places = _next_places(lengths, taken)
             chosen = np.empty(len(lengths), np.int64)
             chosen[order] = documents[places]
             parts = None
@@ -186,7 +186,7 @@ def _segments(
         yield _Segments(lengths=np.minimum(left, width), documents=first + documents, fragments=fragments)
 
 
-def _in_turn(
+def _next_places(
     lengths: NDArray[np.int64], following: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Give each of these segments the next place among those of its length.
@@ -242,7 +242,7 @@ def _window_blocks(packing: Packing) -> Iterator[tuple[NDArray[np.int64], NDArra
 
 def _ordered(
     windows: NDArray[np.int64], documents: NDArray[np.int64], fragments: NDArray[np.int64] | None
-) -> Hand:
+) -> WindowBlock:
     """Put windows in the order of their first documents, and documents in order inside each."""
     starts = np.flatnonzero(np.diff(windows, prepend=-1))
     firsts = np.minimum.reduceat(documents, starts)
@@ -256,7 +256,7 @@ def _ordered(
     else:
         by_key = np.argsort(keys, kind="stable")
         keys, fragments = keys[by_key], fragments[by_key]
-    return Hand(sizes=sizes, documents=keys & ((1 << _DOCUMENT_BITS) - 1), fragments=fragments)
+    return WindowBlock(sizes=sizes, documents=keys & ((1 << _DOCUMENT_BITS) - 1), fragments=fragments)
 
 
 @contextlib.contextmanager

@@ -168,7 +168,7 @@ class _Pool:
                     try:
                         result = worker.receive()
                     except _WorkerDiedError as death:
-                        self._bury(worker, str(death))
+                        self._replace_dead(worker, str(death))
                         continue
                     if result is not None:
                         worker.give(self._waiting.popleft() if self._waiting else None)
@@ -186,7 +186,7 @@ class _Pool:
         self._workers.append(worker)
         worker.give(self._waiting.popleft())
 
-    def _bury(self, worker: _Worker, cause: str) -> None:
+    def _replace_dead(self, worker: _Worker, cause: str) -> None:
         """Give a dead worker's split to the others, so that there is one fewer to share the memory; or to a new one at last."""
         assert worker.task is not None
         self._workers.remove(worker)

@@ -83,7 +83,7 @@ def is_disk_full(error: OSError) -> bool:
 
 
 @contextlib.contextmanager
-def disk_full_is_plain(folder: Path) -> Iterator[None]:
+def user_error_on_full_disk(folder: Path) -> Iterator[None]:
     """Turn a full disk, wherever it shows inside the block, into a sentence about `folder`."""
     try:
         yield

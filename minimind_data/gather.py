@@ -1,4 +1,7 @@
-"""RowGather: rows out of many memory maps at once."""
+"""RowGather: copy rows out of many memory maps in one numpy call.
+
+It knows addresses and offsets, and neither tokens nor files; `shards.py` maps the files and checks the row numbers.
+"""
 
 from typing import Any, Self
 

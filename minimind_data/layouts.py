@@ -1,4 +1,7 @@
-"""The layouts: how each cuts a dataset into windows. `windows.py` says what they are, and opens them."""
+"""The layouts concat, pad and pack: which tokens each takes into which window.
+
+`windows.py` says what the layouts are, and opens them; what they share is in `window_base.py`, windows of pairs are in `pairs.py`.
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,6 +1,7 @@
-"""From the results of all splits to a dataset: its manifest, its validation part's, and the file of bad records.
+"""From the results of all splits to a finished dataset: its manifest, that of its validation part, and the file of bad records.
 
-A manifest is written last, and a finished one is restored where its files are whole.
+`assemble` makes them in memory, `publish` writes them with the manifest last, `restore` puts back what a finished dataset has lost. The result that
+`build.tokenize` returns, `Summary`, is here too.
 """
 
 from collections.abc import Sequence

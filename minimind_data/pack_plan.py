@@ -41,14 +41,14 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from minimind_data.dealing import deal, survey
+from minimind_data.dealing import assign_documents, count_segments
 from minimind_data.errors import UserError
 from minimind_data.files import (
     FolderLock,
-    disk_full_is_plain,
     fsync_folder,
     partial_name,
     remove_partials,
+    user_error_on_full_disk,
 )
 from minimind_data.packing import LONG_DOCUMENTS, LongDocuments, best_fit
 from minimind_data.reporting import Announce
@@ -193,7 +193,7 @@ def _cache_folder() -> Path:
 def _why_not(folder: Path) -> str | None:
     """Make a folder, and say what hinders writing into it, if anything does."""
     try:
-        with disk_full_is_plain(folder):
+        with user_error_on_full_disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return error.strerror
@@ -215,7 +215,7 @@ def _made(
     """Make a plan under the lock, or find that another process has."""
     name = _name(shards, width, long_documents)
     path = folder / name
-    with disk_full_is_plain(folder):
+    with user_error_on_full_disk(folder):
         waiting = f"{path}: another process is planning these windows; waiting for it"
         with FolderLock(folder / f"{name}.lock", waiting, wait=announce):
             if plan := PackPlan.read(path, shards):
@@ -269,7 +269,7 @@ def _checksum(header: bytes, content: NDArray[np.uint8]) -> int:
 
 def _write(file: BinaryIO, shards: ShardSet, width: int, long_documents: LongDocuments, folder: Path) -> None:
     """Plan, and write the plan into an empty file, its header last."""
-    found = survey(shards, width, long_documents)
+    found = count_segments(shards, width, long_documents)
     packing = best_fit(found.histogram)
     num_segments = int(found.histogram.sum())
     document_bytes = 4 if shards.num_documents <= 2**32 else 8
@@ -278,15 +278,15 @@ def _write(file: BinaryIO, shards: ShardSet, width: int, long_documents: LongDoc
     documents_at, fragments_at, stop = _places(*shape)
     windows = segments = 0
     _write_at(file, _HEADER_BYTES, np.zeros(1, "<i8"))
-    for hand in deal(found, packing, folder):
-        offsets = segments + np.cumsum(hand.sizes)
+    for block in assign_documents(found, packing, folder):
+        offsets = segments + np.cumsum(block.sizes)
         _write_at(file, _HEADER_BYTES + 8 * (windows + 1), offsets.astype("<i8"))
         _write_at(
-            file, documents_at + document_bytes * segments, hand.documents.astype(f"<u{document_bytes}")
+            file, documents_at + document_bytes * segments, block.documents.astype(f"<u{document_bytes}")
         )
-        if hand.fragments is not None:
-            _write_at(file, fragments_at + fragment_bytes * segments, hand.fragments.astype("<u4"))
-        windows += len(hand.sizes)
+        if block.fragments is not None:
+            _write_at(file, fragments_at + fragment_bytes * segments, block.fragments.astype("<u4"))
+        windows += len(block.sizes)
         segments = int(offsets[-1])
     assert (windows, segments) == shape[:2]
     full_windows = int(packing.windows[packing.filled == width].sum())

@@ -1,4 +1,4 @@
-"""Windows of pairs: a chosen and a rejected conversation side by side, each cut or padded to length."""
+"""Windows of pairs (`dpo`): a chosen and a rejected conversation side by side, each cut or padded to length as in layout `pad`."""
 
 from typing import Any
 

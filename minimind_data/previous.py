@@ -1,4 +1,7 @@
-"""The finished dataset that a build finds in its folder: what of it can stay, and what it had set aside."""
+"""The finished dataset that a build finds in its folder: the results of its splits, and the bad records that it had set aside.
+
+Whether those results still hold is decided in `reuse.py`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, fields

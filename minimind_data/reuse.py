@@ -1,4 +1,8 @@
-"""Which splits need not be made: their input is what it was, and their shards are there."""
+"""Which splits of a build need not be made again: those whose input has not changed and whose shards are there.
+
+Shards are looked at by their sizes alone; `verify` reads them. What a finished dataset says of its shards is in `previous.py`, what an unfinished
+build has written in `work.py`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace

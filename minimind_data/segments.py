@@ -1,4 +1,7 @@
-"""Segments: which documents stand where in a batch of windows, and what attention within documents is made of."""
+"""Segments: which documents, or parts of documents, stand where in a batch of windows, and the ids and positions that follow from that.
+
+Plain arrays, made without reading a token; which documents share a window is decided in `layouts.py` and `pack_plan.py`.
+"""
 
 from dataclasses import dataclass
 

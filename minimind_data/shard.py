@@ -23,7 +23,7 @@ from minimind_data.format import (
     numpy_dtype,
 )
 
-_CAN_BE_TOLD = hasattr(mmap, "MADV_WILLNEED")
+_HAS_WILLNEED = hasattr(mmap, "MADV_WILLNEED")
 # A map needs no open file; before Python 3.13 it keeps one all the same.
 _NO_FILE: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
@@ -106,7 +106,7 @@ class Shard:
     def will_need(self, start: int, stop: int) -> None:
         """Tell the system that the tokens [start, stop) are read soon; it returns at once, and reads them meanwhile."""
         for mapped, size in ((self._map, self.tokens.itemsize), (self._mask_map, 1)):
-            if mapped is None or not _CAN_BE_TOLD:
+            if mapped is None or not _HAS_WILLNEED:
                 continue
             begin = start * size // mmap.PAGESIZE * mmap.PAGESIZE
             length = min(stop * size, len(mapped)) - begin

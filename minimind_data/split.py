@@ -21,7 +21,7 @@ from minimind_data.blocks import BadRecord, Block, Split
 from minimind_data.dedup import hashes_of, in_validation
 from minimind_data.errors import UserError
 from minimind_data.fields import RecordSpec
-from minimind_data.files import disk_full_is_plain, sha256_of_bytes, write_atomic
+from minimind_data.files import sha256_of_bytes, user_error_on_full_disk, write_atomic
 from minimind_data.format import (
     VALIDATION_NAME,
     MaskArray,
@@ -137,7 +137,7 @@ def run_task(job: Job, task: SplitTask, report: Report) -> SplitResult | HashRes
     Raises:
         UserError: a bad record (unless they are set aside), or the disk is full.
     """
-    with disk_full_is_plain(job.out):
+    with user_error_on_full_disk(job.out):
         return build_split(job, task, report) if job.step == "make" else _hash_split(job, task, report)
 
 

@@ -1,4 +1,7 @@
-"""Stages of work that overlap: an iterator that runs ahead in a thread, and blocks that are encoded several at a time."""
+"""Two ways in which the stages of a build overlap: an iterator that runs ahead in a thread, and blocks encoded by several threads at a time.
+
+Both keep the order of their items, and raise an exception where its item would have come.
+"""
 
 import queue
 import threading

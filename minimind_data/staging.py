@@ -16,9 +16,9 @@ from minimind_data.errors import UserError
 from minimind_data.files import (
     PARTIAL_SUFFIX,
     FolderLock,
-    disk_full_is_plain,
     fsync_folder,
     is_disk_full,
+    user_error_on_full_disk,
 )
 from minimind_data.format import CONFIG_NAME, MANIFEST_NAME, TOKENIZER_NAME, Manifest
 
@@ -39,7 +39,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         out.with_name(f".{out.name}.lock"),
         f"{out}: another run is writing there; wait for it or take another --out",
     )
-    with disk_full_is_plain(out):
+    with user_error_on_full_disk(out):
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             lock.__enter__()

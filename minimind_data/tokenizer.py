@@ -176,16 +176,16 @@ def _special_id(
     return token_id
 
 
-def encode_alike(one: str, other: str) -> bool:
+def same_encoding(one: str, other: str) -> bool:
     """Tell whether two tokenizer.json make the same ids of every text, however they are written.
 
     They do where all that decides it is the same: special tokens that a library adds around a text are left out of account, as
     nothing here has them added.
     """
-    return _deciding(one) == _deciding(other)
+    return _decisive_parts(one) == _decisive_parts(other)
 
 
-def _deciding(json_text: str) -> dict[str, Any]:
+def _decisive_parts(json_text: str) -> dict[str, Any]:
     content = json.loads(_parse(json_text, Path(TOKENIZER_NAME)).to_str())
     parts = {name: content[name] for name in ("normalizer", "pre_tokenizer", "model")}
     return parts | {"added_tokens": {token["content"]: token["id"] for token in content["added_tokens"]}}

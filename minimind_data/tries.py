@@ -1,4 +1,4 @@
-"""A split whose worker died is tried again, a few times, and never in silence; whichever engine runs it."""
+"""How often a split whose worker died is tried again: a few times, each announced, whichever engine runs it."""
 
 from collections import Counter
 

@@ -1,4 +1,7 @@
-"""What all layouts share: from tokens and masks to samples."""
+"""The base of all layouts: from the tokens and masks of windows to samples.
+
+Which tokens a window has is each layout's business (`layouts.py`, `pairs.py`); what a sample is, is said in `windows.py`.
+"""
 
 from typing import Literal
 

@@ -170,14 +170,14 @@ def save(
         if world.is_main:
             partial = partial_name(final)
             undo.callback(shutil.rmtree, partial, ignore_errors=True)
-            with world.relaying_errors(), _plainly(final):
+            with world.relaying_errors(), _user_error_on_failed_write(final):
                 final.parent.mkdir(exist_ok=True)
                 remove_leftovers(run)
                 partial.mkdir()
         partial = world.broadcast(partial if world.is_main else None)
         written: dict[str, Any] | UserError
         try:
-            with _plainly(final):
+            with _user_error_on_failed_write(final):
                 written = _write(partial, tensors, go_on)
         except UserError as error:
             written = error
@@ -187,7 +187,7 @@ def save(
                 raise of_rank
             files |= of_rank
         if world.is_main:
-            with world.relaying_errors(), _plainly(final):
+            with world.relaying_errors(), _user_error_on_failed_write(final):
                 _write_state(partial, state, files)
                 if final.exists():  # damaged, else the run would have gone on from it
                     delete(final)
@@ -198,7 +198,7 @@ def save(
 
 
 @contextlib.contextmanager
-def _plainly(final: Path) -> Iterator[None]:
+def _user_error_on_failed_write(final: Path) -> Iterator[None]:
     """Turn what the system says against writing a checkpoint into one sentence."""
     try:
         yield

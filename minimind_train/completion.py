@@ -1,4 +1,4 @@
-"""Text from a run or a Hugging Face folder: its newest whole checkpoint, its tokenizer, and a prompt."""
+"""Continue a text with a trained model, from a run folder or a Hugging Face folder: `mm-train generate` without `--chat`."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""A conversation with a trained model: what was said, and the next answer, piece by piece."""
+"""A conversation with a trained model: its messages, and the next answer piece by piece: `mm-train generate --chat`.
+
+How turns are rendered is the chat template's business (`minimind_data.prompts`), how tokens are sampled that of `generate`.
+"""
 
 import itertools
 from collections.abc import Iterator, Mapping

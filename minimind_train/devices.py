@@ -1,4 +1,7 @@
-"""Where a run computes: what `auto` means on this machine, and how much memory there is."""
+"""The device that a run computes on: what `auto` means on this machine, how much memory it has, and what is said when that runs out.
+
+Which device each of several ranks gets is in `distributed`, in which dtype it computes in `precision`.
+"""
 
 import contextlib
 import os
@@ -63,7 +66,7 @@ def refuse_too_large(what: str, num_bytes: int, device: torch.device, remedy: st
 
 
 @contextlib.contextmanager
-def out_of_memory_is_plain(remedy: str) -> Iterator[None]:
+def user_error_on_out_of_memory(remedy: str) -> Iterator[None]:
     """Turn memory that ran out inside the block, on the device or beside it, into one sentence that ends in `remedy`."""
     try:
         yield

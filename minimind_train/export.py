@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minimind_data.errors import UserError
-from minimind_data.files import disk_full_is_plain, fsync_folder, partial_name
+from minimind_data.files import fsync_folder, partial_name, user_error_on_full_disk
 from minimind_data.format import CONFIG_NAME as TOKENIZER_CONFIG_NAME
 from minimind_data.format import TOKENIZER_NAME, TokenizerInfo
 from minimind_data.tokenizer import Tokenizer
@@ -195,7 +195,7 @@ def _whole_folder(out: Path, usual: str) -> Iterator[Path]:
 @contextmanager
 def _whole(path: Path, remove: Callable[[Path], object]) -> Iterator[Path]:
     """Give a name beside `path` to write to, and rename it when all is done; what failed is removed."""
-    with disk_full_is_plain(path.parent):
+    with user_error_on_full_disk(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = partial_name(path)
         try:

@@ -1,4 +1,7 @@
-"""A run that has reached its end: what a resume of it may still mean, and what it must not do without a word."""
+"""A run that has reached its end: what `--resume` may still do with it, and what it refuses.
+
+What a changed option means for a run that is not finished is in `config`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace

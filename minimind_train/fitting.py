@@ -1,4 +1,7 @@
-"""What cannot fit is refused before it begins: the dataset into the model, the model and a step into the memory."""
+"""Refusing what cannot fit before anything is built: the dataset into the model, the model and a step's samples into memory.
+
+Bounds from below, by arithmetic on the options: what passes may still run out of memory in a step, which `devices.user_error_on_out_of_memory` then says.
+"""
 
 import torch
 

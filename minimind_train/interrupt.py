@@ -1,6 +1,6 @@
-"""What ends a run before its time, as a request: finish the step, save, leave.
+"""Requests to stop a run early: SIGINT, SIGTERM, and `--max-hours`. The step is finished and saved, then the run ends.
 
-Ctrl-C and SIGTERM, of which a second one is obeyed at once, and a time limit.
+A second signal is obeyed at once. How several ranks agree on a request is in `distributed`.
 """
 
 import math

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_data.errors import UserError
-from minimind_data.files import disk_full_is_plain
+from minimind_data.files import user_error_on_full_disk
 from minimind_data.format import FormatError
 from minimind_train import checkpoint, loop, runs
 from minimind_train.config import (
@@ -149,9 +149,9 @@ def _beginning(
         phase, resolved(config, shards), shards, InitialWeights(config, say, weights), say=say, world=world
     )
     start = Start(config=job.config, found=None, step=0, cursor=job.data.first_position())
-    with disk_full_is_plain(run):
+    with user_error_on_full_disk(run):
         run.mkdir(parents=True, exist_ok=True)
-    with disk_full_is_plain(run), runs.lock(run):
+    with user_error_on_full_disk(run), runs.lock(run):
         runs.refuse_occupied(run)
         runs.create(
             run,
@@ -174,7 +174,7 @@ def _going_on(
 ) -> Iterator[_Prepared[ConfigT]]:
     """Find out where the run is, and hold the lock of its folder."""
     RunRecord.read(run)  # before the lock, which would leave its file in any folder
-    with disk_full_is_plain(run), runs.lock(run):
+    with user_error_on_full_disk(run), runs.lock(run):
         record = RunRecord.read(run)
         if record.command != phase.command:
             raise UserError(

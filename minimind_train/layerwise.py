@@ -36,7 +36,7 @@ def recompute_activations(model: MiniMind) -> None:
 
 
 @contextlib.contextmanager
-def failing_to_compile_is_plain() -> Iterator[None]:
+def user_error_on_failed_compile() -> Iterator[None]:
     """Turn what torch raises when it cannot compile here into one sentence."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""The shape of the model, option by option, and how many weights that makes. Imports no torch."""
+"""The options of the model, and how many parameters they make. Imports no torch."""
 
 import math
 from dataclasses import dataclass, field, replace

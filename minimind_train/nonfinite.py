@@ -1,4 +1,7 @@
-"""A loss or a gradient that is not finite: where it came from, and whether the run goes on."""
+"""Steps whose loss or gradient is not finite: which samples caused one, and whether the run goes on.
+
+That a step is not finite is found in `step`; overflows that fp16 repairs by a smaller scale are in `precision`.
+"""
 
 import shlex
 from collections.abc import Sequence

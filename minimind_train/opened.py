@@ -1,4 +1,7 @@
-"""A trained model with its tokenizer, to be used and not trained: of a run, or of a Hugging Face folder."""
+"""A trained model with its tokenizer, ready for use: from a run folder or from a Hugging Face folder.
+
+For generation and evaluation. To train on from weights, see `start`; to load weights without a tokenizer, `pretrained`.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,7 @@
-"""What distinguishes one kind of training from another: its options, its objective, its kind of dataset."""
+"""What distinguishes one phase from another: its options, its objective, its kind of dataset.
+
+The phases themselves are in `pretrain`, `sft` and `dpo`; a run of any of them is in `job`.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Pre-training: its options, its objective, and one call to the job that every phase is."""
+"""Pre-training as a phase: its options and their defaults, and one call to `job`, which runs every phase."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field

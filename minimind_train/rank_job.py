@@ -18,12 +18,12 @@ from minimind_data.windows import Windows
 from minimind_train import checkpoint, loop
 from minimind_train.checkpoint import Checkpoint, CheckpointState
 from minimind_train.config import ConfigT, recorded, with_stages
-from minimind_train.devices import out_of_memory_is_plain
+from minimind_train.devices import user_error_on_out_of_memory
 from minimind_train.distributed import ALONE, World
 from minimind_train.evaluate import validation
 from minimind_train.excerpts import Excerpts
 from minimind_train.fitting import refuse_unfit
-from minimind_train.layerwise import compile_layers, failing_to_compile_is_plain, recompute_activations
+from minimind_train.layerwise import compile_layers, recompute_activations, user_error_on_failed_compile
 from minimind_train.lora import adapters_of, add_adapters
 from minimind_train.metrics import FILE_NAME, MetricsLog, NoMetrics
 from minimind_train.model import MiniMind, initialize
@@ -119,8 +119,8 @@ class RankJob(Generic[ConfigT]):
         self.data.reweight(cursor)
         self.config = with_stages(self.config, self.data.stages)
 
-    @failing_to_compile_is_plain()
-    @out_of_memory_is_plain(
+    @user_error_on_failed_compile()
+    @user_error_on_out_of_memory(
         "go on with --resume and a smaller --micro-batch, or free some memory; earlier checkpoints are intact"
     )
     def train(self, start: Start[ConfigT], before_steps: Callable[[], None] = lambda: None) -> loop.Outcome:

@@ -26,9 +26,9 @@ from minimind_data.errors import UserError
 from minimind_data.files import (
     FolderLock,
     checksum_of_json,
-    disk_full_is_plain,
     fsync_folder,
     sha256_of,
+    user_error_on_full_disk,
     write_atomic,
 )
 from minimind_data.shards import ShardSet
@@ -129,7 +129,7 @@ def reference_log_probs(
             "folder writable, or pass --reference online, which computes them in every step"
         ) from None
     waiting = f"{path}: another process computes the reference's log-probabilities; waiting for it"
-    with disk_full_is_plain(folder), FolderLock(path.with_suffix(".lock"), waiting, wait=say):
+    with user_error_on_full_disk(folder), FolderLock(path.with_suffix(".lock"), waiting, wait=say):
         if (found := _whole(path, told)) is not None:
             return found
         _make(path, windows, model(), batch=batch, device=device, dtype=reference.dtype, say=say)

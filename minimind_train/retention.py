@@ -1,4 +1,7 @@
-"""Which checkpoints stay: some of the newest, some for good, and the best."""
+"""Which checkpoints of a run are kept when a new one is saved: the newest few, some for good, and the best.
+
+When a checkpoint is due is in `saver`, what one is in `checkpoint`.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

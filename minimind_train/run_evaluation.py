@@ -1,4 +1,7 @@
-"""A trained model that is measured from outside: of a run, or of a Hugging Face folder, on any dataset of its tokenizer."""
+"""Evaluate a trained model on any dataset of its tokenizer: of a run, or of a Hugging Face folder: `mm-train eval`.
+
+The windows and the objective are those of the run; the measuring itself is in `evaluate`.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,7 +13,7 @@ from minimind_data.errors import UserError
 from minimind_data.format import TOKENIZER_NAME
 from minimind_data.options import build
 from minimind_data.shards import ShardSet
-from minimind_data.tokenizer import encode_alike
+from minimind_data.tokenizer import same_encoding
 from minimind_train.config import DataConfig, from_options, window_options
 from minimind_train.devices import resolve_device
 from minimind_train.dpo import DPO, DpoConfig
@@ -97,7 +100,7 @@ def _refuse_other_tokenizer(run: Path, opened: Opened, shards: ShardSet) -> None
         return
     # A run's is a copy of its dataset's; other programs write the same one in their own way.
     text = (shards.folder / TOKENIZER_NAME).read_bytes().decode()
-    if opened.record is None and encode_alike(opened.tokenizer.json, text):
+    if opened.record is None and same_encoding(opened.tokenizer.json, text):
         return
     raise UserError(
         f"{shards.folder}: its tokenizer ({here.vocab_size:,} entries, {here.sha256[:12]}…) is not that of {run} "

@@ -12,7 +12,7 @@ from pathlib import Path
 from minimind_data.errors import UserError
 from minimind_data.format import TOKENIZER_NAME
 from minimind_data.options import build, flatten
-from minimind_data.tokenizer import encode_alike
+from minimind_data.tokenizer import same_encoding
 from minimind_train.config import ConfigT, PhaseConfig
 from minimind_train.model import MiniMind
 from minimind_train.model_config import NO_SHAPES, ModelConfig
@@ -134,7 +134,7 @@ def _refuse_other_tokenizer(origin: str, weights: Weights, shards: Datasets, say
         return
     text = (shards.folder / TOKENIZER_NAME).read_bytes().decode()
     # A run's is a copy of its dataset's; other programs write the same one in their own way.
-    if weights.step is None and encode_alike(weights.tokenizer_json, text):
+    if weights.step is None and same_encoding(weights.tokenizer_json, text):
         return
     named = f" ({there.vocab_size:,} entries, {there.sha256[:12]}…)" if there else ""
     raise UserError(

@@ -87,7 +87,7 @@ class Trackers:
         self._metrics = metrics
         self._say = say
         self._trackers: dict[str, Tracker] = {}
-        self._told_until: dict[str, int] = {}
+        self._sent_until: dict[str, int] = {}
         known = _read_ids(run.folder)
         ids: dict[str, str] = {
             name: known.get(name) or secrets.token_hex(8) for name in names if name != "tensorboard"
@@ -98,7 +98,7 @@ class Trackers:
         known_here = {*known, *(["tensorboard"] if _tensorboard_folder(run.folder).exists() else [])}
         for name in names:
             # A tracker that is new here has been told nothing yet, whatever the metrics had come to.
-            self._told_until[name] = metrics.former_last_step if name in known_here else 0
+            self._sent_until[name] = metrics.former_last_step if name in known_here else 0
             self._begin(name, run, ids.get(name, ""))
 
     def write(self, record: dict[str, Any]) -> None:
@@ -108,7 +108,7 @@ class Trackers:
         step = record["step"]
         self._for_each(
             lambda name, tracker: (
-                tracker.log(step, numbers) if tracker.rewinds or step > self._told_until[name] else None
+                tracker.log(step, numbers) if tracker.rewinds or step > self._sent_until[name] else None
             )
         )
 
@@ -116,7 +116,7 @@ class Trackers:
         """Show a text."""
         self._for_each(
             lambda tracker_name, tracker: (
-                tracker.text(step, name, text) if step > self._told_until[tracker_name] else None
+                tracker.text(step, name, text) if step > self._sent_until[tracker_name] else None
             )
         )
 

@@ -147,7 +147,7 @@ def test_a_plan_that_fails_leaves_nothing(shards, monkeypatch):
         raise RuntimeError("on the way")
         yield
 
-    monkeypatch.setattr(pack_plan, "deal", fail)
+    monkeypatch.setattr(pack_plan, "assign_documents", fail)
     with pytest.raises(RuntimeError):
         open_plan(shards, 19, "cut")
     assert files_of(shards) == []
@@ -160,7 +160,7 @@ def test_others_wait_for_the_one_that_plans(shards, monkeypatch):
         calls.append(arguments)
         begun.set()
         assert waiting.wait(60)
-        return dealing.survey(*arguments)
+        return dealing.count_segments(*arguments)
 
     def hear(sentence):
         said.append(sentence)
@@ -168,7 +168,7 @@ def test_others_wait_for_the_one_that_plans(shards, monkeypatch):
             waiting.set()
 
     said = []
-    monkeypatch.setattr(pack_plan, "survey", slow)
+    monkeypatch.setattr(pack_plan, "count_segments", slow)
     with ThreadPoolExecutor(2) as threads:
         one = threads.submit(open_plan, shards, 19, "cut")
         assert begun.wait(60)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from minimind_data.errors import UserError
-from minimind_data.tokenizer import encode_alike
+from minimind_data.tokenizer import same_encoding
 from minimind_train import checkpoint, job
 from minimind_train.completion import complete
 from minimind_train.export import export
@@ -200,9 +200,9 @@ def test_what_surrounds_a_text_decides_no_id(small_dataset):
     tokenizer.enable_padding(pad_id=0, pad_token="<|endoftext|>")
     tokenizer.enable_truncation(7)
     assert tokenizer.to_str() != text
-    assert encode_alike(tokenizer.to_str(), text)
+    assert same_encoding(tokenizer.to_str(), text)
     tokenizer.add_tokens(["<more>"])
-    assert not encode_alike(tokenizer.to_str(), text)
+    assert not same_encoding(tokenizer.to_str(), text)
 
 
 # Used without training

@@ -9,7 +9,7 @@ import torch
 
 from minimind_data.errors import UserError
 from minimind_train import checkpoint
-from minimind_train.layerwise import compile_layers, failing_to_compile_is_plain, recompute_activations
+from minimind_train.layerwise import compile_layers, recompute_activations, user_error_on_failed_compile
 from minimind_train.model import MiniMind, ModelConfig, initialize
 from minimind_train.objective import NextToken
 from minimind_train.pretrain import resume
@@ -206,7 +206,7 @@ def test_without_a_compiler_the_user_is_told_what_to_do(small_dataset, tmp_path)
 
 
 def test_other_errors_are_left_alone():
-    with pytest.raises(RuntimeError, match="mine"), failing_to_compile_is_plain():
+    with pytest.raises(RuntimeError, match="mine"), user_error_on_failed_compile():
         raise RuntimeError("mine")
-    with pytest.raises(UserError, match="not that"), failing_to_compile_is_plain():
+    with pytest.raises(UserError, match="not that"), user_error_on_failed_compile():
         raise UserError("not that")
