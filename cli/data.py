@@ -268,15 +268,7 @@ def locate(
         "seed": seed,
     }
     if run:
-        if excess := {"folders", *options} & given:
-            names = ", ".join(
-                "DIR" if name == "folders" else f"--{name.replace('_', '-')}" for name in sorted(excess)
-            )
-            raise typer.BadParameter(f"--run says all of the order; leave out {names}")
-        from minimind_train.runs import RunRecord  # noqa: PLC0415 - it imports torch, which takes seconds
-
-        record = RunRecord.read(run)
-        options = record.options | {"skip_positions": record.skip_positions_at(position)}
+        options = _options_of_run(run, position, excess={"folders", *options} & given)
     elif not folders or seq_len is None:
         raise typer.BadParameter("pass DIR and --seq-len, or the folder of a run by --run")
     else:
@@ -298,17 +290,29 @@ def locate(
         f"shard {place['shard']}, offset {place['offset']:,}{', left out' if 'left_out' in place else ''}"
     )
     folder = {source.name: source.folder for source in sources}[place.get("part", "")]
-    words = [
-        str(folder),
-        str(place["window"]),
-        "--seq-len",
-        str(options["seq_len"]),
-        "--layout",
-        options["layout"],
-    ]
+    print(f"look at it with: {_window_command(folder, place['window'], options)}")
+
+
+def _options_of_run(run: Path, position: int, *, excess: set[str]) -> dict[str, Any]:
+    """Return the options of a run as they held when it came to a position; `excess` are options that it leaves no room for."""
+    if excess:
+        names = ", ".join(
+            "DIR" if name == "folders" else f"--{name.replace('_', '-')}" for name in sorted(excess)
+        )
+        raise typer.BadParameter(f"--run says all of the order; leave out {names}")
+    from minimind_train.runs import RunRecord  # noqa: PLC0415 - it imports torch, which takes seconds
+
+    record = RunRecord.read(run)
+    return record.options | {"skip_positions": record.skip_positions_at(position)}
+
+
+def _window_command(folder: Path, window: int, options: dict[str, Any]) -> str:
+    """Return the command that shows a window, as one would type it."""
+    words = ["mm-data", "window", str(folder), str(window)]
+    words += ["--seq-len", str(options["seq_len"]), "--layout", options["layout"]]
     if options["layout"] == "pack":
         words += ["--long-documents", options["long_documents"]]
-    print(f"look at it with: mm-data window {shlex.join(words)}")
+    return shlex.join(words)
 
 
 command(app)(stats)

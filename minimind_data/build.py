@@ -315,29 +315,32 @@ class _Build:
 
     def _make(self, missing: list[SplitTask]) -> tuple[dict[str, SplitResult], Choice]:
         """Run the missing splits; where the fast backend proves wrong, run all of its splits again without it."""
-        made: dict[str, SplitResult] = {}
         with encoders_in_our_threads():
             sample = sample_texts(missing, self._options, self._chat.spec)
             choice = choose_backend(self._tokenizer, self._options.backend, sample)
             self._announce(f"encoding with {choice.name}: {choice.note}")
             job = self._job(choice.name)
-            left = missing
             with self._progress("tokenize", _num_bytes(missing)) as report:
-                while left:
-                    distrusted = False
-                    for result in self._run(job, left, report):
-                        assert not isinstance(result, HashResult)
-                        self._work.write_result(result)
-                        made[result.name] = result
-                        if result.difference is not None and not distrusted:
-                            distrusted = True
-                            self._announce(
-                                f"{choice.name} differs from tokenizers ({result.name}, {result.difference}); tokenizers does "
-                                "the work"
-                            )
-                    job = dataclasses.replace(job, backend="tokenizers")
-                    left = [task for task in left if distrusted and made[task.name].backend != "tokenizers"]
+                made = self._make_with(job, missing, report)
+                if any(result.difference is not None for result in made.values()):
+                    again = [task for task in missing if made[task.name].backend != "tokenizers"]
+                    made |= self._make_with(dataclasses.replace(job, backend="tokenizers"), again, report)
         return made, choice
+
+    def _make_with(self, job: Job, tasks: list[SplitTask], report: Report) -> dict[str, SplitResult]:
+        """Run splits, write down the result of each, and announce the first in which the fast backend differs from the reference."""
+        made: dict[str, SplitResult] = {}
+        differs = False
+        for result in self._run(job, tasks, report):
+            assert not isinstance(result, HashResult)
+            self._work.write_result(result)
+            made[result.name] = result
+            if result.difference is not None and not differs:
+                differs = True
+                self._announce(
+                    f"{job.backend} differs from tokenizers ({result.name}, {result.difference}); tokenizers does the work"
+                )
+        return made
 
     def _run(self, job: Job, tasks: list[SplitTask], report: Report) -> Iterator[SplitResult | HashResult]:
         return run_tasks(

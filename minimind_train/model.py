@@ -21,7 +21,17 @@ from minimind_train.model_config import ModelConfig
 from minimind_train.moe import MLP, Mixture
 from minimind_train.rotary import Rotary, rotary_tables, rotate
 
-__all__ = ["Attention", "KVCache", "MiniMind", "ModelConfig", "RMSNorm", "count_parameters", "initialize"]
+__all__ = [
+    "Attention",
+    "Decoder",
+    "KVCache",
+    "Layer",
+    "MiniMind",
+    "ModelConfig",
+    "RMSNorm",
+    "count_parameters",
+    "initialize",
+]
 
 
 class KVCache:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from minimind_train.distributed import ALONE, World
+from minimind_train.objective import MicroLoss
 from minimind_train.optim import clip_gradients
 from minimind_train.parallel import gradient_sync
 from minimind_train.precision import LossScale
@@ -83,18 +84,11 @@ def take_step(
     for number, (micro_batch, counts) in enumerate(passes, 1):
         with gradient_sync(objective, enabled=number == len(passes)):
             with forward:
-                found = objective(micro_batch)
-                loss = found.summed * counts / num_terms
-                learned = loss
-                if found.auxiliary is not None:
-                    share = counts * len(next(iter(micro_batch.values()))) / num_windows
-                    auxiliary = found.auxiliary * share
-                    learned = loss + auxiliary
-                    _add(sums, "auxiliary", auxiliary)
-            (learned * (factor * world.size)).backward()  # ranks average their gradients
-        _add(sums, "loss", loss)
-        for name, value in found.measures.items():
-            _add(sums, f"measure {name}", value * counts / num_terms)
+                found: MicroLoss = objective(micro_batch)
+                share = counts * len(next(iter(micro_batch.values()))) / num_windows
+                learned = _add_losses(sums, found, counts=counts, num_terms=num_terms, share=share)
+            # Ranks average their gradients. (torch leaves `backward` untyped.)
+            (learned * (factor * world.size)).backward()  # type: ignore[no-untyped-call]
     norm = clip_gradients(objective.parameters(), grad_clip, scale=factor)
     # All numbers come to the host together, because each such trip waits for the device.
     *values, norm_here = torch.stack((*sums.values(), norm)).tolist()
@@ -116,6 +110,29 @@ def take_step(
         num_targets=num_targets,
         num_tokens=num_tokens,
     )
+
+
+def _add_losses(
+    sums: dict[str, torch.Tensor], found: MicroLoss, *, counts: int, num_terms: int, share: float
+) -> torch.Tensor:
+    """Add what a pass gave to the sums of the step, and return what is to be learned of it, float32 [].
+
+    Args:
+        sums: by name, on the device.
+        found: of one micro-batch.
+        counts: 1, or 0 for a pass that only stands in for one.
+        num_terms: terms of the whole step.
+        share: of the step's windows, those of this micro-batch; 0 for a pass that only stands in.
+    """
+    learned = found.summed * counts / num_terms
+    _add(sums, "loss", learned)
+    for name, value in found.measures.items():
+        _add(sums, f"measure {name}", value * counts / num_terms)
+    if found.auxiliary is not None:
+        auxiliary = found.auxiliary * share
+        _add(sums, "auxiliary", auxiliary)
+        learned = learned + auxiliary
+    return learned
 
 
 def _add(sums: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:

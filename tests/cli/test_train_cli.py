@@ -1,3 +1,5 @@
+"""mm-train as a user calls it: its options, what it says and where, exit statuses, and runs from begin to resume."""
+
 import json
 import re
 import shlex

@@ -1,3 +1,5 @@
+"""A checkpoint comes back bit for bit, is whole or absent, and says what is wrong with it when it is damaged."""
+
 import json
 import resource
 import shutil

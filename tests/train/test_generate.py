@@ -1,3 +1,5 @@
+"""Generation chooses as its options say, reads each token once, and streams the same text that decoding gives."""
+
 import math
 
 import pytest

@@ -1,3 +1,5 @@
+"""The loop: what is learned depends on neither the cut of a batch nor on a stop in between, and metrics say what happened."""
+
 import json
 import os
 import signal

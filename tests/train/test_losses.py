@@ -1,3 +1,5 @@
+"""Chunked losses are those of torch on all logits, with their gradients, in every dtype."""
+
 import pytest
 import torch
 from torch.nn import functional

@@ -1,3 +1,5 @@
+"""metrics.jsonl has each step once, whatever was cut off or written twice."""
+
 import pytest
 
 from minimind_train.metrics import MetricsLog

@@ -1,3 +1,5 @@
+"""The optimizers and the schedule are the formulas, and a saved state goes on as one that was never saved."""
+
 import copy
 import io
 import math

@@ -1,3 +1,5 @@
+"""Rotary positions, and YaRN, are the papers' formulas and those of transformers."""
+
 import dataclasses
 import math
 

@@ -1,0 +1,42 @@
+"""A module that says what is public says all of it, and nothing that it has not."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = [
+    path for folder in ("minimind_data", "minimind_train", "cli") for path in (ROOT / folder).glob("*.py")
+]
+
+
+def names_of(tree):
+    """(what a module defines that is public, everything that it defines or imports)."""
+    public, every = set(), set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            every.add(node.name)
+            public |= {node.name} if not node.name.startswith("_") else set()
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            every |= {
+                name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)
+            }
+        elif isinstance(node, ast.ImportFrom):
+            every |= {alias.asname or alias.name for alias in node.names}
+    return public, every
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_all_is_what_is_public(path):
+    tree = ast.parse(path.read_text("utf-8"))
+    assert ast.get_docstring(tree)
+    (stated,) = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
+    ] or [None]
+    public, every = names_of(tree)
+    if stated is not None:
+        assert public <= set(stated) <= every
