@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def _pretrain(app: typer.Typer) -> None:
     """Train a model, or go on with a stopped run."""
-    from minimind_train.pretrain import PRETRAIN  # noqa: PLC0415 - see the module's docstring
+    from minimind_train.pretrain import PRETRAIN
 
     _register_phase(app, PRETRAIN, _pretrain.__doc__)
 
@@ -43,8 +43,8 @@ def _use_preset(context: typer.Context, name: str | None) -> str | None:
 
 def _config_option(phase: "Phase[Any]") -> Any:
     """Return the option whose file's options are the defaults of the command line, and count as given."""
-    from minimind_data.options import leaves  # noqa: PLC0415 - see the module's docstring
-    from minimind_train.description import read_description  # noqa: PLC0415
+    from minimind_data.options import leaves
+    from minimind_train.description import read_description
 
     names = [name for name, _, _ in leaves(phase.config)]
 
@@ -68,23 +68,23 @@ def _config_option(phase: "Phase[Any]") -> Any:
 
 def _sft(app: typer.Typer) -> None:
     """Teach a trained model to answer, from conversations (supervised fine-tuning), or go on with a stopped run."""
-    from minimind_train.sft import SFT  # noqa: PLC0415 - see the module's docstring
+    from minimind_train.sft import SFT
 
     _register_phase(app, SFT, _sft.__doc__)
 
 
 def _dpo(app: typer.Typer) -> None:
     """Teach a model to prefer one answer to another (direct preference optimization), or go on with a stopped run."""
-    from minimind_train.dpo import DPO  # noqa: PLC0415 - see the module's docstring
+    from minimind_train.dpo import DPO
 
     _register_phase(app, DPO, _dpo.__doc__)
 
 
 def _register_phase(app: typer.Typer, phase: "Phase[Any]", help_text: str | None) -> None:
     """Make the command of a kind of training: its options as flags, and what goes with `--resume`."""
-    from minimind_data.options import flatten  # noqa: PLC0415 - see the module's docstring
-    from minimind_train.config import WEIGHTS, changeable  # noqa: PLC0415
-    from minimind_train.job import begin, resume  # noqa: PLC0415
+    from minimind_data.options import flatten
+    from minimind_train.config import WEIGHTS, changeable
+    from minimind_train.job import begin, resume
 
     def run_command(
         config: Any,
@@ -158,7 +158,7 @@ def _refuse_in_a_new_run(data: "DataConfig", allowed: set[str], given: Given) ->
     Raises:
         typer.BadParameter: it is there.
     """
-    from minimind_train.config import NEEDS_SEQUENTIAL  # noqa: PLC0415 - see the module's docstring
+    from minimind_train.config import NEEDS_SEQUENTIAL
 
     if allowed:
         raise typer.BadParameter("--allow-change goes with --resume; a new run has no options to differ from")
@@ -177,11 +177,11 @@ def _checkpoint_option(parse: Callable[[str], Any]) -> Any:
 
 def _generate(app: typer.Typer) -> None:
     """Print what a trained model writes, or talk with it."""
-    from minimind_train.completion import complete  # noqa: PLC0415 - see the module's docstring
-    from minimind_train.conversation import Conversation  # noqa: PLC0415
-    from minimind_train.generate import GenerateOptions  # noqa: PLC0415
-    from minimind_train.model_config import RopeScaling  # noqa: PLC0415
-    from minimind_train.trained import parse_step  # noqa: PLC0415
+    from minimind_train.completion import complete
+    from minimind_train.conversation import Conversation
+    from minimind_train.generate import GenerateOptions
+    from minimind_train.model_config import RopeScaling
+    from minimind_train.trained import parse_step
 
     def run_command(
         run: Annotated[Path, typer.Option(help="Folder of the run, or a Hugging Face folder.")],
@@ -225,11 +225,11 @@ def _generate(app: typer.Typer) -> None:
 
 def _eval(app: typer.Typer) -> None:
     """Measure a trained model on a dataset: loss, perplexity, bits per byte."""
-    from minimind_data.windows import Layout  # noqa: PLC0415 - see the module's docstring
-    from minimind_train.model_config import RopeScaling  # noqa: PLC0415
-    from minimind_train.precision import Dtype  # noqa: PLC0415
-    from minimind_train.run_evaluation import evaluate_run  # noqa: PLC0415
-    from minimind_train.trained import parse_step  # noqa: PLC0415
+    from minimind_data.windows import Layout
+    from minimind_train.model_config import RopeScaling
+    from minimind_train.precision import Dtype
+    from minimind_train.run_evaluation import evaluate_run
+    from minimind_train.trained import parse_step
 
     def run_command(
         run: Annotated[Path, typer.Option(help="Folder of the run, or a Hugging Face folder.")],
@@ -286,8 +286,8 @@ def _eval(app: typer.Typer) -> None:
 
 def _export(app: typer.Typer) -> None:
     """Write a trained model in a form that transformers or MiniMind opens."""
-    from minimind_train.export import Target, WeightDtype, export  # noqa: PLC0415 - see the module's docstring
-    from minimind_train.trained import parse_step  # noqa: PLC0415
+    from minimind_train.export import Target, WeightDtype, export
+    from minimind_train.trained import parse_step
 
     def run_command(
         run: Annotated[Path, typer.Option(help="Folder of the run.")],
@@ -313,7 +313,7 @@ def _export(app: typer.Typer) -> None:
 
 def _plot(app: typer.Typer) -> None:
     """Draw the curves of runs: a page of HTML, or a picture."""
-    from minimind_train.plot import Axis, draw  # noqa: PLC0415 - see the module's docstring
+    from minimind_train.plot import Axis, draw
 
     def run_command(
         runs: Annotated[

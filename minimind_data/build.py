@@ -194,11 +194,11 @@ class _Build:
                 f"{options.out}: {len(missing)} of {len(self._tasks)} splits are not made ({missing[0].name}, …); run the slices "
                 "that hold them, then commit again"
             )
-        self._say_what_is_missing(kept, missing)
+        self._announce_missing(kept, missing)
         if changed:
             work.retire()
         made, choice = self._make(missing) if missing else ({}, None)
-        self._refuse_unlike(previous, [one for name, one in made.items() if name not in changed])
+        self._refuse_changed_shards(previous, [one for name, one in made.items() if name not in changed])
         manifest = validation = None
         if options.task is None and previous is not None and same_inputs and not changed:
             restore(work, previous, self._tokenizer.json, self._config_json, self._announce)
@@ -214,7 +214,7 @@ class _Build:
                 config_json=self._config_json,
                 previous=previous,
             )
-            self._say_what_is_not_there(outcome)
+            self._announce_empty_validation(outcome)
             publish(work, outcome, self._tokenizer.json, self._config_json)
             manifest, validation = outcome.manifest, outcome.validation
         return self._summary(manifest, validation, made=made, kept=len(kept), choice=choice)
@@ -232,7 +232,7 @@ class _Build:
         if self._options.dedup == "exact":
             self._find_duplicates()
 
-    def _refuse_unlike(self, previous: Previous | None, made: Sequence[SplitResult]) -> None:
+    def _refuse_changed_shards(self, previous: Previous | None, made: Sequence[SplitResult]) -> None:
         """Refuse a lost shard that came out otherwise than the finished dataset says."""
         unlike = [result.name for result in made if previous is not None and previous.differs(result)]
         if unlike:
@@ -240,7 +240,7 @@ class _Build:
                 f"{self._options.out}: {unlike[0]} came out otherwise than the manifest says; tokenize into another --out"
             )
 
-    def _say_what_is_not_there(self, outcome: Outcome) -> None:
+    def _announce_empty_validation(self, outcome: Outcome) -> None:
         if self._options.val_fraction and outcome.validation is None:
             self._announce(
                 f"no document fell to the validation part: --val-fraction {self._options.val_fraction} is small for it"
@@ -292,7 +292,7 @@ class _Build:
             )
         return here == there
 
-    def _say_what_is_missing(self, kept: dict[str, SplitResult], missing: list[SplitTask]) -> None:
+    def _announce_missing(self, kept: dict[str, SplitResult], missing: list[SplitTask]) -> None:
         if dtype_for(self._tokenizer.info.vocab_size) == "int32":
             self._announce(
                 f"the vocabulary has {self._tokenizer.info.vocab_size:,} entries, over 65,536: tokens take 4 bytes (int32)"

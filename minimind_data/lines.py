@@ -112,7 +112,6 @@ class LineReader:
         self._stop = stop if source.compression is None else sys.maxsize  # a compressed file is one split
         self._ends = ends
         self._digest = hashlib.sha256()
-        self._raw: BinaryIO | None = None
         self.begin = self.end = start
         self.num_lines = 0
 

@@ -1,7 +1,7 @@
-"""A run of any phase: begun, or gone on with, on one rank or several.
+"""A run of any phase: `begin` a new one or `resume` one, on one rank or several.
 
-A run is what `config.json` says, from the first step to the last. A phase brings its options and its objective; which options
-`--resume` may change is in `config`.
+Rank 0 decides how the run begins (options, checkpoint, cursor) and holds the lock of its folder; every rank then trains in `rank_job`. A phase
+brings its options and its objective; which options `--resume` may change is in `config`.
 """
 
 import contextlib
@@ -56,8 +56,8 @@ def begin(
     Raises:
         UserError: the run cannot be made or cannot go on; the message says why and what to do.
     """
-    prepare = partial(_beginning, phase, config, say, given=given)
-    return _among_ranks(phase, prepare, nproc=config.training.nproc)
+    prepare = partial(_prepare_new, phase, config, say, given=given)
+    return _run_on_ranks(phase, prepare, nproc=config.training.nproc)
 
 
 def resume(
@@ -80,22 +80,22 @@ def resume(
     Raises:
         UserError: there is no run, or an option differs that must not; the message shows both sides.
     """
-    prepare = partial(_going_on, phase, run, given, say, allow_change=allow_change)
+    prepare = partial(_prepare_resumed, phase, run, given, say, allow_change=allow_change)
     recorded_nproc = RunRecord.read(run).options.get("nproc", 1) if torchrun_place() is None else 1
-    return _among_ranks(phase, prepare, nproc=given.get("nproc", recorded_nproc))
+    return _run_on_ranks(phase, prepare, nproc=given.get("nproc", recorded_nproc))
 
 
 _Prepared = tuple["RankJob[ConfigT]", Start[ConfigT], Callable[[], None]]
-"""What trains, from where on, and what is to be done once all of that fits."""
+"""The job of rank 0, where it starts, and what to call once the model and its optimizer are built."""
 
 
-def _among_ranks(
+def _run_on_ranks(
     phase: Phase[ConfigT],
     prepare: Callable[[World], AbstractContextManager[_Prepared[ConfigT]]],
     *,
     nproc: int,
 ) -> loop.Outcome:
-    """Be the rank that this process was started as, or start ranks, or be the only one."""
+    """Run as the rank that torchrun made this process, or launch `nproc` ranks, or run alone."""
     work = partial(_train_as_rank, phase, prepare)
     place = torchrun_place()
     if place is None and nproc > 1:
@@ -114,7 +114,7 @@ def _train_as_rank(
     prepare: Callable[[World], AbstractContextManager[_Prepared[ConfigT]]],
     world: World,
 ) -> loop.Outcome:
-    """Prepare the run, or wait for what rank 0 has prepared, and train."""
+    """Train as one rank: rank 0 prepares the run and broadcasts where it starts, the others wait for that."""
     if world.is_main:
         with contextlib.ExitStack() as held:
             with world.relaying_errors():
@@ -136,10 +136,10 @@ def _train_as_rank(
 
 
 @contextlib.contextmanager
-def _beginning(
+def _prepare_new(
     phase: Phase[ConfigT], config: ConfigT, say: Say, world: World, *, given: Collection[str] | None
 ) -> Iterator[_Prepared[ConfigT]]:
-    """Make the run folder, and hold its lock."""
+    """Check the options of a new run, make its folder, and hold the folder's lock for the block."""
     run = config.training.run
     runs.refuse_occupied(run)
     shards = Datasets.open(config.data.shards)
@@ -163,7 +163,7 @@ def _beginning(
 
 
 @contextlib.contextmanager
-def _going_on(
+def _prepare_resumed(
     phase: Phase[ConfigT],
     run: Path,
     given: Mapping[str, Any],
@@ -172,7 +172,7 @@ def _going_on(
     *,
     allow_change: Collection[str],
 ) -> Iterator[_Prepared[ConfigT]]:
-    """Find out where the run is, and hold the lock of its folder."""
+    """Load the newest whole checkpoint, reconcile its options with the given ones, and hold the folder's lock for the block."""
     RunRecord.read(run)  # before the lock, which would leave its file in any folder
     with user_error_on_full_disk(run), runs.lock(run):
         record = RunRecord.read(run)

@@ -1,7 +1,7 @@
-"""The only training loop: batches in, weights moved, metrics and checkpoints out.
+"""The only training loop: step after step, with metrics, validation, checkpoints and requests to stop in between.
 
-A phase (pre-training, …) brings its objective and the batches; what a step is stands in `step`. Nothing random is carried from
-step to step, so a run that begins again at step s does what the first one did.
+A phase (pre-training, …) brings its objective and the batches; one step is in `step`. No random state is carried from step to step, so a run that
+resumes at step s does what an uninterrupted one does.
 """
 
 import time
@@ -114,10 +114,10 @@ class Outcome:
 
 
 class Save(Protocol):
-    """What saves a run."""
+    """Called after each step; see `saver.Saver.after_step`."""
 
     def __call__(self, record: Mapping[str, Any], *, leaving: bool) -> None:
-        """Save, where that is due after the step of this line of metrics; in any case where the run is `leaving`."""
+        """Save a checkpoint if one is due after the step of this record of metrics, or if the run is `leaving` its loop."""
 
 
 def run(

@@ -1,4 +1,4 @@
-"""What a phase learns by: from a micro-batch, through the model, to numbers that can be added up.
+"""Objectives: from a micro-batch, through the model, to sums of losses that are added up over micro-batches and ranks.
 
 An objective is a module that holds the model, so that what wraps modules (data parallelism, sharding) wraps one forward pass and
 knows where it begins and ends. It gives sums, never means: the loop divides by what the whole global batch has, over all
@@ -18,18 +18,18 @@ from minimind_train.step_loader import num_targets
 
 
 class MicroLoss(NamedTuple):
-    """What one micro-batch gives; every tensor is a float32 scalar on the model's device."""
+    """The losses of one micro-batch; every tensor is a float32 scalar on the model's device."""
 
     summed: Tensor
     """The sum of the losses at its terms; the loop divides by the terms of the step."""
     auxiliary: Tensor | None = None
-    """A mean over its windows that is learned too, weighed by their share of the step's windows."""
+    """A further loss, the mean over the micro-batch's windows; it counts by their share of the step's windows."""
     measures: Mapping[str, Tensor] = {}
-    """More sums over its terms, to be shown as means and not learned."""
+    """Further sums over the terms, logged as means; no gradient is taken of them."""
 
 
 class Objective(nn.Module):
-    """The base of all objectives.
+    """The base class of objectives: a module that holds the model, and returns losses in place of logits.
 
     Args:
         model: what is learned.
@@ -41,7 +41,7 @@ class Objective(nn.Module):
         self.training = model.training  # a new module would say that it trains, whatever its parts do
 
     def forward(self, micro_batch: Mapping[str, Tensor]) -> MicroLoss:
-        """Return what a micro-batch, tensors [B, seq_len] by name, gives."""
+        """Return the losses of a micro-batch, int64 tensors [B, seq_len] by name."""
         raise NotImplementedError
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""One optimizer step: the gradient of a global batch, clipped, and the weights moved by it.
+"""One optimizer step: the gradient of a global batch, clipped, and one update of the weights by it.
 
-The loss of a step is the sum over all terms of the global batch divided by their number, so cutting the batch into micro-batches,
-or sharing it out among ranks, changes nothing but rounding. What ranks share out and add up is on the host, and little: how
-many terms they have before the passes, what came out after them. Gradients are added up once, in the last pass.
+The loss of a step is the sum over all terms of the global batch divided by their number, so cutting the batch into micro-batches, or dividing it
+among ranks, changes nothing but rounding. Ranks exchange a few numbers on the host: how many terms they have before the passes, their sums of
+losses after them. Gradients are averaged once, in the last pass.
 """
 
 import math
@@ -23,7 +23,7 @@ from minimind_train.step_loader import StepBatch
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a step gave, on the host."""
+    """The numbers of one step, over all ranks."""
 
     loss: float
     """Mean over the terms of the global batch."""
@@ -40,7 +40,7 @@ class StepResult:
 
 
 class NotFiniteError(Exception):
-    """The loss or the gradient of a step is not finite, so no weight was moved, on any rank; `str` says which, as a clause."""
+    """The loss or the gradient of a step is not finite, so no rank has updated its weights; the message is a clause that says which."""
 
 
 def take_step(
@@ -54,7 +54,7 @@ def take_step(
     scale: LossScale | None = None,
     world: World = ALONE,
 ) -> StepResult:
-    """Move the weights by one global batch.
+    """Update the weights by one global batch.
 
     Args:
         objective: over the model whose weights move; an `Objective`, wrapped as `parallel` does it where there are several ranks.
