@@ -23,7 +23,7 @@ from minimind_data.options import build
 from minimind_train import job
 from minimind_train.pretrain import PRETRAIN, PretrainConfig
 
-prepare = partial(job._beginning, PRETRAIN, build(PretrainConfig, options), lambda line: None, given=None)
+prepare = partial(job._prepare_new, PRETRAIN, build(PretrainConfig, options), lambda line: None, given=None)
 told["outcome"] = job._train_as_rank(PRETRAIN, prepare, world)
 """
 

@@ -46,10 +46,10 @@ def recording(objective, optimizer, batch, **keywords):
 
 loop.take_step = recording
 if first:
-    prepare = partial(job._beginning, PRETRAIN, build(PretrainConfig, options), lambda line: None, given=None)
+    prepare = partial(job._prepare_new, PRETRAIN, build(PretrainConfig, options), lambda line: None, given=None)
 else:
     given = {name: options[name] for name in ("micro_batch", "parallel")}
-    prepare = partial(job._going_on, PRETRAIN, options["run"], given, lambda line: None, allow_change=())
+    prepare = partial(job._prepare_resumed, PRETRAIN, options["run"], given, lambda line: None, allow_change=())
 told["outcome"] = job._train_as_rank(PRETRAIN, prepare, world)
 """
 

@@ -25,7 +25,7 @@ from minimind_train.dpo import DPO
 from minimind_train.sft import SFT
 
 phase = {"sft": SFT, "dpo": DPO}[command]
-prepare = partial(job._beginning, phase, build(phase.config, options), lambda line: None, given=None)
+prepare = partial(job._prepare_new, phase, build(phase.config, options), lambda line: None, given=None)
 told["step"] = job._train_as_rank(phase, prepare, world).step
 """
 
