@@ -34,11 +34,11 @@ def training_run(tmp_path, whole_run, monkeypatch):
     def race(function, times):
         real, left = getattr(checkpoint, function), [True] * times
 
-        def racing(*arguments):
+        def racing(*arguments, **options):
             if left:
                 left.pop()
                 save_next()
-            return real(*arguments)
+            return real(*arguments, **options)
 
         monkeypatch.setattr(checkpoint, function, racing)
 
