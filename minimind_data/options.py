@@ -7,7 +7,7 @@ A field's help, and its parser where the type alone does not say how to read a f
 The command line makes its flags from these dataclasses, so a default or a help text is never written twice.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
@@ -41,6 +41,22 @@ def format_size(size: int) -> str:
         if size and size % worth == 0:
             return f"{size // worth}{unit}"
     return str(size)
+
+
+def check_limits(options: object, limits: Mapping[str, tuple[float, float]]) -> None:
+    """Check options against the least and the most that each may be; None is let through.
+
+    Args:
+        options: a dataclass of options.
+        limits: by the name of the option, (least, most), both allowed.
+
+    Raises:
+        ValueError: one is outside; the message says the limits and the value.
+    """
+    for name, (least, most) in limits.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"{name} must be from {least} to {most}, not {value}")
 
 
 def leaves(cls: type, defaults: object = None) -> Iterator[tuple[str, Any, Any]]:

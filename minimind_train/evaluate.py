@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from minimind_data.errors import UserError
 from minimind_data.format import TOKENIZER_NAME
+from minimind_data.options import check_limits
 from minimind_data.pieces import pieces_of
 from minimind_data.reporting import Announce
 from minimind_data.shards import ShardSet
@@ -47,9 +48,7 @@ class ValidationConfig:
     ] = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("val_every", 1), ("val_batches", 0)):
-            if not least <= getattr(self, name) <= 10**12:
-                raise ValueError(f"{name} must be from {least} to 10^12, not {getattr(self, name)}")
+        check_limits(self, {"val_every": (1, 10**12), "val_batches": (0, 10**12)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from minimind_data.errors import UserError
 from minimind_data.format import TokenizerInfo
+from minimind_data.options import check_limits
 from minimind_train.generate import GenerateOptions, generate, stream_text
 from minimind_train.model import MiniMind
 
@@ -30,9 +31,7 @@ class ExcerptConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sample_prompt", tuple(self.sample_prompt) or ("",))
-        for name, least, most in (("sample_every", 0, 10**12), ("sample_tokens", 1, 2**20)):
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name} must be from {least} to {most}, not {getattr(self, name)}")
+        check_limits(self, {"sample_every": (0, 10**12), "sample_tokens": (1, 2**20)})
 
 
 Tell = Callable[[int, str, str, str], None]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from minimind_data.options import check_limits
 from minimind_train.distributed import ALONE, World
 from minimind_train.excerpts import ExcerptConfig
 from minimind_train.interrupt import Stop, StopRequest
@@ -92,10 +93,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("--epochs and --steps both say when the run ends; pass one of them")
-        for name, (least, most) in _LIMITS.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                raise ValueError(f"{name} must be from {least} to {most}, not {value}")
+        check_limits(self, _LIMITS)
 
 
 @dataclass(frozen=True, kw_only=True)

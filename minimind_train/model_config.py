@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
+from minimind_data.options import check_limits
+
 _LIMITS = {
     # Far above any model that one machine trains; whether one fits is decided by its parameters.
     "hidden_size": (1, 2**20),
@@ -125,10 +127,7 @@ class ModelConfig:
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
 
     def __post_init__(self) -> None:
-        for name, (least, most) in _LIMITS.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                raise ValueError(f"{name} must be from {least} to {most}, not {value}")
+        check_limits(self, _LIMITS)
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} attention heads; "

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Self
 import torch
 from torch import Tensor
 
+from minimind_data.options import check_limits
 from minimind_train import checkpoint
 from minimind_train.checkpoint import CheckpointState
 from minimind_train.distributed import ALONE, World
@@ -40,9 +41,7 @@ class SaveConfig:
     ] = False
 
     def __post_init__(self) -> None:
-        for name, (least, most) in _LIMITS.items():
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name} must be from {least} to {most}, not {getattr(self, name)}")
+        check_limits(self, _LIMITS)
 
 
 class _Abandoned(BaseException):

@@ -28,6 +28,30 @@ TEXTS = [
 """Texts of many lengths, in two languages, with special tokens in them."""
 
 
+CRASHING = """
+import os, sys
+from pathlib import Path
+from minimind_data.build import TokenizeOptions, tokenize
+
+paths, crash_at = [Path(path) for path in sys.argv[1:-1]], int(sys.argv[-1])
+calls = 0
+
+def dying(name):
+    real = getattr(os, name)
+    def call(*arguments, **named):
+        global calls
+        calls += 1
+        if calls == crash_at:
+            os._exit(9)
+        return real(*arguments, **named)
+    return call
+
+for name in ("replace", "unlink", "fsync", "mkdir", "rmdir"):
+    setattr(os, name, dying(name))
+"""
+"""The beginning of a program `PATH... N` that ends, without any clean-up, before the N-th of its changes to the disk; it counts `calls`."""
+
+
 def options(out: Path, **changes) -> TokenizeOptions:
     """Options of a build in this process, in splits so small that there are many."""
     return build(TokenizeOptions, {"out": out, "workers": 1, "split_bytes": 8192, **changes})

@@ -23,7 +23,7 @@ from minimind_data.errors import UserError
 from minimind_data.shards import ShardSet
 from minimind_data.tokenizer import ReferenceEncoder, load_tokenizer
 
-from .conftest import TEXTS, options, tree
+from .conftest import CRASHING, TEXTS, options, tree
 
 REFERENCE = load_tokenizer().reference
 
@@ -165,26 +165,8 @@ def state_of(process_id):
     return found.stdout.strip()[:1] or "Z"
 
 
-CRASHES = """
-import os, sys
-from pathlib import Path
-from minimind_data.build import TokenizeOptions, tokenize
-
-source, out, crash_at, workers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), 1
-calls = 0
-
-def dying(name):
-    real = getattr(os, name)
-    def call(*arguments, **named):
-        global calls
-        calls += 1
-        if calls == crash_at:
-            os._exit(9)
-        return real(*arguments, **named)
-    return call
-
-for name in ("replace", "unlink", "fsync", "mkdir", "rmdir"):
-    setattr(os, name, dying(name))
+CRASHES = f"""{CRASHING}
+source, out = paths
 tokenize([source], TokenizeOptions(out=out, workers=1, split_bytes=2**14, backend="tokenizers"))
 print(calls)
 """

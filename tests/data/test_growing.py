@@ -14,7 +14,7 @@ from minimind_data.shards import ShardSet
 from minimind_data.tokenizer import load_tokenizer
 from minimind_data.verify import verify
 
-from .conftest import options, tree
+from .conftest import CRASHING, options, tree
 
 REFERENCE = load_tokenizer().reference
 TEXTS = [
@@ -265,26 +265,8 @@ def test_standard_input_reads_as_a_file(tmp_path, a):
     assert "-: the file is empty" in told
 
 
-CRASHES = """
-import os, shutil, sys
-from pathlib import Path
-from minimind_data.build import TokenizeOptions, tokenize
-
-a, b, out, crash_at = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
-calls = 0
-
-def dying(name):
-    real = getattr(os, name)
-    def call(*arguments, **settings):
-        global calls
-        calls += 1
-        if calls == crash_at:
-            os._exit(9)
-        return real(*arguments, **settings)
-    return call
-
-for name in ("replace", "unlink", "fsync", "mkdir", "rmdir"):
-    setattr(os, name, dying(name))
+CRASHES = f"""{CRASHING}
+a, b, out = paths
 tokenize([a, b], TokenizeOptions(out=out, workers=1, split_bytes=2**14, backend="tokenizers", val_fraction=0.1,
                                  on_bad_record="set-aside"))
 print(calls)
