@@ -26,7 +26,6 @@ from minimind_train.config import (
 )
 from minimind_train.description import describe
 from minimind_train.distributed import ALONE, World, process_group, torchrun_place
-from minimind_train.finished import note_finish, refuse_idle_changes, refuse_repetition
 from minimind_train.launch import launch_ranks
 from minimind_train.parts import Datasets, source_texts
 from minimind_train.phase import Phase, refuse_other_kind
@@ -121,7 +120,7 @@ def _train_as_rank(
                 job, start, before_steps = held.enter_context(prepare(world))
             outcome = job.train(world.broadcast(start), before_steps)
             if outcome.step >= outcome.total_steps:
-                note_finish(job.run, outcome.step)
+                runs.note_finish(job.run, outcome.step)
             return outcome
     start = world.broadcast(None)
     run = start.config.training.run
@@ -184,7 +183,7 @@ def _prepare_resumed(
         found = checkpoint.load_latest(run, say)
         step = found.state.step if found else 0
         if not found:
-            refuse_repetition(run, record)
+            runs.refuse_repetition(run, record)
             say(f"{run}: no checkpoint yet, so the run begins again")
         shards = _open_shards(source_texts(given.get("shards", record.options["shards"])))
         kept = record.without_moves_after(step)
@@ -207,7 +206,7 @@ def _prepare_resumed(
         described = describe(phase.command, job.config, new_record.changes)
         update = partial(runs.update, run, record, new_record, shards.folder, described)
         if found and step >= job.data.end(step, cursor)[1]:
-            refuse_idle_changes(run, step, new_record.changes[len(kept.changes) :])
+            runs.refuse_idle_changes(run, step, new_record.changes[len(kept.changes) :])
             update()  # of the end itself
         yield job, Start(config=job.config, found=found, step=step, cursor=cursor), update
 

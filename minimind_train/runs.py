@@ -1,4 +1,4 @@
-"""The run folder: whose options, dataset and tokenizer a run has, and that one process at a time works in it.
+"""The run folder: its files, the record of the run's options, dataset and changes, and the lock that one process at a time holds.
 
     runs/NAME/
         config.json       the options, resolved; the dataset's fingerprint; the tokenizer; what was changed on the way; its
@@ -9,13 +9,13 @@
         metrics.jsonl     see `metrics`
         checkpoints/      see `checkpoint`
 
-`config.json` is written last when a run begins, so a folder that has one has all of it. What the options mean is the
-phase's business; here they are names and values.
+`config.json` is written last when a run begins, so a folder that has one has all of it. What the options mean, and which of them may change, is
+in `config`; here they are names and values. So is what a run that has reached its end refuses.
 """
 
 import json
 import shlex
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -278,6 +278,46 @@ def agreed_changes(
             f"{run}: this would be another run: {shown}; leave that out, or pass {flags} to change it from step {step + 1} on"
         )
     return [Change(step=step, name=name, old=old, new=new) for name, (old, new) in different.items()]
+
+
+def refuse_idle_changes(run: Path, step: int, changes: Sequence[Change]) -> None:
+    """Refuse changes that would hold from the end of a run on, where nothing is learned any more.
+
+    A change of the end itself, which leaves the run finished, is none of them.
+
+    Raises:
+        UserError: there are such changes.
+    """
+    idle = [flag_of(change.name) for change in changes if change.name not in ENDS]
+    if idle:
+        raise UserError(
+            f"{run}: finished already, {step} steps, so there is nothing that {' and '.join(idle)} could change; to train on, pass a "
+            "later end too, such as --epochs N --allow-change epochs; else leave that out"
+        )
+
+
+def refuse_repetition(run: Path, record: RunRecord) -> None:
+    """Refuse to begin a run again that was at its end, which would put other metrics into the place of those it has.
+
+    Args:
+        run: a run folder that has no checkpoint.
+        record: what it says of itself.
+
+    Raises:
+        UserError: it was finished once.
+    """
+    if record.finished is not None:
+        raise UserError(
+            f"{run}: finished at step {record.finished}, and its checkpoints are gone; bring them back from a backup, or train again in "
+            "another --run"
+        )
+
+
+def note_finish(run: Path, step: int) -> None:
+    """Write into the record of a run that it has reached its end; the caller holds the folder's lock."""
+    record = RunRecord.read(run)
+    if record.finished != step:
+        replace(record, finished=step).write(run)
 
 
 def _copy_tokenizer(run: Path, dataset: Path) -> None:
