@@ -45,7 +45,7 @@ class StreamHeader:
     magic: int
     version: int
     token_bytes: int
-    """Of one id, unsigned."""
+    """Bytes of an id, an unsigned integer."""
 
     NUM_BYTES = 1024
 

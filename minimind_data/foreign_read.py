@@ -47,9 +47,9 @@ class ReadOptions:
 
     vocab_size: int
     separator_id: int
-    """Where streams are cut."""
+    """The id at which streams are cut into documents."""
     column: str
-    """Of Arrow and Parquet tables."""
+    """Name of the column of ids in Arrow and Parquet tables."""
     block_tokens: int = BLOCK_TOKENS
     """Tokens of a batch, about; a document is never divided."""
 

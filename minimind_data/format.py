@@ -159,7 +159,7 @@ class TokenizerInfo:
     """The vocabulary that gives the ids of a dataset their meaning."""
 
     sha256: str
-    """Of the bytes of tokenizer.json."""
+    """SHA-256 of tokenizer.json, as all in a manifest in hexadecimal digits."""
     vocab_size: int
     """The largest id plus one; the height of an embedding table."""
     bos_id: int
@@ -191,9 +191,9 @@ class ShardEntry:
     bytes: int
     """Size of the .bin file."""
     sha256: str
-    """Of the .bin file."""
+    """SHA-256 of the .bin file."""
     index_sha256: str
-    """Of the .idx file."""
+    """SHA-256 of the .idx file."""
     input: int
     """Which of the manifest's inputs the documents came from; the first of them, where small text files share a shard."""
     input_start: int
@@ -201,7 +201,7 @@ class ShardEntry:
     input_stop: int
     """The byte after its last one, or the row group."""
     input_sha256: str
-    """Of those bytes; in Parquet, of the fields that were read."""
+    """SHA-256 of those bytes; in Parquet, of the fields that were read."""
     inputs: int = 1
     """How many inputs the shard holds, from `input` on."""
     first_line: int = 0
@@ -213,9 +213,9 @@ class ShardEntry:
     duplicates: int = 0
     """Documents left out because an earlier one has the same text."""
     duplicates_sha256: str = ""
-    """Of their numbers."""
+    """SHA-256 of the numbers of those documents, as little-endian int32; empty where none were looked for."""
     mask_sha256: str = ""
-    """Of the .mask file, where there is one."""
+    """SHA-256 of the .mask file; empty where there is none."""
     different_prompts: int = 0
     """Pairs of the split whose two conversations do not begin alike."""
     unlearned: int = 0
@@ -240,9 +240,9 @@ class Manifest:
     duplicates: int = 0
     """Documents left out because an earlier one has the same text."""
     set_aside_sha256: str | None = None
-    """Of the file that holds them; None where there are none."""
+    """SHA-256 of the file that holds them; None where there are none."""
     tokenizer_config_sha256: str | None = None
-    """Of tokenizer_config.json; None where the tokenizer has no chat template."""
+    """SHA-256 of tokenizer_config.json; None where the tokenizer has no chat template."""
     format_version: int = FORMAT_VERSION
 
     @property

@@ -43,14 +43,14 @@ class Summary:
     manifest: Manifest | None
     """None where only a slice was made."""
     validation: Manifest | None
-    """Of the validation part, where there is one."""
+    """Manifest of the validation part; None where there is none."""
     already_done: bool
     """The dataset was there, made from the same inputs with the same settings."""
     kept_shards: int
     """Shards that an earlier run had made."""
     made_shards: int
     input_bytes: int
-    """Of the splits that were made in this run, as they are stored."""
+    """Stored size of the splits that were made in this run."""
     seconds: float
     backend: Choice | None
     compared: int

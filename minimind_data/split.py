@@ -83,7 +83,7 @@ class SplitTask:
     """One split to be made."""
 
     name: str
-    """Of the shard."""
+    """Name of the shard that it becomes."""
     input: int
     """Which input, by its place in the manifest."""
     split: Split
@@ -92,13 +92,13 @@ class SplitTask:
 
     @property
     def duplicates_sha256(self) -> str:
-        """Of `drop`; empty where it is None."""
+        """SHA-256 of `drop` as little-endian int32; empty where it is None."""
         return "" if self.drop is None else sha256_of_bytes(self.drop.astype("<i4").tobytes())
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitResult:
-    """What one split gave; written beside the shard until the manifest takes it over."""
+    """The result of one split; kept beside the shard until the manifest takes it over."""
 
     name: str
     input: int

@@ -85,17 +85,17 @@ class Waste:
     padding: int
     """Input positions, over all windows, that hold PAD."""
     padding_share: float
-    """Of all input positions."""
+    """Padding over all input positions."""
     padded_windows: int
     """Windows with any padding."""
     unused_tokens: int
     """Tokens that stand in no window: `Windows.unused_tokens`; all of them where there is no window."""
     unused_share: float
-    """Of all tokens."""
+    """Unused tokens over all tokens."""
     cut_documents: int
     """Documents whose tokens are cut apart by a window border, or whose end is cut off."""
     cut_share: float
-    """Of all documents."""
+    """Cut documents over all documents."""
     windows_per_document: float
     """Windows that a document is spread over, on average."""
 
@@ -107,7 +107,7 @@ class Text:
     tokens: int
     characters: int
     bytes: int
-    """Of UTF-8."""
+    """Bytes of the text in UTF-8."""
     characters_per_token: float
     bytes_per_token: float
     estimated_from_documents: int | None

@@ -141,7 +141,7 @@ class StartConfig:
         parse_step,
     ] = None
     from_sha256: str | None = field(default=None, metadata={"flag": False})
-    """Of the weights, whatever file they lay in."""
+    """SHA-256 of the weights that the run began from, over names, shapes and bits; the same in whatever file they lie."""
 
     def __post_init__(self) -> None:
         if self.from_step is not None and self.from_weight is None:

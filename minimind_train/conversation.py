@@ -28,7 +28,7 @@ class Conversation:
     """A conversation.
 
     Args:
-        model: in the mode of use.
+        model: in evaluation mode.
         tokenizer: the model's.
         template: how turns are written.
         options: how tokens are chosen; every answer has a seed of its own, so that a question asked twice may be answered twice.

@@ -104,11 +104,11 @@ class Outcome:
     total_steps: int
     cursor: int
     loss: float | None
-    """Of the last step; None where there was none to do."""
+    """Loss of the last step; None where there was no step to do."""
     stopped_by: Stop | None = None
-    """What ended it before its time."""
+    """The request that stopped the run early, or None."""
     rank: int = 0
-    """Of the process that knows it, for where only one is to say it."""
+    """The rank that returns this outcome; only rank 0 prints it."""
 
 
 class Save(Protocol):

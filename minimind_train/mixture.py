@@ -96,9 +96,9 @@ class MixturePlace:
 
     part: int
     epoch: int
-    """Of the part."""
+    """The epoch of the part, from 0."""
     window: int
-    """Its number in the part."""
+    """The window's number in the part."""
 
 
 @lru_cache(maxsize=16)

@@ -25,13 +25,13 @@ __all__ = ["Opened", "open_trained"]
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A model that can be asked."""
+    """A trained model, ready for use."""
 
     model: MiniMind
-    """On the CPU, in the mode of use."""
+    """On the CPU, in evaluation mode."""
     tokenizer: Tokenizer
     record: RunRecord | None
-    """Of the run; a Hugging Face folder has none."""
+    """The run's record; None for a Hugging Face folder."""
 
 
 def open_trained(

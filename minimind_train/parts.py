@@ -54,7 +54,7 @@ class Source:
     """A dataset on the command line."""
 
     name: str
-    """Of the part; empty for a dataset that is no part of a mixture."""
+    """Name of the part; empty for a dataset that is no part of a mixture."""
     folder: Path
     weight: Fraction = Fraction(1)
     """In tokens, against those of the other parts."""

@@ -44,7 +44,7 @@ class Curves:
     x: dict[Axis, list[int]]
     y: dict[str, list[float | None]]
     lines: int
-    """Of metrics; drawn is an even choice of them."""
+    """Lines of metrics that the run has; at most `_MAX_POINTS` of them are drawn, evenly chosen."""
 
 
 def read_curves(runs: Sequence[Path]) -> list[Curves]:

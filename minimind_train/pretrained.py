@@ -39,7 +39,7 @@ class Weights(NamedTuple):
     tokenizer: TokenizerInfo | None
     """What it was trained with; None where the files do not say."""
     step: int | None = None
-    """Of the checkpoint, where they are a run's."""
+    """Step of the checkpoint, where the weights are a run's."""
     tokenizer_json: str | None = None
     """The tokenizer.json beside the weights, where there is one."""
 
@@ -117,7 +117,7 @@ def same_weights(options: Mapping[str, Any], why: str, say: Say) -> Weights:
 def model_of(
     run: Path, *, step: CheckpointChoice, say: Say, changes: Mapping[str, Any] = MappingProxyType({})
 ) -> MiniMind:
-    """Return the model of a run, on the CPU, in the mode of use; adapters are merged into what they stand beside.
+    """Return the model of a run, on the CPU, in evaluation mode; adapters are merged into what they stand beside.
 
     Args:
         run: its folder.

@@ -70,7 +70,7 @@ class _Learner:
     """What a step calls: the objective, wrapped for several ranks where there are several."""
     optimizer: Optimizer
     scale: LossScale | None
-    """Of the loss, in fp16."""
+    """The loss scale; None except in fp16."""
 
 
 class RankJob(Generic[ConfigT]):

@@ -112,7 +112,7 @@ class InitialWeights:
         return self._weights
 
     def model(self, why: str) -> MiniMind:
-        """Return a frozen model of these weights, in the mode of use, on the CPU; for a run that began from weights."""
+        """Return a frozen model of these weights, in evaluation mode, on the CPU; for a run that began from weights."""
         weights = self.weights(why)
         assert weights is not None
         model = MiniMind(weights.config).eval().requires_grad_(False)
