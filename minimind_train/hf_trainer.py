@@ -24,10 +24,17 @@ from typing import Any
 
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, default_collate
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import DefaultFlowCallback, ExportableState
-from transformers.trainer_utils import get_last_checkpoint
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer import TRAINER_STATE_NAME
+    from transformers.trainer_callback import DefaultFlowCallback, ExportableState
+    from transformers.trainer_utils import get_last_checkpoint
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"minimind_train.hf_trainer needs {error.name}, which is not installed; pip install 'minimind-pipeline[hf]'",
+        name=error.name,
+    ) from None
 
 from minimind_data.errors import UserError
 from minimind_train.loader import ResumableBatchSampler

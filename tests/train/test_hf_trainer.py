@@ -1,7 +1,9 @@
 """OrderedTrainer: the real Trainer, on a real model, learns what the order says, however a run is cut up and divided."""
 
+import importlib
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -315,3 +317,12 @@ def test_documents_in_a_packed_window_are_kept_apart_by_their_positions(small_da
             here = ids == document
             alone = model(inputs[:, here]).logits[0]
             torch.testing.assert_close(together[here], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_without_transformers_its_import_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "minimind_train.hf_trainer")
+    with pytest.raises(
+        ModuleNotFoundError, match=r"needs transformers.*pip install 'minimind-pipeline\[hf\]'"
+    ):
+        importlib.import_module("minimind_train.hf_trainer")

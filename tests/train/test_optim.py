@@ -190,6 +190,7 @@ SMALL = ModelConfig(
     use_moe=True,
     num_experts=2,
 )
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 is the first with Muon")
 MUON = OptimConfig(optimizer="muon", learning_rate=0.02, weight_decay=0.1)
 
 
@@ -210,6 +211,7 @@ def learn(model, optimizer, steps):
         optimizer.step()
 
 
+@needs_muon
 def test_muon_has_the_matrices_inside_of_layers_and_adamw_the_rest():
     model = mixture()
     muon, adamw = make_optimizer(model, MUON).param_groups
@@ -236,6 +238,7 @@ def test_muon_has_the_matrices_inside_of_layers_and_adamw_the_rest():
     }
 
 
+@needs_muon
 def test_a_step_of_muon_brings_the_singular_values_of_the_momentum_near_one():
     model = mixture()
     optimizer = make_optimizer(model, MUON)
@@ -262,6 +265,7 @@ def test_a_step_of_muon_brings_the_singular_values_of_the_momentum_near_one():
         before = {name: each.detach().clone() for name, each in model.named_parameters()}
 
 
+@needs_muon
 def test_beside_muon_adamw_does_what_it_does_alone():
     alone, beside = mixture(), mixture()
     optimizers = [
@@ -276,6 +280,7 @@ def test_beside_muon_adamw_does_what_it_does_alone():
         assert torch.equal(one, other) is ("_proj" not in name)
 
 
+@needs_muon
 @pytest.mark.parametrize("stopped_after", [0, 1, 4])
 def test_muon_resumes_from_a_checkpoint_bit_for_bit(tmp_path, stopped_after):
     whole, steps = mixture(), range(1, 8)
@@ -294,7 +299,7 @@ def test_muon_resumes_from_a_checkpoint_bit_for_bit(tmp_path, stopped_after):
 
 
 def test_a_torch_without_muon_is_told_of(monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon")
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
     with pytest.raises(UserError, match=r"--optimizer muon needs torch 2\.9"):
         make_optimizer(mixture(), MUON)
 
