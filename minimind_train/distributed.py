@@ -93,7 +93,10 @@ class World:
         """
         place = self.place
         if place.size == 1 or name == "cpu":
-            return resolve_device(name)
+            device = resolve_device(name)
+            if device.type == "cuda" and device.index is not None:
+                torch.cuda.set_device(device)  # what names no device is on this one too
+            return device
         there = torch.cuda.device_count()
         if place.local_rank < there:
             torch.cuda.set_device(place.local_rank)  # before anything makes itself at home on the first one

@@ -184,11 +184,11 @@ class Saver:
             }
             for file, named in tensors.items()
         }
-        if not any(tensor.is_cuda for named in tensors.values() for tensor in named.values()):
+        devices = [tensor.device for named in tensors.values() for tensor in named.values() if tensor.is_cuda]
+        if not devices:
             return self._copies, lambda: None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        return self._copies, event.synchronize
+        # On the stream of the device that they come from, which need not be the one that is used by default.
+        return self._copies, torch.cuda.current_stream(devices[0]).record_event().synchronize
 
 
 def _copy_into(buffer: Tensor | None, tensor: Tensor) -> Tensor:

@@ -348,3 +348,17 @@ def test_what_was_skipped_is_counted_on_after_a_resume(stopped_run):
     resume(stopped_run, {}, say=Said())
     assert [line.get("skipped_steps") for line in metrics(stopped_run)] == [None] * 6 + [2] * 6
     assert checkpoint.load(stopped_run, 12).state.skipped_steps == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_the_usual_one_is_waited_for(tmp_path):
+    there = torch.device("cuda:1")
+    big, order = torch.zeros(2**28, device=there), torch.randn(4096, 4096, device=there)
+    saver = Saver(tmp_path, SaveConfig(), tensors=dict, state=Training.state, say=Said())
+    for _ in range(20):
+        order = order @ order
+    big.add_(1)
+    copies, arrived = saver._copy({"file": {"big": big}})
+    arrived()
+    assert copies["file"]["big"].min() == 1
