@@ -5,8 +5,9 @@ answers are added up by those weights. Shared experts take every token, with wei
 no token is dropped, so a window's hidden states do not depend on what it shares a batch with. The router computes in float32 even
 under autocast, because a rounded score can send a token elsewhere (https://arxiv.org/abs/2101.03961, 2.4).
 
-All tokens of a batch are sorted by expert, so that each expert's are one slice. On CUDA in bf16 the slices of all experts are one
-grouped multiplication, which asks nothing of the host; elsewhere they go through their experts one after the other. On the CPU, with
+All tokens of a batch are sorted by expert, so that each expert's are one slice. On CUDA in bf16, from Hopper on, the slices of all
+experts are one grouped multiplication, which asks nothing of the host; elsewhere they go through their experts one after the other, as
+torch's own grouped multiplication does there (on Ampere too: https://github.com/pytorch/pytorch/pull/161407). On the CPU, with
 the sizes of minimind-3-moe in fp32, forward and backward, that took 1.09 of the time of one MLP over the same 2,048 tokens (1.00 at
 8,192), and the grouped multiplication 1.14 (1.08); on another device it waits for the sizes, once a layer. Figures:
 `benchmarks/experts.py`.
@@ -27,7 +28,7 @@ from torch.nn import functional
 
 from minimind_train.model_config import ModelConfig
 
-_GROUPED_CAPABILITY = (8, 0)
+_GROUPED_CAPABILITY = (9, 0)
 _GROUPED_ALIGNMENT = 16  # bytes, of every row of what is multiplied
 
 
@@ -124,6 +125,7 @@ class Mixture(nn.Module):
     def _grouped(self, sorted_tokens: Tensor, ends: Tensor) -> Tensor:
         """Do the same by two grouped multiplications, in the dtype of the tokens."""
         dtype = sorted_tokens.dtype
+        used = ends.diff(prepend=ends.new_zeros(1)) > 0
         experts = cast("list[MLP]", list(self.experts))
         gates_and_ups = [
             projection.weight for expert in experts for projection in (expert.gate_proj, expert.up_proj)
@@ -131,9 +133,9 @@ class Mixture(nn.Module):
         downs = [expert.down_proj.weight for expert in experts]
         with torch.autocast(sorted_tokens.device.type, enabled=False):
             # [E, 2 M, H]: an expert's gate lies before its up, so both are one multiplication.
-            inward = _side_by_side(gates_and_ups, dtype).view(len(downs), -1, sorted_tokens.shape[1])
+            inward = _side_by_side(gates_and_ups, dtype, used).view(len(downs), -1, sorted_tokens.shape[1])
             gate, up = functional.grouped_mm(sorted_tokens, inward.transpose(1, 2), offs=ends).chunk(2, -1)
-            outward = _side_by_side(downs, dtype).transpose(1, 2)
+            outward = _side_by_side(downs, dtype, used).transpose(1, 2)
             return functional.grouped_mm(functional.silu(gate) * up, outward, offs=ends)
 
 
@@ -175,11 +177,16 @@ def _has_grouped_kernel(device: torch.device, dtype: torch.dtype, config: ModelC
 
 
 class _SideBySide(torch.autograd.Function):
-    """Matrices of one shape [...] copied into one tensor [number, ...] of another dtype, in one pass over each."""
+    """Matrices of one shape [...] copied into one tensor [number, ...] of another dtype, in one pass over each.
+
+    What is not `used` has a gradient of zeros, whatever comes back: for groups without tokens torch's kernel left in it what the memory
+    held before, on Blackwell (https://github.com/pytorch/pytorch/issues/172439).
+    """
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *matrices: Tensor) -> Tensor:
+    def forward(ctx: Any, dtype: torch.dtype, used: Tensor, *matrices: Tensor) -> Tensor:
         ctx.dtype = matrices[0].dtype
+        ctx.save_for_backward(used)
         out = matrices[0].new_empty((len(matrices), *matrices[0].shape), dtype=dtype)
         for place, matrix in zip(out, matrices, strict=True):
             place.copy_(matrix)
@@ -187,9 +194,13 @@ class _SideBySide(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(each.to(ctx.dtype) for each in grad)
+        (used,) = ctx.saved_tensors
+        of_experts = grad.unflatten(0, (len(used), -1))
+        grad = of_experts.where(used[:, None, None, None], 0).flatten(0, 1)
+        return None, None, *(each.to(ctx.dtype) for each in grad)
 
 
-def _side_by_side(matrices: list[Tensor], dtype: torch.dtype) -> Tensor:
-    out: Tensor = _SideBySide.apply(dtype, *matrices)  # type: ignore[no-untyped-call]
+def _side_by_side(matrices: list[Tensor], dtype: torch.dtype, used: Tensor) -> Tensor:
+    """Copy the matrices of experts, as many of each, one after the other; `used`, bool [E], says which of these have tokens."""
+    out: Tensor = _SideBySide.apply(dtype, used, *matrices)  # type: ignore[no-untyped-call]
     return out

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +118,45 @@ def test_an_expert_without_tokens_gets_a_gradient_of_zeros():
     gradients = [expert.up_proj.weight.grad for expert in mixture.experts]
     assert all(gradient is not None for gradient in gradients)
     assert sum(bool(gradient.any()) for gradient in gradients) == 1
+
+
+class _Leaving(torch.autograd.Function):
+    """A grouped multiplication whose weights of groups without tokens are given what the memory held before for a gradient."""
+
+    @staticmethod
+    def forward(ctx, tokens, weights, ends):
+        ctx.save_for_backward(tokens, weights, ends)
+        return functional.grouped_mm(tokens, weights, offs=ends)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        *inputs, ends = ctx.saved_tensors
+        inputs = [each.detach().requires_grad_() for each in inputs]
+        with torch.enable_grad():
+            out = functional.grouped_mm(*inputs, offs=ends)
+        of_tokens, of_weights = torch.autograd.grad(out, inputs, gradient)
+        of_weights[ends.diff(prepend=ends.new_zeros(1)) == 0] = float("nan")
+        return of_tokens, of_weights, None
+
+
+def test_what_a_kernel_leaves_in_the_gradient_of_an_expert_without_tokens_is_not_taken(monkeypatch):
+    monkeypatch.setattr(moe, "_has_grouped_kernel", lambda *_: True)
+    mixture = mixture_of(dataclasses.replace(SMALL, num_experts_per_tok=1))
+    x, direction = inputs(1, 2, 24), inputs(1, 2, 24, seed=5)
+    expected = values_and_gradients(batched, mixture, x, direction)
+    monkeypatch.setattr(
+        moe,
+        "functional",
+        SimpleNamespace(
+            linear=functional.linear,
+            silu=functional.silu,
+            grouped_mm=lambda tokens, weights, *, offs: _Leaving.apply(tokens, weights, offs),
+        ),
+    )
+    found = values_and_gradients(batched, mixture, x, direction)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def test_the_router_is_exact_under_autocast():
