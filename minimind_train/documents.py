@@ -19,7 +19,7 @@ Shapes: B windows, L positions, S documents in them, D size of a head; PAD count
 
 import inspect
 from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -149,12 +149,19 @@ def flash_kernel(queries: Tensor) -> Callable[..., Tensor] | None:
     return _varlen_attention() if fits else None
 
 
-@cache
+_VARLEN: list[Callable[..., Any] | None] = []
+"""What `_varlen_attention` has found; no cache of functools, which layers that are compiled warn about."""
+
+
 def _varlen_attention() -> Callable[..., Any] | None:
     """Return torch's `varlen_attn` in the form that is called here; older torch has none, or one without groups of heads."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - only where it is wanted and there
-    except ImportError:
-        return None
-    wanted = {"window_size", "enable_gqa"}
-    return varlen_attn if wanted <= inspect.signature(varlen_attn).parameters.keys() else None
+    if not _VARLEN:
+        try:
+            from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - only where it is wanted and there
+        except ImportError:
+            _VARLEN.append(None)
+        else:
+            wanted = {"window_size", "enable_gqa"}
+            fits = wanted <= inspect.signature(varlen_attn).parameters.keys()
+            _VARLEN.append(varlen_attn if fits else None)
+    return _VARLEN[0]

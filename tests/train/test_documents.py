@@ -273,11 +273,11 @@ def test_of_torch_only_the_kernel_with_groups_of_heads_is_used(monkeypatch):
         (lambda query, *, window_size=(-1, -1), enable_gqa=False: query, True),
         (lambda query, is_causal=False: query, False),  # as in the first torch that had one
     ]:
-        documents._varlen_attention.cache_clear()
+        documents._VARLEN.clear()
         with monkeypatch.context() as patch:
             patch.setattr(varlen, "varlen_attn", kernel)
             assert (documents._varlen_attention() is kernel) is known
-    documents._varlen_attention.cache_clear()
+    documents._VARLEN.clear()
 
 
 @pytest.mark.gpu
