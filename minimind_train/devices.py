@@ -71,8 +71,10 @@ def user_error_on_out_of_memory(remedy: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # On the CPU torch raises a plain RuntimeError, which only its text tells from others.
-        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        # On the CPU torch raises a plain RuntimeError, which only its text tells from others; so do CUDA's own calls, as for pinned memory.
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+            words in str(error) for words in ("allocate memory", "out of memory")
+        )
         if not short:
             raise
         reason = str(error).partition("\n")[0] or "MemoryError"

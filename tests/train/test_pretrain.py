@@ -141,6 +141,7 @@ def test_a_step_that_cannot_fit_leaves_no_folder(begin, tmp_path, monkeypatch):
         RuntimeError(
             "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
         ),
+        RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"),
     ],
     ids=lambda error: type(error).__name__,
 )
