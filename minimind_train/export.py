@@ -43,6 +43,7 @@ __all__ = ["Target", "WeightDtype", "export"]
 Target = Literal["hf", "minimind", "peft"]
 WeightDtype = Literal["fp32", "bf16", "fp16"]
 
+_GROUPED_ALIGNMENT = 16  # bytes, of every row that transformers' usual way with experts multiplies
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _USUAL_DTYPE: dict[Target, WeightDtype] = {"hf": "fp32", "minimind": "fp16", "peft": "fp32"}
 
@@ -131,6 +132,15 @@ def _to_hf(
         ):
             _write_json(partial / name, content)
     say(f"{out}: {parameter_line(config)} as {hf_config['architectures'][0]} in {dtype}")
+    row_bytes = [
+        size * next(iter(weights.values())).element_size()
+        for size in (config.hidden_size, config.expert_size)
+    ]
+    if config.use_moe and any(num_bytes % _GROUPED_ALIGNMENT for num_bytes in row_bytes):
+        say(
+            f"transformers multiplies experts of this width (hidden_size {config.hidden_size}, moe_intermediate_size {config.expert_size}) "
+            'only where it is told to by from_pretrained(…, experts_implementation="eager")'
+        )
     return out
 
 

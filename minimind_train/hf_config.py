@@ -38,6 +38,8 @@ _OF_EXPERTS = (
     "norm_topk_prob",
     "router_aux_loss_coef",
 )
+_FRACTIONS = ("rms_norm_eps", "rope_theta", "router_aux_loss_coef")
+"""Options that transformers 5 refuses where they are written as whole numbers."""
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     # What transformers takes where config.json is silent, and where that is no size that everybody writes.
@@ -102,7 +104,7 @@ def to_hf(config: ModelConfig, tokenizer: TokenizerInfo, dtype: str) -> dict[str
     if kind == "qwen3_moe":
         config_json |= {name: getattr(config.resolved(), name) for name in _OF_EXPERTS}
         config_json |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
-    return config_json
+    return config_json | {name: float(config_json[name]) for name in _FRACTIONS if name in config_json}
 
 
 def _kind_of(config: ModelConfig) -> str:
@@ -139,11 +141,11 @@ def _yarn(scaling: RopeScaling) -> dict[str, Any] | None:
     return {
         "type": "yarn",
         "rope_type": "yarn",
-        "factor": scaling.yarn_factor,
+        "factor": float(scaling.yarn_factor),
         "original_max_position_embeddings": scaling.yarn_original_max_position_embeddings,
-        "beta_fast": scaling.yarn_beta_fast,
-        "beta_slow": scaling.yarn_beta_slow,
-        "attention_factor": scaling.yarn_attention_factor,
+        "beta_fast": float(scaling.yarn_beta_fast),
+        "beta_slow": float(scaling.yarn_beta_slow),
+        "attention_factor": float(scaling.yarn_attention_factor),
     }
 
 

@@ -113,6 +113,9 @@ def _obstacles(config: ModelConfig) -> list[tuple[bool, str]]:
             f"YaRN for a model of max_position_embeddings {config.max_position_embeddings}",
         ),
     ]
+    if stretched and config.yarn_ramp[1] > config.head_size // 2 - 1:
+        # Where the ramp ends behind the last pair of a head, MiniMind cuts it there, and transformers does not.
+        found.append((True, f"YaRN like this one for heads of {config.head_size}"))
     if config.qk_norm:
         return [
             *found,

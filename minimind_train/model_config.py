@@ -175,6 +175,17 @@ class ModelConfig:
         return self.mlp_size if self.moe_intermediate_size is None else self.moe_intermediate_size
 
     @property
+    def yarn_ramp(self) -> tuple[int, int]:
+        """The pairs of a head between which YaRN goes over from leaving alone to stretching; rounded as in transformers."""
+
+        def pair_that_turns(times: float) -> float:
+            length = self.rope_scaling.yarn_original_max_position_embeddings / (2 * math.pi * times)
+            return self.head_size * math.log(length) / (2 * math.log(self.rope_theta))
+
+        low = max(math.floor(pair_that_turns(self.rope_scaling.yarn_beta_fast)), 0)
+        return low, min(math.ceil(pair_that_turns(self.rope_scaling.yarn_beta_slow)), self.head_size - 1)
+
+    @property
     def longest_sequence(self) -> int:
         """Tokens that a sequence may have: `max_position_embeddings`, or what YaRN makes of the original context."""
         scaling = self.rope_scaling

@@ -6,8 +6,6 @@ and YaRN (https://arxiv.org/abs/2309.00071) where the options ask for it.
 Shapes: B batch, L positions, D size of a head.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -35,19 +33,14 @@ def _frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     """Return the radians that each pair turns by from one position to the next, float32 [D/2].
 
     YaRN leaves pairs alone that turn `beta_fast` times or more in the original context, divides by the factor the frequencies of
-    those that turn `beta_slow` times or less, and mixes both ways in a ramp between. Its borders are rounded as in transformers.
+    those that turn `beta_slow` times or less, and mixes both ways in a ramp between.
     """
     size, scaling = config.head_size, config.rope_scaling
     frequencies = 1.0 / (config.rope_theta ** (torch.arange(0, size, 2, device=device).float() / size))
     if not scaling.inference_rope_scaling:
         return frequencies
 
-    def pair_that_turns(times: float) -> float:
-        length = scaling.yarn_original_max_position_embeddings / (2 * math.pi * times)
-        return size * math.log(length) / (2 * math.log(config.rope_theta))
-
-    low = max(math.floor(pair_that_turns(scaling.yarn_beta_fast)), 0)
-    high = min(math.ceil(pair_that_turns(scaling.yarn_beta_slow)), size - 1)
+    low, high = config.yarn_ramp
     pairs = torch.arange(size // 2, device=device).float()
     ramp = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
     return frequencies * (1 - ramp) + frequencies / scaling.yarn_factor * ramp

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from minimind_data.errors import UserError
 from minimind_data.format import TokenizerInfo
@@ -114,6 +114,31 @@ def test_what_transformers_saves_is_read_sharded_or_not(kind, make_run, tmp_path
         model.load_state_dict(weights)
         with torch.no_grad():
             assert torch.equal(model.logits(model(ids)), ours(run, ids)), name
+
+
+def test_whole_numbers_are_written_as_transformers_takes_them(tmp_path):
+    options = {
+        **EXPERTS,
+        "rope_theta": 10000,
+        "router_aux_loss_coef": 0,
+        "inference_rope_scaling": True,
+        "yarn_factor": 4,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(build(ModelConfig, options), SPECIAL, "float32")))
+    assert AutoConfig.from_pretrained(tmp_path).router_aux_loss_coef == 0
+
+
+def test_experts_of_a_width_that_transformers_wants_told_are_told(make_run, tmp_path):
+    said = Said()
+    run = make_run(**{**KINDS["qwen3-moe"], "moe_intermediate_size": 18})
+    export(run, tmp_path / "out", to="hf", say=said)
+    assert 'experts_implementation="eager"' in str(said)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager").eval()
+    ids = ids_of(1, 30)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours(run, ids), rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids)
 
 
 def test_the_tokenizer_goes_along(make_run, tmp_path):
@@ -262,6 +287,10 @@ def test_what_hugging_face_cannot_hold_is_refused_by_name(options, complaint):
         ({"qk_norm": False, "tie_word_embeddings": False}, "--no-tie-word-embeddings"),
         (YARN, "other YaRN than its own .yarn_factor"),
         ({"inference_rope_scaling": True, "max_position_embeddings": 2048}, "YaRN for a model of max_pos"),
+        (
+            {"inference_rope_scaling": True, "head_dim": 4, "rope_theta": 1e4},
+            "YaRN like this one for heads of 4",
+        ),
     ],
 )
 def test_what_minimind_cannot_hold_is_refused_by_name(options, complaint):
