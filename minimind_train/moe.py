@@ -195,7 +195,7 @@ class _SideBySide(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (used,) = ctx.saved_tensors
-        of_experts = grad.unflatten(0, (len(used), -1))
+        of_experts = grad.reshape(len(used), -1, *grad.shape[1:])
         grad = of_experts.where(used[:, None, None, None], 0).flatten(0, 1)
         return None, None, *(each.to(ctx.dtype) for each in grad)
 
