@@ -14,7 +14,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from minimind_data.conversations import text_of
 from minimind_data.errors import UserError
 from minimind_data.format import CONFIG_NAME
 
@@ -196,10 +197,23 @@ def render(
     Raises:
         RenderError: as `render_chat`.
     """
+    messages = with_parts_joined(template, messages)
+    return _render(template, messages, tools, variables or {}, now=now, marked=marked)
+
+
+def _render(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None,
+    variables: Mapping[str, Any],
+    *,
+    now: Callable[[], datetime],
+    marked: bool,
+) -> str:
     special = {
         name: list(told) if isinstance(told, tuple) else told for name, told in template.special_tokens
     }
-    told = {"tools": tools, "documents": None, "add_generation_prompt": False, **special, **(variables or {})}
+    told = {"tools": tools, "documents": None, "add_generation_prompt": False, **special, **variables}
     try:
         return _compiled(template.text, marked).render(
             messages=[_as_templates_want(message) for message in messages],
@@ -210,6 +224,67 @@ def render(
         if type(error) is jinja2.TemplateError:  # what it raises itself
             raise RenderError(f"the chat template refuses it ({error.message})") from None
         raise RenderError(f"the chat template fails on it ({type(error).__name__}: {error})") from None
+
+
+def with_parts_joined(template: ChatTemplate, messages: Sequence[Message]) -> list[Message]:
+    """Return messages in which a content in parts is one text, but for the roles whose parts the template takes.
+
+    A template that does not know parts leaves them out in silence (MiniMind's do), fails on them, or writes them down as a list.
+    """
+    joined: list[Message] = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list) and message.get("role") not in roles_in_parts(template):
+            joined.append({**message, "content": text_of(content)})
+        else:
+            joined.append(message)
+    return joined
+
+
+_PROBE: Sequence[Message] = (
+    {"role": "system", "content": "all apples"},
+    {"role": "user", "content": "one apple"},
+    {"role": "assistant", "content": "two apples", "tool_calls": [{"name": "pick", "arguments": {}}]},
+    {"role": "tool", "content": "three apples"},
+    {"role": "assistant", "content": "four apples"},
+    {"role": "user", "content": "five apples"},
+    {"role": "assistant", "content": "six apples"},
+)
+_PROBE_TOOLS: Sequence[Mapping[str, Any]] = ({"type": "function", "function": {"name": "pick"}},)
+
+
+@functools.lru_cache(maxsize=8)
+def roles_in_parts(template: ChatTemplate) -> frozenset[str]:
+    """Return the roles whose contents a template takes in parts: those for which one part gives what the text itself gives."""
+    return frozenset(role for role in ("system", "user", "assistant", "tool") if _takes_parts(template, role))
+
+
+def _takes_parts(template: ChatTemplate, role: str) -> bool:
+    whole = [one for one in _PROBE if one["role"] in {"user", "assistant", role}]
+    if role != "tool":
+        whole = [{**one, "tool_calls": None} for one in whole]
+    parted = [
+        {**one, "content": [{"type": "text", "text": one["content"]}]} if one["role"] == role else one
+        for one in whole
+    ]
+    said = [one["content"] for one in whole if one["role"] == role]
+    takes = False
+    for tools in (None, _PROBE_TOOLS):
+        try:
+            wanted = _render(template, whole, tools, {}, now=_at_any_time, marked=False)
+        except RenderError:
+            continue  # it has no such role, or no tools
+        try:
+            takes = wanted == _render(template, parted, tools, {}, now=_at_any_time, marked=False)
+        except RenderError:
+            return False
+        if not (takes and all(text in wanted for text in said)):
+            return False
+    return takes
+
+
+def _at_any_time() -> datetime:
+    return datetime.combine(date(2000, 1, 1), time())
 
 
 def _as_templates_want(message: Message) -> dict[str, Any]:

@@ -5,7 +5,8 @@
     {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}], "system": "…"}
 
 A message may also have `reasoning_content` and `tool_calls`, a system message `tools`; both lists may be JSON in a string, as
-MiniMind's files have them. Pairs for preference learning are two conversations, or two answers to a prompt:
+MiniMind's files have them. A content may be a list of parts, all of them text: `[{"type": "text", "text": "…"}, …]`. Pairs for
+preference learning are two conversations, or two answers to a prompt:
 
     {"chosen": [{"role": …}, …], "rejected": [{"role": …}, …]}
     {"prompt": "…" or [{"role": …}, …], "chosen": "…" or […], "rejected": "…" or […]}
@@ -34,7 +35,10 @@ ROLES = {
     "function_call": "assistant",
 }
 """Names of roles, ShareGPT's included, and the role that each means. A `function_call` holds a call in place of words."""
-_MESSAGES_FIELDS = ("conversations", "messages")
+MESSAGES_FIELDS = ("conversations", "messages")
+SIDE_FIELDS = ("chosen", "rejected")
+OTHER_FIELDS: dict[Kind, tuple[str, ...]] = {"sft": ("system", "tools"), "dpo": ("prompt", "tools")}
+"""What a record may have beside its messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +79,25 @@ _EXAMPLES: dict[Kind, str] = {
 
 def has_different_prompts(chosen: Conversation, rejected: Conversation) -> bool:
     """Tell whether the first message in which two conversations differ is anything but two answers."""
-    for one, other in zip(chosen.messages, rejected.messages, strict=False):
+    for one, other in zip(_as_texts(chosen), _as_texts(rejected), strict=False):
         if one != other:
             return not one["role"] == other["role"] == "assistant"
     return chosen.tools != rejected.tools
 
 
+def text_of(content: Any) -> str:
+    """Return a content as one text: parts are joined with nothing between them."""
+    return "".join(part["text"] for part in content) if isinstance(content, list) else str(content or "")
+
+
+def _as_texts(conversation: Conversation) -> list[dict[str, Any]]:
+    """Return the messages of a conversation, so that those which say the same are equal."""
+    return [{**message, "content": text_of(message.get("content"))} for message in conversation.messages]
+
+
 def _single(record: Mapping[str, Any]) -> Conversation:
-    name = next((name for name in _MESSAGES_FIELDS if name in record), None)
+    there = [name for name in MESSAGES_FIELDS if name in record]
+    name = next((name for name in there if record[name] is not None), there[0] if there else None)
     if name is None:
         found = ", ".join(list(record)[:5]) or "none at all"
         raise BadConversationError(
@@ -97,14 +112,14 @@ def _single(record: Mapping[str, Any]) -> Conversation:
 
 def _pair(record: Mapping[str, Any]) -> tuple[Conversation, ...]:
     sides = []
-    for name in ("chosen", "rejected"):
+    for name in SIDE_FIELDS:
         if name not in record:
             found = ", ".join(list(record)[:5]) or "none at all"
             raise BadConversationError(
                 f"no field {name!r} (its fields: {found}); write it as {_EXAMPLES['dpo']}"
             )
         sides.append(_conversation(_side(record, name), record.get("tools"), name))
-    if sides[0] == sides[1]:
+    if sides[0].tools == sides[1].tools and _as_texts(sides[0]) == _as_texts(sides[1]):
         raise BadConversationError(
             "chosen and rejected are the same, which teaches nothing; leave the pair out"
         )
@@ -146,18 +161,48 @@ def _message(told: object, where: str) -> dict[str, Any]:
     for name in ("tools", "tool_calls"):
         if name in message:
             message[name] = _list_of_objects(message[name], f"{name} of {where}")
-    for name in ("content", "reasoning_content"):
-        value = message.get(name, "")
-        if not isinstance(value, str):
-            raise BadConversationError(
-                f"{name} of {where} is {kind_of(value)}, not a string; write it as one"
-            )
+    _check_texts(message, where)
     role = message["role"]
     if role in ("user", "assistant") and not _says_something(message):
         raise BadConversationError(
             f"{where}, the {role}'s, has no content; write some, or leave the record out"
         )
     return message
+
+
+def _check_texts(message: dict[str, Any], where: str) -> None:
+    """Check that content and reasoning are texts, or the content parts, all of them texts."""
+    content = message.get("content")
+    if isinstance(content, list):
+        message["content"] = _parts(content, f"content of {where}")
+    for name in ("content", "reasoning_content"):
+        value = message.get(name, "")
+        if not isinstance(value, str) and not (name == "content" and isinstance(value, list)):
+            raise BadConversationError(
+                f"{name} of {where} is {kind_of(value)}, not a string; write it as one"
+            )
+
+
+def _parts(told: list[Any], where: str) -> list[dict[str, str]] | str:
+    """Return the parts of a content, all of them text; "" where there are none."""
+    parts = []
+    for number, part in enumerate(told, 1):
+        here = f"part {number} of the {where}"
+        if not isinstance(part, Mapping):
+            raise BadConversationError(
+                f'{here} is {kind_of(part)}, not an object; write it as {{"type": "text", "text": …}}'
+            )
+        if part.get("type") != "text":
+            kind = json.dumps(part.get("type"), ensure_ascii=False, default=repr)[:40]
+            raise BadConversationError(
+                f"{here} is of type {kind}, where text alone is learned; take it out, or leave the record out"
+            )
+        if not isinstance(part.get("text"), str):
+            raise BadConversationError(
+                f"{here} has a text that is {kind_of(part.get('text'))}, not a string; write it as one"
+            )
+        parts.append({"type": "text", "text": part["text"]})
+    return parts or ""
 
 
 def _name_role(message: dict[str, Any], where: str) -> None:
@@ -172,7 +217,7 @@ def _name_role(message: dict[str, Any], where: str) -> None:
 
 
 def _says_something(message: Mapping[str, Any]) -> bool:
-    if str(message.get("content", "")).strip():
+    if text_of(message.get("content")).strip():
         return True
     if message["role"] == "user":
         return False
@@ -180,18 +225,28 @@ def _says_something(message: Mapping[str, Any]) -> bool:
 
 
 def _list_of_objects(told: Any, where: str) -> list[dict[str, Any]]:
+    """Return a list of objects, which may be JSON in a string, or a list of such strings, or one object alone."""
     if isinstance(told, str):
         if not told.strip():
             return []
-        try:
-            told = json.loads(told)
-        except ValueError as error:
-            raise BadConversationError(f"{where} is a string that is no JSON ({error}); mend it") from None
+        told = _json(told, where)
     if isinstance(told, dict):
         told = [told]
+    if isinstance(told, list):
+        told = [
+            _json(one, f"entry {number} of {where}") if isinstance(one, str) else one
+            for number, one in enumerate(told, 1)
+        ]
     if not isinstance(told, list) or not all(isinstance(one, dict) for one in told):
         raise BadConversationError(f"{where} is {kind_of(told)}, not a list of objects; write it as one")
     return told
+
+
+def _json(told: str, where: str) -> Any:
+    try:
+        return json.loads(told)
+    except ValueError as error:
+        raise BadConversationError(f"{where} is a string that is no JSON ({error}); mend it") from None
 
 
 def _conversation(messages: list[dict[str, Any]], tools: Any, where: str) -> Conversation:

@@ -122,8 +122,8 @@ class TokenizeOptions:
             raise ValueError(
                 f"field, template and separator are for texts; kind {self.kind} has fields of its own"
             )
-        if self.format not in ("auto", "jsonl"):
-            raise ValueError(f"kind {self.kind} reads JSON lines, not {self.format}")
+        if self.format == "text":
+            raise ValueError(f"kind {self.kind} reads JSON lines and Parquet, not text")
 
 
 class InputHashes:
@@ -174,7 +174,7 @@ class InputHashes:
 def plan_tasks(sources: Sequence[Source], options: TokenizeOptions) -> list[SplitTask]:
     """Name every split of every source: by the source's name, numbered where two share one."""
     prefixes = unique_names([source.stem for source in sources])
-    planned = plan_splits(sources, options.split_bytes, options.records)
+    planned = plan_splits(sources, options.split_bytes, options.records, options.kind)
     return [
         SplitTask(name=f"{prefix}-{index:05d}", input=number, split=split)
         for number, (prefix, splits) in enumerate(zip(prefixes, planned, strict=True))
@@ -237,14 +237,16 @@ def chat_of(options: TokenizeOptions, tokenizer: Tokenizer, template: ChatTempla
 
 
 def check_forms(sources: Sequence[Source], options: TokenizeOptions) -> None:
-    """Check that conversations come as JSON lines.
+    """Check that conversations come as JSON lines or in Parquet.
 
     Raises:
         UserError: a source is something else.
     """
     for source in sources:
-        if options.kind != "pretrain" and source.form != "jsonl":
-            raise UserError(f"{source.name}: is {source.form}, where --kind {options.kind} reads JSON lines")
+        if options.kind != "pretrain" and source.form == "text":
+            raise UserError(
+                f"{source.name}: is text, where --kind {options.kind} reads JSON lines and Parquet; write its conversations as such"
+            )
 
 
 def settings_of(options: TokenizeOptions, tokenizer: Tokenizer, chat: Chat) -> dict[str, Any]:

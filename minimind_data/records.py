@@ -8,32 +8,37 @@ A record that cannot be used becomes a `BadRecord` with its number and its reaso
 silence. Lines of white space are no records.
 """
 
+import functools
 import itertools
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import orjson
 
-from minimind_data.blocks import BadRecord, Block, RecordReader, Rendered, Split
-from minimind_data.chat import RenderError
-from minimind_data.conversations import (
-    BadConversationError,
-    Conversation,
-    conversations_of,
-    has_different_prompts,
-)
+from minimind_data.blocks import BadRecord, Block, RecordReader, Split
+from minimind_data.chat_records import Chats
+from minimind_data.conversations import BadConversationError
 from minimind_data.fields import RecordSpec, long_word, reason, text_getter
 from minimind_data.files import sha256_of_bytes, sha256_of_stream
+from minimind_data.format import Kind
 from minimind_data.lines import LINE_FEED, Delimiter, LineReader, border, delimiter
-from minimind_data.rendering import ChatSpec, renderer_of
+from minimind_data.rendering import ChatSpec
 from minimind_data.sources import Source
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BLOCK_DOCUMENT_BYTES = 2 * 2**20
 
 
-def plan_splits(sources: Sequence[Source], split_bytes: int, spec: RecordSpec) -> list[list[Split]]:
+def plan_splits(
+    sources: Sequence[Source], split_bytes: int, spec: RecordSpec, kind: Kind = "pretrain"
+) -> list[list[Split]]:
     """Cut sources into splits: a list for each source, empty for one that shares a split with one before it.
+
+    Args:
+        sources: what is to be read.
+        split_bytes: of a split, about.
+        spec: what makes a document of a record, where it is a text.
+        kind: what the records are.
 
     Raises:
         UserError: a source is unreadable.
@@ -50,7 +55,7 @@ def plan_splits(sources: Sequence[Source], split_bytes: int, spec: RecordSpec) -
         if source.form != "text" or spec.separator is not None:
             close_group(number)
             weight = 0
-            planned[number] = _splits_of(source, split_bytes, spec)
+            planned[number] = _splits_of(source, split_bytes, spec, kind)
             continue
         size = source.stamp()[0]
         if weight + size > split_bytes:
@@ -63,12 +68,12 @@ def plan_splits(sources: Sequence[Source], split_bytes: int, spec: RecordSpec) -
     return planned
 
 
-def _splits_of(source: Source, split_bytes: int, spec: RecordSpec) -> list[Split]:
+def _splits_of(source: Source, split_bytes: int, spec: RecordSpec, kind: Kind) -> list[Split]:
     if source.form == "parquet":
         from minimind_data.rows import row_group_splits  # noqa: PLC0415 - takes a tenth of a second
 
         with source.reading():
-            return list(row_group_splits(source, split_bytes, spec))
+            return list(row_group_splits(source, split_bytes, spec, kind))
     size = source.stamp()[0]
     if source.compression is not None:
         return [Split(source=source, start=0, stop=size, num_bytes=size)]
@@ -81,19 +86,19 @@ def _splits_of(source: Source, split_bytes: int, spec: RecordSpec) -> list[Split
 
 def open_reader(split: Split, spec: RecordSpec, chat: ChatSpec | None = None) -> RecordReader:
     """Return the reader of a split; with `chat`, its records are conversations."""
+    if split.source.form == "parquet":
+        from minimind_data.rows import ParquetChats, ParquetRecords  # noqa: PLC0415 - takes a tenth of a second
+
+        return ParquetRecords(split, spec) if chat is None else ParquetChats(split, spec, chat)
     if chat is not None:
         return ChatRecords(split, spec, chat)
-    if split.source.form == "parquet":
-        from minimind_data.rows import ParquetRecords  # noqa: PLC0415 - takes a tenth of a second
-
-        return ParquetRecords(split, spec)
     if split.source.form == "text":
         return TextRecords(split, spec) if spec.separator is not None else TextFileRecords(split, spec)
     return JsonRecords(split, spec)
 
 
-def content_of(split: Split, spec: RecordSpec) -> tuple[int, int, str]:
-    """Return (begin, end, SHA-256) of the records in a split, as its reader would tell them, without parsing any."""
+def content_of(split: Split, spec: RecordSpec, kind: Kind = "pretrain") -> tuple[int, int, str]:
+    """Return (begin, end, SHA-256) of the records in a split, as its reader would tell them, without making texts of any."""
     source = split.source
     if (
         source.compression is None
@@ -105,6 +110,13 @@ def content_of(split: Split, spec: RecordSpec) -> tuple[int, int, str]:
             begin = border(file, ends, split.start, split.stop)
             end = split.stop if begin == split.stop else border(file, ends, split.stop)
             return begin, end, sha256_of_stream(file, begin, end)
+    if source.form == "parquet":
+        from minimind_data.rows import ParquetRows  # noqa: PLC0415 - takes a tenth of a second
+
+        rows = ParquetRows(split, spec, kind)
+        for _ in rows.batches():
+            pass
+        return rows.begin, rows.end, rows.sha256
     reader = open_reader(split, spec)
     for _ in reader.blocks():
         pass
@@ -204,56 +216,24 @@ class ChatRecords(_Bytes):
 
     def __init__(self, split: Split, spec: RecordSpec, chat: ChatSpec) -> None:
         super().__init__(split, spec)
-        self._kind = chat.kind
-        self._renderer = renderer_of(chat)
+        self._chats = Chats(spec, chat)
 
     def blocks(self) -> Generator[Block, None, None]:
         """Yield the conversations as texts; see `RecordReader`."""
         for first, lines, num_bytes in self._pieces():
-            chats: list[Rendered] = []
-            bad: list[BadRecord] = []
-            different_prompts = 0
             for number, line in enumerate(lines, first):
-                if not line.strip():
-                    continue
-                try:
-                    conversations = self._conversations(line)
-                    chats += [self._render(conversation) for conversation in conversations]
-                except (BadConversationError, RenderError) as error:
-                    bad.append(BadRecord(line=number, reason=str(error), data=line.rstrip(b"\r")))
-                else:
-                    different_prompts += self._kind == "dpo" and has_different_prompts(*conversations)
-            yield Block(
-                texts=[chat.text for chat in chats],
-                empty_texts=0,
-                bad=bad,
-                num_bytes=num_bytes,
-                texts_each=2 if self._kind == "dpo" else 1,
-                chats=chats,
-                different_prompts=different_prompts,
-            )
+                if line.strip():
+                    self._chats.add(
+                        number, functools.partial(_parsed, line), functools.partial(line.rstrip, b"\r")
+                    )
+            yield self._chats.take(num_bytes)
 
-    def _conversations(self, line: bytes) -> tuple[Conversation, ...]:
-        try:
-            return conversations_of(orjson.loads(line), self._kind)
-        except ValueError:
-            raise BadConversationError(_why_no_json(line)) from None
-        except RecursionError:
-            raise BadConversationError("its tools are nested too deep; write them flatter") from None
 
-    def _render(self, conversation: Conversation) -> Rendered:
-        try:
-            rendered = self._renderer.render(conversation)
-            rendered.text.encode()
-        except RecursionError:
-            raise BadConversationError("its tools are nested too deep; write them flatter") from None
-        except UnicodeEncodeError:  # from JSON in a string
-            raise BadConversationError(
-                "a lone surrogate escape in its tools, which is no character; remove it"
-            ) from None
-        if why := long_word(rendered.text, self._spec.max_word_chars):
-            raise BadConversationError(why)
-        return rendered
+def _parsed(line: bytes) -> object:
+    try:
+        return orjson.loads(line)
+    except ValueError:
+        raise BadConversationError(_why_no_json(line)) from None
 
 
 def _why_no_json(line: bytes) -> str | None:

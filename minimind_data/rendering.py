@@ -30,7 +30,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from minimind_data.blocks import Rendered
-from minimind_data.chat import SPAN_CLOSES, SPAN_OPENS, ChatTemplate, RenderError, render
+from minimind_data.chat import (
+    SPAN_CLOSES,
+    SPAN_OPENS,
+    ChatTemplate,
+    Message,
+    RenderError,
+    render,
+    with_parts_joined,
+)
 from minimind_data.conversations import Conversation, Kind
 
 _STAND_INS = 0x10F000
@@ -217,7 +225,7 @@ class Renderer:
         Raises:
             RenderError: the template fails, or cannot keep apart what it wrote and what others wrote.
         """
-        messages, tools = list(conversation.messages), conversation.tools
+        messages, tools = with_parts_joined(self._spec.template, conversation.messages), conversation.tools
         said = [{name: told for name, told in message.items() if name != "role"} for message in messages]
         if self._has_spans and (_holds(_MARKS, said) or _holds(_MARKS, tools)):
             raise RenderError("it holds U+FDD0 or U+FDD1, which are no characters; remove them")
@@ -232,7 +240,7 @@ class Renderer:
         self,
         disguise: Disguise,
         text: str,
-        messages: list[dict[str, Any]],
+        messages: list[Message],
         tools: list[dict[str, Any]] | None,
         *,
         asks: bool,
@@ -253,7 +261,7 @@ class Renderer:
         return None if own == disguise.places(text) else disguise.disguised(text, own)
 
     def _text(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, asks: bool
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, asks: bool
     ) -> tuple[str, tuple[tuple[int, int], ...] | None]:
         """Return the text, and the spans of it that the template itself calls the assistant's, if it does."""
         text = render(
@@ -280,9 +288,12 @@ def _holds(pattern: re.Pattern[str], value: Any) -> bool:
     return isinstance(value, list | tuple) and any(_holds(pattern, item) for item in value)
 
 
-def _hide_message(disguise: Disguise, message: dict[str, Any]) -> dict[str, Any]:
-    """Hide what a message says; its role, and the names of its fields, are ours."""
-    return {name: told if name == "role" else disguise.hide(told) for name, told in message.items()}
+def _hide_message(disguise: Disguise, message: Message) -> Message:
+    """Hide what a message says; its role, the names of its fields and those in the parts of its content are ours."""
+    hidden = {name: told if name == "role" else disguise.hide(told) for name, told in message.items()}
+    if isinstance(message.get("content"), list):
+        hidden["content"] = [{**part, "text": disguise.hide(part["text"])} for part in message["content"]]
+    return hidden
 
 
 def _is_chosen(text: str, ratio: float) -> bool:

@@ -71,5 +71,5 @@ def _result_of(
 
 
 def _is_content_of(task: SplitTask, result: SplitResult, options: TokenizeOptions) -> bool:
-    found = content_of(task.split, options.records)
+    found = content_of(task.split, options.records, options.kind)
     return found == (result.input_start, result.input_stop, result.input_sha256)

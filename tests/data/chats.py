@@ -62,8 +62,23 @@ Answer: {% generation %}{{ message.content }}
 {% endif %}
 {% endfor %}"""
 
+PARTS = """{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.content is string %}{{- message.content }}
+    {%- else %}
+        {%- for part in message.content or [] %}
+            {%- if part.type == 'image' %}{{- '<|vision_start|><|vision_end|>' }}
+            {%- elif part.type == 'text' %}{{- part.text | trim }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
 NAMES = {
     "chatml": {},
+    "parts": {},
     "thoughts": {},
     "headers": {"<|object_ref_start|>": "<|begin|>", "<|object_ref_end|>": "<|header|>",
                 "<|box_start|>": "<|header_end|>", "<|box_end|>": "<|turn_end|>"},
@@ -75,6 +90,7 @@ NAMES = {
 }  # fmt: skip
 TEMPLATES = {
     "chatml": CHATML,
+    "parts": PARTS,
     "thoughts": THOUGHTS,
     "headers": HEADERS,
     "named": NAMED,
@@ -84,6 +100,7 @@ TEMPLATES = {
 }
 OPENS = {
     "chatml": "<|im_start|>assistant\n",
+    "parts": "<|im_start|>assistant\n",
     "thoughts": "<|im_start|>assistant\n",
     "headers": "<|header|>assistant<|header_end|>\n\n",
     "named": "<|assistant|>\n",
@@ -92,6 +109,7 @@ OPENS = {
 }
 CLOSES = {
     "chatml": "<|im_end|>\n",
+    "parts": "<|im_end|>\n",
     "thoughts": "<|im_end|>\n",
     "headers": "<|turn_end|>",
     "named": "<|end|>\n",

@@ -5,7 +5,14 @@ import json
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from minimind_data.chat import DEFAULT_TOKENIZER, RenderError, chat_template_of, render_chat
+from minimind_data.chat import (
+    DEFAULT_TOKENIZER,
+    ChatTemplate,
+    RenderError,
+    chat_template_of,
+    render_chat,
+    roles_in_parts,
+)
 from minimind_data.errors import UserError
 
 from .chats import PLAIN, TEMPLATES, make_tokenizer
@@ -83,6 +90,46 @@ def test_texts_are_those_of_transformers(folders, theirs, kind, conversation, pr
             ours()
     else:
         assert ours() == wanted
+
+
+def in_parts(messages):
+    """Return messages whose contents are cut in two, but for the odd ones that have none."""
+    return [
+        {**one, "content": [{"type": "text", "text": part} for part in (one["content"][:2], one["content"][2:])]}
+        if one.get("content")
+        else one
+        for one in messages
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["no tools", "tools"])
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("kind", [OWN, *TEMPLATES])
+def test_parts_are_joined_unless_the_template_takes_them(folders, theirs, kind, conversation, tools):
+    template, messages = chat_template_of(folders[kind]), CONVERSATIONS[conversation]
+    try:
+        joined = render_chat(template, messages, tools=tools)
+    except RenderError:
+        with pytest.raises(RenderError):
+            render_chat(template, in_parts(messages), tools=tools)
+        return
+    if kind == "parts":
+        joined = theirs[kind].apply_chat_template(in_parts(messages), tools=tools, tokenize=False)
+    assert render_chat(template, in_parts(messages), tools=tools) == joined
+
+
+def test_parts_are_told_role_by_role():
+    roles = {kind: roles_in_parts(ChatTemplate(text=text)) for kind, text in TEMPLATES.items()}
+    assert roles.pop("parts") == {"system", "user", "assistant", "tool"}
+    assert set(roles.values()) == {frozenset()}
+    text = TEMPLATES["parts"].replace("message.content is string", "message.role != 'user'")
+    assert roles_in_parts(ChatTemplate(text=text)) == set()  # it takes no text of a user
+    text = TEMPLATES["parts"].replace("is string", "is string or message.role != 'user'")
+    assert roles_in_parts(ChatTemplate(text=text)) == {"user"}
+    strict = "{%- if messages[0].role != 'user' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATES["parts"]
+    assert roles_in_parts(ChatTemplate(text=strict)) == {"user", "assistant", "tool"}
+    listed = TEMPLATES["chatml"].replace("(message.content or '')", "message.content | string")
+    assert roles_in_parts(ChatTemplate(text=listed)) == set()  # written down as a list
 
 
 def test_the_default_template_has_turns_like_minimind(folders):

@@ -217,6 +217,9 @@ CALLS = {"role": "assistant", "content": None, "tool_calls": '[{"name": "f", "ar
          {"messages": [USER, CALLS, {"role": "tool", "content": "r"}, ANSWER]}),
         ({"messages": [{"role": "system", "content": "", "tools": '[{"name": "f"}]'}, USER, ANSWER]},
          {"messages": [{"role": "system", "content": ""}, USER, ANSWER], "tools": [{"name": "f"}]}),
+        ({"messages": [USER, {**ANSWER, "content": [{"type": "text", "text": part} for part in ("A bird that ", "hunts at night.")]}]}, GOOD),
+        ({"messages": [USER, ANSWER], "tools": ['{"name": "f"}']}, {"messages": [USER, ANSWER], "tools": [{"name": "f"}]}),
+        ({"conversations": None, "messages": [USER, ANSWER]}, GOOD),
         ({"messages": [USER, {**ANSWER, "tools": None, "tool_calls": None, "reasoning_content": None}]}, GOOD),
         ({"messages": [USER, {"role": "assistant", "content": "a", "tool_calls": ""}]},
          {"messages": [USER, {"role": "assistant", "content": "a"}]}),
@@ -253,6 +256,7 @@ BAD = [
     ("sft", {"text": "a"}, "no field 'conversations' or 'messages' (its fields: text)"),
     ("sft", [USER, ANSWER], "the record is a list, not an object"),
     ("sft", {"messages": "hi"}, "messages is a string, not a list"),
+    ("sft", {"conversations": None}, "conversations is null, not a list"),
     ("sft", {"messages": []}, "messages is an empty list"),
     ("sft", {"messages": [USER, "hi"]}, "message 2 of messages is a string, not an object"),
     ("sft", {"messages": [USER]}, "messages has no turn of the assistant's"),
@@ -261,7 +265,15 @@ BAD = [
     ("sft", {"messages": [{"role": "user", "content": " \n"}, ANSWER]}, "message 1 of messages, the user's, has no content"),
     ("sft", {"messages": [USER, {"role": "assistant", "content": ""}]}, "the assistant's, has no content"),
     ("sft", {"messages": [USER, {"role": "assistant", "content": 7}]}, "content of message 2 of messages is a number"),
-    ("sft", {"messages": [USER, {"role": "assistant", "content": ["a"]}]}, "is a list, not a string"),
+    ("sft", {"messages": [USER, {"role": "assistant", "content": ["a"]}]},
+     "part 1 of the content of message 2 of messages is a string, not an object"),
+    ("sft", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}]}, ANSWER]},
+     'part 2 of the content of message 1 of messages is of type "image_url", where text alone is learned'),
+    ("sft", {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": 7}]}]}, "has a text that is a number, not a string"),
+    ("sft", {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": " "}]}]}, "the assistant's, has no content"),
+    ("sft", {"messages": [USER, {"role": "assistant", "content": []}]}, "the assistant's, has no content"),
+    ("sft", {"messages": [USER, {"role": "assistant", "content": {"type": "text", "text": "a"}}]}, "is an object, not a string"),
+    ("sft", {"messages": [USER, ANSWER], "tools": ["{"]}, "entry 1 of tools is a string that is no JSON"),
     ("sft", {"messages": [USER, {**ANSWER, "tool_calls": "{"}]}, "tool_calls of message 2 of messages is a string that is no JSON"),
     ("sft", {"messages": [USER, {**ANSWER, "tool_calls": [1]}]}, "is a list, not a list of objects"),
     ("sft", {"messages": [{**USER, "tools": "[{}]"}, ANSWER]}, "tools in a message of the user"),
@@ -270,6 +282,8 @@ BAD = [
     ("dpo", {"chosen": "a", "rejected": "b"}, "chosen has no user's turn and the record no field 'prompt'"),
     ("dpo", {"chosen": [USER, ANSWER], "rejected": [USER]}, "rejected has no turn of the assistant's"),
     ("dpo", {"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, "chosen and rejected are the same"),
+    ("dpo", {"chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": [{"type": "text", "text": ANSWER["content"]}]}]},
+     "chosen and rejected are the same"),
     ("dpo", {"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt is a number, not a list"),
 ]  # fmt: skip
 
@@ -315,7 +329,14 @@ def test_pairs_with_different_prompts_are_counted(tmp_path):
         "chosen": PLAIN,
         "rejected": [USER, {**ANSWER, "content": "no"}, {**USER, "content": "why?"}, ANSWER],
     }
-    source = write(tmp_path / "pairs.jsonl", [DPO[0], other, longer, other])
+    parted = {
+        **DPO[0],
+        "chosen": [
+            {**DPO[0]["chosen"][0], "content": [{"type": "text", "text": "s"}]},
+            *DPO[0]["chosen"][1:],
+        ],
+    }
+    source = write(tmp_path / "pairs.jsonl", [DPO[0], other, longer, other, parted])
     summary = tokenize([source], options(tmp_path / "out", "dpo"))
     assert sum(entry.different_prompts for entry in summary.manifest.shards) == 2
 
@@ -375,7 +396,7 @@ def test_what_a_build_of_conversations_must_know(tmp_path):
     assert load_tokenizer().decode(sequences(tmp_path / "out")[0][0]).startswith("2025-02-01<|im_start|>")
     text = tmp_path / "text.txt"
     text.write_text("words")
-    with pytest.raises(UserError, match=r"text\.txt: is text, where --kind sft reads JSON lines"):
+    with pytest.raises(UserError, match=r"text\.txt: is text, where --kind sft reads JSON lines and Parquet"):
         tokenize([text], options(tmp_path / "out2"))
 
 
@@ -383,7 +404,7 @@ def test_what_a_build_of_conversations_must_know(tmp_path):
     ("changes", "reason"),
     [
         ({"kind": "sft", "field": "body"}, "kind sft has fields of its own"),
-        ({"kind": "dpo", "format": "text"}, "kind dpo reads JSON lines"),
+        ({"kind": "dpo", "format": "text"}, "kind dpo reads JSON lines and Parquet, not text"),
         ({"kind": "pretrain", "allow_special_in_content": True}, "they do nothing with kind pretrain"),
         ({"kind": "sft", "empty_think_ratio": 2.0}, "is no share"),
         ({"kind": "sft", "chat_date": "tomorrow"}, "is no date"),
