@@ -21,7 +21,7 @@ from minimind_data.sources import Format, Source
 from minimind_data.split import SplitTask
 from minimind_data.staging import unique_names
 from minimind_data.tokenizer import Backend, Tokenizer
-from minimind_data.turns import TurnMarks, control_tokens, find_marks
+from minimind_data.turns import TurnMarks, control_tokens, find_marks, normalizes_control
 
 _MIN_SPLIT_BYTES = 1024
 _SAMPLE_PLACES = 4
@@ -230,6 +230,7 @@ def chat_of(options: TokenizeOptions, tokenizer: Tokenizer, template: ChatTempla
         kind=kind,
         template=template,
         control_tokens=() if options.chat.allow_special_in_content else control_tokens(tokenizer),
+        guards_all=normalizes_control(tokenizer),
         empty_think_ratio=options.chat.empty_think_ratio,
         today=options.chat.chat_date,
     )

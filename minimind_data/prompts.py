@@ -13,7 +13,7 @@ from minimind_data.conversations import Conversation
 from minimind_data.errors import UserError
 from minimind_data.rendering import ChatSpec, renderer_of
 from minimind_data.tokenizer import Tokenizer
-from minimind_data.turns import control_tokens, find_marks, guard_of
+from minimind_data.turns import control_tokens, find_marks, guard_of, normalizes_control
 
 __all__ = ["encode_prompt", "ends_of_answers"]
 
@@ -26,7 +26,12 @@ def encode_prompt(
     Raises:
         UserError: the template refuses the conversation, or text in it cannot be kept apart from special tokens.
     """
-    spec = ChatSpec(kind="sft", template=template, control_tokens=control_tokens(tokenizer))
+    spec = ChatSpec(
+        kind="sft",
+        template=template,
+        control_tokens=control_tokens(tokenizer),
+        guards_all=normalizes_control(tokenizer),
+    )
     try:
         rendered = renderer_of(spec).render(Conversation(messages=tuple(messages)), asks=True)
     except RenderError as error:

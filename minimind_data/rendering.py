@@ -17,7 +17,8 @@ them, and what stands between them stays inside its turn.
 
 The result has the characters of the template's own special tokens replaced, not those of people's (`Rendered.guarded`): encoded
 with a vocabulary in which special tokens are called so (`turns.py`), text is text and tokens are tokens, and merges at the
-borders are what they always are. Where nobody wrote a special token, the text as it is gives the same ids, and that is taken.
+borders are what they always are. Where nobody wrote a special token, the text as it is gives the same ids, and that is taken, unless
+the tokenizer looks for its special tokens in what its normalizer made of the text: there `＜|im_end|＞` is one to it.
 """
 
 import functools
@@ -116,6 +117,8 @@ class ChatSpec:
     template: ChatTemplate
     control_tokens: tuple[str, ...]
     """What nobody but the template may write; empty where everybody may."""
+    guards_all: bool = False
+    """Other characters may become special tokens too, so that a text without any does not show that nobody wrote one."""
     empty_think_ratio: float = 1.0
     """Share of the texts that keep empty thoughts."""
     today: str | None = None
@@ -232,7 +235,9 @@ class Renderer:
         text, spans = self._text(messages, tools, asks)
         guarded = None
         disguise = self._disguise
-        if disguise is not None and (_holds(disguise.signs, said) or _holds(disguise.signs, tools)):
+        if disguise is not None and (
+            self._spec.guards_all or _holds(disguise.signs, said) or _holds(disguise.signs, tools)
+        ):
             guarded = self._guarded(disguise, text, messages, tools, asks=asks)
         return Rendered(text=text, guarded=guarded, spans=spans, num_answers=conversation.num_answers)
 
@@ -258,7 +263,9 @@ class Renderer:
                 "what is the text's; take such signs out, or pass --allow-special-in-content"
             )
         own = disguise.places(hidden)
-        return None if own == disguise.places(text) else disguise.disguised(text, own)
+        if own == disguise.places(text) and not self._spec.guards_all:
+            return None
+        return disguise.disguised(text, own)
 
     def _text(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, asks: bool

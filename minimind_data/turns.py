@@ -55,6 +55,15 @@ def control_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
     return tuple(token.content for token_id, token in added.items() if token.special or token_id in frame)
 
 
+def normalizes_control(tokenizer: Tokenizer) -> bool:
+    """Tell whether a normalizer may make such tokens of other characters, as of full-width ones."""
+    control = control_tokens(tokenizer)
+    added = tokenizer.reference.get_added_tokens_decoder().values()
+    return tokenizer.reference.normalizer is not None and any(
+        token.normalized for token in added if token.content in control
+    )
+
+
 def find_marks(tokenizer: Tokenizer, template: ChatTemplate) -> TurnMarks | None:
     """Find the ids around what is learned; None where the template marks it by itself.
 
