@@ -3,6 +3,7 @@
 What makes new files out of a dataset reads it through here: a damaged byte is never given a checksum that fits it.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minimind_data.errors import UserError
-from minimind_data.format import SET_ASIDE_NAME, FormatError, TokenArray, numpy_dtype
+from minimind_data.format import SET_ASIDE_NAME, FormatError, MaskArray, TokenArray, numpy_dtype
 from minimind_data.framing import BLOCK_TOKENS, document_ranges
 from minimind_data.reporting import Report
 from minimind_data.shards import ShardSet
@@ -19,45 +20,65 @@ from minimind_data.staging import durable_file
 
 Documents = tuple[TokenArray, NDArray[np.int64]]
 """Tokens [sum(lengths)] of the dataset's dtype, and the lengths int64 [documents]."""
+Sequences = tuple[TokenArray, NDArray[np.int64], MaskArray | None]
+"""Likewise, of sequences; with what is learned of the tokens, uint8 [sum(lengths)], where the dataset says."""
 
 
-def check_kind(shards: ShardSet, doing: str) -> None:
-    """Check that every document of a dataset is one sequence and nothing beside its tokens.
+def check_kind(shards: ShardSet, target: str) -> None:
+    """Check that every document of a dataset is one sequence and nothing beside its tokens, as a format wants it.
 
     Args:
         shards: the dataset.
-        doing: what is to be done to it, as a participle.
+        target: the format.
 
     Raises:
         UserError: it is of another kind than pretrain.
     """
     kind = shards.manifest.kind
     if kind != "pretrain":
-        raise UserError(f"{shards.folder}: a {kind} dataset; only pretrain ones can be {doing}")
+        raise UserError(
+            f"{shards.folder}: a {kind} dataset, and {target} has no place for what of it is learned; take --to hf or parquet"
+        )
 
 
 def checked_documents(shards: ShardSet, index: int, report: Report) -> Iterator[Documents]:
-    """Read the documents of a shard in blocks, and at the end refuse it where its bytes are not the manifest's.
+    """Read the documents of a shard in blocks, each one sequence; else as `checked_sequences`."""
+    for tokens, lengths, _ in checked_sequences(shards, index, report):
+        yield tokens, lengths
+
+
+def checked_sequences(shards: ShardSet, index: int, report: Report) -> Iterator[Sequences]:
+    """Read the sequences of a shard in blocks of whole documents, and at the end refuse it where its bytes are not the manifest's.
 
     Raises:
         FormatError: a checksum does not fit.
     """
-    entry, item = shards.manifest.shards[index], shards.dtype.itemsize
+    manifest, entry, item = shards.manifest, shards.manifest.shards[index], shards.dtype.itemsize
+    each = manifest.sequences_per_document
     shard = shards.open_shard(index)
     index_sha256 = hashlib.sha256(shard.index.data).hexdigest()
     _check(shards.folder / f"{entry.name}.idx", index_sha256, entry.index_sha256)
-    digest = hashlib.sha256()
-    path = shards.folder / f"{entry.name}.bin"
-    with path.open("rb") as file:
+    digest, mask_digest = hashlib.sha256(), hashlib.sha256()
+    paths = [shards.folder / f"{entry.name}{suffix}" for suffix in (".bin", ".mask")]
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(paths[0].open("rb"))
+        mask_file = stack.enter_context(paths[1].open("rb")) if manifest.has_masks else None
         for first_document in range(0, entry.documents, BLOCK_TOKENS):
-            lengths = shard.lengths[first_document : first_document + BLOCK_TOKENS].astype(np.int64)
-            for first, last in document_ranges(lengths, BLOCK_TOKENS):
-                here = lengths[first:last]
-                tokens = np.fromfile(file, numpy_dtype(shards.manifest.dtype), int(here.sum()))
+            begin = each * first_document
+            lengths = shard.lengths[begin : begin + each * BLOCK_TOKENS].astype(np.int64)
+            for first, last in document_ranges(lengths.reshape(-1, each).sum(axis=1), BLOCK_TOKENS):
+                here = lengths[each * first : each * last]
+                tokens = np.fromfile(file, numpy_dtype(manifest.dtype), int(here.sum()))
                 digest.update(tokens.view(np.uint8).data)
+                mask = None
+                if mask_file is not None:
+                    mask = np.fromfile(mask_file, np.uint8, len(tokens))
+                    mask_digest.update(mask.data)
                 report(len(tokens) * item, len(tokens))
-                yield tokens, here
-    _check(path, digest.hexdigest(), entry.sha256)
+                yield tokens, here, mask
+    _check(paths[0], digest.hexdigest(), entry.sha256)
+    if manifest.has_masks:
+        _check(paths[1], mask_digest.hexdigest(), entry.mask_sha256)
 
 
 def carry_set_aside(datasets: Sequence[ShardSet], folder: Path) -> str | None:

@@ -11,6 +11,8 @@ Going out:
     nanogpt                  without BOS: ids + EOS, one file train.bin
     llmc, llmc-llama3        without EOS: BOS + ids
 
+Conversations and pairs go out to hf and parquet alone, with `labels` beside the ids: the id where it is learned, else -100.
+
 Where a format tells documents apart, coming back gives the same documents. nanogpt and llmc do not: their readers take a
 document with an EOS, or BOS, inside for several, which the summary counts, and coming back, a text that itself ends with EOS
 (begins with BOS) has it taken for the frame.
@@ -35,7 +37,7 @@ from minimind_data.foreign import (
     open_source,
 )
 from minimind_data.foreign_read import ReadOptions, read
-from minimind_data.foreign_write import Part, write_part
+from minimind_data.foreign_write import TABLES, Part, columns_of, write_part
 from minimind_data.format import (
     TOKENIZER_NAME,
     InputEntry,
@@ -315,7 +317,8 @@ def _export(
     shards: ShardSet, target: ForeignFormat, options: ConvertOptions, progress: Callable[[int], Report]
 ) -> ConvertSummary:
     manifest = shards.manifest
-    check_kind(shards, "converted")
+    if target not in TABLES:
+        check_kind(shards, target)
     files: list[str] = []
     divided = 0
     with new_folder(options.out) as folder:
@@ -328,7 +331,7 @@ def _export(
         if target == "hf":
             from minimind_data.foreign_arrow import write_hf_state  # noqa: PLC0415 - pyarrow takes a while to load
 
-            write_hf_state(folder, options.column, files, manifest.fingerprint)
+            write_hf_state(folder, columns_of(manifest.kind, options.column), files, manifest.fingerprint)
         with durable_file(folder / TOKENIZER_NAME) as file:
             file.write((shards.folder / TOKENIZER_NAME).read_bytes())
     return ConvertSummary(

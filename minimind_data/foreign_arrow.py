@@ -128,23 +128,27 @@ def _place(path: Path, column: str, row: int, lengths: NDArray[np.int64]) -> Cal
     return place
 
 
-def write_arrow(path: Path, column: str, blocks: Iterable[tuple[NDArray[Any], NDArray[np.int64]]]) -> None:
-    """Write documents as the Arrow IPC stream that Hugging Face datasets reads: one list of int32 a row."""
-    schema = _schema(column)
+Columns = list[tuple[NDArray[Any], NDArray[np.int64]]]
+"""Of each column the lists of some rows end to end, and the length of each."""
+
+
+def write_arrow(path: Path, columns: list[str], blocks: Iterable[Columns]) -> None:
+    """Write documents as the Arrow IPC stream that Hugging Face datasets reads: in each column one list of int32 a row."""
+    schema = _schema(columns)
     with durable_file(path) as file, pa.ipc.new_stream(file, schema) as writer:
         for batch in _record_batches(schema, blocks):
             writer.write_batch(batch)
 
 
-def write_parquet(path: Path, column: str, blocks: Iterable[tuple[NDArray[Any], NDArray[np.int64]]]) -> None:
-    """Write documents as Parquet, zstd-compressed: one list of int32 a row."""
-    schema = _schema(column)
+def write_parquet(path: Path, columns: list[str], blocks: Iterable[Columns]) -> None:
+    """Write documents as Parquet, zstd-compressed: in each column one list of int32 a row."""
+    schema = _schema(columns)
     with durable_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for block in blocks:
             writer.write_table(pa.Table.from_batches(list(_record_batches(schema, [block])), schema))
 
 
-def write_hf_state(folder: Path, column: str, files: list[str], fingerprint: str) -> None:
+def write_hf_state(folder: Path, columns: list[str], files: list[str], fingerprint: str) -> None:
     """Write state.json and dataset_info.json beside the Arrow files, which makes the folder a saved dataset."""
     state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in files],
@@ -155,30 +159,31 @@ def write_hf_state(folder: Path, column: str, files: list[str], fingerprint: str
         "_output_all_columns": False,
         "_split": None,
     }
-    info = {"citation": "", "description": "", "features": _features(column), "homepage": "", "license": ""}
+    info = {"citation": "", "description": "", "features": _features(columns), "homepage": "", "license": ""}
     for name, content in ((HF_STATE_NAME, state), (HF_INFO_NAME, info)):
         with durable_file(folder / name) as file:
             file.write(json.dumps(content, indent=2, sort_keys=True).encode())
 
 
-def _features(column: str) -> dict[str, Any]:
+def _features(columns: list[str]) -> dict[str, Any]:
     # `Sequence` is what versions before 4 call the type; later ones still read it
-    return {column: {"feature": {"dtype": str(_ID_TYPE), "_type": "Value"}, "_type": "Sequence"}}
+    feature = {"feature": {"dtype": str(_ID_TYPE), "_type": "Value"}, "_type": "Sequence"}
+    return dict.fromkeys(columns, feature)
 
 
-def _schema(column: str) -> pa.Schema:
-    content = json.dumps({"info": {"features": _features(column)}})
-    return pa.schema([(column, pa.list_(_ID_TYPE))], metadata={"huggingface": content})
+def _schema(columns: list[str]) -> pa.Schema:
+    content = json.dumps({"info": {"features": _features(columns)}})
+    return pa.schema([(name, pa.list_(_ID_TYPE)) for name in columns], metadata={"huggingface": content})
 
 
-def _record_batches(
-    schema: pa.Schema, blocks: Iterable[tuple[NDArray[Any], NDArray[np.int64]]]
-) -> Iterator[pa.RecordBatch]:
+def _record_batches(schema: pa.Schema, blocks: Iterable[Columns]) -> Iterator[pa.RecordBatch]:
     """Turn blocks of documents into record batches of at most a thousand rows."""
-    for tokens, lengths in blocks:
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        for first in range(0, len(lengths), _ROWS_PER_BATCH):
-            here = offsets[first : first + _ROWS_PER_BATCH + 1]
-            values = pa.array(tokens[here[0] : here[-1]].astype(np.int32))
-            lists = pa.ListArray.from_arrays(pa.array((here - here[0]).astype(np.int32)), values)
-            yield pa.RecordBatch.from_arrays([lists], schema=schema)
+    for columns in blocks:
+        offsets = [np.concatenate([[0], np.cumsum(lengths)]) for _, lengths in columns]
+        for first in range(0, len(columns[0][1]), _ROWS_PER_BATCH):
+            lists = []
+            for (values, _), borders in zip(columns, offsets, strict=True):
+                here = borders[first : first + _ROWS_PER_BATCH + 1]
+                ids = pa.array(values[here[0] : here[-1]].astype(np.int32))
+                lists.append(pa.ListArray.from_arrays(pa.array((here - here[0]).astype(np.int32)), ids))
+            yield pa.RecordBatch.from_arrays(lists, schema=schema)

@@ -1,7 +1,8 @@
 """A dataset of ours in the formats that `foreign.py` describes, file by file.
 
 Everything is read through `checked_documents`, which holds the bytes against the manifest's checksums on the way: damage
-is never passed on. Each writer says what it leaves out of a document, which is BOS + ids + EOS.
+is never passed on. Each writer says what it leaves out of a document, which is BOS + ids + EOS. Tables hold conversations and
+pairs too, as those are: nothing stands around them.
 """
 
 from collections.abc import Iterator
@@ -10,14 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from minimind_data.checked import Documents, checked_documents
+from minimind_data.checked import Documents, checked_documents, checked_sequences
 from minimind_data.errors import UserError
 from minimind_data.foreign import MAX_STREAM_TOKENS, STREAM_HEADERS, ForeignFormat
-from minimind_data.format import TOKENIZER_NAME, IndexHeader
+from minimind_data.format import TOKENIZER_NAME, IndexHeader, Kind
 from minimind_data.reporting import Report
 from minimind_data.shards import ShardSet
 from minimind_data.staging import durable_file, place_file
+from minimind_data.window_base import IGNORED
 
+TABLES = frozenset({"hf", "parquet"})
 _UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 
 
@@ -48,6 +51,36 @@ class Part:
         for index in self.members:
             yield from checked_documents(self.shards, index, self.report)
 
+    def columns(self) -> Iterator[list[Documents]]:
+        """Read all documents in order, in blocks of bounded size, each column of a table by itself; see `columns_of`."""
+        each = self.shards.manifest.sequences_per_document
+        for index in self.members:
+            for tokens, lengths, mask in checked_sequences(self.shards, index, self.report):
+                columns: list[Documents] = []
+                for side in range(each):
+                    here = (
+                        np.repeat(np.arange(len(lengths)) % each == side, lengths)
+                        if each > 1
+                        else slice(None)
+                    )
+                    columns.append((tokens[here], lengths[side::each]))
+                    if mask is not None:
+                        labels = np.where(mask[here], tokens[here].astype(np.int32), IGNORED)
+                        columns.append((labels, lengths[side::each]))
+                yield columns
+
+
+def columns_of(kind: Kind, column: str) -> list[str]:
+    """Return the columns of a table with documents of this kind.
+
+    Args:
+        kind: of the dataset.
+        column: the name of the ids.
+    """
+    if kind == "dpo":
+        return [f"{side}_{name}" for side in ("chosen", "rejected") for name in (column, "labels")]
+    return [column] if kind == "pretrain" else [column, "labels"]
+
 
 def write_part(kind: ForeignFormat, folder: Path, part: Part, column: str, *, copy: bool) -> tuple[str, int]:
     """Write one part.
@@ -66,11 +99,12 @@ def write_part(kind: ForeignFormat, folder: Path, part: Part, column: str, *, co
         FormatError: a shard is damaged.
         UserError: the format cannot hold it.
     """
-    if kind in {"hf", "parquet"}:
+    if kind in TABLES:
         from minimind_data.foreign_arrow import write_arrow, write_parquet  # noqa: PLC0415 - takes a while to load
 
         name = f"{part.name}.{'arrow' if kind == 'hf' else 'parquet'}"
-        (write_arrow if kind == "hf" else write_parquet)(folder / name, column, part.documents())
+        columns = columns_of(part.shards.manifest.kind, column)
+        (write_arrow if kind == "hf" else write_parquet)(folder / name, columns, part.columns())
         return name, 0
     if kind == "megatron":
         if len(part.members) == 1:

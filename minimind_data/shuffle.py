@@ -6,7 +6,8 @@ million documents and one shard (64 MiB of it at a time), whatever the size of t
 million documents of 1 GB, the maps' pages not counted, which the system takes back when it wants them.
 
 The source is read twice. First from front to back, against its checksums. Then shard by shard of the result: the documents
-of a shard are fetched from the memory maps in the order in which they lie there.
+of a shard are fetched from the memory maps in the order in which they lie there, with their masks where they have some. A pair
+stays one document: chosen, then rejected.
 """
 
 import hashlib
@@ -19,13 +20,14 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minimind_data.checked import carry_set_aside, check_kind, checked_documents
+from minimind_data.checked import carry_set_aside, checked_sequences
 from minimind_data.errors import UserError
 from minimind_data.files import allow_open_files
 from minimind_data.format import InputEntry, Manifest, ShardEntry, TokenArray
 from minimind_data.framing import document_ranges
 from minimind_data.options import parse_size
 from minimind_data.reporting import Report
+from minimind_data.shard import Shard, mask_of
 from minimind_data.shards import ShardSet
 from minimind_data.staging import new_folder, write_metadata
 from minimind_data.writer import ShardWriter
@@ -77,7 +79,6 @@ def shuffle(
         FormatError: the dataset is damaged.
     """
     shards = ShardSet.open(source)
-    check_kind(shards, "shuffled")
     if not shards.num_documents:
         raise UserError(f"{source}: holds no document; there is nothing to shuffle")
     allow_open_files(2 * len(shards))
@@ -87,15 +88,23 @@ def shuffle(
         report = progress(2 * num_bytes)
         digest = hashlib.sha256()
         for index in range(len(shards)):
-            for tokens, _ in checked_documents(shards, index, lambda done, _: report(done, 0)):
+            for tokens, _, _ in checked_sequences(shards, index, lambda done, _: report(done, 0)):
                 digest.update(tokens.view(np.uint8).data)
         told = InputEntry(path=str(source), bytes=num_bytes, sha256=digest.hexdigest())
         entries = []
         for number, (starts, lengths) in enumerate(_groups(shards, options)):
-            with ShardWriter(folder, f"shuffled-{number:05d}", manifest.dtype) as writer:
+            with ShardWriter(
+                folder,
+                f"shuffled-{number:05d}",
+                manifest.dtype,
+                sequences_per_document=manifest.sequences_per_document,
+                masked=manifest.has_masks,
+            ) as writer:
                 for first, last in document_ranges(lengths, _FETCH_BYTES // shards.dtype.itemsize):
-                    tokens = fetch(shards, starts[first:last], lengths[first:last])
-                    writer.append(tokens, lengths[first:last])
+                    spans = starts[first:last], lengths[first:last]
+                    tokens = fetch(shards, *spans)
+                    masks = fetch(shards, *spans, mask_of) if manifest.has_masks else None
+                    writer.append(tokens, lengths[first:last], masks)
                     report(tokens.nbytes, len(tokens))
                 written = writer.commit()
             entries.append(
@@ -105,6 +114,9 @@ def shuffle(
                     input_start=0,
                     input_stop=told.bytes,
                     input_sha256=told.sha256,
+                    # Where those went is not known; the first shard tells of all.
+                    different_prompts=0 if number else sum(one.different_prompts for one in manifest.shards),
+                    unlearned=0 if number else sum(one.unlearned for one in manifest.shards),
                     **asdict(written),
                 )
             )
@@ -172,34 +184,51 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def _groups(
     shards: ShardSet, options: ShuffleOptions
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Yield, for each shard of the result, (global number of each document's first token, its length)."""
+    """Yield, for each shard of the result, (global number of each sequence's first token, its length)."""
     max_tokens = max(1, options.shard_bytes // shards.dtype.itemsize)
+    each = shards.manifest.sequences_per_document
     starts, lengths = np.empty(0, np.int64), np.empty(0, np.int64)
     for numbers in order(shards.num_documents, options.seed):
         owners = np.searchsorted(shards.document_starts, numbers, side="right") - 1
-        found = shards.sequence_spans(owners, numbers - shards.document_starts[owners])
+        sequences = each * (numbers - shards.document_starts[owners])[:, None] + np.arange(each)
+        found = shards.sequence_spans(np.repeat(owners, each), sequences.ravel())
         starts, lengths = np.concatenate([starts, found[0]]), np.concatenate([lengths, found[1]])
         if not len(lengths):
             continue
-        groups = list(document_ranges(lengths, max_tokens))
+        groups = [
+            (each * first, each * last)
+            for first, last in document_ranges(lengths.reshape(-1, each).sum(axis=1), max_tokens)
+        ]
         for first, last in groups[:-1]:
             yield starts[first:last], lengths[first:last]
         starts, lengths = starts[groups[-1][0] :], lengths[groups[-1][0] :]
     yield starts, lengths
 
 
-def fetch(shards: ShardSet, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> TokenArray:
-    """Copy documents out of the maps, in the order in which they lie there.
+def tokens_of(shard: Shard) -> TokenArray:
+    """Return the tokens of a shard."""
+    return shard.tokens
+
+
+def fetch(
+    shards: ShardSet,
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    array_of: Callable[[Shard], NDArray[Any]] = tokens_of,
+) -> NDArray[Any]:
+    """Copy sequences out of the maps, in the order in which they lie there.
 
     Args:
         shards: the dataset.
-        starts: int64 [n], the global number of each document's first token.
+        starts: int64 [n], the global number of each sequence's first token.
         lengths: int64 [n], its tokens.
+        array_of: what is copied: the tokens of a shard, or its mask.
 
     Returns:
-        [sum(lengths)] of the dataset's dtype: the documents end to end, in the order in which they were asked for.
+        [sum(lengths)] of the dataset's dtype (of uint8, for masks): the sequences end to end, in the order in which they were
+        asked for.
     """
-    fetched = np.empty(int(lengths.sum()), shards.dtype)
+    fetched = np.empty(int(lengths.sum()), shards.dtype if array_of is tokens_of else np.uint8)
     places = np.cumsum(lengths) - lengths
     by_source = np.argsort(starts, kind="stable")
     owners = shards.owners(starts[by_source])
@@ -208,12 +237,13 @@ def fetch(shards: ShardSet, starts: NDArray[np.int64], lengths: NDArray[np.int64
         owner = int(owners[begin])
         documents = by_source[begin:end]
         inside = starts[documents] - shards.token_starts[owner]
-        _copy_documents(shards.shard(owner).tokens, inside, lengths[documents], fetched, places[documents])
+        source = array_of(shards.shard(owner))
+        _copy_documents(source, inside, lengths[documents], fetched, places[documents])
     return fetched
 
 
 def _copy_documents(
-    source: TokenArray,
+    source: NDArray[Any],
     starts: NDArray[np.int64],
     lengths: NDArray[np.int64],
     target: NDArray[Any],

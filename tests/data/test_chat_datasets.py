@@ -3,8 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+from minimind_data import shuffle as shuffle_module
 from minimind_data import split as split_module
 from minimind_data.build import commit, tokenize
 from minimind_data.chat import chat_template_of, render_chat
@@ -15,7 +18,7 @@ from minimind_data.merge import MergeOptions, merge
 from minimind_data.options import build
 from minimind_data.plan import TokenizeOptions
 from minimind_data.shards import ShardSet
-from minimind_data.shuffle import ShuffleOptions, shuffle
+from minimind_data.shuffle import ShuffleOptions, order, shuffle
 from minimind_data.tokenizer import load_tokenizer
 from minimind_data.verify import verify
 
@@ -430,9 +433,77 @@ def test_merged_conversations_keep_their_masks(source, tmp_path, kind):
         merge([tmp_path / "a", tmp_path / "text"], MergeOptions(out=tmp_path / "d"))
 
 
-def test_what_masks_would_be_lost_in_is_refused(source, tmp_path, kind):
+def documents(folder):
+    """Return the documents of a dataset: a sequence with its mask, or two."""
+    found, each = sequences(folder), Manifest.read(folder).sequences_per_document
+    return list(zip(*(found[side::each] for side in range(each)), strict=True))
+
+
+def test_a_shuffle_keeps_masks_and_pairs(source, tmp_path, kind, monkeypatch):
+    other = {"chosen": [USER, ANSWER], "rejected": [PLAIN[2], ANSWER]}
+    with source.open("a") as file:
+        file.write(json.dumps(other if kind == "dpo" else SFT[0]) + "\n")
     tokenize([source], options(tmp_path / "a", kind))
-    with pytest.raises(UserError, match=f"a {kind} dataset; only pretrain ones can be shuffled"):
+    made = shuffle(tmp_path / "a", ShuffleOptions(out=tmp_path / "b", seed=3, shard_bytes=1000))
+    before = documents(tmp_path / "a")
+    wanted = [before[number] for number in np.concatenate(list(order(len(before), 3)))]
+    assert documents(tmp_path / "b") == wanted != before
+    assert len(made.shards) > 5
+    assert all(entry.bytes <= 1000 for entry in made.shards)
+    assert not verify(tmp_path / "b").problems
+    assert chat_template_of(tmp_path / "b") == chat_template_of(None)
+    assert sum(entry.different_prompts for entry in made.shards) == (kind == "dpo")
+    monkeypatch.setattr(shuffle_module, "_FETCH_BYTES", 12)  # between the sides of a pair, too
+    monkeypatch.setattr(shuffle_module.order, "__defaults__", (2,))  # of documents at once
+    shuffle(tmp_path / "a", ShuffleOptions(out=tmp_path / "c", seed=3, shard_bytes=1000))
+    assert tree(tmp_path / "b") == tree(tmp_path / "c")
+
+
+def test_a_damaged_mask_goes_nowhere(source, tmp_path, kind):
+    tokenize([source], options(tmp_path / "a", kind))
+    mask = bytearray((tmp_path / "a" / "chats-00001.mask").read_bytes())
+    mask[7] ^= 1
+    (tmp_path / "a" / "chats-00001.mask").write_bytes(mask)
+    with pytest.raises(FormatError, match=r"chats-00001\.mask: SHA-256 .* it is damaged"):
         shuffle(tmp_path / "a", ShuffleOptions(out=tmp_path / "b"))
-    with pytest.raises(UserError, match=f"a {kind} dataset; only pretrain ones can be converted"):
-        convert(tmp_path / "a", ConvertOptions(out=tmp_path / "b"), target_format="megatron")
+    with pytest.raises(FormatError, match=r"chats-00001\.mask: SHA-256 .* it is damaged"):
+        convert(tmp_path / "a", ConvertOptions(out=tmp_path / "b"), target_format="parquet")
+    assert not (tmp_path / "b").exists()
+
+
+def labelled(ids, mask):
+    return [token if bit else -100 for token, bit in zip(ids, mask, strict=True)]
+
+
+@pytest.mark.parametrize("one_file", [False, True])
+@pytest.mark.parametrize("target", ["hf", "parquet"])
+def test_tables_have_ids_and_labels(source, tmp_path, kind, target, one_file):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    tokenize([source], options(tmp_path / "a", kind))
+    out = tmp_path / "b"
+    summary = convert(tmp_path / "a", ConvertOptions(out=out, one_file=one_file), target_format=target)
+    assert summary.files == (1 if one_file else len(ShardSet.open(tmp_path / "a")))
+    if target == "hf":
+        rows = datasets.load_from_disk(out).to_list()
+    else:
+        rows = [row for path in sorted(out.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    prefixes = ["chosen_", "rejected_"] if kind == "dpo" else [""]
+    assert rows == [
+        {
+            f"{prefix}{name}": told
+            for prefix, (ids, mask) in zip(prefixes, document, strict=True)
+            for name, told in (("input_ids", ids), ("labels", labelled(ids, mask)))
+        }
+        for document in documents(tmp_path / "a")
+    ]
+
+
+def test_formats_without_a_place_for_masks_are_refused(source, tmp_path, kind):
+    tokenize([source], options(tmp_path / "a", kind))
+    for target in ("megatron", "datatrove", "nanogpt", "llmc", "llmc-llama3"):
+        with pytest.raises(
+            UserError, match=f"a {kind} dataset, and {target} has no place .* take --to hf or parquet"
+        ):
+            convert(tmp_path / "a", ConvertOptions(out=tmp_path / "b"), target_format=target)
+    assert not (tmp_path / "b").exists()

@@ -84,14 +84,6 @@ def test_datasets_that_do_not_go_together_are_refused_with_both_sides(make_datas
     assert not (tmp_path / "c").exists()
 
 
-def test_only_pretrain_datasets_are_shuffled(make_dataset, tmp_path):
-    folder = make_dataset(SHARDS).folder
-    sft = dataclasses.replace(Manifest.read(folder), kind="sft")
-    (folder / "manifest.json").write_text(sft.to_json())
-    with pytest.raises(UserError, match="a sft dataset; only pretrain ones can be shuffled"):
-        shuffle(folder, ShuffleOptions(out=tmp_path / "c"))
-
-
 def test_what_was_set_aside_stays_known(make_dataset, tmp_path):
     a, b = make_dataset(SHARDS, name="a").folder, make_dataset([[4]], name="b").folder
     for folder, lines in ((a, b"first\n"), (b, b"second\n")):
