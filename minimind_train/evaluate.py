@@ -28,6 +28,7 @@ from minimind_train.distributed import ALONE, World
 from minimind_train.objective import Objective
 from minimind_train.parts import Samples
 from minimind_train.precision import Dtype, autocast
+from minimind_train.trimming import trimmed
 
 __all__ = ["Evaluation", "Evaluator", "ValidationConfig", "open_evaluator", "validation"]
 
@@ -205,7 +206,8 @@ class Evaluator:
 
     def _fetched(self, first: int) -> dict[str, NDArray[np.int64]]:
         places = np.arange(first, min(first + self._batch, self._count), dtype=np.int64)
-        return self.samples.fetch(places * len(self.samples) // self._count)
+        # Nothing is balanced outside of training, so what is trimmed changes nothing, with experts either.
+        return trimmed(self.samples.fetch(places * len(self.samples) // self._count))
 
 
 def open_evaluator(

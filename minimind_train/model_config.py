@@ -195,9 +195,14 @@ class ModelConfig:
         return max(self.max_position_embeddings, stretched)
 
     @property
+    def balances_experts(self) -> bool:
+        """Whether there is a loss that sees every position, PAD too."""
+        return self.use_moe and self.router_aux_loss_coef > 0
+
+    @property
     def balances_micro_batches(self) -> bool:
         """Whether how a batch is cut has a say in what is learned."""
-        return self.use_moe and not self.seq_aux and self.router_aux_loss_coef > 0
+        return self.balances_experts and not self.seq_aux
 
     @property
     def num_parameters(self) -> int:

@@ -120,6 +120,8 @@ class NonfiniteGuard:
             for micro_batch in batch.micro_batches
             for row in range(len(next(iter(micro_batch.values()))))
         ]
+        if batch.rows is not None:
+            windows = [windows[place] for place in np.argsort(batch.rows)]
         flags = [0.0] * len(positions)
         for row in range(-(-len(positions) // world.size)):
             place = world.rank + row * world.size

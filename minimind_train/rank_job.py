@@ -226,6 +226,7 @@ class RankJob(Generic[ConfigT]):
             device=self.device,
             skips=self.data.skips,
             num_terms=objective.num_terms,
+            trim=not self.config.model.balances_experts,
         )
 
     def _validation(self, objective: Objective, total_steps: int) -> Callable[[int], dict[str, Any]]:

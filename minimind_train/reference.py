@@ -38,12 +38,15 @@ from minimind_train.parts import Samples
 from minimind_train.precision import autocast
 from minimind_train.preference import REFERENCE, log_probs_of_pairs
 from minimind_train.progress import Say
+from minimind_train.trimming import alike
 
 __all__ = ["FOLDER_NAME", "Reference", "ReferencedWindows", "reference_log_probs"]
 
 FOLDER_NAME = "reference"
 _FORMAT_VERSION = 1
 _PAIRS_PER_FLUSH = 4096
+_BATCHES_PER_GROUP = 16
+"""So many batches are read together, so that pairs of like lengths can share one."""
 
 LogProbs = NDArray[np.float32]
 
@@ -167,18 +170,28 @@ def _make(
     """Compute what is not there yet, block by block, and give the file its name; the caller holds the lock."""
     unfinished = path.with_suffix(".unfinished")
     log_probs = _begun(unfinished, len(windows))
-    todo = np.flatnonzero(np.isnan(log_probs).any(axis=1))
+    missing = np.isnan(log_probs).any(axis=1)
+    num_missing = int(np.count_nonzero(missing))
     say(
-        f"{windows.shards.folder}: computing the reference's log-probabilities of {len(todo):,} pairs, once"
-        + (f"; {len(windows) - len(todo):,} are there already" if len(todo) < len(windows) else "")
+        f"{windows.shards.folder}: computing the reference's log-probabilities of {num_missing:,} pairs, once"
+        + (f"; {len(windows) - num_missing:,} are there already" if num_missing < len(windows) else "")
     )
     model.to(device)
-    for first in range(0, len(todo), _PAIRS_PER_FLUSH):
-        block = todo[first : first + _PAIRS_PER_FLUSH]
-        for place in range(0, len(block), batch):
-            pairs = block[place : place + batch]
-            log_probs[pairs] = _computed(windows, pairs, model, device, dtype)
-        log_probs.flush()
+    # Groups and batches are the same whatever is there already, so a killed process leaves no trace in a rounding.
+    group = batch * _BATCHES_PER_GROUP
+    unflushed = 0
+    for first in range(0, len(windows), group):
+        pairs = np.arange(first, min(first + group, len(windows)))
+        if not missing[pairs].any():
+            continue
+        for rows, samples in alike(windows.fetch(pairs), batch):
+            if missing[pairs[rows]].any():
+                log_probs[pairs[rows]] = _computed(samples, model, device, dtype)
+        unflushed += len(pairs)
+        if unflushed >= _PAIRS_PER_FLUSH:
+            log_probs.flush()
+            unflushed = 0
+    log_probs.flush()
     if not np.isfinite(log_probs).all():
         unfinished.unlink()
         raise UserError(
@@ -213,9 +226,9 @@ def _remove_stale(folder: Path, fingerprint: str) -> None:
 
 
 def _computed(
-    windows: Windows, pairs: NDArray[np.int64], model: MiniMind, device: torch.device, dtype: str
+    samples: dict[str, NDArray[np.int64]], model: MiniMind, device: torch.device, dtype: str
 ) -> LogProbs:
-    samples = {name: torch.from_numpy(array).to(device) for name, array in windows.fetch(pairs).items()}
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in samples.items()}
     with torch.no_grad(), autocast(dtype, device):
-        found, _ = log_probs_of_pairs(model, samples)
+        found, _ = log_probs_of_pairs(model, tensors)
     return found.cpu().numpy()

@@ -26,6 +26,7 @@ from minimind_data.windows import IGNORED
 from minimind_train.parts import Order, Samples
 from minimind_train.sampler import check_range, check_shares, rank_positions
 from minimind_train.skips import NO_SKIPS, Skips
+from minimind_train.trimming import alike, trimmed
 
 __all__ = ["StepBatch", "StepLoader", "num_targets"]
 
@@ -41,13 +42,14 @@ class StepBatch:
     Attributes:
         start: the cursor before the step. The batch is made of the positions from here to `stop` that are not left out.
         stop: the position behind its last; the cursor after the step.
-        micro_batches: this rank's share, cut into tensors [micro_batch or less, seq_len]. Where shares differ a rank may have one
-            fewer than another, or none.
+        micro_batches: this rank's share, cut into tensors [micro_batch or less, seq_len], of fewer columns where they are trimmed. Where
+            shares differ a rank may have one fewer than another, or none.
         stand_in: where this rank has one fewer, a micro-batch of one window in its place, which is not learned: ranks that add up
             gradients must all make as many passes.
         num_targets: how many of this rank's targets are learned.
         num_terms: of how many terms the objective's sum over this rank's share is made; in pre-training, the targets.
         num_windows: samples of this rank's share.
+        rows: where the rows of the micro-batches, one after the other, stand in this rank's share; None where they are in its order.
     """
 
     start: int
@@ -57,6 +59,7 @@ class StepBatch:
     num_terms: int
     num_windows: int
     stand_in: dict[str, Tensor] | None = None
+    rows: NDArray[np.intp] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -99,6 +102,7 @@ class StepLoader:
         prefetch: how many steps are kept ready.
         skips: positions that are left out.
         num_terms: how many terms the objective's sum over samples has; without it, their learned targets.
+        trim: leave out the columns that change nothing, and put rows of like lengths into one micro-batch; see `trimming`.
     """
 
     def __init__(
@@ -116,6 +120,7 @@ class StepLoader:
         prefetch: int = 2,
         skips: Skips = NO_SKIPS,
         num_terms: Callable[[Mapping[str, NDArray[np.int64]]], int] | None = None,
+        trim: bool = False,
     ) -> None:
         check_shares(global_batch, rank, world_size)
         check_range(start, stop)
@@ -139,6 +144,7 @@ class StepLoader:
         self.prefetch = prefetch
         self.skips = skips
         self.num_terms = num_terms or num_targets
+        self.trim = trim
         self._ahead = ReadAhead(windows)
         self._planned_steps = max(1, _PLANNED_WINDOWS * world_size // global_batch)
         self._planned: dict[int, list[_Share]] = {}
@@ -235,7 +241,10 @@ class StepLoader:
     def _read(self, number: int) -> StepBatch:
         """Read one step; runs in the thread."""
         share = self._share(number)
-        stand_in = self._tensors(self.windows.fetch(share.stand_in)) if share.stand_in.size else None
+        stand_in = None
+        if share.stand_in.size:
+            found = self.windows.fetch(share.stand_in)
+            stand_in = self._tensors(trimmed(found) if self.trim else found)
         if not share.windows.size:
             nothing: dict[str, Any] = {
                 "micro_batches": [],
@@ -250,11 +259,19 @@ class StepLoader:
             return self._share(beyond).windows if beyond < len(self) else np.empty(0, np.int64)
 
         arrays = self._ahead.fetch(share.windows, later)
-        tensors = self._tensors(arrays)
-        micro_batches = [tensors]
-        if len(share.windows) > self.micro_batch:
-            cut = zip(*(torch.split(tensor, self.micro_batch) for tensor in tensors.values()), strict=True)
-            micro_batches = [dict(zip(tensors, parts, strict=True)) for parts in cut]
+        rows = None
+        if self.trim:
+            cut = list(alike(arrays, self.micro_batch))
+            rows = np.concatenate([own for own, _ in cut])
+            micro_batches = [self._tensors(batch) for _, batch in cut]
+        else:
+            firsts = range(0, len(share.windows), self.micro_batch)
+            micro_batches = [
+                self._tensors(
+                    {name: array[first : first + self.micro_batch] for name, array in arrays.items()}
+                )
+                for first in firsts
+            ]
         return StepBatch(
             start=share.start,
             stop=share.stop,
@@ -263,6 +280,7 @@ class StepLoader:
             num_terms=targets if self.num_terms is num_targets else self.num_terms(arrays),
             num_windows=len(share.windows),
             stand_in=stand_in,
+            rows=rows,
         )
 
     def _tensors(self, arrays: dict[str, NDArray[np.int64]]) -> dict[str, Tensor]:

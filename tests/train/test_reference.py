@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from minimind_data.errors import UserError
+from minimind_data.windows import IGNORED
 from minimind_train import reference
 from minimind_train.model import MiniMind, initialize
 from minimind_train.model_config import ModelConfig
 from minimind_train.preference import REFERENCE, log_probs_of_pairs
 from minimind_train.reference import FOLDER_NAME, Reference, ReferencedWindows, reference_log_probs
+from minimind_train.trimming import COLUMNS
 
 from .conftest import Said
 
@@ -25,10 +27,11 @@ SHAPE = ModelConfig(
 )
 OF = Reference(weights="w" * 64, seq_len=8, dtype="fp32")
 NUM_PAIRS = 23
+LENGTH = 2 * COLUMNS + 8
 
 
 class PairsInMemory:
-    """Pairs as a dataset gives them, whose numbers are drawn from the pair's own."""
+    """Pairs as a dataset gives them, whose numbers and lengths are drawn from the pair's own."""
 
     labels = False
 
@@ -44,10 +47,12 @@ class PairsInMemory:
         self.fetched += windows.tolist()
         batch = {}
         for place, side in enumerate(("chosen", "rejected")):
-            ids = np.stack(
-                [np.random.default_rng([number, place]).integers(0, 40, 9) for number in windows.tolist()]
-            )
-            batch |= {f"{side}_input_ids": ids[:, :-1].copy(), f"{side}_targets": ids[:, 1:].copy()}
+            draws = [np.random.default_rng([number, place]) for number in windows.tolist()]
+            ids = np.stack([draw.integers(0, 40, LENGTH + 1) for draw in draws])
+            targets = ids[:, 1:].copy()
+            for row, draw in zip(targets, draws, strict=True):
+                row[draw.integers(1, LENGTH) :] = IGNORED
+            batch |= {f"{side}_input_ids": ids[:, :-1].copy(), f"{side}_targets": targets}
         return batch
 
 
@@ -158,25 +163,34 @@ def test_what_is_damaged_is_made_again(dataset, suffix, damage):
     make(PairsInMemory(dataset), not_needed)
 
 
-class KilledAt(PairsInMemory):
-    def fetch(self, windows):
-        if len(self.fetched) >= 12:
+def kill_at_the_third_batch(dataset):
+    real, calls = reference._computed, []
+
+    def computed(*given):
+        calls.append(1)
+        if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().fetch(windows)
+        return real(*given)
+
+    reference._computed = computed
+    make(PairsInMemory(dataset))
 
 
-def test_a_killed_process_leaves_what_it_has_computed(dataset):
-    killed = multiprocessing.get_context("fork").Process(target=make, args=(KilledAt(dataset),))
+def test_a_killed_process_leaves_what_it_has_computed_and_no_other_rounding(dataset, monkeypatch):
+    monkeypatch.setattr(reference, "_BATCHES_PER_GROUP", 4)  # so it is killed inside of a group
+    killed = multiprocessing.get_context("fork").Process(target=kill_at_the_third_batch, args=(dataset,))
     killed.start()
     killed.join(60)
     assert killed.exitcode == -signal.SIGKILL
     assert files(dataset, ".npy") == []
-    windows, said = PairsInMemory(dataset), Said()
-    found = np.array(make(windows, say=said))
-    assert sorted(windows.fetched) == list(range(12, NUM_PAIRS))
-    assert "of 11 pairs, once; 12 are there already" in said.text
+    calls, real = [], reference._computed
+    monkeypatch.setattr(reference, "_computed", lambda *given: (calls.append(1), real(*given))[1])
+    said = Said()
+    found = np.array(make(PairsInMemory(dataset), say=said))
+    assert "of 15 pairs, once; 8 are there already" in said.text
+    assert len(calls) == 4, "of six batches, those that the other one had no time for"
     shutil.rmtree(dataset / FOLDER_NAME)
-    np.testing.assert_allclose(found, make(PairsInMemory(dataset)), rtol=1e-5)
+    assert np.array_equal(found, make(PairsInMemory(dataset)))
 
 
 def test_a_process_that_comes_second_waits_and_computes_nothing(dataset, monkeypatch):
