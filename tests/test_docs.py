@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from minimind_cli import data, train
+from minimind_cli import data
 from minimind_data.build import tokenize
 from minimind_data.plan import TokenizeOptions
 from minimind_data.tokenizer import DEFAULT_TOKENIZER
@@ -121,21 +121,4 @@ def test_what_is_said_of_conversations(tmp_path, monkeypatch):
     assert names["prompt"] == "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n"
     told = CliRunner().invoke(data.app, ["tokenize", "--help"]).stdout
     for flag in re.findall(r"`(--[a-z-]+)", page):
-        assert flag in told, flag
-
-
-def test_what_is_said_of_devices():
-    page = (ROOT / "docs" / "devices.md").read_text(encoding="utf-8")
-    told = CliRunner().invoke(train.make(["pretrain"]), ["pretrain", "--help"]).stdout
-    of_torchrun = {
-        "--nnodes",
-        "--nproc-per-node",
-        "--rdzv-backend",
-        "--rdzv-endpoint",
-        "--no-python",
-        "--max-restarts",
-    }
-    flags = set(re.findall(r"--[a-z][a-z-]+", page)) - of_torchrun
-    assert {"--nproc", "--parallel"} <= flags
-    for flag in flags:
         assert flag in told, flag

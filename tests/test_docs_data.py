@@ -6,6 +6,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -77,6 +78,8 @@ def test_from_text_to_a_dataset(folder):
 def test_other_formats(folder):
     dataset("mine", [text.replace("<|im_end|>", "") for text in TEXTS])
     shutil.copytree(DEFAULT_TOKENIZER, "path/to/tokenizer")
+    samples = ROOT / "data" / "sample_sft.jsonl"
+    tokenize([samples], TokenizeOptions(out=Path("data/sft"), kind="sft", workers=1))
     run_all("formats.md")
     mine, *others = (ShardSet.open(Path("data", name)) for name in ("mine", "old", "older", "oldest"))
     tokens = mine.slice(0, mine.num_tokens).tolist()
@@ -84,6 +87,9 @@ def test_other_formats(folder):
         assert other.num_documents == mine.num_documents
         assert other.slice(0, other.num_tokens).tolist() == tokens
     assert Manifest.read(Path("data/mixed")).num_documents == 2 * mine.num_documents
+    conversations = pq.read_table(next(Path("out/conversations").glob("*.parquet")))
+    assert conversations.column_names == ["input_ids", "labels"]
+    assert conversations.num_rows == len(samples.read_text().splitlines())
 
 
 def test_windows_order_and_mixtures(folder):
