@@ -34,8 +34,6 @@ from .stats import stats
 from .window import window
 
 app = make_app("Turn text into memory-mapped shards, and look into them.")
-shard_commands.register(app)
-
 _PROBLEMS_SHOWN = 10
 _MAX_INT64 = 2**63 - 1
 
@@ -60,7 +58,7 @@ def tokenize(
     ],
     options: TokenizeOptions,
 ) -> None:
-    """Turn text into a dataset: memory-mapped shards and a manifest.
+    """Turn text into a dataset.
 
     Interrupted at any moment, it makes only what is missing when the same command runs again; with more inputs, only their shards.
     """
@@ -75,7 +73,7 @@ def tokenize(
 
 @command(app)
 def commit(folder: _Folder) -> None:
-    """Join what `tokenize --task 1/N` to `N/N` made into one dataset."""
+    """Join the slices that `tokenize --task` made."""
     _print_summary(folder, commit_slices(folder, announce=_say, progress=_tokenize_bar))
 
 
@@ -149,7 +147,10 @@ def train_tokenizer(
     records: RecordSpec,
     vocab_size: Annotated[int, typer.Option(help="Entries, the 36 special tokens included.")] = 6400,
 ) -> None:
-    """Train a byte-level BPE tokenizer with MiniMind's special tokens."""
+    """Train a tokenizer on text.
+
+    Byte pairs, with MiniMind's special tokens and chat template.
+    """
     size = run_training(inputs, out, vocab_size=vocab_size, records=records)
     print(f"{out}: {size:,} entries")
 
@@ -253,7 +254,7 @@ def locate(
     seed: Annotated[int, typer.Option(help="Seed of the order.")] = 42,
     as_json: _Json = False,
 ) -> None:
-    """Say which window a run reads at a position, and where it lies."""
+    """Say which window is read at a position, and its place."""
     if not 0 <= position <= _MAX_INT64:
         raise UserError(f"--position counts samples, from 0 to 2^63 - 1, not {position}")
     if not 0 <= seed <= MAX_SEED:
@@ -316,6 +317,7 @@ def _window_command(folder: Path, window: int, options: dict[str, Any]) -> str:
 
 
 command(app)(stats)
+shard_commands.register(app)
 
 
 def _say(sentence: str) -> None:

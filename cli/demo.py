@@ -120,8 +120,8 @@ def main() -> None:
     print(f"  metrics.jsonl    has every step from 1 to {_STEPS} exactly once")
     print(f"  time             {time.monotonic() - start:.0f} s")
     title("What to type next")
-    print('  .venv/bin/mm-data tokenize YOUR.jsonl --out data/yours    # lines of {"text": "…"}')
-    print("  .venv/bin/mm-train pretrain --shards data/yours           # MiniMind's model and settings")
+    print('  .venv/bin/mm-data tokenize YOUR.jsonl --out data/yours  # {"text": "…"} a line')
+    print("  .venv/bin/mm-train pretrain --shards data/yours         # MiniMind's settings")
     print('  .venv/bin/mm-train generate --run runs/pretrain --prompt "…"')
 
 

@@ -43,7 +43,7 @@ def convert(
         str, typer.Option("--to", metavar="FORMAT", help=f"What to make: {_FORMATS}.")
     ] = SHARDS,
 ) -> None:
-    """Convert token files of other projects into a dataset, or a dataset into theirs."""
+    """Turn other projects' token files into a dataset, or back."""
     with _Bar("convert") as bar:
         summary = convert_dataset(
             source, options, source_format=source_format, target_format=target_format, progress=bar.start
@@ -60,7 +60,10 @@ def merge(
     ],
     options: MergeOptions,
 ) -> None:
-    """Put several datasets together into one; shards are linked where they can be."""
+    """Put datasets together.
+
+    Shards are linked where they can be.
+    """
     with _Bar("merge") as bar:
         manifest = merge_datasets(folders, options, progress=bar.start)
     _print_made(options.out, manifest)
@@ -70,7 +73,7 @@ def shuffle(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the dataset.", readable=False)],
     options: ShuffleOptions,
 ) -> None:
-    """Write the documents of a dataset in a random order that the seed decides."""
+    """Put documents into a random order, decided by a seed."""
     with _Bar("shuffle") as bar:
         manifest = shuffle_dataset(folder, options, progress=bar.start)
     _print_made(options.out, manifest)

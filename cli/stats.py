@@ -42,7 +42,10 @@ def stats(
         bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
     ] = False,
 ) -> None:
-    """Say how long its documents are and what each layout would waste; show its windows on a page."""
+    """Say how long documents are, and what each layout wastes.
+
+    With --html also on a page, which shows windows.
+    """
     if html is not None:
         check_page_place(html)
     shards = ShardSet.open(folder)

@@ -67,14 +67,20 @@ def _config_option(phase: "Phase[Any]") -> Any:
 
 
 def _sft(app: typer.Typer) -> None:
-    """Teach a trained model to answer, from conversations (supervised fine-tuning), or go on with a stopped run."""
+    """Teach a trained model to answer, from conversations.
+
+    Supervised fine-tuning; with --resume, go on with a stopped run.
+    """
     from minimind_train.sft import SFT
 
     _register_phase(app, SFT, _sft.__doc__)
 
 
 def _dpo(app: typer.Typer) -> None:
-    """Teach a model to prefer one answer to another (direct preference optimization), or go on with a stopped run."""
+    """Teach a model to prefer one answer to another.
+
+    Direct preference optimization; with --resume, go on with a stopped run.
+    """
     from minimind_train.dpo import DPO
 
     _register_phase(app, DPO, _dpo.__doc__)
@@ -125,7 +131,7 @@ def _register_phase(app: typer.Typer, phase: "Phase[Any]", help_text: str | None
             )
         if unknown := allowed - changeable(phase.config):
             raise typer.BadParameter(
-                f"--allow-change {min(unknown)}: the names are {', '.join(sorted(changeable(phase.config)))}"
+                f"--allow-change {min(unknown)}: no option that may change, of which one stands behind each --allow-change; there are {', '.join(sorted(changeable(phase.config)))}"
             )
         if not go_on:
             _refuse_in_a_new_run(config.data, allowed, given)
@@ -224,7 +230,7 @@ def _generate(app: typer.Typer) -> None:
 
 
 def _eval(app: typer.Typer) -> None:
-    """Measure a trained model on a dataset: loss, perplexity, bits per byte."""
+    """Measure a model on a dataset: loss, perplexity, bits a byte."""
     from minimind_data.windows import Layout
     from minimind_train.model_config import RopeScaling
     from minimind_train.precision import Dtype
@@ -285,7 +291,7 @@ def _eval(app: typer.Typer) -> None:
 
 
 def _export(app: typer.Typer) -> None:
-    """Write a trained model in a form that transformers or MiniMind opens."""
+    """Write a model as transformers, peft or MiniMind open it."""
     from minimind_train.export import Target, WeightDtype, export
     from minimind_train.trained import parse_step
 

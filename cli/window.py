@@ -46,7 +46,10 @@ def window(
         bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
     ] = False,
 ) -> None:
-    """Show one window: its ids, its targets and its text, on a terminal with what is learned in colour."""
+    """Show one window: its ids, its targets and its text.
+
+    On a terminal, what is learned is in colour.
+    """
     shards = ShardSet.open(folder)
     layout = layout or ("pad" if shards.manifest.has_masks else "concat")
     refuse_idle(given, layout)

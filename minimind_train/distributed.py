@@ -55,14 +55,17 @@ class World:
     Args:
         place: this rank's.
         group: the process group of the collectives; the default group where it is None.
+        launched: whether a process of ours started the ranks, which hears signals for them.
 
     Attributes:
         place: this rank's.
+        launched: as above.
         forwarded_signal: a signal that the launching process received and passed on to its ranks, or None.
     """
 
-    def __init__(self, place: Place, group: Any = None) -> None:
+    def __init__(self, place: Place, group: Any = None, *, launched: bool = False) -> None:
         self.place = place
+        self.launched = launched
         self.forwarded_signal: signal.Signals | None = None
         self._group = group
 

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from minimind_data.errors import UserError
 from minimind_train.distributed import LostRankError, Place, World, process_group
+from minimind_train.interrupt import acknowledge
 
 __all__ = ["launch_ranks"]
 
@@ -164,6 +165,7 @@ class _Ranks:
             signal.raise_signal(number)
             return
         self.forwarded_signal = signal.Signals(number)
+        acknowledge(number)
         for pipe in self._pipes.values():
             with contextlib.suppress(OSError):  # that rank has just ended
                 pipe.send(self.forwarded_signal)
@@ -196,7 +198,7 @@ def _sentence(rank: int, end: _End, nproc: int) -> str:
 
 def _be_rank(work: Callable[[World], Any], place: Place, port: int, pipe: Connection) -> None:
     """Be one of the ranks: what the spawned process does."""
-    world = World(place)
+    world = World(place, launched=True)
     threading.Thread(target=_listen, args=(pipe, world), name="listener", daemon=True).start()
     _meet_on_this_machine()
     # tqdm's own lock is one of all processes, which is missed where one of them is killed.

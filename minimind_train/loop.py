@@ -171,7 +171,8 @@ def run(
     num_tokens, seconds = 0, 0.0
     stopping: Stop | None = None
     shown = Progress(step=step, total_steps=total_steps, say=say, visible=world.is_main)
-    with StopRequest(config.max_hours) as request, shown as progress:
+    tells = world.is_main and not world.launched  # else the launching process has said it
+    with StopRequest(config.max_hours, tell=tells) as request, shown as progress:
         then = time.perf_counter()
         for batch in batches:
             step += 1

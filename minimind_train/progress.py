@@ -16,6 +16,8 @@ from tqdm import tqdm
 Say = Callable[[str], None]
 
 _MAX_COLUMNS = 80
+_SPARE_COLUMNS = 3
+"""At the end of the progress line: room for the ^C that a terminal echoes, which would begin another line."""
 _SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -44,7 +46,7 @@ class Progress:
                 total=total_steps,
                 initial=step,
                 file=sys.stderr,
-                ncols=min(_MAX_COLUMNS, shutil.get_terminal_size().columns),
+                ncols=min(_MAX_COLUMNS, shutil.get_terminal_size().columns) - _SPARE_COLUMNS,
                 bar_format="{n_fmt}/{total_fmt}{postfix} {remaining} left {bar}",
             )
             if visible and sys.stderr.isatty()

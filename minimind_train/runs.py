@@ -167,8 +167,8 @@ def _no_run(run: Path) -> str:
             return f"{run}: a folder inside of a run; pass --run {shlex.quote(str(parent))}"
     what = f"no {CONFIG_NAME} in the folder" if run.exists() else "no such folder"
     return (
-        f"{run}: no run there ({what}); begin one by `mm-train pretrain --shards DATASET --run {shlex.quote(str(run))}` "
-        "without --resume, or correct --run"
+        f"{run}: no run there ({what}); correct the name, or begin one by "
+        f"`mm-train pretrain --shards DATASET --run {shlex.quote(str(run))}`, without --resume"
     )
 
 

@@ -17,9 +17,9 @@ TINY = [
 """The options of a model that trains in no time."""
 
 
-def mm_data(*arguments):
-    """Call mm-data."""
-    return CliRunner().invoke(data.app, list(map(str, arguments)))
+def mm_data(*arguments, **options):
+    """Call mm-data; `options` are those of `CliRunner.invoke`."""
+    return CliRunner().invoke(data.app, list(map(str, arguments)), **options)
 
 
 def mm_train(*arguments, **options):

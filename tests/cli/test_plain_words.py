@@ -35,6 +35,17 @@ def test_one_is_not_many(folder):
         assert "1 files" not in told
 
 
+@pytest.mark.parametrize(("call", "first"), [(mm_data, "tokenize"), (mm_train, "pretrain")])
+def test_the_list_of_commands_begins_at_the_first_and_cuts_no_sentence(call, first):
+    told = call("--help", terminal_width=80).stdout
+    commands = told.partition("Commands:\n")[2].splitlines()
+    assert commands[0].split()[0] == first
+    assert len(commands) >= 7
+    assert [
+        line for line in commands if not line.endswith(".") or line.endswith("...") or len(line) > 80
+    ] == []
+
+
 @pytest.mark.parametrize("command", ["window", "locate"])
 def test_an_option_of_pack_is_refused_elsewhere(folder, command):
     place = ("0",) if command == "window" else ("--position", "0")

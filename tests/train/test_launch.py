@@ -62,6 +62,7 @@ def test_a_run_goes_on_in_other_numbers_whoever_was_killed(tmp_path, small_datas
     _, said = process.communicate(timeout=240)
     assert process.returncode == 128 + signal.SIGINT, said
     last = checkpoint.steps_of(run)[-1]
+    assert said.count("SIGINT: stops after this step") == 1
     assert said.count(f"stopped by SIGINT after step {last} of 150") == said.count("stopped by") == 1
     assert "Traceback" not in said
     assert steps(run) == list(range(1, last + 1))

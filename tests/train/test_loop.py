@@ -242,10 +242,11 @@ def loss_that_sends(number, *, at):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_the_step_end_and_saves(tmp_path, number):
+def test_a_signal_lets_the_step_end_and_saves(tmp_path, number, capfd):
     former = signal.getsignal(number)
     run = Run(tmp_path, loss=loss_that_sends(number, at=[2]), log_every=10)
     outcome = run.go()
+    assert f"{signal.Signals(number).name}: stops after this step" in capfd.readouterr().err
     assert outcome.stopped_by == Stop[signal.Signals(number).name] == 128 + number
     assert (outcome.step, outcome.cursor, run.saved) == (2, 16, [(2, 16)])
     assert [record["step"] for record in run.metrics] == [1], (

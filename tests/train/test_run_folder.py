@@ -39,14 +39,14 @@ def test_where_there_is_no_run_it_is_said_how_one_is_made(tmp_path):
     for folder, what in ((run, "no such folder"), (tmp_path, r"no config\.json in the folder")):
         with pytest.raises(
             UserError,
-            match=rf"{folder}: no run there \({what}\); begin one by `mm-train pretrain .* without --resume",
+            match=rf"{folder}: no run there \({what}\); correct the name, or begin one by `mm-train pretrain .*, without --resume",
         ):
             resume(folder, {})
     assert list(tmp_path.iterdir()) == []
     file.touch()
     with pytest.raises(UserError, match="file: no run but a file"):
         resume(file, {})
-    with pytest.raises(UserError, match="--run '.*my run'` without"):
+    with pytest.raises(UserError, match="--run '.*my run'`, without"):
         RunRecord.read(run)
 
 
