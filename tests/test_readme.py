@@ -2,15 +2,19 @@
 
 import re
 import shlex
+import shutil
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 import typer
+from typer.testing import CliRunner
 
 from minimind_cli import data, train
 from minimind_data.build import tokenize
 from minimind_data.plan import TokenizeOptions
+from minimind_data.tokenizer import DEFAULT_TOKENIZER
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -21,6 +25,8 @@ PAGES = sorted(
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*(?![\w-])")
 PROGRAMS = ("mm-data", "mm-train")
+SMALL = "--hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 --num-key-value-heads 1"
+SHORT = "--seq-len 64 --steps 2 --global-batch 2 --threads 1 --device cpu --dtype fp32"
 OF_OTHERS = {
     "benchmarks/README.md": {"--data"},  # train_step.py's, as in docs/speed.md
     "docs/speed.md": {"--data"},
@@ -165,3 +171,31 @@ def test_the_benchmarks_are_all_told():
     }
     told = re.findall(r"[`(]((?:peers/)?\w+\.py)[`)]", text_of("benchmarks/README.md"))
     assert scripts == {name for name in told if not name.startswith("preprocess_data")}
+
+
+def test_the_commands_run_in_their_order(tmp_path, monkeypatch):
+    """The README's, as one types them one after the other; what takes a tokenizer takes another one than the default there."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(DEFAULT_TOKENIZER, "path/to/minimind2")
+    tokenizer = Path("path/to/minimind2/tokenizer.json")
+    tokenizer.write_text(tokenizer.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    texts = (ROOT / "data" / "sample.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    for name, lines in {"pretrain_hq": texts[:50], "a": texts[:200], "b": texts[200:]}.items():
+        Path(f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    for part in ("zh", "en"):
+        tokenize([Path("pretrain_hq.jsonl")], TokenizeOptions(out=Path("data", part), workers=1))
+    for kind in ("sft", "dpo"):
+        shutil.copy(ROOT / "data" / f"sample_{kind}.jsonl", f"{kind}.jsonl")
+    former = torch.get_num_threads()
+    try:
+        for line in commands_of("README.md"):
+            program, name, *words = shlex.split(line)
+            if program not in PROGRAMS or "--nproc" in words:  # eight processes: tests/train/test_launch.py
+                continue
+            if name in {"pretrain", "sft", "dpo"} and "--resume" not in words:
+                words += shlex.split(f"{SMALL} {SHORT}" if name == "pretrain" else SHORT)
+            app = data.app if program == "mm-data" else train.make([name])
+            result = CliRunner().invoke(app, [name, *words], input="")
+            assert result.exit_code == 0, (line, result.stderr)
+    finally:
+        torch.set_num_threads(former)
