@@ -52,7 +52,7 @@ def tokenize(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            metavar="INPUT...",
+            metavar="INPUT",
             help="JSON lines, Parquet or text, also .gz and .zst: files, folders, globs, s3://…, or - for standard input.",
         ),
     ],
@@ -141,7 +141,7 @@ def _print_doubts(manifest: Manifest) -> None:
 @command(app, "train-tokenizer")
 def train_tokenizer(
     inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT...", help="As for tokenize, without standard input.")
+        list[str], typer.Argument(metavar="INPUT", help="As for tokenize, without standard input.")
     ],
     out: Annotated[Path, typer.Option(help="The tokenizer.json to write, or a folder for it.")],
     records: RecordSpec,
@@ -232,7 +232,7 @@ def locate(
     folders: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="DIR...",
+            metavar="DIR",
             help="Folder of the dataset; of a mixture, each NAME=DIR:WEIGHT, as for mm-train pretrain --shards.",
         ),
     ] = None,

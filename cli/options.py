@@ -13,7 +13,7 @@ import inspect
 import io
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass
 from typing import Annotated, Any, NewType, TextIO, get_args, get_origin, get_type_hints
 
@@ -43,9 +43,15 @@ def make_app(help_text: str) -> typer.Typer:
 
 
 def command(
-    app: typer.Typer, name: str | None = None
+    app: typer.Typer, name: str | None = None, *, first: Sequence[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function as a command of `app`, its option dataclasses spread out into flags."""
+    """Register a function as a command of `app`, its option dataclasses spread out into flags.
+
+    Args:
+        app: the application.
+        name: of the command; the function's by default.
+        first: parameters that its help begins with; the others follow in the order in which they are written.
+    """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(function, include_extras=True)
@@ -57,6 +63,10 @@ def command(
                 parameters += [_flag(*leaf) for leaf in leaves(kind)]
             elif kind is not Given:
                 parameters.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
+
+        rank = {name: number for number, name in enumerate((_CONTEXT, *first))}
+        assert not rank.keys() - {parameter.name for parameter in parameters}
+        parameters.sort(key=lambda parameter: rank.get(parameter.name, len(rank)))
 
         @functools.wraps(function)
         def run(**values: Any) -> None:
@@ -131,7 +141,9 @@ def _flag(name: str, annotation: Any, default: Any) -> inspect.Parameter:
             "metavar": parser.__name__.removeprefix("parse_").upper(),
         }
     if get_origin(kind) is tuple:  # of any length: the flag is repeated
-        kind, default = list[get_args(kind)[0]], list(default)  # type: ignore[misc]
+        item = get_args(kind)[0]
+        kind, default = list[item], list(default)  # type: ignore[valid-type]
+        settings["metavar"] = {str: "TEXT", int: "INT"}[item]
     if parser is parse_size and isinstance(default, int):
         default = format_size(default)  # as a user would write it; the parser reads it back
     return inspect.Parameter(

@@ -55,7 +55,7 @@ def merge(
     folders: Annotated[
         list[Path],
         typer.Argument(
-            metavar="DIR...", help="Datasets of one tokenizer, in the order of the result.", readable=False
+            metavar="DIR", help="Datasets of one tokenizer, in the order of the result.", readable=False
         ),
     ],
     options: MergeOptions,

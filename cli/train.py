@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from minimind_train.config import DataConfig
     from minimind_train.phase import Phase
 
+_FIRST = (
+    *("shards", "run", "go_on", "allow_change", "_preset", "_config", "from_weight", "from_step"),
+    *("epochs", "steps", "global_batch", "micro_batch", "seq_len", "layout", "learning_rate"),
+    *("device", "nproc", "dtype", "seed"),
+)
+"""What most people set of a run: the help begins with it, and goes on with all the rest by its subject."""
+
 
 def _pretrain(app: typer.Typer) -> None:
     """Train a model, or go on with a stopped run."""
@@ -155,7 +162,7 @@ def _register_phase(app: typer.Typer, phase: "Phase[Any]", help_text: str | None
 
     run_command.__annotations__["config"] = phase.config
     run_command.__doc__ = help_text
-    command(app, phase.command)(run_command)
+    command(app, phase.command, first=_FIRST)(run_command)
 
 
 def _refuse_in_a_new_run(data: "DataConfig", allowed: set[str], given: Given) -> None:
@@ -323,7 +330,7 @@ def _plot(app: typer.Typer) -> None:
 
     def run_command(
         runs: Annotated[
-            list[Path], typer.Argument(metavar="RUN...", help="Folders of runs; they may be training.")
+            list[Path], typer.Argument(metavar="RUN", help="Folders of runs; they may be training.")
         ],
         out: Annotated[
             list[Path] | None,

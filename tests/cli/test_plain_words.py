@@ -1,6 +1,7 @@
 """What a user is told: nothing that was asked for is passed over in silence, and one is not many."""
 
 import json
+import re
 
 import pytest
 
@@ -44,6 +45,24 @@ def test_the_list_of_commands_begins_at_the_first_and_cuts_no_sentence(call, fir
     assert [
         line for line in commands if not line.endswith(".") or line.endswith("...") or len(line) > 80
     ] == []
+
+
+def test_the_help_of_a_run_begins_with_what_most_people_set():
+    told = mm_train("sft", "--help", terminal_width=80).stdout
+    assert re.findall(r"^  (--[a-z-]+)", told, re.MULTILINE)[:4] == [
+        "--shards",
+        "--run",
+        "--resume",
+        "--allow-change",
+    ]
+    assert "--shards TEXT " in told
+
+
+@pytest.mark.parametrize(
+    ("call", "command"), [(mm_data, "tokenize"), (mm_data, "locate"), (mm_train, "plot")]
+)
+def test_an_argument_that_may_stand_there_often_has_dots_once(call, command):
+    assert call(command, "--help").stdout.partition("\n")[0].count("...") == 1
 
 
 @pytest.mark.parametrize("command", ["window", "locate"])
