@@ -62,7 +62,7 @@ def test_the_help_of_a_run_begins_with_what_most_people_set():
     ("call", "command"), [(mm_data, "tokenize"), (mm_data, "locate"), (mm_train, "plot")]
 )
 def test_an_argument_that_may_stand_there_often_has_dots_once(call, command):
-    assert call(command, "--help").stdout.partition("\n")[0].count("...") == 1
+    assert call(command, "--help").stdout.partition("\n")[0].count("...") <= 1
 
 
 @pytest.mark.parametrize("command", ["window", "locate"])
