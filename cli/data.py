@@ -100,8 +100,7 @@ def _print_summary(out: Path, summary: Summary) -> None:
     if summary.already_done:
         print(f"{out}: already done, nothing to do ({size})")
         return
-    print(f"{out}: {size} ({manifest.dtype})")
-    print(read)
+    print(f"{out}: {size} ({manifest.dtype})" + (f"\n{read}" if summary.input_bytes else ""))
     if summary.backend:
         print(
             f"  encoder    {summary.backend.name}, {counted(summary.compared, 'document')} compared with tokenizers on the way"

@@ -26,6 +26,7 @@ from minimind_data.options import build, format_size, leaves, parse_size
 Given = NewType("Given", frozenset[str])
 
 _CONTEXT = "typer_context"
+_TYPED = "minimind_cli.typed"
 _GIVEN = frozenset({"COMMANDLINE", "DEFAULT_MAP"})
 """Where an option comes from that the user wrote, or that stands in something that the user named, as a preset."""
 
@@ -97,6 +98,11 @@ def refuse_idle(given: Given, layout: str) -> None:
         )
 
 
+def is_typed(flag: str, context: typer.Context) -> bool:
+    """Tell whether an option stands on the command line, also while the command line is still being read."""
+    return any(word.partition("=")[0] == flag for word in context.meta[_TYPED])
+
+
 def as_defaults(options: Mapping[str, Any], context: typer.Context) -> dict[str, Any]:
     """Return values by the names of options as a command line takes them for defaults.
 
@@ -121,6 +127,7 @@ class _Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the command line."""
+        ctx.meta[_TYPED] = tuple(args)
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from minimind_data.reporting import counted
 from minimind_train.presets import PRESETS
 
 from .chat import talk
-from .options import Given, as_defaults, command, make_app, plain, refuse_idle
+from .options import Given, as_defaults, command, is_typed, make_app, plain, refuse_idle
 
 if TYPE_CHECKING:
     from minimind_train.config import DataConfig
@@ -61,6 +62,9 @@ def _config_option(phase: "Phase[Any]") -> Any:
                 options = read_description(path, phase.command, names)
             except ValueError as error:
                 raise typer.BadParameter(str(error)) from None
+            for flag, other in (("--steps", "epochs"), ("--epochs", "steps")):  # two words for one thing
+                if is_typed(flag, context):
+                    options.pop(other, None)
             context.default_map = {**as_defaults(options, context), **(context.default_map or {})}
         return path
 
@@ -158,7 +162,9 @@ def _register_phase(app: typer.Typer, phase: "Phase[Any]", help_text: str | None
             )
             raise typer.Exit(outcome.stopped_by)
         if outcome.loss is not None:
-            print(f"{run}: done, {outcome.step} steps, last loss {outcome.loss:.4f}", file=sys.stderr)
+            print(
+                f"{run}: done, {counted(outcome.step, 'step')}, last loss {outcome.loss:.4f}", file=sys.stderr
+            )
 
     run_command.__annotations__["config"] = phase.config
     run_command.__doc__ = help_text

@@ -77,6 +77,18 @@ def test_the_command_line_wins_over_the_file(training_data, tmp_path):
     assert options["rms_norm_eps"] == 1e-5, "what the preset says and nothing else does"
     assert options["skip_positions"] == ["3:4", "7:9"]
     assert options["learning_rate"] == 1.0
+    epochs = [
+        "--config",
+        tmp_path / "run" / "run.toml",
+        "--run",
+        tmp_path / "epochs",
+        "--epochs=1",
+        "--max-hours",
+        1e-9,
+    ]
+    assert mm_train("pretrain", *epochs).exit_code == 124
+    options = RunRecord.read(tmp_path / "epochs").options
+    assert (options["steps"], options["epochs"]) == (None, 1), "either of them is the length of the run"
     sized = ["--preset", "minimind2-small", "--config", file]
     result = mm_train("pretrain", *sized, "--run", tmp_path / "sized", "--steps", 1, "--num-hidden-layers", 1)
     assert result.exit_code == 0, result.stderr

@@ -503,7 +503,7 @@ def test_formats_without_a_place_for_masks_are_refused(source, tmp_path, kind):
     tokenize([source], options(tmp_path / "a", kind))
     for target in ("megatron", "datatrove", "nanogpt", "llmc", "llmc-llama3"):
         with pytest.raises(
-            UserError, match=f"a {kind} dataset, and {target} has no place .* take --to hf or parquet"
+            UserError, match=f"a dataset of kind {kind}, and {target} has no place .* take --to hf or parquet"
         ):
             convert(tmp_path / "a", ConvertOptions(out=tmp_path / "b"), target_format=target)
     assert not (tmp_path / "b").exists()
