@@ -6,6 +6,7 @@ bytes in the alphabet so that any text can be written, and the 36 special tokens
 
 import json
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -38,6 +39,7 @@ SPECIAL_TOKENS = [*_CONTROL_TOKENS, *_VISIBLE_TOKENS]
 _MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 _MAX_VOCAB_SIZE = 2**22
 _BYTES_AT_A_TIME = 16 * 2**20
+_SECONDS_TO_STOP = 1.0
 
 
 def train_tokenizer(
@@ -72,7 +74,7 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_pieces(inputs, records or RecordSpec()), trainer)
+    _train(tokenizer, trainer, _pieces(inputs, records or RecordSpec()))
     file.parent.mkdir(parents=True, exist_ok=True)
     config = {
         "bos_token": BOS,
@@ -88,6 +90,35 @@ def train_tokenizer(
     write_atomic(file, _with_visible_tokens(tokenizer) + "\n")
     size: int = tokenizer.get_vocab_size(with_added_tokens=True)
     return size
+
+
+def _train(tokenizer: tokenizers.Tokenizer, trainer: trainers.Trainer, pieces: Iterator[str]) -> None:
+    """Train in another thread, since the library hears no signal while it merges, which may take minutes: here Ctrl-C is heard."""
+    stopped = False
+    errors: list[BaseException] = []
+
+    def read() -> Iterator[str]:
+        for piece in pieces:
+            if stopped:
+                raise InterruptedError
+            yield piece
+
+    def work() -> None:
+        try:
+            tokenizer.train_from_iterator(read(), trainer)
+        except BaseException as error:  # noqa: BLE001 - raised below
+            errors.append(error)
+
+    thread = threading.Thread(target=work, name="train-tokenizer", daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except KeyboardInterrupt:
+        stopped = True
+        thread.join(_SECONDS_TO_STOP)  # it stops between two texts; amid merges it ends with the process
+        raise
+    if errors:
+        raise errors[0]
 
 
 def _with_visible_tokens(tokenizer: tokenizers.Tokenizer) -> str:

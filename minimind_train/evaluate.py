@@ -134,13 +134,22 @@ class Evaluator:
             )
 
     @property
+    def num_windows(self) -> int:
+        """How many windows are measured."""
+        return self._count
+
+    @property
     def measures_on(self) -> str:
         """What losses can be compared: a name of the dataset and of the windows that are taken of it."""
         windows = self.windows
         return f"{windows.shards.manifest.fingerprint[:16]} {self._count} {windows.layout} {windows.seq_len}"
 
-    def measure(self, objective: Objective) -> Evaluation:
+    def measure(self, objective: Objective, *, report: Callable[[int], object] | None = None) -> Evaluation:
         """Return what the objective's model makes of the windows; it is left in the mode that it was in.
+
+        Args:
+            objective: with the model.
+            report: told after each batch how many windows it had.
 
         Raises:
             UserError: the loss is not finite.
@@ -156,6 +165,8 @@ class Evaluator:
                         name: torch.from_numpy(array).to(self._device) for name, array in samples.items()
                     }
                     found = objective(tensors)
+                    if report:
+                        report(len(next(iter(samples.values()))))
                     for name, value in found.measures.items():
                         measured[name] = measured.get(name, 0.0) + float(value) * counts
                     if not counts:

@@ -41,17 +41,8 @@ class Progress:
         self._total_steps = total_steps
         self._shown: tuple[str | None, list[int]] = (None, [])
         self._last_line = -math.inf
-        self._bar = (
-            tqdm(
-                total=total_steps,
-                initial=step,
-                file=sys.stderr,
-                ncols=min(_MAX_COLUMNS, shutil.get_terminal_size().columns) - _SPARE_COLUMNS,
-                bar_format="{n_fmt}/{total_fmt}{postfix} {remaining} left {bar}",
-            )
-            if visible and sys.stderr.isatty()
-            else None
-        )
+        form = "{n_fmt}/{total_fmt}{postfix} {remaining} left {bar}"
+        self._bar = _bar(form, total=total_steps, initial=step) if visible else None
 
     def update(self, record: dict[str, Any], *, logged: bool) -> None:
         """Show one finished step, whose line of metrics is `record`; `logged` where that line was written."""
@@ -90,6 +81,35 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+class WindowProgress:
+    """How far a measurement is, on a terminal; gone when it is done. A context manager."""
+
+    def __init__(self, num_windows: int) -> None:
+        self._bar = _bar("{n_fmt}/{total_fmt} windows {remaining} left {bar}", total=num_windows, leave=False)
+
+    def add(self, num_windows: int) -> None:
+        """Show that so many more are measured."""
+        if self._bar is not None:
+            self._bar.update(num_windows)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _bar(form: str, **options: Any) -> tqdm | None:
+    """Return a progress line of the house's width on stderr, where that is a terminal."""
+    if not sys.stderr.isatty():
+        return None
+    columns = min(_MAX_COLUMNS, shutil.get_terminal_size().columns) - _SPARE_COLUMNS
+    return tqdm(file=sys.stderr, ncols=columns, bar_format=form, **options)
 
 
 def _measured(record: dict[str, Any]) -> str:

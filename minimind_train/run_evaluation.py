@@ -24,7 +24,7 @@ from minimind_train.objective import NextToken, Objective
 from minimind_train.opened import Opened, open_trained
 from minimind_train.parts import source_texts
 from minimind_train.precision import Dtype, resolve_dtype
-from minimind_train.progress import Say, say_on_stderr
+from minimind_train.progress import Say, WindowProgress, say_on_stderr
 from minimind_train.runs import RunRecord
 from minimind_train.start import InitialWeights
 from minimind_train.trained import CheckpointChoice
@@ -89,9 +89,12 @@ def evaluate_run(
         **window_options(data),
     )
     model = opened.model.to(place)
-    if shards.manifest.kind != "dpo":
-        return evaluator.measure(NextToken(model))
-    return evaluator.measure(_of_pairs(model, run, opened.record, dataset, say))
+    if shards.manifest.kind == "dpo":
+        objective = _of_pairs(model, run, opened.record, dataset, say)
+    else:
+        objective = NextToken(model)
+    with WindowProgress(evaluator.num_windows) as progress:
+        return evaluator.measure(objective, report=progress.add)
 
 
 def _refuse_other_tokenizer(run: Path, opened: Opened, shards: ShardSet) -> None:

@@ -1,7 +1,11 @@
 """The tokenizer: ids are the reference's, whoever encodes; a backend that lies is found out."""
 
 import json
+import os
 import shutil
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import models
 
 from minimind_data import tokenizer as module
+from minimind_data import train_tokenizer as train_module
 from minimind_data.battery import hard_strings
 from minimind_data.build import TokenizeOptions, tokenize
 from minimind_data.errors import UserError
@@ -239,3 +244,22 @@ def test_training_names_a_bad_line(tmp_path):
     path.write_text('{"text": "a"}\n{"text": 1}\n')
     with pytest.raises(UserError, match=r"x\.jsonl:2: field 'text' is a number"):
         train_tokenizer([path], tmp_path / "tok")
+
+
+def test_an_interrupt_does_not_wait_for_the_training(monkeypatch):
+    merged = threading.Event()
+    monkeypatch.setattr(train_module, "_SECONDS_TO_STOP", 0.01)
+
+    class Deaf:
+        """The library amid its merges, when it hears no signal."""
+
+        def train_from_iterator(self, pieces, trainer):
+            assert list(pieces)
+            os.kill(os.getpid(), signal.SIGINT)
+            merged.wait(30)
+
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        train_module._train(Deaf(), None, iter(["a", "b"]))
+    merged.set()
+    assert time.monotonic() - begun < 10
