@@ -26,7 +26,7 @@ _MODEL = "--hidden-size 192 --num-hidden-layers 3 --num-attention-heads 6 --num-
 _OPTIONS = {
     "pretrain": f"{_MODEL} --seq-len 128 --global-batch 4 --micro-batch 4 --steps 600 --learning-rate 2e-3 --warmup-steps 50",
     "sft": "--seq-len 160 --layout pack --global-batch 4 --micro-batch 4 --steps 250 --learning-rate 2e-3 --warmup-steps 20",
-    "dpo": "--seq-len 96 --global-batch 30 --micro-batch 10 --epochs 12 --learning-rate 3e-4",
+    "dpo": "--seq-len 96 --global-batch 30 --micro-batch 10 --epochs 12 --learning-rate 1e-4",
 }
 
 

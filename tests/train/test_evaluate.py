@@ -101,9 +101,9 @@ def test_some_windows_are_spread_evenly_and_the_same_every_time(model, other_dat
 
     objective = Saying(model, recording, 0.0)
     evaluator = evaluator_of(other_dataset, num_windows=10, batch=4)
-    seen = []
-    first = evaluator.measure(objective, report=seen.append)
-    assert (seen, evaluator.num_windows) == ([4, 4, 2], 10)
+    reported = []
+    first = evaluator.measure(objective, report=reported.append)
+    assert (reported, evaluator.num_windows) == ([4, 4, 2], 10)
     n = len(windows)
     wanted = windows.fetch(np.array([i * n // 10 for i in range(10)]))["input_ids"]
     assert seen == [row.tobytes() for row in wanted]
