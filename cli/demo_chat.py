@@ -2,7 +2,8 @@
 
 Everything here is done by the commands that a user types; each is printed before it runs. The texts are the samples in data/, so
 nothing is downloaded. They are tiny: what a model of this size can learn from them is to say them again, so the questions that are
-asked after each stage are theirs. What changes from stage to stage can be seen all the same.
+asked after each stage are theirs. What changes from stage to stage can be seen all the same: after DPO, whose pairs like the shorter
+of the answers that SFT has taught, it is the shorter one that is given, and the first question, of which no pair says so, keeps its own.
 """
 
 import json
@@ -21,12 +22,12 @@ _TEXTS = {
     "sft": Path("data/sample_sft.jsonl"),
     "dpo": Path("data/sample_dpo.jsonl"),
 }
-_QUESTIONS = ["天空为什么是蓝色的？", "太阳系有几颗行星？", "What is the square root of 144?"]
+_QUESTIONS = ["天空为什么是蓝色的？", "水在多少度结冰？", "What is the largest ocean on Earth?"]
 _MODEL = "--hidden-size 192 --num-hidden-layers 3 --num-attention-heads 6 --num-key-value-heads 3"
 _OPTIONS = {
     "pretrain": f"{_MODEL} --seq-len 128 --global-batch 4 --micro-batch 4 --steps 600 --learning-rate 2e-3 --warmup-steps 50",
     "sft": "--seq-len 160 --layout pack --global-batch 4 --micro-batch 4 --steps 250 --learning-rate 2e-3 --warmup-steps 20",
-    "dpo": "--seq-len 96 --global-batch 30 --micro-batch 10 --epochs 12 --learning-rate 1e-4",
+    "dpo": "--seq-len 96 --global-batch 44 --micro-batch 22 --epochs 12 --learning-rate 1e-4",
 }
 
 
