@@ -21,7 +21,7 @@ from minimind_train.interrupt import Stop, StopRequest
 from minimind_train.metrics import Records
 from minimind_train.nonfinite import MOST_IN_A_ROW, NonfiniteGuard, OnNonfinite
 from minimind_train.optim import OptimConfig, learning_rate
-from minimind_train.parallel import Parallel
+from minimind_train.parallel import Parallel, settle
 from minimind_train.precision import Dtype, LossScale, autocast
 from minimind_train.progress import Progress, Say
 from minimind_train.sampler import SampleCursor
@@ -174,7 +174,9 @@ def run(
     tells = world.is_main and not world.launched  # else the launching process has said it
     with StopRequest(config.max_hours, tell=tells) as request, shown as progress:
         then = time.perf_counter()
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            if number == 0:
+                settle(objective, batch.stand_in or batch.micro_batches[-1], forward)
             step += 1
             rate = learning_rate(step, total_steps, optim)
             # Before each step, from nothing but its number: dropout after a resume is what it would have been.

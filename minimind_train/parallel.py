@@ -13,17 +13,17 @@ so where memory is short one pass a step, a micro-batch of the global batch over
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from minimind_train.distributed import World
 from minimind_train.model import Layer
-from minimind_train.objective import Objective
+from minimind_train.objective import MicroLoss, Objective
 
 Parallel = Literal["ddp", "fsdp"]
 
@@ -74,6 +74,23 @@ def gradient_sync(objective: nn.Module, *, enabled: bool) -> AbstractContextMana
     if sync := getattr(objective, "set_requires_gradient_sync", None):  # it is sharded
         sync(enabled)
     return contextlib.nullcontext()
+
+
+def settle(
+    objective: nn.Module, micro_batch: Mapping[str, Tensor], forward: AbstractContextManager[object]
+) -> None:
+    """Before the first step of a process: make one pass with gradient traffic that nothing is learned from. All ranks must call this.
+
+    `DistributedDataParallel` lays its buckets out anew after its first such pass, in the order in which gradients came. A sum over three
+    ranks or more depends, in its last bits, on where in a bucket a gradient lies, so the first step of a resumed process would sum
+    otherwise than that of one that never stopped. After this pass all steps sum alike. Gradients are left behind, to be zeroed.
+    """
+    if not isinstance(objective, DistributedDataParallel):
+        return
+    with forward:
+        found: MicroLoss = objective(micro_batch)
+        nothing = (found.summed + (0.0 if found.auxiliary is None else found.auxiliary)) * 0.0
+    nothing.backward()  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minimind_data.options import build
 from minimind_train.pretrain import PretrainConfig, pretrain
@@ -68,6 +69,55 @@ def test_any_number_of_ranks_learns_the_same(tmp_path, alone, parallel, size):
     outcomes = [each["outcome"] for each in told]
     assert [outcome.rank for outcome in outcomes] == list(range(size))
     assert len({(outcome.step, outcome.cursor, outcome.loss) for outcome in outcomes}) == 1
+
+
+KILLED = (
+    """
+from minimind_train import loop
+original = loop.take_step
+
+def dying(objective, optimizer, batch, **keywords):
+    if batch.start // options["global_batch"] == 5:
+        leave()
+    return original(objective, optimizer, batch, **keywords)
+
+loop.take_step = dying
+"""
+    + TRAIN
+)
+RESUMED = """
+from functools import partial
+from minimind_train import job
+from minimind_train.pretrain import PRETRAIN
+
+prepare = partial(job._prepare_resumed, PRETRAIN, options["run"], {}, lambda line: None, allow_change=())
+told["outcome"] = job._train_as_rank(PRETRAIN, prepare, world)
+"""
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_three_ranks_that_die_and_go_on_end_bit_for_bit_as_three_that_live(tmp_path, small_dataset, parallel):
+    whole, killed = (
+        options_of(tmp_path / name, small_dataset, parallel=parallel, dropout=0.1)
+        for name in ("whole", "killed")
+    )
+    run_ranks(TRAIN, 3, options=whole)
+    run_ranks(KILLED, 3, options=killed)
+    assert len(metrics(tmp_path / "killed")) < STEPS
+    run_ranks(RESUMED, 3, options=killed)
+    one, other = (
+        {
+            file.name: load_file(file)
+            for file in (tmp_path / run / "checkpoints" / f"step-{STEPS:09d}").rglob("*.safetensors")
+        }
+        for run in ("whole", "killed")
+    )
+    assert one
+    assert one.keys() == other.keys()
+    for file, tensors in one.items():
+        assert tensors.keys() == other[file].keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, other[file][name]), (file, name)
 
 
 @pytest.mark.parametrize(
