@@ -2,8 +2,8 @@
 
 Everything here is done by the commands that a user types; each is printed before it runs. The texts are the samples in data/, so
 nothing is downloaded. They are tiny: what a model of this size can learn from them is to say them again, so the questions that are
-asked after each stage are theirs. What changes from stage to stage can be seen all the same: after DPO, whose pairs like the shorter
-of the answers that SFT has taught, it is the shorter one that is given, and the first question, of which no pair says so, keeps its own.
+asked after each stage are theirs. What changes from stage to stage can be seen all the same. SFT teaches short and long answers to
+some questions, and the pairs like the short ones, so after DPO those are given; the first question has one answer, which it keeps.
 """
 
 import json

@@ -79,18 +79,18 @@ def gradient_sync(objective: nn.Module, *, enabled: bool) -> AbstractContextMana
 def settle(
     objective: nn.Module, micro_batch: Mapping[str, Tensor], forward: AbstractContextManager[object]
 ) -> None:
-    """Before the first step of a process: make one pass with gradient traffic that nothing is learned from. All ranks must call this.
+    """Before the first step of a process: make one pass with gradient traffic that no weight moves by. All ranks must call this.
 
     `DistributedDataParallel` lays its buckets out anew after its first such pass, in the order in which gradients came. A sum over three
     ranks or more depends, in its last bits, on where in a bucket a gradient lies, so the first step of a resumed process would sum
-    otherwise than that of one that never stopped. After this pass all steps sum alike. Gradients are left behind, to be zeroed.
+    otherwise than that of one that never stopped. After this pass all steps sum alike. The step zeroes the gradients that are left behind.
     """
     if not isinstance(objective, DistributedDataParallel):
         return
     with forward:
         found: MicroLoss = objective(micro_batch)
-        nothing = (found.summed + (0.0 if found.auxiliary is None else found.auxiliary)) * 0.0
-    nothing.backward()  # type: ignore[no-untyped-call]
+        loss = found.summed if found.auxiliary is None else found.summed + found.auxiliary
+    loss.backward()  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
