@@ -9,10 +9,10 @@ BIN := .venv/bin
 .PHONY: demo demo-chat test lint types layers pytest format clean
 
 demo: .venv/.installed
-	$(BIN)/python -m minimind_cli.demo
+	$(BIN)/python -m minimind_cli.demos.pretrain
 
 demo-chat: .venv/.installed
-	$(BIN)/python -m minimind_cli.demo_chat
+	$(BIN)/python -m minimind_cli.demos.chat
 
 test: lint types layers pytest
 

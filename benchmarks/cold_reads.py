@@ -19,9 +19,9 @@ from machine import describe_machine
 from page_cache import drop_pages
 from windows import make_dataset
 
-from minimind_data.shards import ShardSet
-from minimind_data.windows import open_windows
-from minimind_train.sampler import SampleOrder
+from minimind_data.dataset.shard_set import ShardSet
+from minimind_data.windows.opening import open_windows
+from minimind_train.order.sample_order import SampleOrder
 
 _SHARDS = 4
 

@@ -9,7 +9,8 @@ import argparse
 import json
 from pathlib import Path
 
-from minimind_data.tokenizer import ReferenceEncoder, load_tokenizer
+from minimind_data.tokenizer.backends import ReferenceEncoder
+from minimind_data.tokenizer.loading import load_tokenizer
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/engines.py TEXT.jsonl [--tokenizer DIR] [--cores N] [--rounds 3] [--repeat 1]
 
-minimind_data/engines.py gives a process four cores before it starts another. Here every run is told another number, in a
+minimind_data/build/engines.py gives a process four cores before it starts another. Here every run is told another number, in a
 process of its own where that constant is set before the command starts. Splits are made small enough that every process
 has several. All runs must write the same bytes. Memory is of a first run whose time does not count. Needs Linux.
 """
@@ -73,7 +73,7 @@ def main() -> None:
 def run_child(cores_per_process: int, arguments: list[str]) -> None:
     """Be `mm-data` with another number of cores for each process."""
     from minimind_cli import entry  # noqa: PLC0415 - only the child is the command
-    from minimind_data import engines  # noqa: PLC0415 - likewise
+    from minimind_data.build import engines  # noqa: PLC0415 - likewise
 
     engines.CORES_PER_PROCESS = cores_per_process  # what is measured
     sys.argv = ["mm-data", *arguments]

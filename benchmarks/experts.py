@@ -21,10 +21,10 @@ from machine import describe_machine
 from torch import Tensor
 
 from minimind_data.options import build
-from minimind_train import moe
-from minimind_train.model_config import ModelConfig
-from minimind_train.moe import MLP, Mixture
-from minimind_train.presets import PRESETS
+from minimind_train.model import moe
+from minimind_train.model.config import ModelConfig
+from minimind_train.model.moe import MLP, Mixture
+from minimind_train.model.presets import PRESETS
 
 Way = Callable[[Tensor], Tensor]
 

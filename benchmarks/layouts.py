@@ -23,17 +23,19 @@ import numpy as np
 import torch
 from machine import describe_machine
 
-from minimind_data.build import tokenize
+from minimind_data.build.pipeline import tokenize
+from minimind_data.build.plan import TokenizeOptions
+from minimind_data.dataset.format import IGNORED
+from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.options import build
-from minimind_data.plan import TokenizeOptions
-from minimind_data.shards import ShardSet
-from minimind_data.windows import IGNORED, Windows, open_windows
-from minimind_train import checkpoint
-from minimind_train.losses import summed_cross_entropy
-from minimind_train.metrics import FILE_NAME
-from minimind_train.model import MiniMind, ModelConfig
-from minimind_train.precision import autocast
-from minimind_train.pretrain import PretrainConfig, pretrain
+from minimind_data.windows.opening import Windows, open_windows
+from minimind_train.model.config import ModelConfig
+from minimind_train.model.precision import autocast
+from minimind_train.model.transformer import MiniMind
+from minimind_train.objectives.losses import summed_cross_entropy
+from minimind_train.run.phases import PretrainConfig, pretrain
+from minimind_train.run_folder import checkpoint
+from minimind_train.run_folder.metrics import FILE_NAME
 
 KINDS = (("pad", False), ("concat", False), ("concat", True), ("pack", False), ("pack", True))
 _EVALUATED = 16  # windows at a time

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from minimind_data.build import tokenize
-from minimind_data.plan import TokenizeOptions
-from minimind_data.shards import ShardSet
-from minimind_data.tokenizer import Tokenizer
+from minimind_data.build.pipeline import tokenize
+from minimind_data.build.plan import TokenizeOptions
+from minimind_data.dataset.shard_set import ShardSet
+from minimind_data.tokenizer.loading import Tokenizer
 
 _FRAME_TOKENS = 2
 _DOCUMENTS_AT_A_TIME = 4096

@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from minimind_train.permutation import Permutation
-from minimind_train.sampler import SampleOrder
+from minimind_train.order.permutation import Permutation
+from minimind_train.order.sample_order import SampleOrder
 
 BATCH = 256
 

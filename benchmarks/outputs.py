@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from minimind_data.format import MANIFEST_NAME
+from minimind_data.dataset.format import MANIFEST_NAME
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ import numpy as np
 from machine import describe_machine
 from numpy.typing import NDArray
 
-from minimind_data.format import IndexHeader, Manifest, ShardEntry, TokenizerInfo, index_bytes
-from minimind_data.pack_plan import open_plan
-from minimind_data.packing import best_fit
-from minimind_data.shards import ShardSet
+from minimind_data.dataset.format import IndexHeader, Manifest, ShardEntry, TokenizerInfo, index_bytes
+from minimind_data.dataset.shard_set import ShardSet
+from minimind_data.windows.best_fit import best_fit
+from minimind_data.windows.pack_plan import open_plan
 
 _SHARD_DOCUMENTS = 2_000_000
 _SAMPLED = 20_000

@@ -37,7 +37,7 @@ from machine import describe_machine
 from page_cache import drop_pages, share_in_cache
 from processes import CommandFailedError, Memory, hold_to_cores, timed, watched
 
-from minimind_data.tokenizer import DEFAULT_TOKENIZER, load_tokenizer
+from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER, load_tokenizer
 
 sys.path.insert(0, str(PEERS))
 from load_task import LoadTask

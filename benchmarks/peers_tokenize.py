@@ -36,7 +36,7 @@ from outputs import Comparison, Documents, Frame, compare
 from processes import CommandFailedError, Memory, hold_to_cores, timed, watched
 from tasks import Task, write_task
 
-from minimind_data.tokenizer import DEFAULT_TOKENIZER, load_tokenizer
+from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER, load_tokenizer
 
 _THREADS = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 

@@ -22,15 +22,15 @@ import torch
 from machine import describe_machine
 
 from minimind_data.options import build
-from minimind_train import checkpoint
-from minimind_train.checkpoint import CheckpointState
-from minimind_train.model import MiniMind, initialize
-from minimind_train.model_config import ModelConfig
-from minimind_train.objective import NextToken
-from minimind_train.optim import OptimConfig, make_optimizer
-from minimind_train.presets import PRESETS
-from minimind_train.saver import SaveConfig, Saver
-from minimind_train.tensors import tensors_of
+from minimind_train.model.config import ModelConfig
+from minimind_train.model.presets import PRESETS
+from minimind_train.model.transformer import MiniMind, initialize
+from minimind_train.objectives.objective import NextToken
+from minimind_train.run_folder import checkpoint
+from minimind_train.run_folder.checkpoint import CheckpointState
+from minimind_train.run_folder.saver import SaveConfig, Saver
+from minimind_train.run_folder.tensors import tensors_of
+from minimind_train.training.optim import OptimConfig, make_optimizer
 
 
 def main() -> None:

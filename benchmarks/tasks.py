@@ -5,7 +5,7 @@ from pathlib import Path
 
 from environments import PEERS
 
-from minimind_data.tokenizer import Tokenizer
+from minimind_data.tokenizer.loading import Tokenizer
 
 sys.path.insert(0, str(PEERS))
 from task import Task

@@ -22,8 +22,8 @@ from environments import PEERS
 from machine import describe_machine
 from tasks import write_task
 
-from minimind_data.cores import num_cores
-from minimind_data.tokenizer import load_tokenizer
+from minimind_data.system import num_cores
+from minimind_data.tokenizer.loading import load_tokenizer
 
 
 def run(command: list[str]) -> tuple[float, float]:

@@ -40,19 +40,20 @@ import numpy as np
 import torch
 from machine import describe_machine
 
-from minimind_data.build import tokenize
+from minimind_data.build.pipeline import tokenize
+from minimind_data.build.plan import TokenizeOptions
+from minimind_data.dataset.format import IGNORED
+from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.options import build
-from minimind_data.plan import TokenizeOptions
-from minimind_data.shards import ShardSet
-from minimind_data.windows import IGNORED, open_windows
-from minimind_train.layerwise import compile_layers
-from minimind_train.model import MiniMind, initialize
-from minimind_train.model_config import ModelConfig
-from minimind_train.objective import NextToken
-from minimind_train.optim import OptimConfig, learning_rate, make_optimizer
-from minimind_train.precision import allow_tf32, autocast, resolve_dtype
-from minimind_train.step import take_step
-from minimind_train.step_loader import StepBatch
+from minimind_data.windows.opening import open_windows
+from minimind_train.batches.steps import StepBatch
+from minimind_train.model.compiling import compile_layers
+from minimind_train.model.config import ModelConfig
+from minimind_train.model.precision import allow_tf32, autocast, resolve_dtype
+from minimind_train.model.transformer import MiniMind, initialize
+from minimind_train.objectives.objective import NextToken
+from minimind_train.training.optim import OptimConfig, learning_rate, make_optimizer
+from minimind_train.training.step import take_step
 
 _SHEET_TFLOPS = {
     # Dense, as their makers state them: in bf16 or fp16, in TF32.

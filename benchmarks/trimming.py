@@ -20,23 +20,24 @@ import torch
 from machine import describe_machine
 from numpy.typing import NDArray
 
-from minimind_data.build import tokenize
+from minimind_data.build.pipeline import tokenize
+from minimind_data.build.plan import TokenizeOptions
+from minimind_data.dataset.format import IGNORED
+from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.options import build
-from minimind_data.plan import TokenizeOptions
-from minimind_data.shards import ShardSet
-from minimind_data.windows import IGNORED, Windows, open_windows
-from minimind_train.model import MiniMind, initialize
-from minimind_train.model_config import ModelConfig
-from minimind_train.objective import NextToken, Objective
-from minimind_train.optim import OptimConfig, make_optimizer
-from minimind_train.parts import Samples
-from minimind_train.precision import autocast
-from minimind_train.preference import REFERENCE, Preference, PreferenceOptions, log_probs_of_pairs
-from minimind_train.reference import ReferencedWindows
-from minimind_train.sampler import SampleOrder
-from minimind_train.step import StepResult, take_step
-from minimind_train.step_loader import StepLoader
-from minimind_train.trimming import alike
+from minimind_data.windows.opening import Windows, open_windows
+from minimind_train.batches.samples import Samples
+from minimind_train.batches.steps import StepLoader
+from minimind_train.batches.trimming import alike
+from minimind_train.model.config import ModelConfig
+from minimind_train.model.precision import autocast
+from minimind_train.model.transformer import MiniMind, initialize
+from minimind_train.objectives.objective import NextToken, Objective
+from minimind_train.objectives.preference import REFERENCE, Preference, PreferenceOptions, log_probs_of_pairs
+from minimind_train.objectives.reference import ReferencedWindows
+from minimind_train.order.sample_order import SampleOrder
+from minimind_train.training.optim import OptimConfig, make_optimizer
+from minimind_train.training.step import StepResult, take_step
 
 _REFERENCED = 64
 

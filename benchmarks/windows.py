@@ -21,10 +21,11 @@ import numpy as np
 from machine import describe_machine
 from numpy.typing import NDArray
 
-from minimind_data.format import Manifest, ShardEntry, TokenizerInfo
-from minimind_data.shards import ShardSet
-from minimind_data.windows import Layout, open_windows
-from minimind_data.writer import ShardWriter
+from minimind_data.dataset.format import Manifest, ShardEntry, TokenizerInfo
+from minimind_data.dataset.shard_set import ShardSet
+from minimind_data.dataset.writer import ShardWriter
+from minimind_data.windows.base import Layout
+from minimind_data.windows.opening import open_windows
 
 _DOCUMENT_TOKENS = 300
 """The mean."""

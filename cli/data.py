@@ -11,24 +11,26 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from minimind_data.build import commit as commit_slices
-from minimind_data.build import tokenize as build_dataset
+from minimind_data.build.pipeline import commit as commit_slices
+from minimind_data.build.pipeline import tokenize as build_dataset
+from minimind_data.build.plan import TokenizeOptions
+from minimind_data.build.publish import Summary
+from minimind_data.dataset.format import SET_ASIDE_NAME, VALIDATION_NAME, Manifest
+from minimind_data.dataset.shard_set import ShardSet
+from minimind_data.dataset.verification import dataset_bytes
+from minimind_data.dataset.verification import verify as verify_dataset
 from minimind_data.errors import UserError
-from minimind_data.fields import RecordSpec
-from minimind_data.format import SET_ASIDE_NAME, VALIDATION_NAME, Manifest
-from minimind_data.manifests import Summary
-from minimind_data.plan import TokenizeOptions
-from minimind_data.progress import ByteProgress
-from minimind_data.reporting import Report, counted
-from minimind_data.shards import ShardSet
-from minimind_data.train_tokenizer import train_tokenizer as run_training
-from minimind_data.verify import dataset_bytes
-from minimind_data.verify import verify as verify_dataset
-from minimind_data.windows import Layout, LongDocuments
-from minimind_train.parts import data_of_run, place_of, read_sources, source_texts
-from minimind_train.permutation import MAX_SEED
+from minimind_data.inputs.spec import RecordSpec
+from minimind_data.inputs.splits import texts_of
+from minimind_data.reporting import ByteProgress, Report, counted
+from minimind_data.tokenizer.training import train_tokenizer as run_training
+from minimind_data.windows.base import Layout
+from minimind_data.windows.best_fit import LongDocuments
+from minimind_train.batches.datasets import data_of_run, read_sources, source_texts
+from minimind_train.batches.places import place_of
+from minimind_train.order.permutation import MAX_SEED
 
-from . import shards as shard_commands
+from . import rearrange
 from .options import Given, command, make_app, refuse_idle
 from .stats import stats
 from .window import window
@@ -150,7 +152,7 @@ def train_tokenizer(
 
     Byte pairs, with MiniMind's special tokens and chat template.
     """
-    size = run_training(inputs, out, vocab_size=vocab_size, records=records)
+    size = run_training(texts_of(inputs, records), out, vocab_size=vocab_size)
     print(f"{out}: {size:,} entries")
 
 
@@ -300,7 +302,7 @@ def _options_of_run(run: Path, position: int, *, excess: set[str]) -> dict[str, 
             "DIR" if name == "folders" else f"--{name.replace('_', '-')}" for name in sorted(excess)
         )
         raise typer.BadParameter(f"--run says all of the order; leave out {names}")
-    from minimind_train.runs import RunRecord  # noqa: PLC0415 - it imports torch, which takes seconds
+    from minimind_train.run_folder.record import RunRecord  # noqa: PLC0415 - it imports torch, which takes seconds
 
     record = RunRecord.read(run)
     return record.options | {"skip_positions": record.skip_positions_at(position)}
@@ -316,7 +318,7 @@ def _window_command(folder: Path, window: int, options: dict[str, Any]) -> str:
 
 
 command(app)(stats)
-shard_commands.register(app)
+rearrange.register(app)
 
 
 def _say(sentence: str) -> None:

@@ -8,13 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from minimind_data.page import DEFAULT_WINDOWS, check_page_place, write_page
-from minimind_data.progress import ByteProgress
-from minimind_data.reporting import counted
-from minimind_data.shards import ShardSet
-from minimind_data.stats import DEFAULT_SEQ_LENS
-from minimind_data.stats import stats as describe
-from minimind_data.tokenizer import load_tokenizer
+from minimind_data.dataset.shard_set import ShardSet
+from minimind_data.report.page import DEFAULT_WINDOWS, check_page_place, write_page
+from minimind_data.report.statistics import DEFAULT_SEQ_LENS
+from minimind_data.report.statistics import stats as describe
+from minimind_data.reporting import ByteProgress, counted
+from minimind_data.tokenizer.loading import load_tokenizer
 
 _BAR_COLUMNS = 28
 _MAX_ROWS = 24

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minimind_data.reporting import counted
-from minimind_train.presets import PRESETS
+from minimind_train.model.presets import PRESETS
 
-from .chat import talk
 from .options import Given, as_defaults, command, is_typed, make_app, plain, refuse_idle
+from .talk import talk
 
 if TYPE_CHECKING:
-    from minimind_train.config import DataConfig
-    from minimind_train.phase import Phase
+    from minimind_train.run.options import DataConfig
+    from minimind_train.run.phase import Phase
 
 _FIRST = (
     *("shards", "run", "go_on", "allow_change", "_preset", "_config", "from_weight", "from_step"),
@@ -35,7 +35,7 @@ _FIRST = (
 
 def _pretrain(app: typer.Typer) -> None:
     """Train a model, or go on with a stopped run."""
-    from minimind_train.pretrain import PRETRAIN
+    from minimind_train.run.phases import PRETRAIN
 
     _register_phase(app, PRETRAIN, _pretrain.__doc__)
 
@@ -52,7 +52,7 @@ def _use_preset(context: typer.Context, name: str | None) -> str | None:
 def _config_option(phase: "Phase[Any]") -> Any:
     """Return the option whose file's options are the defaults of the command line, and count as given."""
     from minimind_data.options import leaves
-    from minimind_train.description import read_description
+    from minimind_train.run.toml import read_description
 
     names = [name for name, _, _ in leaves(phase.config)]
 
@@ -82,7 +82,7 @@ def _sft(app: typer.Typer) -> None:
 
     Supervised fine-tuning; with --resume, go on with a stopped run.
     """
-    from minimind_train.sft import SFT
+    from minimind_train.run.phases import SFT
 
     _register_phase(app, SFT, _sft.__doc__)
 
@@ -92,7 +92,7 @@ def _dpo(app: typer.Typer) -> None:
 
     Direct preference optimization; with --resume, go on with a stopped run.
     """
-    from minimind_train.dpo import DPO
+    from minimind_train.run.phases import DPO
 
     _register_phase(app, DPO, _dpo.__doc__)
 
@@ -100,8 +100,8 @@ def _dpo(app: typer.Typer) -> None:
 def _register_phase(app: typer.Typer, phase: "Phase[Any]", help_text: str | None) -> None:
     """Make the command of a kind of training: its options as flags, and what goes with `--resume`."""
     from minimind_data.options import flatten
-    from minimind_train.config import WEIGHTS, changeable
-    from minimind_train.job import begin, resume
+    from minimind_train.run.entry import begin, resume
+    from minimind_train.run.reconcile import WEIGHTS, changeable
 
     def run_command(
         config: Any,
@@ -177,7 +177,7 @@ def _refuse_in_a_new_run(data: "DataConfig", allowed: set[str], given: Given) ->
     Raises:
         typer.BadParameter: it is there.
     """
-    from minimind_train.config import NEEDS_SEQUENTIAL
+    from minimind_train.run.options import NEEDS_SEQUENTIAL
 
     if allowed:
         raise typer.BadParameter("--allow-change goes with --resume; a new run has no options to differ from")
@@ -196,11 +196,11 @@ def _checkpoint_option(parse: Callable[[str], Any]) -> Any:
 
 def _generate(app: typer.Typer) -> None:
     """Print what a trained model writes, or talk with it."""
-    from minimind_train.completion import complete
-    from minimind_train.conversation import Conversation
-    from minimind_train.generate import GenerateOptions
-    from minimind_train.model_config import RopeScaling
-    from minimind_train.trained import parse_step
+    from minimind_train.generation.completion import complete
+    from minimind_train.generation.conversation import Conversation
+    from minimind_train.generation.sampling import GenerateOptions
+    from minimind_train.model.config import RopeScaling
+    from minimind_train.run_folder.choice import parse_step
 
     def run_command(
         run: Annotated[Path, typer.Option(help="Folder of the run, or a Hugging Face folder.")],
@@ -244,11 +244,11 @@ def _generate(app: typer.Typer) -> None:
 
 def _eval(app: typer.Typer) -> None:
     """Measure a model on a dataset: loss, perplexity, bits a byte."""
-    from minimind_data.windows import Layout
-    from minimind_train.model_config import RopeScaling
-    from minimind_train.precision import Dtype
-    from minimind_train.run_evaluation import evaluate_run
-    from minimind_train.trained import parse_step
+    from minimind_data.windows.base import Layout
+    from minimind_train.model.config import RopeScaling
+    from minimind_train.model.precision import Dtype
+    from minimind_train.run.evaluation import evaluate_run
+    from minimind_train.run_folder.choice import parse_step
 
     def run_command(
         run: Annotated[Path, typer.Option(help="Folder of the run, or a Hugging Face folder.")],
@@ -305,8 +305,8 @@ def _eval(app: typer.Typer) -> None:
 
 def _export(app: typer.Typer) -> None:
     """Write a model as transformers, peft or MiniMind open it."""
-    from minimind_train.export import Target, WeightDtype, export
-    from minimind_train.trained import parse_step
+    from minimind_train.run_folder.choice import parse_step
+    from minimind_train.weights.exporting import Target, WeightDtype, export
 
     def run_command(
         run: Annotated[Path, typer.Option(help="Folder of the run.")],
@@ -332,7 +332,7 @@ def _export(app: typer.Typer) -> None:
 
 def _plot(app: typer.Typer) -> None:
     """Draw the curves of runs: a page of HTML, or a picture."""
-    from minimind_train.plot import Axis, draw
+    from minimind_train.run_folder.plot import Axis, draw
 
     def run_command(
         runs: Annotated[

@@ -11,12 +11,15 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from minimind_data.dataset.format import IGNORED
+from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
-from minimind_data.pieces import Pieces, cells_of, pieces_of
 from minimind_data.reporting import counted
-from minimind_data.shards import ShardSet
-from minimind_data.tokenizer import load_tokenizer
-from minimind_data.windows import IGNORED, Layout, LongDocuments, open_windows
+from minimind_data.tokenizer.loading import load_tokenizer
+from minimind_data.tokenizer.pieces import Pieces, cells_of, pieces_of
+from minimind_data.windows.base import Layout
+from minimind_data.windows.best_fit import LongDocuments
+from minimind_data.windows.opening import open_windows
 
 from .options import Given, refuse_idle
 

@@ -1,14 +1,16 @@
 """What is on disk: text to shards, shards to windows. Never imports torch.
 
-The names below are the public reading side. Making datasets is `minimind_data.build.tokenize`.
+The names below are the public reading side. Making datasets is `minimind_data.build.pipeline.tokenize`.
 """
 
+from minimind_data.dataset.format import IGNORED, FormatError, Manifest
+from minimind_data.dataset.shard_set import ShardSet
+from minimind_data.dataset.writer import ShardWriter
 from minimind_data.errors import UserError
-from minimind_data.format import FormatError, Manifest
-from minimind_data.segments import Segments
-from minimind_data.shards import ShardSet
-from minimind_data.windows import IGNORED, Layout, LongDocuments, Windows, open_windows
-from minimind_data.writer import ShardWriter
+from minimind_data.windows.base import Layout
+from minimind_data.windows.best_fit import LongDocuments
+from minimind_data.windows.opening import Windows, open_windows
+from minimind_data.windows.segments import Segments
 
 __all__ = [
     "IGNORED",

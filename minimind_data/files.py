@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import os
-import resource
 import secrets
 import shutil
 from collections.abc import Container, Iterator
@@ -23,6 +22,7 @@ from minimind_data.errors import UserError
 from minimind_data.reporting import Announce
 
 PARTIAL_SUFFIX = ".partial"
+
 _HASH_BLOCK_BYTES = 4 * 2**20
 
 
@@ -96,19 +96,6 @@ def user_error_on_full_disk(folder: Path) -> Iterator[None]:
         raise UserError(
             f"{folder}: {what}; what was whole before stays, so {remedy} and run the same command again"
         ) from None
-
-
-def allow_open_files(count: int) -> None:
-    """Raise this process's limit of open files to `count` and some more, as far as the system lets it.
-
-    A memory map keeps its file open, and the limit is often 1,024 where thousands are allowed to whoever asks.
-    """
-    wanted = count + 256
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit that it does not tell
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def sha256_of(path: Path) -> str:

@@ -11,9 +11,9 @@ import torch
 from typer.testing import CliRunner
 
 from minimind_cli import data
-from minimind_data.build import tokenize
-from minimind_data.plan import TokenizeOptions
-from minimind_data.tokenizer import DEFAULT_TOKENIZER
+from minimind_data.build.pipeline import tokenize
+from minimind_data.build.plan import TokenizeOptions
+from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
 
 ROOT = Path(__file__).parent.parent
 LOOPS = (ROOT / "docs" / "loops.md").read_text(encoding="utf-8")

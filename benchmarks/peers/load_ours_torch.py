@@ -7,7 +7,7 @@ from load_task import LoadTask, run
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from minimind_train.loader import ResumableBatchSampler, WindowDataset
+from minimind_train.batches.torch_loader import ResumableBatchSampler, WindowDataset
 
 
 def batches(task: LoadTask, start: int) -> Iterator[tuple[Tensor, Tensor]]:

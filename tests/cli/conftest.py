@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 
 from minimind_cli import data
 from minimind_cli.train import make
-from minimind_data.build import TokenizeOptions, tokenize
+from minimind_data.build.pipeline import tokenize
+from minimind_data.build.plan import TokenizeOptions
 
 TINY = [
     *("--seq-len", "32", "--hidden-size", "16", "--num-hidden-layers", "1", "--num-attention-heads", "2"),

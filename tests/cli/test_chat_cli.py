@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from minimind_data.build import TokenizeOptions, tokenize
+from minimind_data.build.pipeline import tokenize
+from minimind_data.build.plan import TokenizeOptions
 
 from .conftest import TINY, mm_train
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from minimind_data import writer
+from minimind_data.dataset import writer
 from minimind_data.options import format_size, parse_size
 
 from .conftest import mm_data

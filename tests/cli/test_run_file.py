@@ -6,12 +6,10 @@ import tomllib
 import pytest
 
 from minimind_data.options import build, flatten, leaves
-from minimind_train import checkpoint
-from minimind_train.description import describe, read_description
-from minimind_train.dpo import DpoConfig
-from minimind_train.pretrain import PretrainConfig
-from minimind_train.runs import Change, RunRecord
-from minimind_train.sft import SftConfig
+from minimind_train.run.phases import DpoConfig, PretrainConfig, SftConfig
+from minimind_train.run.toml import describe, read_description
+from minimind_train.run_folder import checkpoint
+from minimind_train.run_folder.record import Change, RunRecord
 
 from .conftest import TINY, mm_train
 

@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from minimind_cli.data import app
-from minimind_data.build import tokenize
-from minimind_data.plan import TokenizeOptions
+from minimind_data.build.pipeline import tokenize
+from minimind_data.build.plan import TokenizeOptions
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample.jsonl"
 

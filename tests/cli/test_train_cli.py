@@ -12,10 +12,10 @@ import torch
 from typer.testing import CliRunner
 
 from minimind_cli import data
-from minimind_data.shards import ShardSet
-from minimind_data.windows import open_windows
-from minimind_train.objective import NextToken
-from minimind_train.sampler import SampleOrder
+from minimind_data.dataset.shard_set import ShardSet
+from minimind_data.windows.opening import open_windows
+from minimind_train.objectives.objective import NextToken
+from minimind_train.order.sample_order import SampleOrder
 
 from .conftest import TINY, mm_train
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from minimind_data.chat import DEFAULT_TOKENIZER
+from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
 
 CHATML = """{%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\\n' + (message.content or '') + '<|im_end|>' + '\\n' }}

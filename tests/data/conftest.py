@@ -11,13 +11,20 @@ import numpy as np
 import pytest
 import tokenizers
 
-from minimind_data.convert import ConvertOptions, ConvertSummary, convert
-from minimind_data.format import InputEntry, Manifest, ShardEntry, TokenizerInfo, dtype_for, numpy_dtype
+from minimind_data.build.plan import TokenizeOptions
+from minimind_data.dataset.format import (
+    InputEntry,
+    Manifest,
+    ShardEntry,
+    TokenizerInfo,
+    dtype_for,
+    numpy_dtype,
+)
+from minimind_data.dataset.shard_set import ShardSet
+from minimind_data.dataset.verification import verify
+from minimind_data.dataset.writer import ShardWriter
+from minimind_data.interchange.conversion import ConvertOptions, ConvertSummary, convert
 from minimind_data.options import build
-from minimind_data.plan import TokenizeOptions
-from minimind_data.shards import ShardSet
-from minimind_data.verify import verify
-from minimind_data.writer import ShardWriter
 
 BOS, EOS, PAD = 1, 2, 0
 TEXTS = [
@@ -31,7 +38,8 @@ TEXTS = [
 CRASHING = """
 import os, sys
 from pathlib import Path
-from minimind_data.build import TokenizeOptions, tokenize
+from minimind_data.build.plan import TokenizeOptions
+from minimind_data.build.pipeline import tokenize
 
 paths, crash_at = [Path(path) for path in sys.argv[1:-1]], int(sys.argv[-1])
 calls = 0

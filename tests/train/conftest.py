@@ -11,15 +11,16 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from minimind_data.build import TokenizeOptions, tokenize
-from minimind_data.format import InputEntry, Manifest, ShardEntry, TokenizerInfo
+from minimind_data.build.pipeline import tokenize
+from minimind_data.build.plan import TokenizeOptions
+from minimind_data.dataset.format import InputEntry, Manifest, ShardEntry, TokenizerInfo
+from minimind_data.dataset.writer import ShardWriter
 from minimind_data.options import build
-from minimind_data.writer import ShardWriter
-from minimind_train import checkpoint
-from minimind_train.metrics import FILE_NAME
-from minimind_train.model_config import ModelConfig
-from minimind_train.pretrain import PretrainConfig, pretrain
-from minimind_train.runs import RunRecord
+from minimind_train.model.config import ModelConfig
+from minimind_train.run.phases import PretrainConfig, pretrain
+from minimind_train.run_folder import checkpoint
+from minimind_train.run_folder.metrics import FILE_NAME
+from minimind_train.run_folder.record import RunRecord
 
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _SHARDS = (30, 34)

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 _PRELOADED = [
-    "minimind_train.pretrain",
+    "minimind_train.run.phases",
     "torch._dynamo",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
@@ -20,7 +20,7 @@ _PRELOADED = [
 _PRELUDE = """
 import os, pickle, sys, traceback
 import torch, torch.distributed as dist
-from minimind_train.distributed import Place, World, process_group
+from minimind_train.parallel.world import Place, World, process_group
 
 def leave():  # as one who is killed, but for what it has told
     with open(f"{meeting}.{rank}", "wb") as file:

@@ -1,0 +1,126 @@
+"""The commands of mm-data that make datasets out of datasets: convert, merge, shuffle."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Self
+
+import typer
+
+from minimind_data.dataset.format import Manifest
+from minimind_data.dataset.merging import MergeOptions
+from minimind_data.dataset.merging import merge as merge_datasets
+from minimind_data.dataset.shuffling import ShuffleOptions
+from minimind_data.dataset.shuffling import shuffle as shuffle_dataset
+from minimind_data.interchange.conversion import FORMAT_NAMES, ConvertOptions, ConvertSummary
+from minimind_data.interchange.conversion import convert as convert_dataset
+from minimind_data.interchange.formats import SHARDS
+from minimind_data.reporting import ByteProgress, counted
+
+from .options import command
+
+_FORMATS = ", ".join(FORMAT_NAMES)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to an application."""
+    for function in (convert, merge, shuffle):
+        command(app)(function)
+
+
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="A dataset, or token files of another project.", readable=False
+        ),
+    ],
+    options: ConvertOptions,
+    source_format: Annotated[
+        str, typer.Option("--from", metavar="FORMAT", help="Its format; auto looks at what is in it.")
+    ] = "auto",
+    target_format: Annotated[
+        str, typer.Option("--to", metavar="FORMAT", help=f"What to make: {_FORMATS}.")
+    ] = SHARDS,
+) -> None:
+    """Turn other projects' token files into a dataset, or back."""
+    with _Bar("convert") as bar:
+        summary = convert_dataset(
+            source, options, source_format=source_format, target_format=target_format, progress=bar.start
+        )
+    _print_summary(options.out, summary)
+
+
+def merge(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR", help="Datasets of one tokenizer, in the order of the result.", readable=False
+        ),
+    ],
+    options: MergeOptions,
+) -> None:
+    """Put datasets together.
+
+    Shards are linked where they can be.
+    """
+    with _Bar("merge") as bar:
+        manifest = merge_datasets(folders, options, progress=bar.start)
+    _print_made(options.out, manifest)
+
+
+def shuffle(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the dataset.", readable=False)],
+    options: ShuffleOptions,
+) -> None:
+    """Put documents into a random order, decided by a seed."""
+    with _Bar("shuffle") as bar:
+        manifest = shuffle_dataset(folder, options, progress=bar.start)
+    _print_made(options.out, manifest)
+
+
+class _Bar:
+    """A progress bar that begins when the work knows its size."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._bar: ByteProgress | None = None
+
+    def start(self, num_bytes: int) -> Callable[[int, int], None]:
+        self._bar = ByteProgress(self._title, num_bytes, "tokens")
+        return self._bar.add
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _print_made(out: Path, manifest: Manifest) -> None:
+    print(
+        f"{out}: {counted(manifest.num_documents, 'document')}, {counted(manifest.num_tokens, 'token')} in "
+        f"{counted(len(manifest.shards), 'shard')} ({manifest.dtype})"
+    )
+    print(f"  fingerprint  {manifest.fingerprint[:16]}…")
+
+
+def _print_summary(out: Path, summary: ConvertSummary) -> None:
+    kind = summary.source_format if summary.target_format == SHARDS else summary.target_format
+    made = "shard" if summary.target_format == SHARDS else "file"
+    print(
+        f"{out}: {counted(summary.documents, 'document')}, {counted(summary.tokens, 'token')} in "
+        f"{counted(summary.files, made)} ({summary.source_format} to {summary.target_format})"
+    )
+    if summary.separator_id is not None:
+        print(f"  cut          at every id {summary.separator_id}")
+    if summary.bos_added or summary.eos_added:
+        print(
+            f"  framed       {counted(summary.bos_added, 'document')} came without BOS, {summary.eos_added:,} without EOS; added"
+        )
+    if summary.empty:
+        print(f"  left out     {counted(summary.empty, 'document')} without a token of their own")
+    if summary.divided:
+        print(
+            f"  divided      {counted(summary.divided, 'document')} with the dividing id inside; readers of {kind} take each for several"
+        )

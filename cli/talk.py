@@ -1,0 +1,87 @@
+"""Talking with a model in the terminal, or through a pipe: one line, one turn.
+
+In a terminal Ctrl-C stops an answer and Ctrl-D leaves; through a pipe each line of standard input is answered on standard output.
+"""
+
+import contextlib
+import io
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from minimind_data.errors import UserError
+
+if TYPE_CHECKING:
+    from minimind_train.generation.conversation import Conversation
+
+_PROMPT = "> "
+_COMMANDS = "/clear begins anew, Ctrl-C stops an answer, Ctrl-D or /exit leaves"
+
+
+def talk(conversation: "Conversation", prompt: str | None) -> None:
+    """Answer `prompt`, or what comes on standard input until it ends.
+
+    Raises:
+        UserError: a line of a pipe cannot be asked; a terminal is told and asked again.
+    """
+    if prompt is not None:
+        _say(conversation, prompt)
+    elif sys.stdin.isatty():
+        _in_terminal(conversation)
+    else:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(
+                errors="surrogateescape"
+            )  # what is no text is told by the line that it stands in
+        for number, line in enumerate(sys.stdin, 1):
+            try:
+                if line.strip() and not _obeyed(conversation, line):
+                    _say(conversation, line.rstrip("\r\n"))
+            except UserError as error:
+                raise UserError(f"line {number} of standard input: {error}") from None
+
+
+def _in_terminal(conversation: "Conversation") -> None:
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401, PLC0415 - to be there is enough: `input` then edits lines and remembers them
+    print(_COMMANDS, file=sys.stderr)
+    for line in _lines():
+        if not line.strip():
+            continue
+        if line.strip() == "/exit":
+            return
+        if _obeyed(conversation, line):
+            print("(a new conversation)", file=sys.stderr)
+            continue
+        try:
+            _say(conversation, line)
+        except KeyboardInterrupt:
+            print(" …")
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+        print()
+
+
+def _lines() -> Iterator[str]:
+    """Yield what is typed, line by line; Ctrl-C takes back what was begun."""
+    while True:
+        try:
+            yield input(_PROMPT)
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            print()
+            return
+
+
+def _obeyed(conversation: "Conversation", line: str) -> bool:
+    if line.strip() != "/clear":
+        return False
+    conversation.clear()
+    return True
+
+
+def _say(conversation: "Conversation", text: str) -> None:
+    for piece in conversation.answer(text):
+        print(piece, end="", flush=True)
+    print(flush=True)

@@ -1,0 +1,254 @@
+"""What a build is to make: its options, the splits and their names, and what must stay the same.
+
+Everything here follows from the inputs and the options alone, so any number of machines plan the same build.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from minimind_data.build.split import SplitTask
+from minimind_data.chat.guard import control_tokens, normalizes_control
+from minimind_data.chat.marks import TurnMarks, find_marks
+from minimind_data.chat.rendering import ChatOptions, ChatSpec
+from minimind_data.chat.template import ChatTemplate
+from minimind_data.dataset.format import CONFIG_NAME, Kind
+from minimind_data.dataset.staging import unique_names
+from minimind_data.errors import UserError
+from minimind_data.files import sha256_of_bytes
+from minimind_data.inputs.sources import Format, Source
+from minimind_data.inputs.spec import RecordSpec
+from minimind_data.inputs.splits import open_reader, plan_splits
+from minimind_data.options import parse_size
+from minimind_data.tokenizer.backends import Backend
+from minimind_data.tokenizer.loading import Tokenizer
+
+_MIN_SPLIT_BYTES = 1024
+
+_SAMPLE_PLACES = 4
+
+_SAMPLE_TEXTS_PER_PLACE = 8
+
+_SAMPLE_MAX_CHARS = 2**14
+
+
+def parse_slice(text: str | tuple[int, int]) -> tuple[int, int]:
+    """Read I/N: the I-th of N slices, from 1.
+
+    Raises:
+        ValueError: the text is no such thing.
+    """
+    if isinstance(text, tuple):
+        return text
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ValueError(f"{text!r} is no slice; write I/N, such as 1/8 to 8/8")
+    return int(number), int(count)
+
+
+def parse_fraction(text: str | float) -> float:
+    """Read a number from 0 to below 1.
+
+    Raises:
+        ValueError: the text is no such number.
+    """
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = -1.0
+    if not 0 <= fraction < 1:
+        raise ValueError(f"{text!r} is no fraction; write one from 0 to below 1, such as 0.01")
+    return fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeOptions:
+    """How text becomes shards."""
+
+    out: Annotated[Path, "Folder of the dataset."] = Path("data")
+    tokenizer: Annotated[
+        Path | None, "A tokenizer.json or its folder; by default the one that ships with this program."
+    ] = None
+    kind: Annotated[
+        Kind,
+        "What the records are: texts (pretrain), conversations (sft), or pairs of them, chosen and rejected (dpo).",
+    ] = "pretrain"
+    format: Annotated[Format, "Form of the inputs; auto tells it by content and name."] = "auto"
+    records: RecordSpec = field(default_factory=RecordSpec)
+    chat: ChatOptions = field(default_factory=ChatOptions)
+    val_fraction: Annotated[
+        float, "Share of the documents, chosen by a hash of their text, that goes to DIR/val.", parse_fraction
+    ] = 0.0
+    dedup: Annotated[Literal["none", "exact"], "Keep only the first of documents with the same text."] = (
+        "none"
+    )
+    workers: Annotated[int, "Cores to keep busy, of the whole cluster with --engine ray; 0 takes all."] = 0
+    split_bytes: Annotated[int, "Bytes of input that make one shard.", parse_size] = 64 * 2**20
+    engine: Annotated[
+        Literal["local", "ray"], "Where the work runs: here, or on the Ray cluster of RAY_ADDRESS."
+    ] = "local"
+    task: Annotated[
+        tuple[int, int] | None, "Make only the I-th of N slices; `mm-data commit` joins them.", parse_slice
+    ] = None
+    on_bad_record: Annotated[
+        Literal["stop", "set-aside"], "Stop at a bad record, or put it into a file and go on."
+    ] = "stop"
+    on_removed_input: Annotated[
+        Literal["stop", "drop"],
+        "Stop where a dataset has inputs that are not named now, or drop their documents.",
+    ] = "stop"
+    backend: Annotated[Backend, "Encoder; auto takes the fastest that proves exact."] = "auto"
+    bos_token: Annotated[str | None, "Token before each text, if tokenizer_config.json does not say."] = None
+    eos_token: Annotated[str | None, "Token behind each text, likewise."] = None
+    pad_token: Annotated[str | None, "Token that fills windows, likewise."] = None
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ValueError(f"workers must be 0 (all cores) or more, not {self.workers}")
+        if self.split_bytes < _MIN_SPLIT_BYTES:
+            raise ValueError(f"split_bytes must be at least {_MIN_SPLIT_BYTES}, not {self.split_bytes}")
+        parse_fraction(self.val_fraction)
+        if self.records.separator is not None and self.format in ("jsonl", "parquet"):
+            raise ValueError(f"separator is for text, it does nothing with format {self.format}")
+        self._check_kind()
+
+    def _check_kind(self) -> None:
+        if self.kind == "pretrain":
+            if self.chat.shaping != ChatOptions().shaping:
+                raise ValueError(
+                    "allow_special_in_content, empty_think_ratio and chat_date are for conversations; they do nothing with "
+                    "kind pretrain"
+                )
+            return
+        plain = RecordSpec(max_word_chars=self.records.max_word_chars)
+        if self.records != plain:
+            raise ValueError(
+                f"field, template and separator are for texts; kind {self.kind} has fields of its own"
+            )
+        if self.format == "text":
+            raise ValueError(f"kind {self.kind} reads JSON lines and Parquet, not text")
+
+
+def plan_tasks(sources: Sequence[Source], options: TokenizeOptions) -> list[SplitTask]:
+    """Name every split of every source: by the source's name, numbered where two share one."""
+    prefixes = unique_names([source.stem for source in sources])
+    planned = plan_splits(sources, options.split_bytes, options.records, options.kind)
+    return [
+        SplitTask(name=f"{prefix}-{index:05d}", input=number, split=split)
+        for number, (prefix, splits) in enumerate(zip(prefixes, planned, strict=True))
+        for index, split in enumerate(splits)
+    ]
+
+
+def idle_options(sources: Sequence[Source], records: RecordSpec) -> list[str]:
+    """Say which options do nothing, being for a form that no input has."""
+    forms = {source.form for source in sources}
+    if forms == {"text"} and (records.template, records.field) != (None, RecordSpec().field):
+        name = "--field" if records.template is None else "--template"
+        return [f"{name} does nothing: it is for records, and every input is plain text"]
+    if "text" not in forms and records.separator is not None:
+        return ["--separator does nothing: it is for plain text, and no input is that"]
+    return []
+
+
+def slice_of(tasks: list[SplitTask], part: tuple[int, int] | None) -> list[SplitTask]:
+    """Return the tasks of one slice, every N-th; all where there are no slices."""
+    return tasks if part is None else tasks[part[0] - 1 :: part[1]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """What a build needs to know of conversations."""
+
+    template: ChatTemplate | None
+    """The tokenizer's, which travels with every dataset."""
+    spec: ChatSpec | None = None
+    marks: TurnMarks | None = None
+
+
+def chat_of(options: TokenizeOptions, tokenizer: Tokenizer, template: ChatTemplate | None) -> Chat:
+    """Return how conversations are rendered, and where what is learned of them stands.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or one that does not tell.
+    """
+    kind = options.kind
+    if kind == "pretrain":
+        return Chat(template=template)
+    if template is None:
+        raise UserError(
+            f"{options.tokenizer}: no chat template, neither in chat_template.jinja nor in {CONFIG_NAME}; name a file with one "
+            "by --chat-template"
+        )
+    if template.is_dated and options.chat.chat_date is None:
+        raise UserError(
+            "the chat template writes today's date, and a dataset must not depend on the day; pass --chat-date YYYY-MM-DD"
+        )
+    spec = ChatSpec(
+        kind=kind,
+        template=template,
+        control_tokens=() if options.chat.allow_special_in_content else control_tokens(tokenizer),
+        guards_all=normalizes_control(tokenizer),
+        empty_think_ratio=options.chat.empty_think_ratio,
+        today=options.chat.chat_date,
+    )
+    return Chat(template=template, spec=spec, marks=find_marks(tokenizer, template))
+
+
+def check_forms(sources: Sequence[Source], options: TokenizeOptions) -> None:
+    """Check that conversations come as JSON lines or in Parquet.
+
+    Raises:
+        UserError: a source is something else.
+    """
+    for source in sources:
+        if options.kind != "pretrain" and source.form == "text":
+            raise UserError(
+                f"{source.name}: is text, where --kind {options.kind} reads JSON lines and Parquet; write its conversations as such"
+            )
+
+
+def settings_of(options: TokenizeOptions, tokenizer: Tokenizer, chat: Chat) -> dict[str, Any]:
+    """Return what decides the bytes of the dataset besides its inputs."""
+    shaping = asdict(options.records)
+    if chat.spec is not None:
+        template = chat.spec.template.config_json.encode()
+        shaping = {
+            "max_word_chars": options.records.max_word_chars,
+            "chat_template_sha256": sha256_of_bytes(template),
+            **options.chat.shaping,
+        }
+    return {
+        "kind": options.kind,
+        "tokenizer": asdict(tokenizer.info),
+        "options": {
+            **shaping,
+            "format": options.format,
+            "split_bytes": options.split_bytes,
+            "val_fraction": options.val_fraction,
+            "dedup": options.dedup,
+        },
+    }
+
+
+def flat_settings(kind: str, tokenizer: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a dataset under the names that a comparison shows."""
+    return {"kind": kind, **{f"tokenizer {name}": value for name, value in tokenizer.items()}, **options}
+
+
+def sample_texts(tasks: list[SplitTask], options: TokenizeOptions, chat: ChatSpec | None) -> list[str]:
+    """Return some short texts from a few places of the input; bad records are not this function's business."""
+    texts: list[str] = []
+    step = max(1, len(tasks) // _SAMPLE_PLACES)
+    for task in tasks[::step][:_SAMPLE_PLACES]:
+        split = task.split
+        if split.source.form == "jsonl" and split.source.compression is None:
+            split = replace(split, stop=min(split.stop, split.start + _SAMPLE_MAX_CHARS))
+        found: list[str] = []
+        for block in open_reader(split, options.records, chat).blocks():
+            found += block.texts
+            if len(found) >= _SAMPLE_TEXTS_PER_PLACE:
+                break
+        texts += [text[:_SAMPLE_MAX_CHARS] for text in found[:_SAMPLE_TEXTS_PER_PLACE]]
+    return texts

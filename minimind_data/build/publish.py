@@ -1,0 +1,184 @@
+"""From the results of all splits to a finished dataset: its manifest, that of its validation part, and the file of bad records.
+
+`assemble` makes them in memory, `publish` writes them with the manifest last, `restore` puts back what a finished dataset has lost. The result that
+`build.tokenize` returns, `Summary`, is here too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import orjson
+
+from minimind_data.build.reuse import FinishedDataset, entries_of, first_lines
+from minimind_data.build.split import SplitResult, SplitTask, set_aside_path
+from minimind_data.build.work import WorkFolder
+from minimind_data.dataset.format import (
+    CONFIG_NAME,
+    MANIFEST_NAME,
+    REMAKE_ALL,
+    SET_ASIDE_NAME,
+    TOKENIZER_NAME,
+    InputEntry,
+    Manifest,
+    dtype_for,
+)
+from minimind_data.errors import UserError
+from minimind_data.files import sha256_of, sha256_of_bytes, write_atomic
+from minimind_data.reporting import Announce
+from minimind_data.tokenizer.backends import Choice
+from minimind_data.tokenizer.loading import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a build's dataset says of itself."""
+
+    manifest: Manifest
+    validation: Manifest | None
+    set_aside: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a build did."""
+
+    manifest: Manifest | None
+    """None where only a slice was made."""
+    validation: Manifest | None
+    """Manifest of the validation part; None where there is none."""
+    already_done: bool
+    """The dataset was there, made from the same inputs with the same settings."""
+    kept_shards: int
+    """Shards that an earlier run had made."""
+    made_shards: int
+    input_bytes: int
+    """Stored size of the splits that were made in this run."""
+    seconds: float
+    backend: Choice | None
+    compared: int
+    """Documents whose ids were compared with the reference's in this run."""
+    differences: tuple[str, ...]
+    """Where the fast backend differed from the reference, which then did the work."""
+
+
+def assemble(
+    work: WorkFolder,
+    settings: dict[str, Any],
+    tokenizer: Tokenizer,
+    inputs: tuple[InputEntry, ...],
+    splits: Sequence[tuple[SplitTask, SplitResult]],
+    *,
+    config_json: str | None,
+    previous: FinishedDataset | None,
+) -> Outcome:
+    """Put the results of all splits together, in order.
+
+    Raises:
+        UserError: no split holds a document.
+    """
+    tasks, results = [task for task, _ in splits], [result for _, result in splits]
+    shards, val_shards = entries_of(tasks, results)
+    if not shards:
+        raise UserError(f"{inputs[0].path}: no record with any text in it; there is nothing to tokenize")
+    set_aside = _bad_records(work, tasks, results, previous)
+    manifest = Manifest(
+        kind=settings["kind"],
+        dtype=dtype_for(tokenizer.info.vocab_size),
+        tokenizer=tokenizer.info,
+        options=settings["options"],
+        inputs=inputs,
+        shards=shards,
+        empty_texts=sum(result.empty_texts for result in results),
+        set_aside=sum(result.set_aside for result in results),
+        duplicates=sum(result.duplicates for result in results),
+        set_aside_sha256=sha256_of_bytes(set_aside) if set_aside else None,
+        tokenizer_config_sha256=None if config_json is None else sha256_of_bytes(config_json.encode()),
+    )
+    validation = replace(
+        manifest,
+        options={**manifest.options, "part": "validation"},
+        shards=val_shards,
+        empty_texts=0,
+        set_aside=0,
+        duplicates=0,
+        set_aside_sha256=None,
+    )
+    return Outcome(manifest=manifest, validation=validation if val_shards else None, set_aside=set_aside)
+
+
+def _bad_records(
+    work: WorkFolder,
+    tasks: Sequence[SplitTask],
+    results: Sequence[SplitResult],
+    previous: FinishedDataset | None,
+) -> bytes:
+    """Return the bad records of all splits as JSON lines, their numbers counted from the first line of the file."""
+    lines: list[bytes] = []
+    for task, result, first_line in zip(tasks, results, first_lines(tasks, results), strict=True):
+        if not result.set_aside:
+            continue
+        path = set_aside_path(work.path, task.name)
+        if path.exists():
+            records = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+        else:
+            assert previous is not None
+            records = previous.bad_records(task, result)
+        for record in records:
+            if task.split.more:
+                entry = {**record, "path": task.split.sources[record["line"] - 1].name, "line": 1}
+            else:
+                entry = {**record, "path": task.split.path, "line": record["line"] + first_line}
+            lines.append(orjson.dumps({"path": entry.pop("path"), **entry}, option=orjson.OPT_APPEND_NEWLINE))
+    return b"".join(lines)
+
+
+def publish(work: WorkFolder, outcome: Outcome, tokenizer_json: str, config_json: str | None) -> None:
+    """Make a dataset of the shards in a folder, and remove what only its building needed."""
+    work.retire()
+    for folder in (work.out, work.val) if outcome.validation is not None else (work.out,):
+        write_atomic(folder / TOKENIZER_NAME, tokenizer_json)
+        if config_json is not None:
+            write_atomic(folder / CONFIG_NAME, config_json)
+    if outcome.set_aside:
+        write_atomic(work.out / SET_ASIDE_NAME, outcome.set_aside)
+    else:
+        (work.out / SET_ASIDE_NAME).unlink(missing_ok=True)
+    if outcome.validation is not None:
+        write_atomic(work.val / MANIFEST_NAME, outcome.validation.to_json())
+    write_atomic(work.out / MANIFEST_NAME, outcome.manifest.to_json())
+    _tidy(work, outcome.manifest, outcome.validation)
+
+
+def restore(
+    work: WorkFolder,
+    previous: FinishedDataset,
+    tokenizer_json: str,
+    config_json: str | None,
+    announce: Announce,
+) -> None:
+    """Leave a finished dataset as its manifest says it is, all its shards being there."""
+    for folder, manifest in ((work.out, previous.manifest), (work.val, previous.validation)):
+        if manifest is None:
+            continue
+        files = [(TOKENIZER_NAME, tokenizer_json), (MANIFEST_NAME, manifest.to_json())]
+        if (
+            config_json is not None
+            and sha256_of_bytes(config_json.encode()) == manifest.tokenizer_config_sha256
+        ):
+            files.insert(0, (CONFIG_NAME, config_json))
+        for name, wanted in files:
+            path = folder / name
+            if not path.is_file() or path.read_bytes() != wanted.encode():
+                write_atomic(path, wanted)
+                announce(f"{path}: was missing or changed; it is restored")
+    path, wanted_sha256 = work.out / SET_ASIDE_NAME, previous.manifest.set_aside_sha256
+    if wanted_sha256 is not None and not (path.is_file() and sha256_of(path) == wanted_sha256):
+        announce(f"{path}: missing or changed; {REMAKE_ALL}")
+    _tidy(work, previous.manifest, previous.validation)
+
+
+def _tidy(work: WorkFolder, manifest: Manifest, validation: Manifest | None) -> None:
+    val_names = {entry.name for entry in validation.shards} if validation else set()
+    work.remove_stale_shards({entry.name for entry in manifest.shards}, val_names)
+    work.clean()

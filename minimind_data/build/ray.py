@@ -1,0 +1,386 @@
+"""The tasks of a build on a Ray cluster: the same tasks, so the same bytes.
+
+The driver joins a cluster that runs (RAY_ADDRESS, or the one that this machine is a node of) and never starts one. A split
+is one Ray task. Results come back through Ray, shards do not: a node writes them into the dataset's folder itself, so that
+folder and the inputs must be on a file system that all nodes share. A token file in the work folder shows whether they do:
+a task begins only where its node reads the driver's token there, and ends between two batches once it is gone. A worker or a
+node that dies is this module's business, not Ray's: each such try is counted and announced.
+
+Imported only when `--engine ray` is asked for; nothing else imports Ray.
+"""
+
+import contextlib
+import logging
+import os
+import platform
+import re
+import secrets
+import signal
+import socket
+import threading
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private import services
+from ray._private import worker as ray_worker
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
+
+from minimind_data.build.split import HashResult, Job, SplitResult, SplitTask, run_task
+from minimind_data.build.workers import CORES_PER_PROCESS, ENCODER_ENVIRONMENT, Tries
+from minimind_data.errors import UserError
+from minimind_data.files import partial_name, remove_partials
+from minimind_data.inputs.sources import Source
+from minimind_data.reporting import Announce, Report
+
+_CONNECT_SECONDS = 10.0
+_POLL_SECONDS = 5.0
+_STOP_SECONDS = 15.0  # a task ends between two batches, of which one may take seconds
+_SAME_EVERYWHERE = ("minimind-pipeline", "tokenizers", "fastokens")
+_MISSING_MODULE = re.compile(r"No module named '([\w.]+)'")
+_NODE = re.compile(r"\bip=([\w.:]+)")
+_CAUSES: dict[type[RayError], str] = {
+    NodeDiedError: "its node was lost",
+    OutOfMemoryError: "its node ran out of memory",
+    WorkerCrashedError: "its process ended, as when memory runs out",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shared:
+    """What every task gets: the job, and what its node must see as the driver sees it."""
+
+    job: Job
+    folder: Path | None
+    """The driver's, where paths are relative to it."""
+    token_path: Path
+    token: str
+    """Stands in the work folder while this driver wants the work done."""
+    inputs: dict[str, tuple[int, int]]
+    """Where each lies, its size and the time of its last change in seconds."""
+    versions: dict[str, str | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """What a task brought about."""
+
+    result: SplitResult | HashResult | None = None
+    user_error: str = ""
+    """Why there is none."""
+    num_bytes: int = 0
+    num_tokens: int = 0
+
+
+def run_ray(
+    job: Job, tasks: list[SplitTask], workers: int, report: Report, announce: Announce
+) -> Iterator[SplitResult | HashResult]:
+    """Run tasks on a Ray cluster, in any order, with at most `workers` of its cores reserved; 0 takes all.
+
+    However it is left, no task of it goes on: they are stopped, and Ray ends those of a driver that was killed.
+
+    Raises:
+        UserError: there is no cluster to join, a node does not see the files or has other versions, a task met something that
+            the user must mend, or the worker of one split died again and again.
+    """
+    with _connected(), _token(job) as (token_path, token):
+        num_cores = cores_per_task(_cores_of_nodes(), workers)
+        sources = {source for task in tasks for source in task.split.sources}
+        shared = _Shared(
+            job=replace(job, encoder_threads=num_cores),
+            folder=None if job.out.is_absolute() and all(map(Source.is_absolute, sources)) else Path.cwd(),
+            token_path=token_path,
+            token=token,
+            inputs={source.location: _stamp(source) for source in sources},
+            versions=_versions(),
+        )
+        yield from _Run(shared, tasks, report, announce, num_cores=num_cores, workers=workers).run()
+
+
+def cores_per_task(cores_of_nodes: Sequence[int], workers: int) -> int:
+    """Return how many cores a task reserves: up to what a process keeps busy, and so that the fewest stay idle.
+
+    Args:
+        cores_of_nodes: of every node that is there.
+        workers: cores that may be reserved in all; 0 for any number.
+    """
+    largest = max(cores_of_nodes, default=0) or CORES_PER_PROCESS
+    most = min(CORES_PER_PROCESS, largest, workers or largest)
+
+    def busy(cores: int) -> int:
+        num_tasks = sum(there // cores for there in cores_of_nodes)
+        return cores * (min(num_tasks, workers // cores) if workers else num_tasks)
+
+    return max(range(1, most + 1), key=lambda cores: (busy(cores), cores))
+
+
+class _Run:
+    """The tasks that wait, those that Ray has, and the way on when one is lost."""
+
+    def __init__(
+        self,
+        shared: _Shared,
+        tasks: list[SplitTask],
+        report: Report,
+        announce: Announce,
+        *,
+        num_cores: int,
+        workers: int,
+    ) -> None:
+        self._out = shared.job.out
+        self._token_path = shared.token_path
+        self._shared = ray.put(shared)
+        self._num_cores = num_cores
+        self._workers = workers
+        self._report = report
+        self._announce = announce
+        self._tries = Tries(announce)
+        self._waiting = deque(tasks)
+        self._busy: dict[Any, SplitTask] = {}
+        self._has_said_stuck = False
+        # The retries are ours, since Ray's own would be silent; on every node in turn, since each has its own disk to read by.
+        self._remote = ray.remote(_make).options(
+            num_cpus=num_cores, max_retries=0, scheduling_strategy="SPREAD"
+        )
+
+    def run(self) -> Iterator[SplitResult | HashResult]:
+        """Yield results as they come."""
+        cores = _cores_of_nodes()
+        self._announce(
+            f"on a Ray cluster with {sum(cores)} cores on {len(cores)} node{'s' * (len(cores) != 1)}, {self._num_cores} for each split"
+        )
+        try:
+            self._submit()
+            while self._busy:
+                ready, _ = ray.wait(list(self._busy), timeout=_POLL_SECONDS)
+                for reference in ready:
+                    result = self._take(reference)
+                    self._submit()
+                    if result is not None:
+                        yield result
+                if not ready:
+                    self._say_if_stuck()
+        finally:
+            self._stop()
+
+    def _submit(self) -> None:
+        """Give Ray as many tasks as there is room for; where all cores are ours, as many again, so that none waits for us."""
+        room = sum(cores // self._num_cores for cores in _cores_of_nodes())
+        limit = self._workers // self._num_cores if self._workers else 2 * room
+        while self._waiting and len(self._busy) < max(1, limit):
+            task = self._waiting.popleft()
+            self._busy[self._remote.remote(self._shared, task)] = task
+
+    def _take(self, reference: Any) -> SplitResult | HashResult | None:
+        """Return what a task gave; None where its worker died and it waits again.
+
+        Raises:
+            UserError: the task met something for the user, or died once too often.
+        """
+        task = self._busy.pop(reference)
+        try:
+            made: _Made = ray.get(reference)
+        except RayTaskError as error:
+            if (module := _MISSING_MODULE.search(str(error))) is not None:  # before a task of ours could look
+                node = _NODE.search(str(error))
+                raise UserError(
+                    f"node {node[1] if node else 'unknown'} has no Python module {module[1]}; install minimind-pipeline, the same "
+                    "version, on all nodes of the Ray cluster"
+                ) from None
+            raise RuntimeError(f"a worker failed:\n{error}") from None
+        except RayError as error:
+            cause = next(
+                (text for kind, text in _CAUSES.items() if isinstance(error, kind)), type(error).__name__
+            )
+            # A node that Ray has lost may still be writing: without its file, its commit is refused.
+            remove_partials(self._out, {f"{task.name}.bin", f"{task.name}.idx"})
+            self._tries.again(task, cause)
+            self._waiting.append(task)
+            return None
+        if made.result is None:
+            raise UserError(made.user_error)
+        self._report(made.num_bytes, made.num_tokens)
+        return made.result
+
+    def _say_if_stuck(self) -> None:
+        is_stuck = max(_cores_of_nodes(), default=0) < self._num_cores
+        if is_stuck and not self._has_said_stuck:
+            self._announce(
+                f"no node of the Ray cluster has {self._num_cores} cores now; waiting for one (Ctrl-C and the same command again go "
+                "on with what is there)"
+            )
+        self._has_said_stuck = is_stuck
+
+    def _stop(self) -> None:
+        """Let what still runs end between two batches, so that it cleans up behind itself; Ray ends the rest when we leave.
+
+        By the token and not by `ray.cancel`: a task that is cancelled as it ends makes Ray 2.60 abort this process.
+        """
+        self._token_path.unlink(missing_ok=True)
+        if self._busy:
+            ray.wait(list(self._busy), num_returns=len(self._busy), timeout=_STOP_SECONDS)
+
+
+class _StoppedError(Exception):
+    """The driver is gone, or wants no more."""
+
+
+def _make(shared: _Shared, task: SplitTask) -> _Made:
+    """Make one split, on whichever node this is."""
+    node = f"{ray.util.get_node_ip_address()} ({platform.node()})"  # type: ignore[no-untyped-call]
+    done = [0, 0]
+
+    def report(num_bytes: int, num_tokens: int) -> None:
+        done[0] += num_bytes
+        done[1] += num_tokens
+        if not shared.token_path.exists():
+            raise _StoppedError
+
+    os.environ.update(ENCODER_ENVIRONMENT)
+    try:
+        _check(shared, task, node)
+        result = run_task(shared.job, task, report)
+    except _StoppedError:
+        return _Made(
+            user_error=f"{shared.token_path}: was removed while the build was at work; run the same command again"
+        )
+    except UserError as error:
+        return _Made(user_error=str(error))
+    except OSError as error:
+        where = error.filename or shared.job.out
+        return _Made(user_error=f"{where}: {error.strerror or error}, says node {node}")
+    return _Made(result=result, num_bytes=done[0], num_tokens=done[1])
+
+
+def _check(shared: _Shared, task: SplitTask, node: str) -> None:
+    """Raise UserError unless this node has the driver's versions and sees the driver's files."""
+    shared_by_all = "must be on a file system that all nodes of the Ray cluster share"
+    if different := [
+        f"{name} {here or 'missing'} there and {shared.versions[name] or 'missing'} here"
+        for name, here in _versions().items()
+        if here != shared.versions[name]
+    ]:
+        raise UserError(f"node {node} has {', '.join(different)}; install the same on all nodes")
+    if shared.folder is not None:
+        try:
+            os.chdir(shared.folder)
+        except OSError:
+            raise UserError(
+                f"{shared.folder}: node {node} does not see this folder, which {shared_by_all}; or name all files by their full "
+                "paths"
+            ) from None
+    try:
+        is_same_folder = shared.token_path.read_text() == shared.token
+    except OSError:
+        is_same_folder = False
+    if not is_same_folder:
+        raise UserError(
+            f"{shared.job.out}: node {node} does not see this folder as it is; --out {shared_by_all}"
+        )
+    for source in task.split.sources:
+        try:
+            is_same_file = _stamp(source) == shared.inputs[source.location]
+        except (OSError, UserError):
+            is_same_file = False
+        if not is_same_file:
+            raise UserError(
+                f"{source.name}: node {node} does not see this file as it is; inputs {shared_by_all}"
+            )
+
+
+def _stamp(source: Source) -> tuple[int, int]:
+    size, changed = source.stamp()
+    return size, changed // 10**9
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in _SAME_EVERYWHERE:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _cores_of_nodes() -> list[int]:
+    return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def _token(job: Job) -> Iterator[tuple[Path, str]]:
+    """Put a secret into the work folder, by which a node knows the folder; the next build removes it if we are killed."""
+    path = partial_name(job.work_folder / "ray")
+    token = secrets.token_hex()
+    path.write_text(token)
+    try:
+        yield path, token
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _connected() -> Iterator[None]:
+    """Join the cluster, and leave it; where the caller has joined one, use that."""
+    if ray.is_initialized():
+        yield
+        return
+    address = _cluster_address()
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    # Ray prints what befalls its processes on our stdout, pages of it; what matters to the user is announced.
+    speaks = ray_worker._worker_logs_enabled  # noqa: SLF001 - there is no public switch
+    ray_worker._worker_logs_enabled = False  # noqa: SLF001
+    try:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", category=FutureWarning, module=r"ray\."
+                )  # 2.50 speaks of GPUs
+                ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
+        except (RayError, ConnectionError, OSError, RuntimeError, ValueError) as error:
+            message = str(error).strip() or type(error).__name__
+            raise UserError(
+                f"the Ray cluster at {address} cannot be joined ({message.splitlines()[0]}); run this on a node of it, with the same "
+                "versions of Ray and Python"
+            ) from None
+        finally:
+            if is_main_thread:  # Ray takes it over, and would turn it into an exit status of its own
+                signal.signal(signal.SIGTERM, on_sigterm)
+        yield
+    finally:
+        ray.shutdown()
+        ray_worker._worker_logs_enabled = speaks  # noqa: SLF001
+
+
+def _cluster_address() -> str:
+    """Return HOST:PORT of the cluster that answers; `ray.init` alone would try for a quarter of an hour, or start one here.
+
+    Raises:
+        UserError: there is none.
+    """
+    wanted = os.environ.get("RAY_ADDRESS", "")
+    if wanted == "local" or "://" in wanted:
+        raise UserError(
+            f"RAY_ADDRESS={wanted}: must be HOST:PORT of a cluster that runs and that this machine is a node of; or unset it"
+        )
+    try:
+        address = services.canonicalize_bootstrap_address_or_die("auto")
+    except (ConnectionError, ValueError, OSError):
+        what = f"RAY_ADDRESS={wanted}: no such cluster" if wanted else "no Ray cluster runs on this machine"
+        raise UserError(
+            f"{what}; begin one with `ray start --head`, or set RAY_ADDRESS to HOST:PORT of one that this machine is a node of"
+        ) from None
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"no Ray cluster answers at {address} ({error}); begin it, or set RAY_ADDRESS to HOST:PORT of one that runs"
+        ) from None
+    return address

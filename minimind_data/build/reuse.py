@@ -1,0 +1,225 @@
+"""What of a finished dataset, or of an interrupted build, need not be made again.
+
+`FinishedDataset` is the dataset that a build finds in its folder: the results of its splits and the bad records that it had set aside.
+`reusable` says which results still hold: those of splits whose input has not changed and whose shards are there, looked at by their sizes
+alone; `verify` reads them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from minimind_data.build.plan import TokenizeOptions
+from minimind_data.build.split import SplitResult, SplitTask
+from minimind_data.build.work import WorkFolder
+from minimind_data.dataset.format import (
+    MANIFEST_NAME,
+    SET_ASIDE_NAME,
+    VALIDATION_NAME,
+    IndexHeader,
+    InputEntry,
+    Manifest,
+    ShardEntry,
+)
+from minimind_data.dataset.writer import WrittenShard
+from minimind_data.inputs.splits import content_of
+from minimind_data.reporting import Announce
+
+_WRITTEN = tuple(one.name for one in fields(WrittenShard))
+
+_SAME_NAMES = (
+    "name", "input", "input_start", "input_stop", "input_sha256", "inputs", "lines", "empty_texts", "set_aside", "duplicates",
+    "duplicates_sha256", "different_prompts", "unlearned",
+)  # fmt: skip
+
+
+class FinishedDataset:
+    """A finished dataset.
+
+    Args:
+        manifest: its manifest.
+        validation: the manifest of its validation part, where it has one.
+        set_aside: where the file of its bad records may stand, where it has any; it moves when the manifest is taken away.
+    """
+
+    def __init__(self, manifest: Manifest, validation: Manifest | None, set_aside: Sequence[Path]) -> None:
+        self.manifest = manifest
+        self.validation = validation
+        self._set_aside = set_aside
+        self._entries = {entry.name: entry for entry in manifest.shards}
+        self._val_entries = {entry.name: entry for entry in validation.shards} if validation else {}
+        self._bad_records: dict[str, list[dict[str, Any]]] | None = None
+
+    @property
+    def names(self) -> set[str]:
+        """The names of its shards."""
+        return self._entries.keys() | self._val_entries.keys()
+
+    def input_sha256(self, result: SplitResult) -> list[str]:
+        """Return the checksums of the whole inputs that a split's shard came from."""
+        return [entry.sha256 for entry in self.manifest.inputs[result.input : result.input + result.inputs]]
+
+    def result_of(self, name: str) -> SplitResult | None:
+        """Return what the split of this name gave, or None where it has no shard."""
+        entry = self._entries.get(name) or self._val_entries.get(name)
+        if entry is None:
+            return None
+        same = {field: getattr(entry, field) for field in _SAME_NAMES}
+        return SplitResult(
+            **same,
+            compared=0,
+            backend="",
+            difference=None,
+            shard=_written(self._entries.get(name)),
+            val_shard=_written(self._val_entries.get(name)),
+        )
+
+    def differs(self, result: SplitResult) -> bool:
+        """Tell whether a split that had shards gave other ones now."""
+        before = self.result_of(result.name)
+        return before is not None and (before.shard, before.val_shard) != (result.shard, result.val_shard)
+
+    def bad_records(self, task: SplitTask, result: SplitResult) -> list[dict[str, Any]]:
+        """Return the bad records of a split, their lines counted from its first."""
+        if not result.set_aside:
+            return []
+        if self._bad_records is None:
+            self._bad_records = {}
+            path = next(path for path in self._set_aside if path.exists())
+            for line in path.read_bytes().splitlines():
+                record = orjson.loads(line)
+                self._bad_records.setdefault(record.pop("path"), []).append(record)
+        if task.split.more:
+            return [
+                {**record, "line": number}
+                for number, source in enumerate(task.split.sources, 1)
+                for record in self._bad_records.get(source.name, [])
+            ]
+        entry = self._entries.get(task.name) or self._val_entries[task.name]
+        name = self.manifest.inputs[entry.input].path
+        first, last = entry.first_line + 1, entry.first_line + entry.lines
+        return [
+            {**record, "line": record["line"] - entry.first_line}
+            for record in self._bad_records.get(name, [])
+            if first <= record["line"] <= last
+        ]
+
+
+def finished_dataset(work: WorkFolder) -> FinishedDataset | None:
+    """Return the finished dataset that a build finds in its folder, wherever its manifest stands now; None where there is none."""
+    manifest = _first_manifest(work.out, work.previous)
+    if manifest is None:
+        return None
+    validation = _first_manifest(work.val, work.previous / VALIDATION_NAME)
+    set_aside = (work.previous / SET_ASIDE_NAME, work.out / SET_ASIDE_NAME)
+    return FinishedDataset(manifest, validation, set_aside)
+
+
+def _first_manifest(*folders: Path) -> Manifest | None:
+    folder = next((folder for folder in folders if (folder / MANIFEST_NAME).exists()), None)
+    return None if folder is None else Manifest.read(folder)
+
+
+def _written(entry: ShardEntry | None) -> WrittenShard | None:
+    return None if entry is None else WrittenShard(**{name: getattr(entry, name) for name in _WRITTEN})
+
+
+def entries_of(
+    tasks: Sequence[SplitTask], results: Sequence[SplitResult]
+) -> tuple[tuple[ShardEntry, ...], tuple[ShardEntry, ...]]:
+    """Return what manifests say of the shards that splits gave: (the dataset's, its validation part's)."""
+    sides: tuple[list[ShardEntry], list[ShardEntry]] = ([], [])
+    for first_line, result in zip(first_lines(tasks, results), results, strict=True):
+        same = {field: getattr(result, field) for field in _SAME_NAMES}
+        for side, shard in zip(sides, (result.shard, result.val_shard), strict=True):
+            if shard is not None:
+                side.append(ShardEntry(**same, first_line=first_line, **asdict(shard)))
+    return tuple(sides[0]), tuple(sides[1])
+
+
+def first_lines(tasks: Sequence[SplitTask], results: Sequence[SplitResult]) -> list[int]:
+    """Return how many records of its input come before each split."""
+    found: list[int] = []
+    lines, current = 0, -1
+    for task, result in zip(tasks, results, strict=True):
+        if task.input != current:
+            lines, current = 0, task.input
+        found.append(lines)
+        lines += result.lines
+    return found
+
+
+def is_there(folder: Path, name: str, shard: WrittenShard | ShardEntry | None) -> bool:
+    """Tell by their sizes whether a shard's files are whole; `verify` reads them."""
+    if shard is None:
+        return True
+    header = IndexHeader(dtype="uint16", num_sequences=shard.sequences, num_documents=shard.documents)
+    sizes = {".bin": shard.bytes, ".idx": header.file_bytes} | (
+        {".mask": shard.tokens} if shard.mask_sha256 else {}
+    )
+    try:
+        return all((folder / f"{name}{suffix}").stat().st_size == size for suffix, size in sizes.items())
+    except FileNotFoundError:
+        return False
+
+
+def reusable(
+    work: WorkFolder,
+    tasks: Sequence[SplitTask],
+    options: TokenizeOptions,
+    previous: FinishedDataset | None,
+    *,
+    previous_inputs: Sequence[InputEntry],
+    announce: Announce,
+) -> tuple[dict[str, SplitResult], set[str]]:
+    """Find the results that still hold, of an interrupted build and of a finished dataset.
+
+    Args:
+        work: the folder of the build.
+        tasks: all splits, with their duplicates where these are looked for.
+        options: of the build.
+        previous: the finished dataset, if there is one.
+        previous_inputs: the inputs as they are now, where there is one.
+        announce: told of inputs that changed.
+
+    Returns:
+        (results by the names of their splits, names of the finished dataset's shards that do not hold).
+    """
+    kept: dict[str, SplitResult] = {}
+    changed = previous.names - {task.name for task in tasks} if previous else set()
+    announced: set[str] = set()
+    for task in tasks:
+        result, is_new = _result_of(work, task, options, previous)
+        if result is None:
+            continue
+        here = [entry.sha256 for entry in previous_inputs[task.input : task.input + result.inputs]]
+        is_untouched = previous is not None and not is_new and here == previous.input_sha256(result)
+        if result.duplicates_sha256 != task.duplicates_sha256 or not (
+            is_untouched or _is_content_of(task, result, options)
+        ):
+            if previous is not None and task.name in previous.names:
+                changed.add(task.name)
+            if task.split.path not in announced:
+                announce(f"{task.split.path}: changed since {task.name} was made; such splits are made again")
+                announced.add(task.split.path)
+        elif is_there(work.out, task.name, result.shard) and is_there(work.val, task.name, result.val_shard):
+            kept[task.name] = replace(result, input=task.input)
+    return kept, changed
+
+
+def _result_of(
+    work: WorkFolder, task: SplitTask, options: TokenizeOptions, previous: FinishedDataset | None
+) -> tuple[SplitResult | None, bool]:
+    """Return (what the split gave, whether in the build that is under way); its bad records may not be wanted any more."""
+    result = work.read_result(task.name)
+    if result is not None and not (result.set_aside and options.on_bad_record == "stop"):
+        return result, True
+    return (previous.result_of(task.name) if previous else None), False
+
+
+def _is_content_of(task: SplitTask, result: SplitResult, options: TokenizeOptions) -> bool:
+    found = content_of(task.split, options.records, options.kind)
+    return found == (result.input_start, result.input_stop, result.input_sha256)

@@ -1,0 +1,345 @@
+"""One split of one input becomes one shard: the unit of work that engines run.
+
+Reading and parsing, encoding, and writing run as three overlapping stages, so that the encoder is what costs. The result
+depends on the input's bytes and the job alone: not on the process, the machine, the backend or what ran before.
+"""
+
+import base64
+import contextlib
+import functools
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from minimind_data.build.dedup import hashes_of, in_validation
+from minimind_data.build.stages import DifferenceError, ahead, encode_blocks
+from minimind_data.chat.encoding import encode_chats
+from minimind_data.chat.marks import TurnMarks
+from minimind_data.chat.rendering import ChatSpec
+from minimind_data.dataset.format import (
+    VALIDATION_NAME,
+    MaskArray,
+    TokenArray,
+    TokenDtype,
+    TokenizerInfo,
+    numpy_dtype,
+)
+from minimind_data.dataset.framing import frame_texts
+from minimind_data.dataset.writer import ShardWriter, WrittenShard
+from minimind_data.errors import UserError
+from minimind_data.files import sha256_of_bytes, user_error_on_full_disk, write_atomic
+from minimind_data.inputs.blocks import BadRecord, Block, Split
+from minimind_data.inputs.spec import RecordSpec
+from minimind_data.inputs.splits import open_reader, place
+from minimind_data.reporting import Report
+from minimind_data.tokenizer.backends import Encoder, Ids, Offsets, first_difference, make_encoder
+from minimind_data.tokenizer.loading import cached_tokenizer
+
+# One document in this many goes on being compared with the reference. At a fortieth of the fast encoder's speed that is
+# some four per cent of the work; giants are left to the check at the start, they would cost seconds each.
+_COMPARE_ONE_IN = 1024
+_COMPARE_MAX_CHARS = 2**17
+SET_ASIDE_SUFFIX = ".set-aside.jsonl"
+HASHES_SUFFIX = ".hashes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What all splits of a build share."""
+
+    work_folder: Path
+    """Where results and set-aside records wait for the manifest."""
+    out: Path
+    tokenizer_json: str
+    tokenizer: TokenizerInfo
+    dtype: TokenDtype
+    backend: str
+    records: RecordSpec
+    on_bad_record: Literal["stop", "set-aside"]
+    val_fraction: float = 0.0
+    encoder_threads: int = 1
+    """Blocks of text that are encoded at the same time."""
+    chat: ChatSpec | None = None
+    """How conversations become texts, where the records are some."""
+    marks: TurnMarks | None = None
+    """The ids around what is learned of them; None where the chat template marks it."""
+    step: Literal["make", "hash"] = "make"
+    """`hash` only notes the hashes of the texts, for `dedup`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitTask:
+    """One split to be made."""
+
+    name: str
+    """Name of the shard that it becomes."""
+    input: int
+    """Which input, by its place in the manifest."""
+    split: Split
+    drop: NDArray[np.int32] | None = None
+    """Numbers of the documents to leave out, ascending; None where nothing is looked for."""
+
+    @property
+    def duplicates_sha256(self) -> str:
+        """SHA-256 of `drop` as little-endian int32; empty where it is None."""
+        return "" if self.drop is None else sha256_of_bytes(self.drop.astype("<i4").tobytes())
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitResult:
+    """The result of one split; kept beside the shard until the manifest takes it over."""
+
+    name: str
+    input: int
+    input_start: int
+    input_stop: int
+    input_sha256: str
+    lines: int
+    inputs: int
+    empty_texts: int
+    set_aside: int
+    duplicates: int
+    duplicates_sha256: str
+    compared: int
+    """Documents whose ids were compared with the reference's."""
+    backend: str
+    difference: str | None
+    """How the fast backend differed from the reference, which then did the split; None where it did not."""
+    different_prompts: int
+    unlearned: int
+    shard: WrittenShard | None
+    """None where the split holds no document: it makes no shard."""
+    val_shard: WrittenShard | None
+    """What went to the validation part, likewise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HashResult:
+    """The hashes of a split's texts are noted."""
+
+    name: str
+
+
+def run_task(job: Job, task: SplitTask, report: Report) -> SplitResult | HashResult:
+    """Do the job's step for one split.
+
+    Raises:
+        UserError: a bad record (unless they are set aside), or the disk is full.
+    """
+    with user_error_on_full_disk(job.out):
+        return build_split(job, task, report) if job.step == "make" else _hash_split(job, task, report)
+
+
+def _hash_split(job: Job, task: SplitTask, report: Report) -> HashResult:
+    hashes: list[bytes] = []
+    for block in open_reader(task.split, job.records, job.chat).blocks():
+        hashes.append(hashes_of(block.documents))
+        report(block.num_bytes, 0)
+    write_atomic(hashes_path(job.work_folder, task.name), b"".join(hashes))
+    return HashResult(name=task.name)
+
+
+def build_split(job: Job, task: SplitTask, report: Report) -> SplitResult:
+    """Make the shard of one split, and commit it.
+
+    Raises:
+        UserError: a bad record, unless they are set aside.
+    """
+    done = [0, 0]
+
+    def count(num_bytes: int, num_tokens: int) -> None:
+        done[0] += num_bytes
+        done[1] += num_tokens
+        report(num_bytes, num_tokens)
+
+    try:
+        return _build(job, task, job.backend, None, count)
+    except DifferenceError as difference:
+        report(-done[0], -done[1])
+        return _build(job, task, "tokenizers", str(difference), report)
+
+
+def _build(job: Job, task: SplitTask, backend: str, difference: str | None, report: Report) -> SplitResult:
+    reader = open_reader(task.split, job.records, job.chat)
+    encoder = _encoder(job.tokenizer_json, job.tokenizer, backend)
+    blocks = ahead(_without(reader.blocks(), task.drop))
+    bad: list[BadRecord] = []
+    empty_texts = compared = num_texts = different_prompts = unlearned = 0
+    with _Writers(job, task.name) as writers:
+        for block, ids, offsets in ahead(encode_blocks(encoder, blocks, job.encoder_threads)):
+            if block.bad and job.on_bad_record == "stop":
+                raise _bad_record_error(job, task.split, block.bad[0])
+            bad += block.bad
+            empty_texts += block.empty_texts
+            if backend != "tokenizers":
+                compared += _compare(job, block.texts, ids, offsets, num_texts)
+            num_texts += len(block.texts)
+            different_prompts += block.different_prompts
+            tokens, lengths, mask, missed = _sequences(job, block, ids, offsets)
+            unlearned += missed
+            writers.append(block, tokens, lengths, mask)
+            report(block.num_bytes, len(tokens))
+        shard, val_shard = writers.commit()
+    if bad:
+        write_atomic(set_aside_path(job.work_folder, task.name), b"".join(map(_set_aside_line, bad)))
+    return SplitResult(
+        name=task.name,
+        input=task.input,
+        input_start=reader.begin,
+        input_stop=reader.end,
+        input_sha256=reader.sha256,
+        inputs=1 + len(task.split.more),
+        lines=reader.num_lines,
+        empty_texts=empty_texts,
+        set_aside=len(bad),
+        duplicates=0 if task.drop is None else len(task.drop),
+        duplicates_sha256=task.duplicates_sha256,
+        compared=compared,
+        backend=backend,
+        difference=difference,
+        different_prompts=different_prompts,
+        unlearned=unlearned,
+        shard=shard,
+        val_shard=val_shard,
+    )
+
+
+def _sequences(
+    job: Job, block: Block, ids: Ids, offsets: Offsets
+) -> tuple[TokenArray, NDArray[np.int64], MaskArray | None, int]:
+    """Return (tokens of a block as they are stored, the length of each sequence, mask, conversations not all learned)."""
+    if job.chat is None:
+        return *frame_texts(ids, offsets, job.tokenizer, job.dtype), None, 0
+    tokenizer = cached_tokenizer(job.tokenizer_json, job.tokenizer)
+    assert block.chats is not None
+    ids, offsets, mask, unlearned = encode_chats(
+        block.texts, block.chats, ids=ids, offsets=offsets, tokenizer=tokenizer, marks=job.marks
+    )
+    return ids.astype(numpy_dtype(job.dtype)), np.diff(offsets), mask, unlearned
+
+
+class _Writers:
+    """The shard of a split, and the one of its validation part."""
+
+    def __init__(self, job: Job, name: str) -> None:
+        self._val_fraction = job.val_fraction
+        self._counts = [0, 0]
+        self._stack = contextlib.ExitStack()
+        folders = [job.out] if not job.val_fraction else [job.out, job.out / VALIDATION_NAME]
+        with self._stack:  # what was opened is closed, should a later one fail
+            self._writers = [
+                self._stack.enter_context(
+                    ShardWriter(
+                        folder,
+                        name,
+                        job.dtype,
+                        sequences_per_document=2 if job.chat is not None and job.chat.kind == "dpo" else 1,
+                        masked=job.chat is not None,
+                    )
+                )
+                for folder in folders
+            ]
+            self._stack = self._stack.pop_all()
+
+    def append(
+        self, block: Block, tokens: TokenArray, lengths: NDArray[np.int64], mask: MaskArray | None
+    ) -> None:
+        """Add the documents of a block, each to its side."""
+        if not self._val_fraction:
+            self._add(0, tokens, lengths, mask)
+            return
+        in_part = np.repeat(in_validation(block.documents, self._val_fraction), block.texts_each)
+        for side, here in enumerate((~in_part, in_part)):
+            tokens_here = np.repeat(here, lengths)
+            self._add(side, tokens[tokens_here], lengths[here], None if mask is None else mask[tokens_here])
+
+    def _add(self, side: int, tokens: TokenArray, lengths: NDArray[np.int64], mask: MaskArray | None) -> None:
+        self._writers[side].append(tokens, lengths, mask)
+        self._counts[side] += len(lengths)
+
+    def commit(self) -> tuple[WrittenShard | None, WrittenShard | None]:
+        """Make what holds documents durable."""
+        made = [
+            writer.commit() if count else None
+            for writer, count in zip(self._writers, self._counts, strict=False)
+        ]
+        return made[0], made[1] if len(made) > 1 else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+
+def _without(blocks: Iterator[Block], drop: NDArray[np.int32] | None) -> Generator[Block, None, None]:
+    """Leave documents out of blocks, by their numbers in the split."""
+    if drop is None or not len(drop):
+        yield from blocks
+        return
+    dropped = set(drop.tolist())
+    number = 0
+    for block in blocks:
+        num_documents = len(block.texts) // block.texts_each
+        kept = [place for place in range(num_documents) if number + place not in dropped]
+        number += num_documents
+        yield block.keep(kept)
+
+
+def set_aside_path(work_folder: Path, name: str) -> Path:
+    """Return where the bad records of a split wait."""
+    return work_folder / f"{name}{SET_ASIDE_SUFFIX}"
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(tokenizer_json: str, info: TokenizerInfo, backend: str) -> Encoder:
+    """Return this process's encoder; making one takes as long as encoding megabytes."""
+    return make_encoder(cached_tokenizer(tokenizer_json, info), backend)
+
+
+def _compare(job: Job, texts: list[str], ids: Ids, offsets: Offsets, first_number: int) -> int:
+    """Hold some documents of a batch against the reference; return how many."""
+    # Multiplying by 2^64 / golden ratio scatters the numbers, so that no period in the input hides from the check.
+    numbers = np.arange(first_number, first_number + len(texts), dtype=np.uint64)
+    scattered = (numbers * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
+    chosen = [
+        int(i)
+        for i in np.flatnonzero(scattered % _COMPARE_ONE_IN == 0)
+        if len(texts[i]) <= _COMPARE_MAX_CHARS
+    ]
+    if not chosen:
+        return 0
+    chosen_ids = np.concatenate([ids[offsets[i] : offsets[i + 1]] for i in chosen])
+    chosen_offsets = np.cumsum([0, *(offsets[i + 1] - offsets[i] for i in chosen)])
+    tokenizer = cached_tokenizer(job.tokenizer_json, job.tokenizer)
+    different = first_difference(tokenizer, [texts[i] for i in chosen], chosen_ids, chosen_offsets)
+    if different is not None:
+        raise DifferenceError(f"document {first_number + chosen[different] + 1} of the split")
+    return len(chosen)
+
+
+def hashes_path(work_folder: Path, name: str) -> Path:
+    """Return where the hashes of a split's texts wait."""
+    return work_folder / f"{name}{HASHES_SUFFIX}"
+
+
+def _bad_record_error(job: Job, split: Split, bad: BadRecord) -> UserError:
+    where = place(split, job.records, bad.line)
+    return UserError(f"{where}: {bad.reason} (or --on-bad-record set-aside goes on without such records)")
+
+
+def _set_aside_line(bad: BadRecord) -> bytes:
+    """Write a bad record so that its bytes can be had back; `line` still counts from the split's first line."""
+    try:
+        data = {"data": bad.data.decode()}
+    except UnicodeDecodeError:
+        data = {"data_base64": base64.b64encode(bad.data).decode()}
+    return orjson.dumps({"line": bad.line, "reason": bad.reason, **data}, option=orjson.OPT_APPEND_NEWLINE)

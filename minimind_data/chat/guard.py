@@ -1,0 +1,188 @@
+"""Special tokens that somebody wrote in a conversation stay text: they can neither close his turn nor open another.
+
+`Disguise` replaces the characters that special tokens are made of by characters that no text holds, so that two renderings can be
+compared (`rendering`). `Guard` encodes what was rendered so, with a vocabulary in which special tokens have their names in that disguise.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import tokenizers
+
+from minimind_data.errors import UserError
+from minimind_data.tokenizer.loading import Tokenizer
+
+_STAND_INS = 0x10F000
+
+_THOUGHTS = {"<think>", "</think>"}
+
+
+class Disguise:
+    """Characters that stand for those of special tokens.
+
+    Args:
+        tokens: the special tokens.
+        constants: texts that stand in the template.
+
+    Attributes:
+        signs: finds what `hide` would replace.
+    """
+
+    def __init__(self, tokens: tuple[str, ...], constants: frozenset[str] = frozenset()) -> None:
+        alphabet = sorted(set("".join(tokens)))
+        self._hidden = {ord(char): chr(_STAND_INS + place) for place, char in enumerate(alphabet)}
+        self._shown = {_STAND_INS + place: char for place, char in enumerate(alphabet)}
+        self._tokens = re.compile(_any_of(tokens))
+        # A token that begins in a text shows by its first character. Only where the template itself begins tokens that a
+        # text may go on with, as in '<|' + name + '|>', are all characters needed.
+        begins = tuple({token[:length] for token in tokens for length in range(1, len(token))})
+        continued = any(self._tokens.sub("", constant).endswith(begins) for constant in constants)
+        replaced = {token[0] for token in tokens}
+        if continued:
+            replaced |= {char for char in alphabet if not char.isspace() and char not in '"\\'}
+        self._table = {ord(char): self._hidden[ord(char)] for char in replaced}
+        self.signs = re.compile(f"[{re.escape(''.join(sorted(replaced)))}]")
+        kept = [
+            text
+            for text in constants | _THOUGHTS
+            if self.signs.search(text) and not self._could_build(text, tokens)
+        ]
+        self._kept = re.compile(f"({_any_of(kept)})")
+
+    @staticmethod
+    def _could_build(text: str, tokens: tuple[str, ...]) -> bool:
+        """Tell whether a special token could come of this text with others around it."""
+        return any(
+            token in text
+            or text in token
+            or any(text.endswith(token[:n]) or text.startswith(token[-n:]) for n in range(1, len(token)))
+            for token in tokens
+        )
+
+    def hide(self, value: Any) -> Any:
+        """Replace the characters of special tokens in all strings of a JSON value, names of fields included."""
+        if isinstance(value, str):
+            parts = self._kept.split(value)
+            parts[::2] = [part.translate(self._table) for part in parts[::2]]
+            return "".join(parts)
+        if isinstance(value, Mapping):
+            return {self.hide(name): self.hide(item) for name, item in value.items()}
+        return [self.hide(item) for item in value] if isinstance(value, list | tuple) else value
+
+    def show(self, text: str) -> str:
+        """Undo `hide`."""
+        return text.translate(self._shown)
+
+    def places(self, text: str) -> list[tuple[int, int]]:
+        """Return where special tokens stand in a text."""
+        return [found.span() for found in self._tokens.finditer(text)]
+
+    def disguised(self, text: str, places: list[tuple[int, int]]) -> str:
+        """Replace every character of these places."""
+        parts: list[str] = []
+        done = 0
+        for start, stop in places:
+            parts += [text[done:start], text[start:stop].translate(self._hidden)]
+            done = stop
+        return "".join([*parts, text[done:]])
+
+    def name(self, token: str) -> str:
+        """Return what a special token is called in a disguised text."""
+        return token.translate(self._hidden)
+
+
+def _any_of(texts: tuple[str, ...] | list[str]) -> str:
+    """Return a pattern of any of these texts, the longest first; of nothing where there are none."""
+    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
+
+
+def control_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Return the special tokens that open and close turns and documents: those marked as special, and BOS, EOS and PAD."""
+    info = tokenizer.info
+    frame = {info.bos_id, info.eos_id, info.pad_id}
+    added = tokenizer.reference.get_added_tokens_decoder()
+    return tuple(token.content for token_id, token in added.items() if token.special or token_id in frame)
+
+
+def normalizes_control(tokenizer: Tokenizer) -> bool:
+    """Tell whether a normalizer may make such tokens of other characters, as of full-width ones."""
+    control = control_tokens(tokenizer)
+    added = tokenizer.reference.get_added_tokens_decoder().values()
+    return tokenizer.reference.normalizer is not None and any(
+        token.normalized for token in added if token.content in control
+    )
+
+
+class Guard:
+    """A tokenizer for which special tokens have other names, so that their own names are text.
+
+    Raises:
+        UserError: it cannot be made from this one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        control = control_tokens(tokenizer)
+        disguise = Disguise(control)
+        names = {token: disguise.name(token) for token in control}
+        told = json.loads(tokenizer.json)
+        for added in told["added_tokens"]:
+            added["content"] = names.get(added["content"], added["content"])
+        _rename(told["model"], names)
+        told["post_processor"] = None
+        self._control_ids = {tokenizer.reference.token_to_id(token): names[token] for token in control}
+        self._names = tuple(names.values())
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(told))
+        except Exception as error:  # noqa: BLE001 - the library raises plain Exception
+            raise UserError(_CANNOT_GUARD.format(error)) from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        changed = [
+            name
+            for token_id, name in self._control_ids.items()
+            if self._tokenizer.token_to_id(name) != token_id
+        ]
+        if changed:
+            raise UserError(_CANNOT_GUARD.format("its special tokens would get other ids"))
+
+    def encode(self, texts: list[str]) -> list[Any]:
+        """Return the encodings of disguised texts.
+
+        Raises:
+            UserError: text came out as a special token.
+        """
+        encodings: list[Any] = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        for text, encoding in zip(texts, encodings, strict=True):
+            found = sum(token_id in self._control_ids for token_id in encoding.ids)
+            if found != sum(map(text.count, self._names)):
+                raise UserError(_CANNOT_GUARD.format("its merges make special tokens of plain text"))
+        return encodings
+
+
+_CANNOT_GUARD = (
+    "a conversation holds special tokens as text, which this tokenizer cannot encode as such ({}); take them out, or pass "
+    "--allow-special-in-content"
+)
+
+
+def _rename(model: dict[str, Any], names: dict[str, str]) -> None:
+    """Give tokens of a model other names, and leave out the merges that make them of text."""
+    vocab = model.get("vocab")
+    if isinstance(vocab, dict):
+        model["vocab"] = {names.get(token, token): token_id for token, token_id in vocab.items()}
+    elif isinstance(vocab, list):
+        model["vocab"] = [[names.get(token, token), score] for token, score in vocab]
+    if "merges" in model:
+        pairs = ((merge, merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"])
+        model["merges"] = [merge for merge, pair in pairs if "".join(pair) not in names]
+    if isinstance(model.get("unk_token"), str):
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+
+
+@functools.lru_cache(maxsize=1)
+def guard_of(tokenizer: Tokenizer) -> Guard:
+    """Return the guard of a tokenizer, made once per process."""
+    return Guard(tokenizer)

@@ -1,0 +1,196 @@
+r"""The ids of conversations, and which of them are learned.
+
+**The mask.** What a template marks by {% generation %} is learned, as `transformers` tells it: every token of which a character
+stands inside. Most templates mark nothing. Then the mask is MiniMind's: learned is what stands behind the tokens that open
+the assistant's turn (`<|im_start|>assistant\n`), up to and including the tokens that close it (`<|im_end|>\n`), or up to the end
+where nothing closes it. The tokens are looked for as ids, from left to right, as MiniMind's datasets look for them. `TurnMarks`
+are those tokens, found by rendering a small conversation and seeing whether they single out its answers.
+
+Ids can stand for that because they begin with a special token, which no text of a conversation can become (`rendering.py`). The
+same search in a conversation that is cut off gives the same mask, cut off.
+
+**Special tokens as text.** A conversation in which somebody wrote a special token is encoded by a second tokenizer, the same but
+for the names of special tokens, which are those of the disguise. All that special tokens do to the text around them, they do
+there too.
+
+Source of the mask: MiniMind, dataset/lm_dataset.py (`generate_labels`); transformers, tokenization_utils_base.py
+(`assistant_masks`).
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minimind_data.chat.guard import control_tokens
+from minimind_data.chat.template import ChatTemplate, RenderError, render
+from minimind_data.dataset.format import MaskArray
+from minimind_data.errors import UserError
+from minimind_data.tokenizer.backends import Offsets
+from minimind_data.tokenizer.loading import Tokenizer
+
+_ASKED, _ANSWERED = ("how many apples", "and how many pears"), ("seven apples", "only nine pears")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurnMarks:
+    """The ids around what is learned."""
+
+    opens: tuple[int, ...]
+    """Before an answer; not learned."""
+    closes: tuple[int, ...]
+    """Behind it; learned."""
+
+
+def find_marks(tokenizer: Tokenizer, template: ChatTemplate) -> TurnMarks | None:
+    """Find the ids around what is learned; None where the template marks it by itself.
+
+    MiniMind's are tried first: BOS with `assistant` and a line feed, EOS with a line feed. Then those that the template ends a
+    prompt with, and those that stand between a question and its answer.
+
+    Raises:
+        UserError: they cannot be told.
+    """
+    if template.marks_generation:
+        return None
+    messages = [
+        {"role": role, "content": text}
+        for turn in zip(_ASKED, _ANSWERED, strict=True)
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    try:
+        text = render(template, messages)
+        probe = _Probe(tokenizer, text)
+        prompts = [
+            render(template, messages[:1], variables={"add_generation_prompt": flag})
+            for flag in (True, False)
+        ]
+    except RenderError as error:
+        raise UserError(f"{error} on a plain conversation of four turns; {_REMEDY}") from None
+    if all(part in text for part in (*_ASKED, *_ANSWERED)):
+        prompt = prompts[0].removeprefix(prompts[1]) if prompts[0].startswith(prompts[1]) else ""
+        for opens, closes in itertools.product(probe.openings(prompt), probe.closings()):
+            marks = TurnMarks(opens=probe.ids(opens), closes=probe.ids(closes))
+            if probe.fits(marks):
+                return marks
+    raise UserError(
+        f"the chat template sets the assistant's turns off by no special tokens of this tokenizer, so what is learned cannot be "
+        f"told; {_REMEDY}"
+    )
+
+
+_REMEDY = (
+    "name with --chat-template a file with a template that has {% generation %} … {% endgeneration %} around what the assistant "
+    "writes, or take another --tokenizer"
+)
+
+
+class _Probe:
+    """A small conversation as the template renders it."""
+
+    def __init__(self, tokenizer: Tokenizer, text: str) -> None:
+        self._tokenizer = tokenizer
+        self._text = text
+        self._control = control_tokens(tokenizer)
+        self._encoding = tokenizer.reference.encode(text, add_special_tokens=False)
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.reference.encode(text, add_special_tokens=False).ids)
+
+    def openings(self, prompt: str) -> list[str]:
+        """Return texts that may open the assistant's turns; all begin with a special token."""
+        bos = str(self._tokenizer.reference.id_to_token(self._tokenizer.info.bos_id))
+        between = self._text.partition(_ASKED[0])[2].partition(_ANSWERED[0])[0]
+        starts = sorted({place for token in self._control for place in _occurrences(between, token)})
+        found = [f"{bos}assistant\n", prompt, *(between[start:] for start in reversed(starts))]
+        found += [
+            text.rstrip() for text in found
+        ]  # the white space before an answer may be one token with its first word
+        # What also stands between an answer and the next question opens anybody's turn.
+        theirs = self._text.partition(_ANSWERED[0])[2].partition(_ASKED[1])[0]
+        return [text for text in found if text.startswith(self._control) and text not in theirs]
+
+    def closings(self) -> list[str]:
+        """Return texts that may close them; all begin with a special token, and go on with white space at most."""
+        eos = str(self._tokenizer.reference.id_to_token(self._tokenizer.info.eos_id))
+        inside = self._text.partition(_ANSWERED[0])[2].partition(_ASKED[1])[0]
+        common = _common_prefix(inside, self._text.partition(_ANSWERED[1])[2])
+        found = [f"{eos}\n"]
+        for token in self._control:
+            for start in _occurrences(common, token):
+                rest = common[start + len(token) :]
+                found.append(token + rest[: len(rest) - len(rest.lstrip())])
+        return [text for text in found if text.startswith(self._control)]
+
+    def fits(self, marks: TurnMarks) -> bool:
+        """Tell whether marks make both answers learned, and neither question."""
+        ids = np.array(self._encoding.ids, np.uint32)
+        mask, _ = learned_between(ids, np.array([0, len(ids)]), marks)
+        wanted = [(text, True) for text in _ANSWERED] + [(text, False) for text in _ASKED]
+        for text, is_learned in wanted:
+            start = self._text.index(text)
+            inside = overlapping(self._encoding.offsets, ((start, start + len(text)),))
+            if not (inside.any() and (mask[inside > 0] == is_learned).all()):
+                return False
+        return True
+
+
+def _occurrences(text: str, token: str) -> list[int]:
+    return [place for place in range(len(text)) if text.startswith(token, place)]
+
+
+def _common_prefix(one: str, other: str) -> str:
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return "".join(char for char, _ in same)
+
+
+def learned_between(
+    ids: NDArray[Any], offsets: Offsets, marks: TurnMarks
+) -> tuple[MaskArray, NDArray[np.int64]]:
+    """Return (mask uint8 [T], answers that were found in each sequence int64 [n]).
+
+    Args:
+        ids: integers [T], sequences end to end.
+        offsets: int64 [n + 1], where each begins.
+        marks: what stands around what is learned.
+    """
+    mask = np.zeros(len(ids), np.uint8)
+    found = np.zeros(len(offsets) - 1, np.int64)
+    opens = _places(ids, marks.opens) + len(marks.opens)
+    closes = _places(ids, marks.closes)
+    first_open = first_close = 0
+    for number, (start, stop) in enumerate(itertools.pairwise(offsets.tolist())):
+        at = start
+        while True:
+            # A mark must lie in the sequence from its first token to its last.
+            first_open += int(np.searchsorted(opens[first_open:], at + len(marks.opens)))
+            if first_open == len(opens) or opens[first_open] > stop:
+                break
+            begin = int(opens[first_open])
+            first_close += int(np.searchsorted(closes[first_close:], begin))
+            end = stop
+            if first_close < len(closes) and closes[first_close] + len(marks.closes) <= stop:
+                end = int(closes[first_close]) + len(marks.closes)
+            mask[begin:end] = 1
+            found[number] += 1
+            at = end
+    return mask, found
+
+
+def _places(ids: NDArray[Any], wanted: tuple[int, ...]) -> NDArray[np.int64]:
+    """Return where these ids stand one behind the other."""
+    places = np.flatnonzero(ids[: max(0, len(ids) - len(wanted) + 1)] == wanted[0])
+    for shift, token in enumerate(wanted[1:], 1):
+        places = places[ids[places + shift] == token]
+    return places
+
+
+def overlapping(offsets: list[tuple[int, int]], spans: tuple[tuple[int, int], ...]) -> MaskArray:
+    """Mark the tokens of which a character stands in a span; both are in order."""
+    mask = np.zeros(len(offsets), np.uint8)
+    places = np.array(offsets, np.int64).reshape(-1, 2)
+    for start, stop in spans:
+        mask[(places[:, 0] < stop) & (places[:, 1] > start)] = 1
+    return mask

@@ -1,0 +1,268 @@
+"""From conversations to texts in which the special tokens that people wrote are told from those that the template wrote.
+
+A template joins what people wrote with tokens that open and close turns. Where somebody wrote `<|im_end|>` himself, the joined
+text does not show whose it is, and an encoder would take it for a token: a user could close his turn and open one of the
+assistant's. So a conversation in which that could be is rendered twice: as it is, and with the characters that special
+tokens are made of replaced, one for one, by characters that no text holds. A special token of the second rendering is the
+template's own; one that the first has beside it was written by somebody, in whatever pieces it came and wherever the template
+put them. Both renderings must be the same but for the replacement, or the template looked at the characters: what can be told
+then is not enough, and the record is a bad one.
+
+Templates do look at some texts, such as `</think>`. What stands in a template as a constant is left as it is wherever it occurs,
+unless a piece of a special token could come of it.
+
+**Which tokens are guarded**: those that tokenizer.json marks as `special`, and BOS, EOS and PAD. In MiniMind's vocabulary these
+open and close turns and documents. Its other added tokens, `<think>`, `<tool_call>` and their like, are not: answers are full of
+them, and what stands between them stays inside its turn.
+
+The result has the characters of the template's own special tokens replaced, not those of people's (`Rendered.guarded`): encoded
+with a vocabulary in which special tokens are called so (`turns.py`), text is text and tokens are tokens, and merges at the
+borders are what they always are. Where nobody wrote a special token, the text as it is gives the same ids, and that is taken, unless
+the tokenizer looks for its special tokens in what its normalizer made of the text: there `＜|im_end|＞` is one to it.
+"""
+
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import date, datetime, time
+from pathlib import Path
+from typing import Annotated, Any
+
+from minimind_data.chat.conversations import Conversation, Kind
+from minimind_data.chat.guard import Disguise
+from minimind_data.chat.template import (
+    SPAN_CLOSES,
+    SPAN_OPENS,
+    ChatTemplate,
+    Message,
+    RenderError,
+    render,
+    with_parts_joined,
+)
+
+"""First of the characters that stand for others; of a private use area that no script, and hardly any program, uses."""
+
+_EMPTY_THINK = "<think>\n\n</think>\n\n"
+
+_MARKS = re.compile(f"([{SPAN_OPENS}{SPAN_CLOSES}])")
+
+
+def parse_share(text: str | float) -> float:
+    """Read a number from 0 to 1.
+
+    Raises:
+        ValueError: the text is no such number.
+    """
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise ValueError(f"{text!r} is no share; write a number from 0 to 1, such as 0.2")
+    return share
+
+
+def parse_date(text: str) -> str:
+    """Read a date.
+
+    Raises:
+        ValueError: the text is none.
+    """
+    try:
+        return date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise ValueError(f"{text!r} is no date; write one as YYYY-MM-DD") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """How conversations become texts."""
+
+    chat_template: Annotated[
+        Path | None, "File with the chat template, where it is not to be the tokenizer's own."
+    ] = None
+    allow_special_in_content: Annotated[
+        bool, "Let special tokens in what people wrote open and close turns, as MiniMind does."
+    ] = False
+    empty_think_ratio: Annotated[
+        float,
+        "Share of the conversations, chosen by a hash of their text, that keep empty <think> blocks.",
+        parse_share,
+    ] = 1.0
+    chat_date: Annotated[
+        str | None, "Date, YYYY-MM-DD, that a chat template writes which writes today's.", parse_date
+    ] = None
+
+    def __post_init__(self) -> None:
+        parse_share(self.empty_think_ratio)
+        if self.chat_date is not None:
+            parse_date(self.chat_date)
+
+    @property
+    def shaping(self) -> dict[str, Any]:
+        """What of this decides the bytes of a dataset, besides the template."""
+        return {
+            name: getattr(self, name)
+            for name in ("allow_special_in_content", "empty_think_ratio", "chat_date")
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSpec:
+    """How conversations become texts."""
+
+    kind: Kind
+    template: ChatTemplate
+    control_tokens: tuple[str, ...]
+    """What nobody but the template may write; empty where everybody may."""
+    guards_all: bool = False
+    """Other characters may become special tokens too, so that a text without any does not show that nobody wrote one."""
+    empty_think_ratio: float = 1.0
+    """Share of the texts that keep empty thoughts."""
+    today: str | None = None
+    """The date that the template may write, YYYY-MM-DD."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """A conversation as one text."""
+
+    text: str
+    guarded: str | None
+    """The same, with the template's special tokens under other names, where somebody else wrote some; see `rendering.py`."""
+    spans: tuple[tuple[int, int], ...] | None
+    """What the assistant wrote, [start, stop) in characters; None where the template does not say."""
+    num_answers: int
+    """Turns of the assistant's."""
+
+
+class Renderer:
+    """Renders conversations by one specification."""
+
+    def __init__(self, spec: ChatSpec) -> None:
+        self._spec = spec
+        self._disguise = (
+            Disguise(spec.control_tokens, spec.template.constants) if spec.control_tokens else None
+        )
+        self._has_spans = spec.template.marks_generation
+        self._now: Callable[[], datetime] = datetime.now
+        if spec.today is not None:
+            midnight = datetime.combine(date.fromisoformat(spec.today), time())
+            self._now = lambda: midnight
+
+    def render(self, conversation: Conversation, *, asks: bool = False) -> Rendered:
+        """Render a conversation.
+
+        Args:
+            conversation: what was said.
+            asks: end with what the assistant's next turn begins with.
+
+        Raises:
+            RenderError: the template fails, or cannot keep apart what it wrote and what others wrote.
+        """
+        messages, tools = with_parts_joined(self._spec.template, conversation.messages), conversation.tools
+        said = [{name: told for name, told in message.items() if name != "role"} for message in messages]
+        if self._has_spans and (_holds(_MARKS, said) or _holds(_MARKS, tools)):
+            raise RenderError("it holds U+FDD0 or U+FDD1, which are no characters; remove them")
+        text, spans = self._text(messages, tools, asks)
+        guarded = None
+        disguise = self._disguise
+        if disguise is not None and (
+            self._spec.guards_all or _holds(disguise.signs, said) or _holds(disguise.signs, tools)
+        ):
+            guarded = self._guarded(disguise, text, messages, tools, asks=asks)
+        return Rendered(text=text, guarded=guarded, spans=spans, num_answers=conversation.num_answers)
+
+    def _guarded(
+        self,
+        disguise: Disguise,
+        text: str,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None,
+        *,
+        asks: bool,
+    ) -> str | None:
+        """Return the text with the template's own special tokens in disguise, None where all of them are its own."""
+        try:
+            hidden, _ = self._text(
+                [_hide_message(disguise, message) for message in messages], disguise.hide(tools), asks
+            )
+        except RenderError:
+            hidden = ""
+        if disguise.show(hidden) != text:
+            raise RenderError(
+                "the chat template looks at the signs of special tokens in it, so what is the template's cannot be told from "
+                "what is the text's; take such signs out, or pass --allow-special-in-content"
+            )
+        own = disguise.places(hidden)
+        if own == disguise.places(text) and not self._spec.guards_all:
+            return None
+        return disguise.disguised(text, own)
+
+    def _text(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, asks: bool
+    ) -> tuple[str, tuple[tuple[int, int], ...] | None]:
+        """Return the text, and the spans of it that the template itself calls the assistant's, if it does."""
+        text = render(
+            self._spec.template,
+            messages,
+            tools,
+            {"add_generation_prompt": asks},
+            now=self._now,
+            marked=self._has_spans,
+        )
+        if self._spec.empty_think_ratio < 1 and _EMPTY_THINK in text:
+            shown = self._disguise.show(text) if self._disguise else text
+            if not _is_chosen(shown, self._spec.empty_think_ratio):
+                text = text.replace(_EMPTY_THINK, "")
+        return _without_marks(text) if self._has_spans else (text, None)
+
+
+def _holds(pattern: re.Pattern[str], value: Any) -> bool:
+    """Tell whether a pattern is found in any string of a JSON value, names of fields included."""
+    if isinstance(value, str):
+        return pattern.search(value) is not None
+    if isinstance(value, Mapping):
+        return any(_holds(pattern, name) or _holds(pattern, item) for name, item in value.items())
+    return isinstance(value, list | tuple) and any(_holds(pattern, item) for item in value)
+
+
+def _hide_message(disguise: Disguise, message: Message) -> Message:
+    """Hide what a message says; its role, the names of its fields and those in the parts of its content are ours."""
+    hidden = {name: told if name == "role" else disguise.hide(told) for name, told in message.items()}
+    if isinstance(message.get("content"), list):
+        hidden["content"] = [{**part, "text": disguise.hide(part["text"])} for part in message["content"]]
+    return hidden
+
+
+def _is_chosen(text: str, ratio: float) -> bool:
+    """Tell by a hash of a text alone whether it belongs to a share of all texts."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"empty think").digest()
+    return int.from_bytes(digest, "little") < ratio * 2**64
+
+
+def _without_marks(marked: str) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """Take the marks out of a text; return it, and the [start, stop) that stood between them."""
+    parts: list[str] = []
+    spans: list[tuple[int, int]] = []
+    place = start = depth = 0
+    for piece in _MARKS.split(marked):
+        if piece == SPAN_OPENS:
+            start = place if not depth else start
+            depth += 1
+        elif piece == SPAN_CLOSES:
+            depth -= 1
+            if not depth:
+                spans.append((start, place))
+        else:
+            parts.append(piece)
+            place += len(piece)
+    return "".join(parts), tuple(spans)
+
+
+@functools.lru_cache(maxsize=2)
+def renderer_of(spec: ChatSpec) -> Renderer:
+    """Return the renderer of a specification, made once per process."""
+    return Renderer(spec)

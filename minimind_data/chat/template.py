@@ -1,0 +1,387 @@
+"""The chat template: how a conversation becomes one text, exactly as `transformers.apply_chat_template` renders it.
+
+A template is a program in Jinja that stands in a tokenizer's `chat_template.jinja` or `tokenizer_config.json`, and comes from
+whoever made the tokenizer. So it runs in Jinja's sandbox, and sees plain JSON values alone.
+
+Not here: what a record must look like (`conversations.py`), and how special tokens in what people wrote are kept from being
+taken for the template's own (`rendering.py`).
+
+Source of the environment: transformers, utils/chat_template_utils.py (`_cached_compile_jinja_template`, `render_jinja_template`)
+and tokenization_utils_base.py (`apply_chat_template`).
+"""
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, time
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+from jinja2 import meta, nodes
+from jinja2.parser import Parser
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from minimind_data.chat.conversations import text_of
+from minimind_data.dataset.format import CONFIG_NAME, TEMPLATE_NAME
+from minimind_data.errors import UserError
+from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
+
+SPAN_OPENS, SPAN_CLOSES = "\ufdd0", "\ufdd1"
+
+"""Stand around what a template marks by {% generation %}; noncharacters, which no text holds."""
+
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+_REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
+
+"""What a message's reasoning is called here and there; templates read the first, gpt-oss's the second."""
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatTemplate:
+    """A template, and the special tokens that it may name."""
+
+    text: str
+    special_tokens: tuple[tuple[str, Any], ...] = ()
+    """(name, value), as tokenizer_config.json has them: `bos_token` and its like, and lists of further ones."""
+
+    @property
+    def is_dated(self) -> bool:
+        """Whether it may write today's date."""
+        return "strftime_now" in meta.find_undeclared_variables(_environment().parse(self.text))
+
+    @property
+    def marks_generation(self) -> bool:
+        """Whether it says by {% generation %} itself what the assistant wrote."""
+        marks = _environment().parse(self.text).find_all(nodes.ExtensionAttribute)
+        return any(mark.name == _Generation.method for mark in marks)
+
+    @property
+    def constants(self) -> frozenset[str]:
+        """The texts that stand in it: those that it writes, those that it compares with, and names of fields."""
+        tree = _environment().parse(self.text)
+        strings = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+        strings |= {node.attr for node in tree.find_all(nodes.Getattr)}
+        return frozenset(strings | {node.data for node in tree.find_all(nodes.TemplateData)})
+
+    @property
+    def config_json(self) -> str:
+        """The `tokenizer_config.json` that hands it on: `transformers` reads it, and so does `chat_template_of`."""
+        told = {
+            **dict(self.special_tokens),
+            "clean_up_tokenization_spaces": False,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "chat_template": self.text,
+        }
+        return json.dumps(told, ensure_ascii=False, indent=1) + "\n"
+
+
+class RenderError(Exception):
+    """A template refused a conversation, or failed on it; the message is a phrase that says why."""
+
+
+def chat_template_of(path: Path | None, file: Path | None = None) -> ChatTemplate | None:
+    """Return the chat template of a tokenizer, or None where it has none.
+
+    `chat_template.jinja` counts before `tokenizer_config.json`. Where the latter has several templates, `default` is taken.
+
+    Args:
+        path: a folder with a tokenizer in it (a dataset, a run, a Hugging Face folder), a tokenizer.json, or None for the
+            tokenizer that ships with this package.
+        file: a file that holds another template, to be taken in place of the tokenizer's own.
+
+    Raises:
+        UserError: a file is not what it should be, or the template is no Jinja.
+    """
+    folder = DEFAULT_TOKENIZER if path is None else path if path.is_dir() else path.parent
+    config_path = folder / CONFIG_NAME
+    try:
+        config = json.loads(config_path.read_bytes())
+    except FileNotFoundError:
+        config = {}
+    except ValueError as error:
+        raise UserError(f"{config_path}: not JSON ({error})") from None
+    if not isinstance(config, dict):
+        config = {}
+    if file is not None or (folder / TEMPLATE_NAME).is_file():
+        return _read_template(file or folder / TEMPLATE_NAME, config)
+    text = config.get("chat_template")
+    if isinstance(text, list):
+        named = {one.get("name"): one.get("template") for one in text if isinstance(one, dict)}
+        text = named.get("default")
+    if text is None:
+        return None
+    return _checked(text, config, config_path)
+
+
+def _read_template(path: Path, config: Mapping[str, Any]) -> ChatTemplate:
+    try:
+        text = path.read_bytes().decode()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; --chat-template takes a file with a chat template") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); --chat-template takes a file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: no UTF-8 ({error.reason} at byte {error.start})") from None
+    return _checked(text, config, path)
+
+
+def _checked(text: object, config: Mapping[str, Any], path: Path) -> ChatTemplate:
+    if not isinstance(text, str):
+        raise UserError(f"{path}: its chat template is no text; put one into {TEMPLATE_NAME} beside it")
+    special: list[tuple[str, Any]] = [
+        (name, _plain_token(config[name])) for name in _SPECIAL_NAMES if config.get(name) is not None
+    ]
+    more = config.get("additional_special_tokens")
+    if isinstance(more, list) and more:
+        special.append(("additional_special_tokens", tuple(map(_plain_token, more))))
+    try:
+        _environment().parse(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"{path}: its chat template is no Jinja (line {error.lineno}: {error})") from None
+    return ChatTemplate(text=text, special_tokens=tuple(special))
+
+
+def _plain_token(told: Any) -> str:
+    return str(told.get("content")) if isinstance(told, dict) else str(told)
+
+
+def render_chat(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **variables: Any,
+) -> str:
+    """Render a conversation.
+
+    Args:
+        template: the tokenizer's.
+        messages: of a conversation, each with a `role` and mostly a `content`.
+        add_generation_prompt: end with what the assistant's next turn begins with.
+        tools: JSON schemas of functions that the assistant may call.
+        variables: what else the template knows, such as `enable_thinking`.
+
+    Raises:
+        RenderError: the template refuses the conversation, or fails on it.
+    """
+    variables["add_generation_prompt"] = add_generation_prompt
+    return render(template, messages, tools, variables)
+
+
+def render(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
+    *,
+    now: Callable[[], datetime] = datetime.now,
+    marked: bool = False,
+) -> str:
+    """Render as `render_chat` does.
+
+    Args:
+        template: the tokenizer's.
+        messages: of a conversation.
+        tools: as for `render_chat`.
+        variables: what else the template knows.
+        now: the time that the template may write.
+        marked: put `SPAN_OPENS` and `SPAN_CLOSES` around what {% generation %} marks.
+
+    Raises:
+        RenderError: as `render_chat`.
+    """
+    messages = with_parts_joined(template, messages)
+    return _render(template, messages, tools, variables or {}, now=now, marked=marked)
+
+
+def _render(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None,
+    variables: Mapping[str, Any],
+    *,
+    now: Callable[[], datetime],
+    marked: bool,
+) -> str:
+    special = {
+        name: list(told) if isinstance(told, tuple) else told for name, told in template.special_tokens
+    }
+    told = {"tools": tools, "documents": None, "add_generation_prompt": False, **special, **variables}
+    try:
+        return _compiled(template.text, marked).render(
+            messages=[_as_templates_want(message) for message in messages],
+            strftime_now=lambda form: now().strftime(form),
+            **told,
+        )
+    except Exception as error:  # noqa: BLE001 - a template is a program, which may fail in any way
+        if type(error) is jinja2.TemplateError:  # what it raises itself
+            raise RenderError(f"the chat template refuses it ({error.message})") from None
+        raise RenderError(f"the chat template fails on it ({type(error).__name__}: {error})") from None
+
+
+def with_parts_joined(template: ChatTemplate, messages: Sequence[Message]) -> list[Message]:
+    """Return messages in which a content in parts is one text, but for the roles whose parts the template takes.
+
+    A template that does not know parts leaves them out in silence (MiniMind's do), fails on them, or writes them down as a list.
+    """
+    joined: list[Message] = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list) and message.get("role") not in roles_in_parts(template):
+            joined.append({**message, "content": text_of(content)})
+        else:
+            joined.append(message)
+    return joined
+
+
+_PROBE: Sequence[Message] = (
+    {"role": "system", "content": "all apples"},
+    {"role": "user", "content": "one apple"},
+    {"role": "assistant", "content": "two apples", "tool_calls": [{"name": "pick", "arguments": {}}]},
+    {"role": "tool", "content": "three apples"},
+    {"role": "assistant", "content": "four apples"},
+    {"role": "user", "content": "five apples"},
+    {"role": "assistant", "content": "six apples"},
+)
+
+_PROBE_TOOLS: Sequence[Mapping[str, Any]] = ({"type": "function", "function": {"name": "pick"}},)
+
+
+@functools.lru_cache(maxsize=8)
+def roles_in_parts(template: ChatTemplate) -> frozenset[str]:
+    """Return the roles whose contents a template takes in parts: those for which one part gives what the text itself gives."""
+    return frozenset(role for role in ("system", "user", "assistant", "tool") if _takes_parts(template, role))
+
+
+def _takes_parts(template: ChatTemplate, role: str) -> bool:
+    whole = [one for one in _PROBE if one["role"] in {"user", "assistant", role}]
+    if role != "tool":
+        whole = [{**one, "tool_calls": None} for one in whole]
+    parted = [
+        {**one, "content": [{"type": "text", "text": one["content"]}]} if one["role"] == role else one
+        for one in whole
+    ]
+    said = [one["content"] for one in whole if one["role"] == role]
+    takes = False
+    for tools in (None, _PROBE_TOOLS):
+        try:
+            wanted = _render(template, whole, tools, {}, now=_at_any_time, marked=False)
+        except RenderError:
+            continue  # it has no such role, or no tools
+        try:
+            takes = wanted == _render(template, parted, tools, {}, now=_at_any_time, marked=False)
+        except RenderError:
+            return False
+        if not (takes and all(text in wanted for text in said)):
+            return False
+    return takes
+
+
+def _at_any_time() -> datetime:
+    return datetime.combine(date(2000, 1, 1), time())
+
+
+def _as_templates_want(message: Message) -> dict[str, Any]:
+    """Leave out what is null, which many templates would write as None, and give the reasoning its common names."""
+    told = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((told[name] for name in _REASONING_NAMES if name in told), None)
+    return told if reasoning is None else {"thinking": reasoning, **told, "reasoning_content": reasoning}
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} … {% endgeneration %}: around what the assistant writes."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
+    method = "_mark"
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method(self.method), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Macro) -> str:
+        return str(caller())
+
+
+class _MarkedGeneration(_Generation):
+    """The same, with marks around it."""
+
+    def _mark(self, caller: Macro) -> str:
+        return f"{SPAN_OPENS}{caller()}{SPAN_CLOSES}"
+
+
+class _Dict:
+    """`dict` for templates: a function, with no way to the class."""
+
+    def __call__(self, *pairs: Any, **named: Any) -> dict[Any, Any]:
+        return dict(*pairs, **named)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        """Return `dict.fromkeys`."""
+        return dict.fromkeys(*args)
+
+
+class _Namespace(Namespace):
+    """`namespace` for templates, without names that reach into Python."""
+
+    def __init__(*args: Any, **named: Any) -> None:
+        self, *pairs = args
+        values = dict(*pairs, **named)
+        for name in values:
+            _refuse_private(name)
+        Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_private(name)
+        super().__setitem__(name, value)
+
+
+def _refuse_private(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(
+            f"a namespace takes no name that begins with _, such as {name!r}"
+        )
+
+
+@functools.cache
+def _environment(*, marked: bool = False) -> jinja2.Environment:
+    generation = _MarkedGeneration if marked else _Generation
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["dict"] = _Dict()
+    environment.globals["namespace"] = _Namespace
+    return environment
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(text: str, marked: bool) -> jinja2.Template:
+    return _environment(marked=marked).from_string(text)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Write JSON as it is; Jinja's own filter escapes what HTML would read."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

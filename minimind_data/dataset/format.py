@@ -1,0 +1,358 @@
+r"""The on-disk contract: what a dataset folder holds, byte by byte. This docstring is the specification.
+
+A *dataset* is a folder with shards, a copy of `tokenizer.json`, and one `manifest.json`, which is written last: a folder
+without a manifest is no dataset. All numbers are little-endian. Where the tokenizer has a chat template, it stands in
+`tokenizer_config.json` beside it, with the special tokens that it names.
+
+A *shard* `NAME` is two files in the layout of Megatron-Core's `IndexedDataset`:
+
+    NAME.bin    the tokens of all sequences end to end, nothing else
+    NAME.idx    9 bytes   magic "MMIDIDX\0\0"
+                u64       version, 1
+                u8        dtype code: 8 = uint16 (vocabularies of at most 65,536 entries), 4 = int32
+                u64       S, the number of sequences
+                u64       D + 1, where D is the number of documents
+                S x i32   length of each sequence, in tokens
+                S x i64   byte offset of each sequence in NAME.bin
+                (D+1) x i64   the sequence index at which each document starts; begins with 0, ends with S
+
+    NAME.mask   conversations only: a byte for each token of NAME.bin, 1 where it is learned, else 0
+
+A pre-training document (`pretrain`) is one sequence: BOS + the tokens of its text + EOS. A conversation (`sft`) is one
+sequence: the tokens of the text that the chat template makes of it, and nothing around them. A pair (`dpo`) is two such
+sequences: the chosen conversation, then the rejected one.
+
+`manifest.json` (see `Manifest`) names the tokenizer, the options that shaped the tokens, the inputs, and every shard in
+order with its checksums and the bytes of input that it came from. Its *fingerprint* is a hash of what determines the
+tokens: two datasets with one fingerprint hold the same tokens in the same order, wherever and however they were built.
+
+Source of the shard layout: Megatron-LM, megatron/core/datasets/indexed_dataset.py (`_IndexWriter`, `_IndexReader`).
+"""
+
+import json
+import struct
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minimind_data.errors import UserError
+from minimind_data.files import checksum_of_json
+
+FORMAT_VERSION = 1
+
+MANIFEST_NAME = "manifest.json"
+
+TOKENIZER_NAME = "tokenizer.json"
+
+CONFIG_NAME = "tokenizer_config.json"
+
+SET_ASIDE_NAME = "set-aside.jsonl"
+
+VALIDATION_NAME = "val"
+
+"""The folder, inside a dataset's, of the dataset that holds its validation part."""
+
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+
+INDEX_VERSION = 1
+
+MAX_UINT16_VOCABULARY = 65_536
+
+MAX_VOCABULARY = 2**31 - 1
+
+"""What int32 tokens can tell apart."""
+
+TokenDtype = Literal["uint16", "int32"]
+
+DTYPE_CODES: dict[TokenDtype, int] = {"uint16": 8, "int32": 4}
+
+DTYPES_BY_CODE: dict[int, TokenDtype] = {code: name for name, code in DTYPE_CODES.items()}
+
+TokenArray = NDArray[Any]
+
+"""Tokens as they are on disk: uint16 or int32."""
+
+MaskArray = NDArray[np.uint8]
+
+"""1 where a token is learned, else 0."""
+
+Kind = Literal["pretrain", "sft", "dpo"]
+
+_INDEX_HEADER = struct.Struct("<9sQBQQ")
+
+INDEX_HEADER_BYTES = _INDEX_HEADER.size
+
+_CUT_OPTIONS = {"split_bytes", "shard_bytes"}
+
+"""Options that decide where one shard ends and the next begins, and nothing else."""
+
+_LEFT_OUT_WHEN_EMPTY = {"tokenizer_config_sha256", "mask_sha256", "different_prompts", "unlearned"}
+
+"""What a manifest says only where there is something to say."""
+
+
+class FormatError(UserError):
+    """Something on disk is not what this format says; the message names the file and what to do."""
+
+
+def dtype_for(vocab_size: int) -> TokenDtype:
+    """Return the narrowest token dtype of the format that holds ids below `vocab_size`."""
+    return "uint16" if vocab_size <= MAX_UINT16_VOCABULARY else "int32"
+
+
+def numpy_dtype(dtype: TokenDtype) -> np.dtype[Any]:
+    """Return the little-endian numpy dtype of tokens on disk."""
+    return np.dtype(dtype).newbyteorder("<")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexHeader:
+    """The fixed first 34 bytes of an `.idx` file."""
+
+    dtype: TokenDtype
+    num_sequences: int
+    num_documents: int
+
+    @property
+    def file_bytes(self) -> int:
+        """Size that the whole `.idx` file has."""
+        return INDEX_HEADER_BYTES + self.num_sequences * 12 + (self.num_documents + 1) * 8
+
+    def pack(self) -> bytes:
+        """Return the header as it stands on disk."""
+        code = DTYPE_CODES[self.dtype]
+        return _INDEX_HEADER.pack(
+            INDEX_MAGIC, INDEX_VERSION, code, self.num_sequences, self.num_documents + 1
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes, path: Path) -> Self:
+        """Read a header; `path` is for the error.
+
+        Raises:
+            FormatError: the bytes are no header that this version knows.
+        """
+        if len(data) < INDEX_HEADER_BYTES or not data.startswith(INDEX_MAGIC):
+            raise FormatError(f"{path}: no shard index (it should begin with {INDEX_MAGIC!r}); {REMAKE}")
+        _, version, code, num_sequences, num_starts = _INDEX_HEADER.unpack(data[:INDEX_HEADER_BYTES])
+        if version != INDEX_VERSION or code not in DTYPES_BY_CODE or num_starts < 1:
+            raise FormatError(
+                f"{path}: the index header says version {version}, dtype code {code}, {num_starts} document starts; "
+                f"known are version {INDEX_VERSION} and dtype codes {sorted(DTYPES_BY_CODE)}; {REMAKE}"
+            )
+        return cls(dtype=DTYPES_BY_CODE[code], num_sequences=num_sequences, num_documents=num_starts - 1)
+
+
+def _without_empty(content: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if value or name not in _LEFT_OUT_WHEN_EMPTY}
+
+
+REMAKE = "delete the shard's .bin and .idx and run the same `mm-data tokenize` again: it makes only what is missing"
+
+REMAKE_ALL = f"delete {MANIFEST_NAME} and run the same `mm-data tokenize` again: it makes all of it anew"
+
+RESTORE = "run the same `mm-data tokenize` again: it restores it"
+
+
+def index_bytes(header: IndexHeader, lengths: NDArray[np.int64], document_starts: NDArray[np.int64]) -> bytes:
+    """Return a whole `.idx` file.
+
+    Args:
+        header: dtype and counts.
+        lengths: int64 [S], tokens of each sequence.
+        document_starts: int64 [D+1], the sequence at which each document starts, ending with S.
+    """
+    offsets = np.zeros(len(lengths), "<i8")
+    np.cumsum(lengths[:-1] * np.dtype(header.dtype).itemsize, out=offsets[1:])
+    return b"".join(
+        (
+            header.pack(),
+            lengths.astype("<i4").tobytes(),
+            offsets.tobytes(),
+            document_starts.astype("<i8").tobytes(),
+        )
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerInfo:
+    """The vocabulary that gives the ids of a dataset their meaning."""
+
+    sha256: str
+    """SHA-256 of tokenizer.json, as all in a manifest in hexadecimal digits."""
+    vocab_size: int
+    """The largest id plus one; the height of an embedding table."""
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputEntry:
+    """One input file of a dataset."""
+
+    path: str
+    """As it was given on the command line, without credentials; `-` for standard input."""
+    bytes: int
+    """As it is stored, compressed or not."""
+    sha256: str
+    form: str = "jsonl"
+    """`jsonl`, `parquet` or `text`; or, of a dataset that was converted, the format that it came from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """One shard, and what it was made of."""
+
+    name: str
+    documents: int
+    sequences: int
+    tokens: int
+    bytes: int
+    """Size of the .bin file."""
+    sha256: str
+    """SHA-256 of the .bin file."""
+    index_sha256: str
+    """SHA-256 of the .idx file."""
+    input: int
+    """Which of the manifest's inputs the documents came from; the first of them, where small text files share a shard."""
+    input_start: int
+    """First byte of that input, decompressed, that belongs to this shard. In Parquet, the first row group."""
+    input_stop: int
+    """The byte after its last one, or the row group."""
+    input_sha256: str
+    """SHA-256 of those bytes; in Parquet, of the fields that were read."""
+    inputs: int = 1
+    """How many inputs the shard holds, from `input` on."""
+    first_line: int = 0
+    """Records of the input that come before it."""
+    lines: int = 0
+    """Records that it was made of, those included that made no document."""
+    empty_texts: int = 0
+    set_aside: int = 0
+    duplicates: int = 0
+    """Documents left out because an earlier one has the same text."""
+    duplicates_sha256: str = ""
+    """SHA-256 of the numbers of those documents, as little-endian int32; empty where none were looked for."""
+    mask_sha256: str = ""
+    """SHA-256 of the .mask file; empty where there is none."""
+    different_prompts: int = 0
+    """Pairs of the split whose two conversations do not begin alike."""
+    unlearned: int = 0
+    """Conversations of the split in which an answer is not learned, because its tokens run into those around it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What `manifest.json` says."""
+
+    kind: Kind
+    dtype: TokenDtype
+    tokenizer: TokenizerInfo
+    options: dict[str, Any]
+    """The options that shaped the tokens (such as the field the text was in) or the cut into shards."""
+    inputs: tuple[InputEntry, ...]
+    shards: tuple[ShardEntry, ...]
+    empty_texts: int = 0
+    """Records whose text was empty; they made no document."""
+    set_aside: int = 0
+    """Bad records that were set aside."""
+    duplicates: int = 0
+    """Documents left out because an earlier one has the same text."""
+    set_aside_sha256: str | None = None
+    """SHA-256 of the file that holds them; None where there are none."""
+    tokenizer_config_sha256: str | None = None
+    """SHA-256 of tokenizer_config.json; None where the tokenizer has no chat template."""
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what determines the tokens and their order; neither paths nor the cut into shards are part of it."""
+        content = {
+            "format": self.format_version,
+            "kind": self.kind,
+            "dtype": self.dtype,
+            "tokenizer": asdict(self.tokenizer),
+            "options": {name: value for name, value in self.options.items() if name not in _CUT_OPTIONS},
+            "inputs": [{"bytes": entry.bytes, "sha256": entry.sha256} for entry in self.inputs],
+        }
+        return checksum_of_json(content)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the shards have a mask."""
+        return self.kind != "pretrain"
+
+    @property
+    def sequences_per_document(self) -> int:
+        """2 for pairs, else 1."""
+        return 2 if self.kind == "dpo" else 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all shards."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of all shards."""
+        return sum(shard.documents for shard in self.shards)
+
+    def to_json(self) -> str:
+        """Return the text of `manifest.json`."""
+        content = {
+            "format_version": self.format_version,
+            "fingerprint": self.fingerprint,
+            **_without_empty(asdict(self)),
+        }
+        content["shards"] = [_without_empty(shard) for shard in content["shards"]]
+        return (
+            json.dumps({**content, "checksum": checksum_of_json(content)}, ensure_ascii=False, indent=1)
+            + "\n"
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read the manifest of a dataset.
+
+        Raises:
+            FormatError: the folder is no dataset, or its manifest is damaged or of another version.
+        """
+        path = folder / MANIFEST_NAME
+        try:
+            content = json.loads(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            raise FormatError(
+                f"{folder}: no dataset (no {MANIFEST_NAME}); make one with `mm-data tokenize`"
+            ) from None
+        except ValueError as error:
+            raise FormatError(f"{path}: damaged ({error}); {REMAKE_ALL}") from None
+        try:
+            if content["format_version"] != FORMAT_VERSION:
+                raise FormatError(
+                    f"{path}: format version {content['format_version']}; this program reads version {FORMAT_VERSION}"
+                )
+            checksum, fingerprint = content.pop("checksum"), content.pop("fingerprint")
+            if checksum != checksum_of_json({**content, "fingerprint": fingerprint}):
+                raise FormatError(f"{path}: damaged (its checksum does not fit); {REMAKE_ALL}")
+            manifest = cls(
+                **{
+                    **content,
+                    "tokenizer": TokenizerInfo(**content["tokenizer"]),
+                    "inputs": tuple(InputEntry(**entry) for entry in content["inputs"]),
+                    "shards": tuple(ShardEntry(**entry) for entry in content["shards"]),
+                }
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FormatError(f"{path}: not a manifest of this program ({error!r}); {REMAKE_ALL}") from None
+        if manifest.fingerprint != fingerprint or manifest.dtype not in DTYPE_CODES:
+            raise FormatError(f"{path}: its fingerprint does not fit its content; {REMAKE_ALL}")
+        return manifest
+
+
+TEMPLATE_NAME = "chat_template.jinja"
+
+IGNORED = -100

@@ -1,0 +1,119 @@
+"""merge(): several datasets of one tokenizer become one, whose shards are the same files under a new roof.
+
+Nothing is read: shards are linked (copied where links cannot be), their checksums come from the manifests, their sizes are
+looked at. Documents stand in the order in which the datasets are named. The inputs of all are the inputs of the whole.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from minimind_data.dataset.checked import carry_set_aside
+from minimind_data.dataset.format import REMAKE, FormatError, IndexHeader, Manifest, ShardEntry
+from minimind_data.dataset.shard_set import ShardSet
+from minimind_data.dataset.staging import new_folder, place_file, unique_names, write_metadata
+from minimind_data.errors import UserError
+from minimind_data.options import differences
+from minimind_data.reporting import Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """How datasets become one."""
+
+    out: Annotated[Path, "Folder to make; it must not hold anything."]
+    copy: Annotated[bool, "Copy the shards; by default they are linked where they can be."] = False
+
+
+def merge(
+    folders: Sequence[Path],
+    options: MergeOptions,
+    *,
+    progress: Callable[[int], Report] = lambda _: lambda _bytes, _tokens: None,
+) -> Manifest:
+    """Put datasets one behind the other; a dataset that is named twice is in it twice.
+
+    Args:
+        folders: the datasets, in the order of the result.
+        options: where to, and how.
+        progress: called with the bytes of all shards; what it returns is told of bytes and tokens as they are done.
+
+    Raises:
+        UserError: the datasets do not go together, or `out` cannot be made.
+        FormatError: one of them is damaged.
+    """
+    if len(folders) < 2:
+        raise UserError("merging takes two datasets or more; name them one after the other")
+    datasets = [ShardSet.open(folder) for folder in folders]
+    for dataset in datasets:
+        _refuse_different(datasets[0], dataset)
+        for entry in dataset.manifest.shards:
+            _check_sizes(dataset.folder, entry, dataset.manifest)
+    manifest = _merged([dataset.manifest for dataset in datasets])
+    with new_folder(options.out) as folder:
+        report = progress(sum(entry.bytes for entry in manifest.shards))
+        old = ((dataset.folder, entry) for dataset in datasets for entry in dataset.manifest.shards)
+        for (source, entry), new in zip(old, manifest.shards, strict=True):
+            for suffix in (".bin", ".mask", ".idx") if manifest.has_masks else (".bin", ".idx"):
+                place_file(
+                    source / f"{entry.name}{suffix}", folder / f"{new.name}{suffix}", copy=options.copy
+                )
+            report(entry.bytes, entry.tokens)
+        manifest = dataclasses.replace(manifest, set_aside_sha256=carry_set_aside(datasets, folder))
+        write_metadata(folder, manifest, datasets[0].folder)
+    return manifest
+
+
+def _refuse_different(first: ShardSet, other: ShardSet) -> None:
+    there, here = (
+        {
+            "kind": dataset.manifest.kind,
+            "dtype": dataset.manifest.dtype,
+            **{f"tokenizer {name}": value for name, value in asdict(dataset.manifest.tokenizer).items()},
+            "chat template": dataset.manifest.tokenizer_config_sha256 if dataset.manifest.has_masks else None,
+        }
+        for dataset in (first, other)
+    )
+    if found := differences(there, here, there):
+        raise UserError(
+            f"{other.folder}: does not go together with {first.folder}: {'; '.join(found)}; only datasets of one kind, made with "
+            "one tokenizer, can be merged"
+        )
+
+
+def _check_sizes(folder: Path, entry: ShardEntry, manifest: Manifest) -> None:
+    header = IndexHeader(dtype=manifest.dtype, num_sequences=entry.sequences, num_documents=entry.documents)
+    sizes = [(".bin", entry.bytes), (".idx", header.file_bytes)]
+    for suffix, wanted in [*sizes, (".mask", entry.tokens)] if manifest.has_masks else sizes:
+        path = folder / f"{entry.name}{suffix}"
+        found = path.stat().st_size if path.is_file() else None
+        if found != wanted:
+            told = "missing" if found is None else f"{found:,} bytes, where the manifest wants {wanted:,}"
+            raise FormatError(f"{path}: {told}; {REMAKE}")
+
+
+def _merged(manifests: Sequence[Manifest]) -> Manifest:
+    """Say what the whole holds: it follows from what the parts hold, whatever folders they are in."""
+    inputs = tuple(entry for manifest in manifests for entry in manifest.inputs)
+    shards: list[ShardEntry] = []
+    inputs_before = 0
+    for manifest in manifests:
+        shards += [dataclasses.replace(entry, input=entry.input + inputs_before) for entry in manifest.shards]
+        inputs_before += len(manifest.inputs)
+    names = unique_names([entry.name for entry in shards])
+    return Manifest(
+        kind=manifests[0].kind,
+        dtype=manifests[0].dtype,
+        tokenizer=manifests[0].tokenizer,
+        options={"merged_from": [manifest.fingerprint for manifest in manifests]},
+        inputs=inputs,
+        shards=tuple(
+            dataclasses.replace(entry, name=name) for entry, name in zip(shards, names, strict=True)
+        ),
+        empty_texts=sum(manifest.empty_texts for manifest in manifests),
+        set_aside=sum(manifest.set_aside for manifest in manifests),
+        duplicates=sum(manifest.duplicates for manifest in manifests),
+        tokenizer_config_sha256=manifests[0].tokenizer_config_sha256,
+    )

@@ -1,0 +1,124 @@
+"""Shard: the files of one shard, mapped and held against the manifest."""
+
+import contextlib
+import mmap
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minimind_data.dataset.format import (
+    INDEX_HEADER_BYTES,
+    REMAKE,
+    FormatError,
+    IndexHeader,
+    MaskArray,
+    ShardEntry,
+    TokenArray,
+    TokenDtype,
+    numpy_dtype,
+)
+
+_HAS_WILLNEED = hasattr(mmap, "MADV_WILLNEED")
+# A map needs no open file; before Python 3.13 it keeps one all the same.
+_NO_FILE: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+
+
+@contextlib.contextmanager
+def _opened(path: Path, expected_bytes: int) -> Iterator[int]:
+    """Open a file of the size that the manifest says."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        raise FormatError(f"{path}: missing; {REMAKE}") from None
+    try:
+        found = os.fstat(descriptor).st_size
+        if found != expected_bytes:
+            raise FormatError(
+                f"{path}: {found:,} bytes, where the manifest wants {expected_bytes:,}; {REMAKE}"
+            )
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _map(descriptor: int) -> mmap.mmap:
+    """Map a whole file, which is not empty, read-only."""
+    return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ, **_NO_FILE)
+
+
+class Shard:
+    """One shard, mapped. Nothing is read beyond the header of its index.
+
+    Attributes:
+        entry: what the manifest says of it.
+        tokens: uint16 or int32 [tokens], the sequences end to end.
+        ends: its first token and its last; None where it has none.
+        mask: uint8 [tokens], 1 where a token is learned; None in pre-training, which learns all.
+        index: uint8, the whole `.idx` file; the next three are views of it.
+        lengths: int32 [sequences], tokens of each sequence.
+        offsets: int64 [sequences], byte offset of each sequence in the `.bin` file.
+        document_starts: int64 [documents + 1], the sequence at which each document starts.
+
+    Raises:
+        FormatError: a file is missing, shorter or longer than the manifest says, or has a wrong header.
+    """
+
+    def __init__(self, folder: Path, entry: ShardEntry, dtype: TokenDtype) -> None:
+        self.entry = entry
+        wanted = IndexHeader(dtype=dtype, num_sequences=entry.sequences, num_documents=entry.documents)
+        index_path = folder / f"{entry.name}.idx"
+        # What is looked at here is read, not touched in the map: a fault makes the system read all around it, up to megabytes.
+        with _opened(index_path, wanted.file_bytes) as descriptor:
+            header = IndexHeader.unpack(os.pread(descriptor, INDEX_HEADER_BYTES, 0), index_path)
+            if header != wanted:
+                raise FormatError(
+                    f"{index_path}: its header says {header}, where the manifest wants {wanted}; {REMAKE}"
+                )
+            self.index: NDArray[np.uint8] = np.frombuffer(_map(descriptor), np.uint8)
+        lengths_stop = INDEX_HEADER_BYTES + 4 * entry.sequences
+        offsets_stop = lengths_stop + 8 * entry.sequences
+        self.lengths: NDArray[np.int32] = self.index[INDEX_HEADER_BYTES:lengths_stop].view("<i4")
+        self.offsets: NDArray[np.int64] = self.index[lengths_stop:offsets_stop].view("<i8")
+        self.document_starts: NDArray[np.int64] = self.index[offsets_stop:].view("<i8")
+        self.ends: tuple[int, int] | None = None
+        self._map: mmap.mmap | None = None
+        self.tokens: TokenArray = np.empty(0, numpy_dtype(dtype))
+        with _opened(folder / f"{entry.name}.bin", entry.bytes) as descriptor:
+            if entry.bytes:
+                size = self.tokens.itemsize
+                first, last = (os.pread(descriptor, size, place) for place in (0, entry.bytes - size))
+                begin, end = np.frombuffer(first + last, self.tokens.dtype).tolist()
+                self.ends = begin, end
+                self._map = _map(descriptor)
+                self.tokens = np.frombuffer(self._map, self.tokens.dtype)
+        self.mask: MaskArray | None = None
+        self._mask_map: mmap.mmap | None = None
+        if entry.mask_sha256:
+            with _opened(folder / f"{entry.name}.mask", entry.tokens) as descriptor:
+                self._mask_map = _map(descriptor)
+                self.mask = np.frombuffer(self._mask_map, np.uint8)
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Tell the system that the tokens [start, stop) are read soon; it returns at once, and reads them meanwhile."""
+        for mapped, size in ((self._map, self.tokens.itemsize), (self._mask_map, 1)):
+            if mapped is None or not _HAS_WILLNEED:
+                continue
+            begin = start * size // mmap.PAGESIZE * mmap.PAGESIZE
+            length = min(stop * size, len(mapped)) - begin
+            if length > 0:
+                mapped.madvise(mmap.MADV_WILLNEED, begin, length)
+
+    def sequence_of(self, token: int) -> int:
+        """Return the sequence that holds the token at this offset of the shard."""
+        return int(np.searchsorted(self.offsets, token * self.tokens.itemsize, side="right")) - 1
+
+
+def mask_of(shard: Shard) -> MaskArray:
+    """Return the mask of a shard that has one."""
+    assert shard.mask is not None, shard.entry.name
+    return shard.mask

@@ -1,0 +1,321 @@
+"""ShardSet: open a dataset, check it, and read token rows out of its memory maps.
+
+Opening a dataset reads the manifest and hashes the tokenizer, nothing else; a shard is mapped, and held against the
+manifest, when its first token is wanted. `verify.py` is what reads every byte.
+
+All shards together are one stream of tokens and one list of documents; both are addressed by global numbers (int64).
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minimind_data.dataset.format import (
+    INDEX_HEADER_BYTES,
+    REMAKE,
+    RESTORE,
+    TOKENIZER_NAME,
+    FormatError,
+    Manifest,
+    MaskArray,
+    TokenArray,
+    numpy_dtype,
+)
+from minimind_data.dataset.gather import RowGather
+from minimind_data.dataset.shard import Shard, mask_of
+from minimind_data.errors import UserError
+from minimind_data.files import sha256_of
+from minimind_data.system import allow_open_files
+
+__all__ = ["Shard", "ShardSet"]
+
+_COUNTED_TOKENS = 2**20
+"""Tokens whose mask is looked at at a time."""
+
+
+class ShardSet:
+    """All shards of a dataset as one token stream and one document list.
+
+    Attributes:
+        folder: the dataset folder.
+        manifest: its manifest.
+        token_starts: int64 [shards + 1], the global number of each shard's first token, ending with the number of tokens.
+        document_starts: int64 [shards + 1], likewise for documents.
+        sequence_starts: int64 [shards + 1], likewise for sequences, of which a pair is two.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.dtype = numpy_dtype(manifest.dtype)
+        counts = [(entry.tokens, entry.documents) for entry in manifest.shards]
+        totals = np.cumsum(np.array([(0, 0), *counts], np.int64), axis=0)
+        self.token_starts: NDArray[np.int64] = np.ascontiguousarray(totals[:, 0])
+        self.document_starts: NDArray[np.int64] = np.ascontiguousarray(totals[:, 1])
+        self._num_sequences = np.array([entry.sequences for entry in manifest.shards], np.int64)
+        self.sequence_starts: NDArray[np.int64] = np.cumsum([0, *self._num_sequences.tolist()])
+        self._index_by_name = {entry.name: index for index, entry in enumerate(manifest.shards)}
+        self._shards: dict[int, Shard] = {}
+        self._mapping = threading.Lock()
+        self._tokens = RowGather.empty(self.dtype, len(manifest.shards))
+        self._indexes = RowGather.empty(np.dtype(np.uint8), len(manifest.shards))
+        self._masks = RowGather.empty(np.dtype(np.uint8), len(manifest.shards))
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Self:
+        """Open a dataset.
+
+        Raises:
+            FormatError: the folder is no dataset, or its tokenizer is not the one that made the shards.
+        """
+        folder = Path(folder)
+        manifest = Manifest.read(folder)
+        path = folder / TOKENIZER_NAME
+        if not path.is_file():
+            raise FormatError(f"{path}: missing; {RESTORE}")
+        found = sha256_of(path)
+        if found != manifest.tokenizer.sha256:
+            raise FormatError(
+                f"{path}: its SHA-256 is {found[:12]}…, but the shards were made with {manifest.tokenizer.sha256[:12]}…; "
+                f"put the right tokenizer back, or {RESTORE}"
+            )
+        return cls(folder, manifest)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as a folder name: the process that unpickles maps the files itself."""
+        return (type(self), (self.folder, self.manifest))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all shards."""
+        return int(self.token_starts[-1])
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of all shards."""
+        return int(self.document_starts[-1])
+
+    def __len__(self) -> int:
+        """Return the number of shards."""
+        return len(self.manifest.shards)
+
+    def __iter__(self) -> Iterator[Shard]:
+        """Iterate over the shards in order, mapping each."""
+        return (self.shard(index) for index in range(len(self)))
+
+    def shard(self, index: int) -> Shard:
+        """Return a shard by its place in the manifest, mapping it when it is first asked for."""
+        self._map_all(np.array([index]))
+        return self._shards[index]
+
+    def open_shard(self, index: int) -> Shard:
+        """Map a shard for the caller alone: unlike that of `shard` its map is not kept, so a pass over all shards holds one at a time."""
+        return Shard(self.folder, self.manifest.shards[index], self.manifest.dtype)
+
+    def rows(self, starts: NDArray[np.int64], width: int) -> TokenArray:
+        """Copy rows of the token stream; a row may reach across any number of shards.
+
+        Args:
+            starts: int64 [B], global number of each row's first token.
+            width: tokens in a row.
+
+        Returns:
+            uint16 or int32 [B, width].
+
+        Raises:
+            IndexError: a row begins before the first token or ends after the last.
+        """
+        return self._rows(starts, width, masks=False)
+
+    def mask_rows(self, starts: NDArray[np.int64], width: int) -> MaskArray:
+        """Copy the mask of rows of the token stream, uint8 [B, width]; else as `rows`."""
+        assert self.manifest.has_masks, self.manifest.kind
+        return self._rows(starts, width, masks=True)
+
+    def _rows(self, starts: NDArray[np.int64], width: int, *, masks: bool) -> NDArray[Any]:
+        if len(starts) and (starts.min() < 0 or starts.max() + width > self.num_tokens):
+            raise IndexError(
+                f"rows of {width} tokens at {starts.min()}…{starts.max()} in a stream of {self.num_tokens}"
+            )
+        owners = self.owners(starts)
+        self._map_all(owners)
+        gather = self._masks if masks else self._tokens
+        offsets = starts - self.token_starts[owners]
+        inside = starts + width <= self.token_starts[owners + 1]
+        if inside.all():
+            return gather.rows(owners, offsets, width)
+        rows = np.empty((len(starts), width), np.uint8 if masks else self.dtype)
+        rows[inside] = gather.rows(owners[inside], offsets[inside], width)
+        read = self.mask_slice if masks else self.slice
+        for place in np.flatnonzero(~inside):
+            rows[place] = read(int(starts[place]), int(starts[place]) + width)
+        return rows
+
+    def count_learned(self) -> int:
+        """Count the tokens that are learned, reading all masks; without masks all are."""
+        if not self.manifest.has_masks:
+            return self.num_tokens
+        masks = (mask_of(shard) for shard in self)
+        return sum(
+            int(np.count_nonzero(mask[start : start + _COUNTED_TOKENS]))
+            for mask in masks
+            for start in range(0, len(mask), _COUNTED_TOKENS)
+        )
+
+    def sequence_spans(
+        self, owners: NDArray[np.intp], sequences: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Look sequences up in the indexes of their shards.
+
+        Args:
+            owners: intp [B], the index of each sequence's shard.
+            sequences: int64 [B], its number in that shard.
+
+        Returns:
+            (global number of its first token, its length in tokens), both int64 [B].
+
+        Raises:
+            FormatError: an index points outside its shard.
+        """
+        self._map_all(owners)
+        offsets_start = INDEX_HEADER_BYTES + 4 * self._num_sequences[owners]
+        lengths = self._indexes.rows(owners, INDEX_HEADER_BYTES + 4 * sequences, 4).view("<i4")[:, 0]
+        offsets = self._indexes.rows(owners, offsets_start + 8 * sequences, 8).view("<i8")[:, 0]
+        first, lengths = offsets // self.dtype.itemsize, lengths.astype(np.int64)
+        outside = (first < 0) | (lengths < 0) | (lengths > np.diff(self.token_starts)[owners] - first)
+        if outside.any():
+            place = int(np.argmax(outside))
+            name = self.manifest.shards[int(owners[place])].name
+            raise FormatError(
+                f"{self.folder / name}.idx: damaged (sequence {sequences[place]} lies outside the shard); {REMAKE}"
+            )
+        return first + self.token_starts[owners], lengths
+
+    def will_need(self, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> None:
+        """Tell the system that rows [start, stop) of the token stream are read soon, so that it reads them all at once.
+
+        Args:
+            starts: int64 [B], global number of each row's first token.
+            stops: int64 [B], of the token behind its last, greater.
+        """
+        firsts, lasts = self.owners(starts), self.owners(stops - 1)
+        self._map_all(np.concatenate([firsts, lasts]))
+        rows = zip(firsts.tolist(), lasts.tolist(), starts.tolist(), stops.tolist(), strict=True)
+        for first, last, start, stop in rows:
+            for index in range(first, last + 1):
+                begin = int(self.token_starts[index])
+                # What lies between a first and a last is seldom there, and mapped by `shard`.
+                shard = self._shards.get(index) or self.shard(index)
+                shard.will_need(max(0, start - begin), stop - begin)
+
+    def slice(self, start: int, stop: int) -> TokenArray:
+        """Return the tokens [start, stop) of the stream: a view where one shard holds them all, else a copy."""
+        return self._joined(start, stop, lambda shard: shard.tokens)
+
+    def mask_slice(self, start: int, stop: int) -> MaskArray:
+        """Return the mask of the tokens [start, stop), likewise."""
+        return self._joined(start, stop, mask_of)
+
+    def _joined(self, start: int, stop: int, array_of: Callable[[Shard], NDArray[Any]]) -> NDArray[Any]:
+        first, last = (int(index) for index in self.owners(np.array([start, max(start, stop - 1)])))
+        parts = [
+            array_of(self.shard(index))[
+                max(0, start - int(self.token_starts[index])) : stop - int(self.token_starts[index])
+            ]
+            for index in range(first, last + 1)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def owners(self, tokens: NDArray[np.int64]) -> NDArray[np.intp]:
+        """Return the index of the shard that holds each of these tokens, intp of the same shape."""
+        return np.searchsorted(self.token_starts, tokens, side="right") - 1
+
+    def sequences_at(self, tokens: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
+        """Return (index of its shard, number of its sequence in that shard) of each of these tokens, both of their shape.
+
+        One search for all of them at a time, over as many indexes as it takes.
+        """
+        owners = self.owners(tokens)
+        self._map_all(owners)
+        offsets = (tokens - self.token_starts[owners]) * self.dtype.itemsize
+        places = INDEX_HEADER_BYTES + 4 * self._num_sequences[owners]
+        low, high = np.zeros_like(tokens), self._num_sequences[owners]
+        while (high - low > 1).any():
+            middle = (low + high) // 2
+            begins = self._indexes.rows(owners, places + 8 * middle, 8).view("<i8")[:, 0]
+            later = begins > offsets
+            low, high = np.where(later, low, middle), np.where(later, middle, high)
+        return owners, low
+
+    def name_and_offset(self, token: int) -> tuple[str, int]:
+        """Return (shard name, token offset in that shard) of a global token number."""
+        owner = min(int(self.owners(np.array([token]))[0]), len(self) - 1)
+        return self.manifest.shards[owner].name, token - int(self.token_starts[owner])
+
+    def index_of(self, name: str) -> int:
+        """Return the place of a shard in the manifest.
+
+        Raises:
+            UserError: there is no such shard.
+        """
+        index = self._index_by_name.get(name)
+        if index is None:
+            names = list(self._index_by_name)
+            some = ", ".join(names[:3]) + (f", … {names[-1]}" if len(names) > 3 else "")
+            raise UserError(f"{self.folder}: no shard named {name!r}; its {len(names)} shards are {some}")
+        return index
+
+    def token_at(self, name: str, offset: int) -> int:
+        """Return the global number of the token at `offset` of the shard `name`: the inverse of `name_and_offset`.
+
+        Raises:
+            UserError: there is no such shard, or it is shorter.
+        """
+        index = self.index_of(name)
+        num_tokens = self.manifest.shards[index].tokens
+        if not 0 <= offset < num_tokens:
+            raise UserError(
+                f"{self.folder}: shard {name} holds tokens 0 to {num_tokens - 1}, there is none at {offset}"
+            )
+        return int(self.token_starts[index]) + offset
+
+    def _map_all(self, owners: NDArray[np.intp]) -> None:
+        """Map the shards that are asked for here for the first time; the first check is free once all are mapped."""
+        if len(self._shards) == len(self):
+            return
+        wanted = [index for index in np.unique(owners).tolist() if index not in self._shards]
+        if not wanted:
+            return
+        with self._mapping:
+            allow_open_files(2 * len(self))
+            made = {}
+            for index in wanted:
+                if index in self._shards:  # another thread was first; its map is the one that gathers know
+                    continue
+                shard = self.open_shard(index)
+                if not self.manifest.has_masks:
+                    self._check_ends(shard)
+                made[index] = shard
+            filled = {index: shard for index, shard in made.items() if len(shard.tokens)}
+            self._tokens = self._tokens.with_maps({index: shard.tokens for index, shard in filled.items()})
+            self._indexes = self._indexes.with_maps({index: shard.index for index, shard in filled.items()})
+            if self.manifest.has_masks:
+                self._masks = self._masks.with_maps(
+                    {index: mask_of(shard) for index, shard in filled.items()}
+                )
+            # Last: whoever finds a shard here, with the lock or without, finds it in the gathers too.
+            self._shards |= made
+
+    def _check_ends(self, shard: Shard) -> None:
+        """A shard begins with BOS and ends with EOS; one that a different tokenizer made seldom does."""
+        info = self.manifest.tokenizer
+        if shard.ends and shard.ends != (info.bos_id, info.eos_id):
+            begin, end = shard.ends
+            raise FormatError(
+                f"{self.folder / shard.entry.name}.bin: begins with token {begin} and ends with {end}, "
+                f"where this dataset's tokenizer has BOS {info.bos_id} and EOS {info.eos_id}; it is another dataset's. {REMAKE}"
+            )

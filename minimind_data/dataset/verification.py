@@ -1,0 +1,116 @@
+"""verify(): recompute every checksum of a dataset, so that a single flipped byte anywhere in it is found.
+
+Opening a dataset checks names, sizes and headers and costs nothing; this reads every byte.
+"""
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from minimind_data.dataset.format import (
+    CONFIG_NAME,
+    MANIFEST_NAME,
+    REMAKE,
+    REMAKE_ALL,
+    RESTORE,
+    SET_ASIDE_NAME,
+    TOKENIZER_NAME,
+    Manifest,
+)
+from minimind_data.system import num_cores
+
+_BLOCK_BYTES = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What `verify` found."""
+
+    files: int
+    """Files that were read."""
+    bytes: int
+    problems: tuple[str, ...]
+    """Which file, and what is wrong with it. Empty for a whole dataset."""
+    remedies: tuple[str, ...]
+    """What to do about them, each once."""
+
+
+def dataset_bytes(folder: Path) -> int:
+    """Return how many bytes `verify` will read."""
+    return sum(
+        file.path.stat().st_size for file in _files(folder, Manifest.read(folder)) if file.path.is_file()
+    )
+
+
+def verify(folder: Path, report: Callable[[int], None] = lambda _: None) -> Verdict:
+    """Hold every file of a dataset against its checksum, several files at a time.
+
+    Args:
+        folder: the dataset.
+        report: told of bytes as they are read, by several threads.
+
+    Raises:
+        FormatError: there is no readable manifest to hold anything against.
+    """
+    files = _files(folder, Manifest.read(folder))
+    problems: list[str] = []
+    remedies: dict[str, None] = {}
+    num_bytes = 0
+    with ThreadPoolExecutor(num_cores()) as pool:  # hashing holds no lock of the interpreter
+        for file, (problem, size) in zip(
+            files, pool.map(lambda file: _check(file, report), files), strict=True
+        ):
+            num_bytes += size
+            if problem:
+                problems.append(problem)
+                remedies[file.remedy] = None
+    return Verdict(files=len(files), bytes=num_bytes, problems=tuple(problems), remedies=tuple(remedies))
+
+
+def _check(file: "_File", report: Callable[[int], None]) -> tuple[str, int]:
+    """Return (what is wrong with a file, the bytes that were read)."""
+    digest = hashlib.sha256()
+    size = 0
+    try:
+        with file.path.open("rb") as opened:
+            while block := opened.read(_BLOCK_BYTES):
+                digest.update(block)
+                size += len(block)
+                report(len(block))
+    except FileNotFoundError:
+        return f"{file.path}: missing", 0
+    except OSError as error:
+        return f"{file.path}: cannot be read ({error.strerror})", size
+    found = digest.hexdigest()
+    if found == file.sha256:
+        return "", size
+    return f"{file.path}: SHA-256 {found[:12]}…, where it should be {file.sha256[:12]}…", size
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of a dataset, what it should be, and what mends it."""
+
+    path: Path
+    sha256: str
+    remedy: str
+
+
+def _files(folder: Path, manifest: Manifest) -> list[_File]:
+    manifest_sha256 = hashlib.sha256(manifest.to_json().encode()).hexdigest()
+    files = [
+        _File(folder / MANIFEST_NAME, manifest_sha256, RESTORE),
+        _File(folder / TOKENIZER_NAME, manifest.tokenizer.sha256, RESTORE),
+    ]
+    for entry in manifest.shards:
+        files.append(_File(folder / f"{entry.name}.bin", entry.sha256, REMAKE))
+        files.append(_File(folder / f"{entry.name}.idx", entry.index_sha256, REMAKE))
+        if manifest.has_masks:
+            files.append(_File(folder / f"{entry.name}.mask", entry.mask_sha256, REMAKE))
+    if manifest.tokenizer_config_sha256 is not None:
+        files.append(_File(folder / CONFIG_NAME, manifest.tokenizer_config_sha256, RESTORE))
+    if manifest.set_aside_sha256 is not None:
+        files.append(_File(folder / SET_ASIDE_NAME, manifest.set_aside_sha256, REMAKE_ALL))
+    return files

@@ -1,0 +1,333 @@
+"""The texts and conversations in a Parquet file, row group by row group; only the columns that hold them are read.
+
+Conversations are lists of structs, as Hugging Face datasets writes them, or JSON in Arrow's type for it. Arrow gives every struct all
+fields of its type, and fills those that a message does not have with nulls; so a null in a struct is a field that is not there.
+
+Source of the format: https://parquet.apache.org/docs/file-format/ (row groups, column chunks), read by pyarrow.
+"""
+
+import functools
+import hashlib
+import math
+from collections.abc import Generator, Iterator
+from typing import Any, Literal
+
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from minimind_data.chat.conversations import MESSAGES_FIELDS, OTHER_FIELDS, SIDE_FIELDS, BadConversationError
+from minimind_data.chat.rendering import ChatSpec
+from minimind_data.dataset.format import Kind
+from minimind_data.errors import UserError
+from minimind_data.inputs.blocks import BadRecord, Block, Chats, Split
+from minimind_data.inputs.sources import Source
+from minimind_data.inputs.spec import RecordSpec, reason, text_getter
+from minimind_data.reporting import kind_of
+
+_BATCH_ROWS = 1024
+_MAX_NAMES = 8
+
+
+def row_group_splits(source: Source, split_bytes: int, spec: RecordSpec, kind: Kind) -> Iterator[Split]:
+    """Yield the splits of a source.
+
+    A split takes row groups as long as the columns that are read stay below `split_bytes` before compression; one at least.
+
+    Raises:
+        UserError: a column is missing or holds something else.
+    """
+    with source.open() as file:
+        parquet = pq.ParquetFile(file)
+        wanted = _columns(parquet.schema_arrow, source, spec, kind)
+        start, weight, stored = 0, 0, 0
+        for index in range(parquet.num_row_groups):
+            group = parquet.metadata.row_group(index)
+            chunks = [group.column(column) for column in range(group.num_columns)]
+            size = sum(
+                chunk.total_uncompressed_size
+                for chunk in chunks
+                if any(
+                    chunk.path_in_schema == name or chunk.path_in_schema.startswith(f"{name}.")
+                    for name in wanted
+                )
+            )
+            if index > start and weight + size > split_bytes:
+                yield Split(source=source, start=start, stop=index, num_bytes=stored)
+                start, weight, stored = index, 0, 0
+            weight += size
+            stored += sum(chunk.total_compressed_size for chunk in chunks)
+        if parquet.num_row_groups:
+            yield Split(source=source, start=start, stop=parquet.num_row_groups, num_bytes=stored)
+
+
+def _columns(schema: Any, source: Source, spec: RecordSpec, kind: Kind) -> list[str]:
+    """Return the columns that are read, after a look at their types."""
+    return _text_columns(schema, source, spec) if kind == "pretrain" else _chat_columns(schema, source, kind)
+
+
+def _chat_columns(schema: Any, source: Source, kind: Literal["sft", "dpo"]) -> list[str]:
+    names = ", ".join(schema.names[:_MAX_NAMES])
+    if kind == "sft":
+        wanted = [name for name in MESSAGES_FIELDS if name in schema.names]
+        if not wanted:
+            raise UserError(
+                f"{source.name}: no column 'conversations' or 'messages' (its columns: {names}); rename the one with the messages"
+            )
+    else:
+        wanted = list(SIDE_FIELDS)
+        for name in wanted:
+            if name not in schema.names:
+                raise UserError(
+                    f"{source.name}: no column {name!r} (its columns: {names}); rename the one with that side of the pairs"
+                )
+    for name in wanted:
+        held = schema.field(name).type
+        if not (_is_list(held) or _is_json(held) or (kind == "dpo" and _is_string(held))):
+            raise UserError(
+                f"{source.name}: column {name!r} holds {held}, where lists of messages are wanted"
+            )
+    return wanted + [name for name in OTHER_FIELDS[kind] if name in schema.names]
+
+
+def _text_columns(schema: Any, source: Source, spec: RecordSpec) -> list[str]:
+    columns = []
+    for field in spec.fields:
+        name, steps = _path(schema, field)
+        if name not in schema.names:
+            names = ", ".join(schema.names[:_MAX_NAMES])
+            raise UserError(
+                f"{source.name}: no column {field!r} (its columns: {names}); name the column of the text with --field"
+            )
+        kind = schema.field(name).type
+        for step in steps:
+            if not pa.types.is_struct(kind) or kind.get_field_index(step) < 0:
+                raise UserError(
+                    f"{source.name}: no column {field!r} ({name} is {kind}); name the column of the text with --field"
+                )
+            kind = kind.field(step).type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        if not _is_string(kind):
+            raise UserError(
+                f"{source.name}: column {field!r} holds {kind}, not strings; name the column of the text with --field"
+            )
+        columns.append(".".join((name, *steps)))
+    return columns
+
+
+def _path(schema: Any, field: str) -> tuple[str, list[str]]:
+    if field in schema.names:
+        return field, []
+    name, *steps = field.split(".")
+    return name, steps
+
+
+def count_rows(source: Source, groups: range) -> int:
+    """Return the rows of some row groups."""
+    with source.reading(), source.open() as file:
+        metadata = pq.ParquetFile(file).metadata
+        return sum(int(metadata.row_group(index).num_rows) for index in groups)
+
+
+class ParquetRows:
+    """The rows of a split's row groups, in the fields that make documents of this kind."""
+
+    def __init__(self, split: Split, spec: RecordSpec, kind: Kind) -> None:
+        self._split = split
+        self._spec = spec
+        self._kind = kind
+        self._digest = hashlib.sha256()
+        self.begin, self.end = split.start, split.stop
+        self.num_lines = 0
+
+    @property
+    def sha256(self) -> str:
+        """Of the fields that were read, row by row."""
+        return self._digest.hexdigest()
+
+    def batches(self) -> Iterator[tuple[int, list[dict[str, Any]], list[pa.DataType], int]]:
+        """Yield (number of the first row, rows by their fields, types of the fields, bytes of input that they took)."""
+        source = self._split.source
+        groups = range(self._split.start, self._split.stop)
+        total_rows = count_rows(source, groups)
+        reported = 0
+        with source.reading(), source.open() as file:
+            parquet = pq.ParquetFile(file)
+            schema = parquet.schema_arrow
+            wanted = _columns(schema, source, self._spec, self._kind)
+            fields = self._spec.fields if self._kind == "pretrain" else wanted
+            for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=list(groups), columns=wanted):
+                columns = [_column(batch, schema, field) for field in fields]
+                rows = list(zip(*map(_values, columns), strict=True))
+                # The same bytes wherever a batch ends: rows joined by commas.
+                self._digest.update(orjson.dumps(rows, default=repr)[1:-1] + b",")
+                first = self.num_lines + 1
+                self.num_lines += len(rows)
+                done = self._split.num_bytes * self.num_lines // total_rows
+                records = [dict(zip(fields, row, strict=True)) for row in rows]
+                yield first, records, [column.type for column in columns], done - reported
+                reported = done
+
+
+class ParquetRecords(ParquetRows):
+    """The texts in them; see `RecordReader`."""
+
+    def __init__(self, split: Split, spec: RecordSpec) -> None:
+        super().__init__(split, spec, "pretrain")
+
+    def blocks(self) -> Generator[Block, None, None]:
+        """Yield the texts."""
+        get_text = text_getter(self._spec)
+        for first, records, _, num_bytes in self.batches():
+            texts: list[str] = []
+            bad: list[BadRecord] = []
+            empty_texts = 0
+            for number, record in enumerate(records, first):
+                text = get_text(record)
+                why = None
+                if not isinstance(text, str) or len(text) > self._spec.max_word_chars:
+                    why = reason(record, text, self._spec)
+                if why is not None:
+                    bad.append(BadRecord(line=number, reason=why, data=_as_json(record)))
+                elif text:
+                    texts.append(text)
+                else:
+                    empty_texts += 1
+            yield Block(texts=texts, empty_texts=empty_texts, bad=bad, num_bytes=num_bytes)
+
+
+class ParquetChats(ParquetRows):
+    """The conversations in them, or pairs of conversations; see `RecordReader`."""
+
+    def __init__(self, split: Split, spec: RecordSpec, chat: ChatSpec) -> None:
+        super().__init__(split, spec, chat.kind)
+        self._chats = Chats(spec, chat)
+
+    def blocks(self) -> Generator[Block, None, None]:
+        """Yield the conversations as texts."""
+        for first, records, types, num_bytes in self.batches():
+            for number, record in enumerate(records, first):
+                self._chats.add(
+                    number,
+                    functools.partial(_json_record, record, types),
+                    functools.partial(_as_json, record),
+                )
+            yield self._chats.take(num_bytes)
+
+
+def _as_json(record: dict[str, Any]) -> bytes:
+    return orjson.dumps(record, default=repr)
+
+
+def _column(batch: Any, schema: Any, field: str) -> Any:
+    name, steps = _path(schema, field)
+    column = batch.column(batch.schema.get_field_index(name))
+    return pc.struct_field(column, steps) if steps else column
+
+
+def _is_string(kind: Any) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_list(kind: Any) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _is_json(kind: Any) -> bool:
+    return isinstance(kind, pa.BaseExtensionType) and kind.extension_name == "arrow.json"
+
+
+def _values(column: Any) -> list[Any]:
+    """Return a column's values, in which a string that is no UTF-8 stands as bytes."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        kind = column.type
+        values = [_decoded(value, kind) for value in column.cast(_with_bytes(kind)).to_pylist()]
+    return values
+
+
+def _with_bytes(kind: Any) -> Any:
+    """Return a type with bytes in the place of strings."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _with_bytes(kind.storage_type)
+    if pa.types.is_dictionary(kind):
+        return _with_bytes(kind.value_type)
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_with_bytes(field.type)) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(_with_bytes(kind.key_type), _with_bytes(kind.item_type))
+    if _is_list(kind):
+        return pa.large_list(kind.value_field.with_type(_with_bytes(kind.value_type)))
+    return pa.large_binary() if _is_string(kind) else kind
+
+
+def _decoded(value: Any, kind: Any) -> Any:
+    """Undo `_with_bytes` in a value, wherever its bytes are UTF-8."""
+    if value is None:
+        return None
+    if isinstance(kind, pa.BaseExtensionType):
+        return _decoded(value, kind.storage_type)
+    if pa.types.is_dictionary(kind):
+        return _decoded(value, kind.value_type)
+    if pa.types.is_struct(kind):
+        return {field.name: _decoded(value[field.name], field.type) for field in kind}
+    if pa.types.is_map(kind):
+        return [(_decoded(key, kind.key_type), _decoded(item, kind.item_type)) for key, item in value]
+    if _is_list(kind):
+        return [_decoded(item, kind.value_type) for item in value]
+    if not _is_string(kind):
+        return value
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def _json_record(record: dict[str, Any], types: list[pa.DataType]) -> dict[str, Any]:
+    """Return the record that a line of JSON would hold in place of this row."""
+    fields = zip(record.items(), types, strict=True)
+    return {name: _json_value(value, kind, name) for (name, value), kind in fields}
+
+
+def _json_value(value: Any, kind: Any, name: str) -> Any:
+    """Return a value as JSON has it: without the nulls that fill structs, and with what JSON in Arrow's type for it says.
+
+    Args:
+        value: as pyarrow gives it.
+        kind: its Arrow type.
+        name: of the field that it stands in, for a message.
+
+    Raises:
+        BadConversationError: JSON has no such value.
+    """
+    if value is None:
+        return None
+    if pa.types.is_struct(kind):
+        return {
+            field.name: _json_value(value[field.name], field.type, field.name)
+            for field in kind
+            if value[field.name] is not None
+        }
+    if _is_list(kind):
+        return [_json_value(item, kind.value_type, name) for item in value]
+    if pa.types.is_map(kind):
+        return {
+            _json_value(key, kind.key_type, name): _json_value(item, kind.item_type, name)
+            for key, item in value
+        }
+    if _is_json(kind) and isinstance(value, str):
+        try:
+            return orjson.loads(value)
+        except ValueError as error:
+            raise BadConversationError(f"{name} holds what is no JSON ({error}); mend it") from None
+    if not isinstance(value, str | bool | int | float) or (
+        isinstance(value, float) and not math.isfinite(value)
+    ):
+        told = kind_of(value) if isinstance(value, bytes) else f"{str(value)[:40]} of type {kind}"
+        raise BadConversationError(f"{name} holds {told}, which JSON has no form for; write it as a string")
+    return value

@@ -1,0 +1,155 @@
+"""The text of a record: one field, a field inside a field, or several joined by a template.
+
+Nothing is coerced: a number, a null or a list where a string should be makes a bad record, with a reason that names the field.
+"""
+
+import json
+import re
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from minimind_data.reporting import kind_of
+
+_WORD = re.compile(r"[^\W\d_]+|\d+|\s+|[^\w\s]+|_+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordSpec:
+    """What makes a document out of a record, or out of plain text."""
+
+    field: Annotated[str, "Field of the record that holds the text; a.b is the field b inside a."] = "text"
+    template: Annotated[
+        str | None, "Joins several fields instead: '{question} {answer.text}'. Doubled braces are braces."
+    ] = None
+    separator: Annotated[
+        str | None, r"In plain text, what stands between documents (\n is a line feed); else a file is one."
+    ] = None
+    max_word_chars: Annotated[int, "Longest run without a break that a text may hold."] = 1_000_000
+
+    def __post_init__(self) -> None:
+        if self.max_word_chars < 1:
+            raise ValueError(f"max_word_chars must be at least 1, not {self.max_word_chars}")
+        if self.separator == "":
+            raise ValueError("separator must not be empty; leave it out where each file is one document")
+        if self.template is not None:
+            if self.field != "text":
+                raise ValueError("template and field exclude each other: the template names its fields")
+            if not template_fields(self.template):
+                raise ValueError(
+                    f"template {self.template!r} names no field; write one like '{{question}} {{answer}}'"
+                )
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields that the text is made of."""
+        return (self.field,) if self.template is None else template_fields(self.template)
+
+    @property
+    def separator_bytes(self) -> bytes | None:
+        r"""The separator in UTF-8, its \n, \t and \\ read."""
+        if self.separator is None:
+            return None
+        escapes = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
+        return re.sub(r"\\[ntr\\]", lambda found: escapes[found[0]], self.separator).encode()
+
+
+def template_fields(template: str) -> tuple[str, ...]:
+    """Return the fields that a template names.
+
+    Raises:
+        ValueError: the template is malformed.
+    """
+    names = []
+    for _, name, form, conversion in _parse(template):
+        if name is None:
+            continue
+        if not name or form or conversion:
+            raise ValueError(f"template {template!r}: between braces stands a field's name and nothing else")
+        names.append(name)
+    return tuple(names)
+
+
+def _parse(template: str) -> list[tuple[str, str | None, str | None, str | None]]:
+    try:
+        return list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"template {template!r}: {error}; write literal braces doubled") from None
+
+
+def text_getter(spec: RecordSpec) -> Callable[[Any], Any]:
+    """Return a function from a record to its text.
+
+    What it returns where a field is missing or no string is None or no string; `reason` then says why. It may also raise
+    LookupError or TypeError.
+    """
+    if spec.template is None:
+        return _getter(spec.field)
+    parts = [(literal, name and _getter(name)) for literal, name, _, _ in _parse(spec.template)]
+
+    def join(record: Any) -> str | None:
+        made: list[str] = []
+        for literal, get in parts:
+            made.append(literal)
+            if get:
+                value = get(record)
+                if not isinstance(value, str):
+                    return None
+                made.append(value)
+        return "".join(made)
+
+    return join
+
+
+def _getter(field: str) -> Callable[[Any], Any]:
+    if "." not in field:
+        return lambda record: record[field]
+    steps = field.split(".")
+
+    def get(record: Any) -> Any:
+        if isinstance(record, Mapping) and field in record:  # a name with a dot in it
+            return record[field]
+        for step in steps:
+            record = record[step]
+        return record
+
+    return get
+
+
+def reason(
+    record: object, text: object, spec: RecordSpec, remedy: str = "name the field of the text with --field"
+) -> str | None:
+    """Say why a record makes no document and, after a semicolon, what can be done; None where it does make one.
+
+    Args:
+        record: as it was parsed.
+        text: what `text_getter` gave for it, None where that raised.
+        spec: what was looked for.
+        remedy: for a field that is missing or of another kind.
+    """
+    if not isinstance(record, Mapping):
+        example = json.dumps(spec.fields[0], ensure_ascii=False)
+        return f"the record is {kind_of(record)}, not an object; write it as {{{example}: …}}"
+    if spec.template is not None:
+        remedy = "mend the record or --template"
+    for field in spec.fields:
+        try:
+            value = _getter(field)(record)
+        except (LookupError, TypeError):
+            found = ", ".join(str(name) for name in list(record)[:5]) or "none at all"
+            return f"no field {field!r} (its fields: {found}); {remedy}"
+        if not isinstance(value, str):
+            return f"field {field!r} is {kind_of(value)}, not a string; {remedy}"
+    assert isinstance(text, str)
+    return long_word(text, spec.max_word_chars)
+
+
+def long_word(text: str, max_word_chars: int) -> str | None:
+    """Say that a text holds a longer run of letters, of digits, of signs or of white space than is allowed, or None."""
+    if len(text) <= max_word_chars:
+        return None
+    longest = max((match.end() - match.start() for match in _WORD.finditer(text)), default=0)
+    if longest <= max_word_chars:
+        return None
+    return f"one word of {longest:,} characters, the longest allowed has {max_word_chars:,}; break it up, or raise --max-word-chars"

@@ -1,0 +1,355 @@
+"""convert(): a dataset of ours out of another project's token files, and the other way round. `foreign.py` has the formats.
+
+Coming in, every document gets the frame of ours: a BOS and an EOS that it has already are kept, those that it lacks are
+added and counted. A stream without document borders is cut at a separator. Ids are not looked into, so the tokenizer that
+made them must be named; an id beyond its vocabulary ends the conversion.
+
+Going out:
+
+    megatron                 the documents as they are: our shards have that layout, so they are linked
+    datatrove, hf, parquet   the documents as they are
+    nanogpt                  without BOS: ids + EOS, one file train.bin
+    llmc, llmc-llama3        without EOS: BOS + ids
+
+Conversations and pairs go out to hf and parquet alone, with `labels` beside the ids: the id where it is learned, else -100.
+
+Where a format tells documents apart, coming back gives the same documents. nanogpt and llmc do not: their readers take a
+document with an EOS, or BOS, inside for several, which the summary counts, and coming back, a text that itself ends with EOS
+(begins with BOS) has it taken for the frame.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from minimind_data.dataset.checked import check_kind
+from minimind_data.dataset.format import (
+    TOKENIZER_NAME,
+    InputEntry,
+    Manifest,
+    ShardEntry,
+    dtype_for,
+    numpy_dtype,
+)
+from minimind_data.dataset.framing import BLOCK_TOKENS, Framed, frame_documents
+from minimind_data.dataset.shard_set import ShardSet
+from minimind_data.dataset.staging import durable_file, new_folder, unique_names, write_metadata
+from minimind_data.dataset.writer import ShardWriter
+from minimind_data.errors import UserError
+from minimind_data.files import sha256_of_stream
+from minimind_data.inputs.hashes import InputHashes
+from minimind_data.inputs.sources import Source as InputSource
+from minimind_data.interchange.batch import ForeignFormat, Part, ReadOptions, Source, columns_of
+from minimind_data.interchange.formats import (
+    FOREIGN_FORMATS,
+    SHARDS,
+    TABLES,
+    detect,
+    open_source,
+    read,
+    write_part,
+)
+from minimind_data.interchange.streams import STREAM_HEADERS, STREAMS
+from minimind_data.options import parse_size
+from minimind_data.reporting import Report
+from minimind_data.tokenizer.loading import SpecialTokens, Tokenizer, load_tokenizer
+
+_ALIASES = {"modded-nanogpt": "llmc"}
+FORMAT_NAMES = (SHARDS, *FOREIGN_FORMATS, *_ALIASES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """How token files become a dataset, or a dataset token files."""
+
+    out: Annotated[Path, "Folder to make; it must not hold anything."]
+    tokenizer: Annotated[
+        Path | None, "Coming in: the tokenizer.json, or its folder, that made the ids; needed."
+    ] = None
+    separator_id: Annotated[
+        int | None, "Coming in from nanogpt (EOS by default) or llmc (BOS): the id that divides documents."
+    ] = None
+    column: Annotated[str, "Column of the ids in hf and parquet."] = "input_ids"
+    shard_bytes: Annotated[int, "Coming in: bytes of tokens that make one shard.", parse_size] = 64 * 2**20
+    one_file: Annotated[bool, "Going out: one file for all shards, not one for each."] = False
+    copy: Annotated[bool, "Going out to megatron: copy the shards, do not link them."] = False
+    bos_token: Annotated[str | None, "Token before each text, if tokenizer_config.json does not say."] = None
+    eos_token: Annotated[str | None, "Token behind each text, likewise."] = None
+    pad_token: Annotated[str | None, "Token that fills windows, likewise."] = None
+
+    def __post_init__(self) -> None:
+        if self.shard_bytes < 1:
+            raise ValueError(f"shard_bytes must be at least 1, not {self.shard_bytes}")
+        if self.separator_id is not None and self.separator_id < 0:
+            raise ValueError(f"separator_id is a token id, 0 or more, not {self.separator_id}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertSummary:
+    """What a conversion did."""
+
+    source_format: str
+    target_format: str
+    documents: int
+    tokens: int
+    """Of our dataset, on whichever side it is."""
+    files: int
+    """Token files, or pairs, that were made."""
+    bos_added: int = 0
+    """Documents that came without BOS."""
+    eos_added: int = 0
+    empty: int = 0
+    """Documents without any token of their own; they were left out."""
+    separator_id: int | None = None
+    """Where a stream was cut."""
+    divided: int = 0
+    """Documents with the dividing id inside, which readers of the target take for several."""
+
+
+def convert(
+    source: Path,
+    options: ConvertOptions,
+    *,
+    source_format: str = "auto",
+    target_format: str = SHARDS,
+    progress: Callable[[int], Report] = lambda _: lambda _bytes, _tokens: None,
+) -> ConvertSummary:
+    """Convert from or to our format.
+
+    Args:
+        source: a file or folder.
+        options: how, and where to.
+        source_format: one of `FORMAT_NAMES`, or `auto` to look at the content.
+        target_format: one of `FORMAT_NAMES`; one of the two formats is `shards`.
+        progress: called with the bytes to be read; what it returns is told of bytes and tokens as they are done.
+
+    Raises:
+        UserError: the source is not what it should be, the formats do not go together, or `out` cannot be made.
+    """
+    found = detect(source) if source_format == "auto" else _ALIASES.get(source_format, source_format)
+    target = _ALIASES.get(target_format, target_format)
+    for name in (found, target):
+        if name not in FORMAT_NAMES:
+            raise UserError(f"{name!r} is no format; known are {', '.join(FORMAT_NAMES)}")
+    if found == SHARDS and target != SHARDS:
+        return _export(ShardSet.open(source), _foreign(target), options, progress)
+    if found != SHARDS and target == SHARDS:
+        return _import(open_source(source, _foreign(found)), options, progress)
+    if found == SHARDS:
+        raise UserError(
+            f"{source}: is a dataset of this program already; say with --to what it should become"
+        )
+    raise UserError(
+        f"{source}: is {found}, and one side must be shards; convert it into shards, and these into {target}"
+    )
+
+
+def _foreign(name: str) -> ForeignFormat:
+    return next(known for known in FOREIGN_FORMATS if known == name)
+
+
+def _import(source: Source, options: ConvertOptions, progress: Callable[[int], Report]) -> ConvertSummary:
+    if options.tokenizer is None:
+        raise UserError(
+            f"{source.token_files[0]}: which vocabulary its ids belong to stands nowhere in it; name the tokenizer.json "
+            "with --tokenizer"
+        )
+    tokenizer = load_tokenizer(
+        options.tokenizer, SpecialTokens(bos=options.bos_token, eos=options.eos_token, pad=options.pad_token)
+    )
+    info = tokenizer.info
+    separator_id = None
+    if source.format in STREAMS:
+        usual = info.bos_id if source.format in STREAM_HEADERS else info.eos_id
+        separator_id = usual if options.separator_id is None else options.separator_id
+    elif options.separator_id is not None:
+        raise UserError(f"{source.format} tells documents apart by itself; leave out --separator-id")
+    with new_folder(options.out) as folder:
+        files = [*source.token_files, *source.side_files]
+        hashes = InputHashes([InputSource(name=str(path), location=str(path), form="text") for path in files])
+        hashes.begin()
+        made = _Import(source, tokenizer, options, folder, separator_id)
+        made.run(progress(sum(path.stat().st_size for path in source.token_files)))
+        return made.commit(tuple(replace(entry, form=source.format) for entry in hashes.entries()))
+
+
+class _Import:
+    """Batches in, shards out; a shard holds documents of one input, and is closed before it grows over `shard_bytes`."""
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        options: ConvertOptions,
+        folder: Path,
+        separator_id: int | None,
+    ) -> None:
+        self._source, self._tokenizer, self._options, self._folder = source, tokenizer, options, folder
+        self._separator_id = separator_id
+        self._dtype = dtype_for(tokenizer.info.vocab_size)
+        self._names = unique_names([path.stem for path in source.token_files])
+        self._made = [0] * len(source.token_files)
+        self._entries: list[ShardEntry] = []
+        self._bos_added = self._eos_added = self._empty = 0
+
+    def run(self, report: Report) -> None:
+        info, item = self._tokenizer.info, numpy_dtype(self._dtype).itemsize
+        wanted = ReadOptions(
+            vocab_size=info.vocab_size,
+            separator_id=-1 if self._separator_id is None else self._separator_id,
+            column=self._options.column,
+            block_tokens=max(1, min(BLOCK_TOKENS, self._options.shard_bytes // item)),
+        )
+        shard: _OpenShard | None = None
+        try:
+            for batch in read(self._source, wanted):
+                framed = frame_documents(batch.tokens, batch.lengths, info, self._dtype)
+                self._count(framed)
+                if shard and (
+                    shard.input != batch.input
+                    or shard.num_tokens * item + framed.tokens.nbytes > self._options.shard_bytes
+                ):
+                    self._entries.append(shard.commit(self._source))
+                    shard = None
+                if len(framed.lengths):
+                    shard = shard or _OpenShard(
+                        self._folder, self._next_name(batch.input), self._dtype, batch.input, batch.start
+                    )
+                    shard.append(framed, batch.stop)
+                report(batch.num_bytes, len(framed.tokens))
+            if shard:
+                self._entries.append(shard.commit(self._source))
+        finally:
+            if shard:
+                shard.writer.__exit__(None, None, None)
+
+    def commit(self, inputs: tuple[InputEntry, ...]) -> ConvertSummary:
+        """Write the manifest, last of all."""
+        if not self._entries:
+            raise UserError(
+                f"{self._source.token_files[0]}: no document with any token in it; nothing to convert"
+            )
+        # A shard of a whole file has that file's checksum, which was taken once
+        shards = tuple(
+            ShardEntry(**{**asdict(entry), "input_sha256": entry.input_sha256 or inputs[entry.input].sha256})
+            for entry in self._entries
+        )
+        told: dict[str, Any] = {
+            "converted_from": self._source.format,
+            "shard_bytes": self._options.shard_bytes,
+        }
+        if self._separator_id is not None:
+            told["separator_id"] = self._separator_id
+        if self._source.format in {"hf", "parquet"}:
+            told["column"] = self._options.column
+        manifest = Manifest(
+            kind="pretrain",
+            dtype=self._dtype,
+            tokenizer=self._tokenizer.info,
+            options=told,
+            inputs=inputs,
+            shards=shards,
+            empty_texts=self._empty,
+        )
+        write_metadata(self._folder, manifest, self._tokenizer.json.encode())
+        return ConvertSummary(
+            source_format=self._source.format,
+            target_format=SHARDS,
+            documents=manifest.num_documents,
+            tokens=manifest.num_tokens,
+            files=len(shards),
+            bos_added=self._bos_added,
+            eos_added=self._eos_added,
+            empty=self._empty,
+            separator_id=self._separator_id,
+        )
+
+    def _count(self, framed: Framed) -> None:
+        """Count what was added; a separator that is EOS (else BOS) was there, and is not counted as added again."""
+        info = self._tokenizer.info
+        self._empty += framed.empty
+        self._eos_added += 0 if self._separator_id == info.eos_id else framed.eos_added
+        only_bos = self._separator_id == info.bos_id != info.eos_id
+        self._bos_added += 0 if only_bos else framed.bos_added
+
+    def _next_name(self, number: int) -> str:
+        name = f"{self._names[number]}-{self._made[number]:05d}"
+        self._made[number] += 1
+        return name
+
+
+class _OpenShard:
+    """A shard that is being written, and the bytes of input that it was made of."""
+
+    def __init__(self, folder: Path, name: str, dtype: Any, number: int, start: int) -> None:
+        self.writer = ShardWriter(folder, name, dtype)
+        self.input = number
+        self.num_tokens = 0
+        self._name, self._start, self._stop = name, start, start
+
+    def append(self, framed: Framed, stop: int) -> None:
+        self.writer.append(framed.tokens, framed.lengths)
+        self.num_tokens += len(framed.tokens)
+        self._stop = stop
+
+    def commit(self, source: Source) -> ShardEntry:
+        written = self.writer.commit()
+        path = source.token_files[self.input]
+        whole = (self._start, self._stop) == (0, path.stat().st_size)
+        return ShardEntry(
+            name=self._name,
+            input=self.input,
+            input_start=self._start,
+            input_stop=self._stop,
+            input_sha256="" if whole else _sha256_of_part(path, self._start, self._stop),
+            **asdict(written),
+        )
+
+
+def _sha256_of_part(path: Path, start: int, stop: int) -> str:
+    with path.open("rb") as file:
+        return sha256_of_stream(file, start, stop)
+
+
+def _export(
+    shards: ShardSet, target: ForeignFormat, options: ConvertOptions, progress: Callable[[int], Report]
+) -> ConvertSummary:
+    manifest = shards.manifest
+    if target not in TABLES:
+        check_kind(shards, target)
+    files: list[str] = []
+    divided = 0
+    with new_folder(options.out) as folder:
+        report = progress(sum(entry.bytes for entry in manifest.shards))
+        for name, members in _parts(manifest, target, one_file=options.one_file):
+            part = Part(name=name, shards=shards, members=members, report=report)
+            written, cut_documents = write_part(target, folder, part, options.column, copy=options.copy)
+            files.append(written)
+            divided += cut_documents
+        if target == "hf":
+            from minimind_data.interchange.tables import write_hf_state  # noqa: PLC0415 - pyarrow takes a while to load
+
+            write_hf_state(folder, columns_of(manifest.kind, options.column), files, manifest.fingerprint)
+        with durable_file(folder / TOKENIZER_NAME) as file:
+            file.write((shards.folder / TOKENIZER_NAME).read_bytes())
+    return ConvertSummary(
+        source_format=SHARDS,
+        target_format=target,
+        documents=manifest.num_documents,
+        tokens=manifest.num_tokens,
+        files=len(files),
+        divided=divided,
+    )
+
+
+def _parts(manifest: Manifest, target: ForeignFormat, *, one_file: bool) -> list[tuple[str, range]]:
+    """Say which shards go into which file: the names under which the target's own tools look for them."""
+    number = len(manifest.shards)
+    if one_file or target == "nanogpt":
+        groups, names = [range(number)], ["train"]
+    else:
+        groups, names = [range(i, i + 1) for i in range(number)], [entry.name for entry in manifest.shards]
+    if target == "hf":
+        names = [f"data-{i:05d}-of-{len(groups):05d}" for i in range(len(groups))]
+    return list(zip(names, groups, strict=True))

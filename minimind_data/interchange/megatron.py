@@ -1,0 +1,176 @@
+"""Megatron-LM's IndexedDataset, read with all its dtypes and written as our shards are, which have its layout. `formats` has the layout."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minimind_data.dataset.format import INDEX_HEADER_BYTES, INDEX_MAGIC, INDEX_VERSION, IndexHeader
+from minimind_data.dataset.staging import durable_file, place_file
+from minimind_data.errors import UserError
+from minimind_data.interchange.batch import (
+    INDEX_BLOCK,
+    Batch,
+    Part,
+    ReadOptions,
+    Source,
+    documents,
+    read_array,
+)
+
+_MEGATRON_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+
+_MEGATRON_FLOATS = {6: "float64", 7: "float32"}
+
+
+def read_megatron(source: Source, options: ReadOptions) -> Iterator[Batch]:
+    """Yield the documents of a source in batches.
+
+    Raises:
+        UserError: a file is damaged or incomplete.
+    """
+    for number, (path, index_path) in enumerate(zip(source.token_files, source.side_files, strict=True)):
+        with index_path.open("rb") as index:
+            dtype, num_sequences, num_documents = _megatron_header(index, index_path)
+            item = np.dtype(dtype).itemsize
+            size = path.stat().st_size
+            following = 0  # the byte and the sequence that the next document must begin with
+            sequence = 0
+            for first in range(0, num_documents, INDEX_BLOCK):
+                count = min(INDEX_BLOCK, num_documents - first)
+                at = INDEX_HEADER_BYTES + 12 * num_sequences + 8 * first
+                starts = read_array(index, index_path, "<i8", at, count + 1)
+                last_sequence = num_sequences if first + count == num_documents else int(starts[-1])
+                if (
+                    int(starts[0]) != sequence
+                    or int(starts[-1]) != last_sequence
+                    or (np.diff(starts) < 0).any()
+                    or last_sequence > num_sequences
+                ):
+                    raise UserError(
+                        f"{index_path}: its documents {first:,} to {first + count:,} do not follow one another from sequence {sequence:,} "
+                        f"to {last_sequence:,} of {num_sequences:,}; it is damaged, or was not finalized: make it again"
+                    )
+                ends, following = _megatron_ends(
+                    index, index_path, starts, num_sequences=num_sequences, following=following, item=item
+                )
+                yield from documents(
+                    path,
+                    number,
+                    options,
+                    dtype=dtype,
+                    stops=ends[1:] // item,
+                    first_token=int(ends[0]) // item,
+                )
+                sequence = last_sequence
+            if following != size:
+                raise UserError(
+                    f"{path}: {size:,} bytes, where its index speaks of {following:,}; copy both files again"
+                )
+
+
+def _megatron_header(index: BinaryIO, path: Path) -> tuple[str, int, int]:
+    """Return (numpy dtype, sequences, documents), after checking the size of the file."""
+    header = index.read(INDEX_HEADER_BYTES)
+    if len(header) < INDEX_HEADER_BYTES or not header.startswith(INDEX_MAGIC):
+        raise UserError(
+            f"{path}: no Megatron index (it should begin with {INDEX_MAGIC!r}); name another --from"
+        )
+    version, num_sequences, num_starts = (
+        int.from_bytes(header[start:stop], "little") for start, stop in ((9, 17), (18, 26), (26, 34))
+    )
+    code = header[17]
+    if code in _MEGATRON_FLOATS:
+        raise UserError(f"{path}: its numbers are {_MEGATRON_FLOATS[code]}, which are no token ids")
+    if version != INDEX_VERSION or code not in _MEGATRON_DTYPES or num_starts < 1:
+        raise UserError(
+            f"{path}: version {version}, dtype code {code}, {num_starts} document starts; "
+            f"known are version {INDEX_VERSION} and dtype codes {sorted(_MEGATRON_DTYPES)}"
+        )
+    wanted = INDEX_HEADER_BYTES + 12 * num_sequences + 8 * num_starts
+    size = path.stat().st_size
+    if num_sequences and size == wanted + num_sequences:
+        raise UserError(
+            f"{path}: a multimodal index (a mode for each sequence at its end), whose .bin holds more than text; "
+            "only text can be taken over"
+        )
+    if size != wanted:
+        raise UserError(f"{path}: {size:,} bytes, where its header wants {wanted:,}; copy it again")
+    return _MEGATRON_DTYPES[code], num_sequences, num_starts - 1
+
+
+def _megatron_ends(
+    index: BinaryIO, path: Path, starts: NDArray[np.int64], *, num_sequences: int, following: int, item: int
+) -> tuple[NDArray[np.int64], int]:
+    """Find the bytes between documents.
+
+    Args:
+        index: the open index.
+        path: for errors.
+        starts: int64 [n + 1], the sequence at which each document starts, and the one after the last.
+        num_sequences: of the whole index.
+        following: the byte at which the first of these sequences must begin.
+        item: bytes of a token.
+
+    Returns:
+        (int64 [n + 1], the byte at which each document starts, and the one after the last; that last byte).
+    """
+    ends = np.empty(len(starts), np.int64)
+    ends[starts == starts[0]] = following
+    # A document may have any number of sequences: go through them in pieces, noting the borders that fall into each.
+    for first in range(int(starts[0]), int(starts[-1]), INDEX_BLOCK):
+        count = min(INDEX_BLOCK, int(starts[-1]) - first)
+        lengths = read_array(index, path, "<i4", INDEX_HEADER_BYTES + 4 * first, count).astype(np.int64)
+        offsets_at = INDEX_HEADER_BYTES + 4 * num_sequences + 8 * first
+        offsets = read_array(index, path, "<i8", offsets_at, count)
+        stops = following + np.cumsum(lengths * item)
+        if (lengths < 0).any() or not np.array_equal(offsets, stops - lengths * item):
+            raise UserError(
+                f"{path}: its sequences {first:,} to {first + count:,} do not stand end to end in the .bin; "
+                "write the dataset again with Megatron's IndexedDatasetBuilder"
+            )
+        following = int(stops[-1])
+        low, high = np.searchsorted(starts, [first, first + count], side="right")
+        ends[low:high] = stops[starts[low:high] - first - 1]
+    return ends, following
+
+
+def place_pair(folder: Path, part: Part, *, copy: bool) -> None:
+    """Link or copy a shard, after reading all of it: documents are Megatron's as they are."""
+    for _ in part.documents():
+        pass
+    for suffix in (".bin", ".idx"):
+        source = part.shards.folder / f"{part.shards.manifest.shards[part.members[0]].name}{suffix}"
+        place_file(source, folder / f"{part.name}{suffix}", copy=copy)
+
+
+def write_megatron(folder: Path, part: Part) -> None:
+    """Write one pair for several shards; the three tables of the index grow in their places at once."""
+    header = IndexHeader(
+        dtype=part.shards.manifest.dtype, num_sequences=part.num_documents, num_documents=part.num_documents
+    )
+    places = np.cumsum([len(header.pack()), 4 * part.num_documents, 8 * part.num_documents]).tolist()
+    offset = 0
+    sequence = 0
+    with (
+        durable_file(folder / f"{part.name}.bin") as tokens_file,
+        durable_file(folder / f"{part.name}.idx") as index_file,
+    ):
+        index_file.write(header.pack())
+        for tokens, lengths in part.documents():
+            tokens_file.write(tokens.view(np.uint8).data)
+            stops = offset + np.cumsum(lengths) * tokens.itemsize
+            tables = (
+                lengths.astype("<i4"),
+                (stops - lengths * tokens.itemsize).astype("<i8"),
+                np.arange(sequence, sequence + len(lengths), dtype="<i8"),
+            )
+            for table, array in enumerate(tables):
+                index_file.seek(places[table])
+                index_file.write(array.tobytes())
+                places[table] += array.nbytes
+            offset, sequence = int(stops[-1]), sequence + len(lengths)
+        index_file.seek(places[2])
+        index_file.write(np.array([sequence], "<i8").tobytes())

@@ -1,0 +1,186 @@
+"""The tokenizer of a dataset: its tokenizer.json, and the ids of BOS, EOS and PAD.
+
+The law is one sentence: the ids of a text are what Hugging Face `tokenizers` gives for
+`encode(text, add_special_tokens=False)`, special tokens in the text recognised. Who encodes is in `backends`.
+
+Source of the file format: https://huggingface.co/docs/tokenizers (tokenizer.json), and transformers' tokenizer_config.json.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from minimind_data.dataset.format import (
+    CONFIG_NAME,
+    MANIFEST_NAME,
+    MAX_VOCABULARY,
+    TOKENIZER_NAME,
+    Manifest,
+    TokenizerInfo,
+)
+from minimind_data.errors import UserError
+
+
+class Tokenizer:
+    """A tokenizer.json, its special tokens, and the reference encoder made from it.
+
+    Attributes:
+        json: the text of tokenizer.json.
+        info: what a manifest says of it.
+        added_tokens: the contents of the added tokens.
+        reference: the `tokenizers.Tokenizer`, with truncation and padding switched off.
+    """
+
+    def __init__(
+        self, json_text: str, reference: tokenizers.Tokenizer, special_ids: tuple[int, int, int]
+    ) -> None:
+        self.json = json_text
+        self.reference = reference
+        self.added_tokens = [token.content for token in self.reference.get_added_tokens_decoder().values()]
+        bos_id, eos_id, pad_id = special_ids
+        self.info = TokenizerInfo(
+            sha256=hashlib.sha256(json_text.encode()).hexdigest(),
+            vocab_size=max(self.reference.get_vocab(with_added_tokens=True).values()) + 1,
+            bos_id=bos_id,
+            eos_id=eos_id,
+            pad_id=pad_id,
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens shown."""
+        text: str = self.reference.decode(list(ids), skip_special_tokens=False)
+        return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialTokens:
+    """The texts of the tokens that frame and fill documents; None where tokenizer_config.json is to say."""
+
+    bos: str | None = None
+    eos: str | None = None
+    pad: str | None = None
+
+
+def load_tokenizer(path: Path | None = None, special: SpecialTokens | None = None) -> Tokenizer:
+    """Load a tokenizer.json and find out its BOS, EOS and PAD.
+
+    Args:
+        path: the file, or a folder that holds one: a Hugging Face folder or one of our datasets. None takes the default
+            tokenizer that ships with this package.
+        special: texts that override what tokenizer_config.json says.
+
+    Raises:
+        UserError: no such file, not a tokenizer, or BOS, EOS or PAD cannot be known; the message names the flag to pass.
+    """
+    path = DEFAULT_TOKENIZER if path is None else path
+    file = path / TOKENIZER_NAME if path.is_dir() else path
+    try:
+        text = file.read_bytes().decode()
+    except FileNotFoundError:
+        raise UserError(
+            f"{file}: no such file; --tokenizer takes a tokenizer.json or the folder of one"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file}: not a tokenizer.json (not even UTF-8: {error.reason} at byte {error.start})"
+        ) from None
+    reference = _parse(text, file)
+    special = special or SpecialTokens()
+    special_ids = _ids_of_dataset(file) if file.with_name(MANIFEST_NAME).is_file() else {}
+    config = {} if special_ids else _read_config(file.with_name(CONFIG_NAME))
+    ids = [
+        special_ids[name]
+        if text is None and special_ids
+        else _special_id(reference, name, text, config, file)
+        for name, text in (("bos", special.bos), ("eos", special.eos), ("pad", special.pad))
+    ]
+    return Tokenizer(text, reference, (ids[0], ids[1], ids[2]))
+
+
+def _ids_of_dataset(file: Path) -> dict[str, int]:
+    """Return the special ids that the manifest beside this tokenizer.json names."""
+    info = Manifest.read(file.parent).tokenizer
+    return {"bos": info.bos_id, "eos": info.eos_id, "pad": info.pad_id}
+
+
+def _parse(text: str, path: Path) -> tokenizers.Tokenizer:
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # noqa: BLE001 - the library raises plain Exception
+        raise UserError(f"{path}: not a tokenizer that `tokenizers` can read ({error})") from None
+    if getattr(tokenizer.model, "dropout", None):
+        raise UserError(
+            f"{path}: its model has dropout, so it encodes one text in many ways; set dropout to null"
+        )
+    ids = tokenizer.get_vocab(with_added_tokens=True).values()
+    if not ids or max(ids) >= MAX_VOCABULARY:
+        raise UserError(
+            f"{path}: its largest id is {max(ids, default=None)}; ids must be from 0 to {MAX_VOCABULARY - 1:,}"
+        )
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    return config if isinstance(config, dict) else {}
+
+
+def _special_id(
+    tokenizer: tokenizers.Tokenizer, name: str, text: str | None, config: dict[str, Any], file: Path
+) -> int:
+    if text is None:
+        token = config.get(f"{name}_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        if text is not None and not isinstance(text, str):
+            raise UserError(
+                f"{file.with_name(CONFIG_NAME)}: its {name}_token is {token!r}, not a string; pass --{name}-token TOKEN"
+            )
+    if text is None:
+        raise UserError(
+            f"{file}: which token is {name.upper()} is said nowhere ({CONFIG_NAME} is silent); pass --{name}-token TOKEN"
+        )
+    token_id: int | None = tokenizer.token_to_id(text)
+    if token_id is None:
+        raise UserError(
+            f"{file}: {name.upper()} should be {text!r}, which is not in its vocabulary; pass another --{name}-token TOKEN"
+        )
+    return token_id
+
+
+def same_encoding(one: str, other: str) -> bool:
+    """Tell whether two tokenizer.json make the same ids of every text, however they are written.
+
+    They do where all that decides it is the same: special tokens that a library adds around a text are left out of account, as
+    nothing here has them added.
+    """
+    return _decisive_parts(one) == _decisive_parts(other)
+
+
+def _decisive_parts(json_text: str) -> dict[str, Any]:
+    content = json.loads(_parse(json_text, Path(TOKENIZER_NAME)).to_str())
+    parts = {name: content[name] for name in ("normalizer", "pre_tokenizer", "model")}
+    return parts | {"added_tokens": {token["content"]: token["id"] for token in content["added_tokens"]}}
+
+
+@functools.lru_cache(maxsize=2)
+def cached_tokenizer(json_text: str, info: TokenizerInfo) -> Tokenizer:
+    """Return a tokenizer from its JSON text, made once per process."""
+    return Tokenizer(
+        json_text, _parse(json_text, Path(TOKENIZER_NAME)), (info.bos_id, info.eos_id, info.pad_id)
+    )
+
+
+DEFAULT_TOKENIZER = Path(__file__).with_name("default_tokenizer")

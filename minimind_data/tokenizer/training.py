@@ -1,0 +1,135 @@
+"""train_tokenizer(): a byte-level BPE vocabulary from texts, with MiniMind's special tokens at MiniMind's ids.
+
+Training itself is the `tokenizers` library's; what is decided here is the form: GPT-2's byte-level splitting, all 256
+bytes in the alphabet so that any text can be written, and the 36 special tokens of minimind-3 first.
+"""
+
+import json
+import re
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from minimind_data.dataset.format import CONFIG_NAME, TEMPLATE_NAME, TOKENIZER_NAME
+from minimind_data.errors import UserError
+from minimind_data.files import write_atomic
+from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
+
+PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+_CONTROL_TOKENS = [
+    PAD, BOS, EOS,
+    *(f"<|{name}|>" for name in (
+        "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start", "quad_end", "vision_start", "vision_end",
+        "vision_pad", "image_pad", "video_pad", "audio_start", "audio_end", "audio_pad",
+    )),
+    "<tts_pad>", "<tts_text_bos>", "<tts_text_eod>", "<tts_text_bos_single>",
+]  # fmt: skip
+
+# Seen in the text that a model writes and reads, so a decoder that leaves out special tokens keeps them.
+_VISIBLE_TOKENS = [
+    "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>",
+    *(f"<|buffer{number}|>" for number in range(1, 10)),
+]  # fmt: skip
+
+SPECIAL_TOKENS = [*_CONTROL_TOKENS, *_VISIBLE_TOKENS]
+
+_MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+
+_MAX_VOCAB_SIZE = 2**22
+
+_SECONDS_TO_STOP = 1.0
+
+
+def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int = 6400) -> int:
+    """Train a tokenizer and write it with its `tokenizer_config.json` and a chat template beside it.
+
+    Args:
+        texts: what it is trained on; `inputs.texts_of` reads them from files.
+        out: the tokenizer.json to write, or a folder for it.
+        vocab_size: entries, special tokens included.
+
+    Returns:
+        The number of entries, which is below `vocab_size` where the text has too few pairs to merge.
+
+    Raises:
+        UserError: `vocab_size` is too small or too large.
+    """
+    if not _MIN_VOCAB_SIZE <= vocab_size <= _MAX_VOCAB_SIZE:
+        raise UserError(
+            f"--vocab-size {vocab_size}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens need {_MIN_VOCAB_SIZE}, and "
+            f"over {_MAX_VOCAB_SIZE:,} serve no model"
+        )
+    file = out if out.suffix == ".json" else out / TOKENIZER_NAME
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[tokenizers.AddedToken(token, normalized=False) for token in SPECIAL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    _train(tokenizer, trainer, _pieces(texts))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    config = {
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    write_atomic(file.with_name(CONFIG_NAME), json.dumps(config, indent=1) + "\n")
+    write_atomic(file.with_name(TEMPLATE_NAME), (DEFAULT_TOKENIZER / TEMPLATE_NAME).read_text("utf-8"))
+    write_atomic(file, _with_visible_tokens(tokenizer) + "\n")
+    size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+    return size
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the texts without the special tokens in them, which must not become merges."""
+    special = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+    for text in texts:
+        yield from filter(None, special.split(text))
+
+
+def _train(tokenizer: tokenizers.Tokenizer, trainer: trainers.Trainer, pieces: Iterator[str]) -> None:
+    """Train in another thread, since the library hears no signal while it merges, which may take minutes: here Ctrl-C is heard."""
+    stopped = False
+    errors: list[BaseException] = []
+
+    def read() -> Iterator[str]:
+        for piece in pieces:
+            if stopped:
+                raise InterruptedError
+            yield piece
+
+    def work() -> None:
+        try:
+            tokenizer.train_from_iterator(read(), trainer)
+        except BaseException as error:  # noqa: BLE001 - raised below
+            errors.append(error)
+
+    thread = threading.Thread(target=work, name="train-tokenizer", daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except KeyboardInterrupt:
+        stopped = True
+        thread.join(_SECONDS_TO_STOP)  # it stops between two texts; amid merges it ends with the process
+        raise
+    if errors:
+        raise errors[0]
+
+
+def _with_visible_tokens(tokenizer: tokenizers.Tokenizer) -> str:
+    """Return the tokenizer's JSON; its trainer marks every token it was given as special, which hides it when decoding."""
+    content = json.loads(tokenizer.to_str())
+    for token in content["added_tokens"]:
+        token["special"] = token["content"] in _CONTROL_TOKENS
+    return json.dumps(content, ensure_ascii=False, indent=1)

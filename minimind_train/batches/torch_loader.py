@@ -1,0 +1,233 @@
+"""From windows and an order to batches, for anybody's DataLoader; our own loop has `step_loader.StepLoader`.
+
+`WindowDataset` and `ResumableBatchSampler` are the same data and the same order for a loop that brings its own
+`torch.utils.data.DataLoader`, or torchdata's `StatefulDataLoader`.
+
+All count in positions (see `minimind_train.order.sample_order`). No loader decides what has been learned: each batch says which positions it
+holds, and the loop that completes a step moves the cursor.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from minimind_data.errors import UserError
+from minimind_data.windows.read_ahead import ReadAhead
+from minimind_train.batches.samples import Samples
+from minimind_train.order.mixture import Order
+from minimind_train.order.sample_order import check_range, check_shares, rank_positions
+from minimind_train.order.skips import NO_SKIPS, Skips
+
+__all__ = ["ResumableBatchSampler", "WindowDataset"]
+
+
+class WindowDataset(Dataset[dict[str, Tensor]]):
+    """Windows as a map-style dataset; a sample is a dict of int64 tensors [seq_len].
+
+    A `ShardSet` pickles as its folder's name, so a worker started by `spawn` maps the files for itself.
+    """
+
+    def __init__(self, windows: Samples) -> None:
+        self.windows = windows
+        self._ahead = ReadAhead(windows)
+
+    def __len__(self) -> int:
+        """Return the number of windows."""
+        return len(self.windows)
+
+    def __getitem__(self, window: int | list[int]) -> dict[str, Tensor]:
+        """Return one window, or for a list a whole batch, int64 [B, seq_len] each.
+
+        A DataLoader with `batch_size=None` asks for batches: `DataLoader(dataset, sampler=batch_sampler, batch_size=None)`. That saves
+        taking the batch apart and putting it together again.
+        """
+        if isinstance(window, list):
+            return {name: torch.from_numpy(array) for name, array in self._batch(window).items()}
+        return self.__getitems__([window])[0]
+
+    def __getitems__(self, windows: list[int]) -> list[dict[str, Tensor]]:
+        """Return many windows, read in one gather; this is what a DataLoader calls for a batch."""
+        if not windows:
+            return []
+        batch = self._batch(windows)
+        rows = zip(*(torch.from_numpy(array).unbind() for array in batch.values()), strict=True)
+        return [dict(zip(batch, row, strict=True)) for row in rows]
+
+    def _batch(self, windows: list[int]) -> dict[str, NDArray[np.int64]]:
+        if min(windows, default=0) < 0 or max(windows, default=0) >= len(self.windows):
+            raise IndexError(
+                f"windows {min(windows)} to {max(windows)} asked for, there are {len(self.windows)}"
+            )
+        return self._ahead.fetch(np.array(windows, np.int64))
+
+
+class ResumableBatchSampler(Sampler[list[int]]):
+    """A batch sampler whose place is one number: `DataLoader(WindowDataset(windows), batch_sampler=sampler)`.
+
+    An iteration runs from the sampler's place to the end of the epoch, and the next one through the next epoch, in another order;
+    there is no `set_epoch`. With `stop` it runs to that position instead, through as many epochs as that takes. An iteration
+    that is broken off does not count: the next begins where it began. (Unless a loader with workers had already taken its last
+    batch. To go on after breaking off, load a state.)
+
+    The place is a position: it counts samples, so it means the same with another `global_batch` or `world_size`. At the end of
+    an epoch it is the beginning of the next, so a loop over epochs goes on with `for epoch in range(sampler.epoch, …)`.
+
+    To save the place:
+
+    - torchdata's `StatefulDataLoader` does it by itself, with any number of workers.
+    - A `DataLoader` with workers asks for batches long before it hands them out, and the sampler cannot know how long. Count the
+      batches that your loop has consumed since the iteration began, and save `state_after(batches_consumed)`.
+    - `state_dict()` is the place after the last batch that the *loader* took. That is exact where nothing reads ahead
+      (`num_workers=0`), and at the end of an epoch. Anywhere else it is too far, and a resume from it would leave samples out.
+
+    Args:
+        order: the order of the windows.
+        global_batch: samples in a batch, over all ranks.
+        rank: which of the ranks this is; it gets every `world_size`-th sample of each batch.
+        world_size: how many ranks share a batch.
+        start: the position to begin at.
+        stop: the position to end at; without it each iteration ends with its epoch.
+        drop_last: leave out a last batch that is shorter than the others.
+        skips: positions that are left out.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        global_batch: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        stop: int | None = None,
+        drop_last: bool = False,
+        skips: Skips = NO_SKIPS,
+    ) -> None:
+        check_shares(global_batch, rank, world_size)
+        check_range(start, start if stop is None else stop)
+        self.order = order
+        self.global_batch = global_batch
+        self.rank = rank
+        self.world_size = world_size
+        self.drop_last = drop_last
+        self.skips = skips
+        self.stop = stop
+        self._latest = self._iteration(start)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in which the next iteration begins."""
+        return self._next_start // self.order.num_windows
+
+    def __len__(self) -> int:
+        """Return the number of batches of the next iteration."""
+        return len(self._iteration(self._next_start))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Begin at the place.
+
+        Raises:
+            UserError: the last batch would leave a rank without a sample, where every rank must take part.
+        """
+        iteration = self._iteration(self._next_start)
+        rest = self.skips.count(iteration.start, iteration.stop) % self.global_batch
+        if not self.drop_last and 0 < rest < self.world_size:
+            raise UserError(
+                f"the last batch before position {iteration.stop} would have {rest} samples for {self.world_size} ranks; "
+                "take another global_batch, or drop_last=True to leave them out"
+            )
+        self._latest = iteration
+        return iteration
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place after the last batch that was taken from this sampler."""
+        return self._state(self._latest.position)
+
+    def state_after(self, batches_consumed: int) -> dict[str, Any]:
+        """Return the place after so many batches of the present iteration, however far a loader has read ahead."""
+        if not 0 <= batches_consumed <= len(self._latest):
+            raise ValueError(
+                f"the iteration has {len(self._latest)} batches, so {batches_consumed} cannot have been consumed"
+            )
+        end = self.skips.after(self._latest.start, batches_consumed * self.global_batch)
+        return self._state(self._latest.place_after(end))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved place.
+
+        Raises:
+            UserError: the place belongs to another order of samples, or lies behind the end.
+        """
+        here = self._state(int(state["position"]))
+        different = [name for name in here | state if state.get(name) != here.get(name)]
+        if different:
+            sides = "; ".join(
+                f"{name} is {state.get(name)} in the saved state, {here.get(name)} here" for name in different
+            )
+            raise UserError(f"the saved place belongs to another order of samples: {sides}")
+        position = int(state["position"])
+        if self.stop is not None and position > self.stop:
+            raise UserError(
+                f"the saved place, position {position}, lies behind the end of this run at {self.stop}"
+            )
+        self._latest = self._iteration(position)
+
+    @property
+    def _next_start(self) -> int:
+        return self._latest.stop if self._latest.finished else self._latest.start
+
+    def _iteration(self, start: int) -> "_Iteration":
+        n = self.order.num_windows
+        return _Iteration(self, start, (start // n + 1) * n if self.stop is None else self.stop)
+
+    def _state(self, position: int) -> dict[str, Any]:
+        return {"position": position, **self.order.described(position)}
+
+
+class _Iteration(Iterator[list[int]]):
+    """One iteration of a `ResumableBatchSampler`, over the positions [start, stop).
+
+    It has a state of its own because torchdata asks iterators for one. It differs from the sampler's where an epoch has just
+    ended: what is left of this iteration is nothing, while the sampler's next one is the next epoch.
+    """
+
+    def __init__(self, sampler: ResumableBatchSampler, start: int, stop: int) -> None:
+        self.sampler = sampler
+        self.start = start
+        self.stop = stop
+        self.position = self.place_after(start)
+        self.finished = False
+
+    def __len__(self) -> int:
+        """Return the number of its batches."""
+        whole, rest = divmod(self.sampler.skips.count(self.start, self.stop), self.sampler.global_batch)
+        return whole + (rest > 0 and not self.sampler.drop_last)
+
+    def __next__(self) -> list[int]:
+        sampler = self.sampler
+        if self.position >= self.stop:
+            self.finished = True
+            raise StopIteration
+        first = sampler.skips.kept_before(self.position)
+        last = min(first + sampler.global_batch, sampler.skips.kept_before(self.stop))
+        positions = sampler.skips.kept(rank_positions(first, last, sampler.rank, sampler.world_size))
+        self.position = self.place_after(sampler.skips.after(self.position, last - first))
+        windows: list[int] = sampler.order.windows(positions).tolist()
+        return windows
+
+    def place_after(self, end: int) -> int:
+        """Where the place is when everything before `end` is done: a remainder that is dropped is passed over."""
+        needed = self.sampler.global_batch if self.sampler.drop_last else 1
+        return self.stop if self.sampler.skips.count(end, self.stop) < needed else end
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position, "stop": self.stop}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = self.position = state["position"]
+        self.stop = state["stop"]

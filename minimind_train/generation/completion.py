@@ -1,0 +1,50 @@
+"""Continue a text with a trained model, from a run folder or a Hugging Face folder: `mm-train generate` without `--chat`."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from minimind_data.errors import UserError
+from minimind_train.generation.sampling import GenerateOptions, generate, stream_text
+from minimind_train.parallel.devices import resolve_device
+from minimind_train.progress import Say, say_on_stderr
+from minimind_train.run_folder.choice import CheckpointChoice
+from minimind_train.weights.load import open_trained
+
+
+def complete(
+    run: Path,
+    prompt: str,
+    options: GenerateOptions,
+    *,
+    step: CheckpointChoice = None,
+    device: str = "auto",
+    changes: Mapping[str, Any] = MappingProxyType({}),
+    say: Say = say_on_stderr,
+) -> Iterator[str]:
+    """Yield what the model of a run writes after BOS and `prompt`, piece by piece.
+
+    Args:
+        run: the folder of a run, which may still be training, or a Hugging Face folder.
+        prompt: special tokens in it are recognised.
+        options: how tokens are chosen.
+        step: whose checkpoint; the newest whole one by default, or `best`.
+        device: where to compute.
+        changes: options of the model that are to differ from the run's, such as those of its positions.
+        say: is told of damaged checkpoints.
+
+    Raises:
+        UserError: there is no such model or checkpoint.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            "--prompt: holds bytes that are no text in this terminal's encoding; pass UTF-8"
+        ) from None
+    opened = open_trained(run, step=step, say=say, changes=changes)
+    model, info = opened.model.to(resolve_device(device)), opened.tokenizer.info
+    tokenizer = opened.tokenizer.reference
+    prompt_ids = [info.bos_id, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    return stream_text(tokenizer, generate(model, prompt_ids, options=options, eos_id=info.eos_id))

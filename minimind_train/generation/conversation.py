@@ -1,0 +1,139 @@
+"""A conversation with a trained model: its messages, and the next answer piece by piece: `mm-train generate --chat`.
+
+How turns are rendered is the chat template's business (`minimind_data.chat.encoding`), how tokens are sampled that of `generate`.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
+
+from minimind_data.chat.encoding import encode_prompt, ends_of_answers
+from minimind_data.chat.template import ChatTemplate, chat_template_of
+from minimind_data.errors import UserError
+from minimind_data.tokenizer.loading import Tokenizer
+from minimind_train.generation.sampling import GenerateOptions, generate, stream_text
+from minimind_train.model.transformer import MiniMind
+from minimind_train.parallel.devices import resolve_device
+from minimind_train.progress import Say, say_on_stderr
+from minimind_train.run_folder.choice import CheckpointChoice
+from minimind_train.weights.load import open_trained
+
+__all__ = ["Conversation"]
+
+
+class Conversation:
+    """A conversation.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: the model's.
+        template: how turns are written.
+        options: how tokens are chosen; every answer has a seed of its own, so that a question asked twice may be answered twice.
+        system: what the model is told before all.
+
+    Attributes:
+        messages: what was said.
+    """
+
+    def __init__(
+        self,
+        model: MiniMind,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        options: GenerateOptions,
+        system: str | None = None,
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._template = template
+        self._options = options
+        self._ends = ends_of_answers(tokenizer, template)
+        self._first = [{"role": "system", "content": system}] if system else []
+        self._turns = 0
+        self.messages: list[dict[str, Any]] = []
+        self.clear()
+
+    @classmethod
+    def open(
+        cls,
+        run: Path,
+        options: GenerateOptions,
+        *,
+        system: str | None = None,
+        step: CheckpointChoice = None,
+        device: str = "auto",
+        changes: Mapping[str, Any] = MappingProxyType({}),
+        say: Say = say_on_stderr,
+    ) -> Self:
+        """Begin a conversation with the model of a run, or of a Hugging Face folder, by the template that lies in it.
+
+        Args:
+            run: its folder.
+            options: how tokens are chosen.
+            system: what the model is told before all.
+            step: of a run, whose checkpoint.
+            device: where to compute.
+            changes: options of the model that are to differ, such as those of its positions.
+            say: is told of damaged checkpoints.
+
+        Raises:
+            UserError: there is no such model, or no template.
+        """
+        template = chat_template_of(run)
+        opened = open_trained(run, step=step, say=say, changes=changes)
+        if template is None:
+            raise UserError(
+                f"{run}: has no chat template, which says how turns are written; put the tokenizer_config.json or "
+                "chat_template.jinja of its tokenizer into the folder, or leave --chat out"
+            )
+        model = opened.model.to(resolve_device(device))
+        return cls(model, opened.tokenizer, template, options, system)
+
+    def clear(self) -> None:
+        """Forget what was said."""
+        self.messages = list(self._first)
+
+    def answer(self, text: str) -> Iterator[str]:
+        """Yield the answer to what the user says, piece by piece; what came of it before it was left is what was said.
+
+        The oldest turns are forgotten where the model cannot read as much.
+
+        Raises:
+            UserError: this cannot be asked; the conversation is as it was.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                "this holds bytes that are no text in this terminal's encoding; write UTF-8"
+            ) from None
+        before = list(self.messages)
+        self.messages.append({"role": "user", "content": text})
+        try:
+            prompt_ids = self._prompt_ids()
+            options = replace(self._options, seed=(self._options.seed + self._turns) % 2**63)
+            ids = generate(self._model, prompt_ids, options=options, eos_id=None)
+        except UserError:
+            self.messages = before
+            raise
+        self._turns += 1
+        return self._streamed(itertools.takewhile(lambda token: token not in self._ends, ids))
+
+    def _streamed(self, ids: Iterator[int]) -> Iterator[str]:
+        answer: dict[str, Any] = {"role": "assistant", "content": ""}
+        self.messages.append(answer)
+        for piece in stream_text(self._tokenizer.reference, ids):
+            answer["content"] += piece
+            yield piece
+
+    def _prompt_ids(self) -> list[int]:
+        longest = self._model.config.longest_sequence
+        while True:
+            prompt_ids = encode_prompt(self._tokenizer, self._template, self.messages)
+            oldest = len(self._first)
+            if len(prompt_ids) <= longest or len(self.messages) <= oldest + 1:
+                return prompt_ids
+            del self.messages[oldest : oldest + 2]

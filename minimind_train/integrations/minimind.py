@@ -1,0 +1,278 @@
+"""What MiniMind's own training scripts take in place of their classes: the same calls, the same samples, no text tokenized twice.
+
+    from minimind_train.integrations.minimind import DistributedSampler, PretrainDataset, SkipBatchSampler
+
+- `PretrainDataset(data_path, tokenizer, max_length)` gives, for each document, the tuple that MiniMind's gives, id for id. It reads
+  windows of layout `pad` from memory maps.
+- `DistributedSampler(dataset)` is called as torch's is. Its order is `SampleOrder`'s, computed in pieces as they are asked for, and
+  the same for any number of devices: whichever they are, a step of the same global batch has the same samples.
+- `SkipBatchSampler(sampler, batch_size, skip_batches)` gives MiniMind's batches. What is to be skipped is passed over by one sum.
+
+MiniMind says its place in steps of one device, and rounds them down where the number of devices has changed. A **position** here is
+the number of samples of the epoch that all devices together have consumed: `SkipBatchSampler.position_after` says it, to be saved
+beside the step, and `SkipBatchSampler(..., position=...)` begins there, exactly, on any number of devices and with any batch size.
+
+Not covered: MiniMind turns whatever stands in `text` into a string, and takes an empty text for a sample of BOS and EOS. Here a text
+that is no string is a bad record, and an empty one makes no document. Where PAD is EOS or BOS by another name, MiniMind learns neither; here
+both are learned.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, distributed
+from torch.utils.data import Dataset, Sampler
+
+from minimind_data.build.pipeline import tokenize
+from minimind_data.build.plan import TokenizeOptions
+from minimind_data.dataset.format import TOKENIZER_NAME
+from minimind_data.dataset.shard_set import ShardSet
+from minimind_data.errors import UserError
+from minimind_data.files import FolderLock
+from minimind_data.tokenizer.loading import cached_tokenizer
+from minimind_data.windows.opening import open_windows
+from minimind_train.batches.torch_loader import WindowDataset
+from minimind_train.order.sample_order import OrderKind, SampleOrder
+from minimind_train.progress import Say, say_on_stderr
+
+__all__ = ["DistributedSampler", "PretrainDataset", "SkipBatchSampler"]
+
+_PIECE = 4096
+"""Indices that are computed at once where they are asked for one by one."""
+
+
+class PretrainDataset(Dataset[tuple[Tensor, Tensor]]):
+    """A document a sample: (input_ids, labels), int64 [max_length] both, unshifted, PAD as -100 in the labels.
+
+    Args:
+        data_path: the folder of a dataset; or the text that MiniMind takes, which is then tokenized once, into the folder
+            `DATA_PATH.shards` beside it. Of several processes one does that while the others wait.
+        tokenizer: of `transformers`; it must be the one that the dataset was made with.
+        max_length: tokens of a sample.
+        say: takes lines for the user.
+
+    Raises:
+        UserError: there is no such dataset, or it is another tokenizer's.
+    """
+
+    def __init__(
+        self, data_path: str | Path, tokenizer: Any, max_length: int = 512, *, say: Say = say_on_stderr
+    ) -> None:
+        folder = Path(data_path)
+        if folder.is_file():
+            folder = _tokenized(folder, tokenizer, say)
+        shards = ShardSet.open(folder)
+        if shards.manifest.kind != "pretrain":
+            raise UserError(
+                f"{folder}: a dataset of kind {shards.manifest.kind}; this takes one of kind pretrain"
+            )
+        _refuse_other_tokenizer(shards, tokenizer)
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self._windows = WindowDataset(open_windows(shards, layout="pad", seq_len=max_length, labels=True))
+
+    def __len__(self) -> int:
+        """Return the number of documents."""
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return one sample."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+        """Return many samples, read in one gather; this is what a DataLoader calls for a batch."""
+        return [(sample["input_ids"], sample["labels"]) for sample in self._windows.__getitems__(indices)]
+
+
+class DistributedSampler(Sampler[int]):
+    """A device's share of each epoch, called as torch's `DistributedSampler` is.
+
+    Every device gets as many samples as every other. Where their number is none of the dataset's, the first ones of the epoch
+    stand behind the last until it is, as in torch, or with `drop_last` what is too many is left out.
+
+    Args:
+        dataset: whatever has a length.
+        num_replicas: how many devices share an epoch; what `torch.distributed` says by default, 1 where it does not run.
+        rank: which of them this is, likewise.
+        shuffle: anew in each epoch.
+        seed: another seed, another order.
+        drop_last: leave out what would make shares differ.
+    """
+
+    def __init__(  # noqa: PLR0917 - torch's own signature
+        self,
+        dataset: Any,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        runs = distributed.is_available() and distributed.is_initialized()
+        self.num_replicas = num_replicas or (distributed.get_world_size() if runs else 1)
+        self.rank = rank if rank is not None else (distributed.get_rank() if runs else 0)
+        if not 0 <= self.rank < self.num_replicas:
+            raise ValueError(
+                f"rank must be from 0 to num_replicas - 1, not {self.rank} of {self.num_replicas}"
+            )
+        kind: OrderKind = "shuffled" if shuffle else "sequential"
+        self.order = SampleOrder(num_windows=len(dataset), seed=seed, kind=kind)
+        self.drop_last = drop_last
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to an epoch, which has an order of its own."""
+        self.epoch = epoch
+
+    def share_from(self, position: int) -> "_Share":
+        """Return what this device still has to do of the epoch when all together have consumed so many samples of it."""
+        return _Share(self, position)
+
+    def __len__(self) -> int:
+        """Return the number of samples of this device."""
+        return len(self.share_from(0))
+
+    def __iter__(self) -> Iterator[int]:
+        """Begin the epoch."""
+        share = self.share_from(0)
+        return (index for first in range(0, len(share), _PIECE) for index in share[first : first + _PIECE])
+
+
+class _Share:
+    """A device's share of an epoch from a position on: a sequence that computes what is cut out of it."""
+
+    def __init__(self, sampler: DistributedSampler, position: int) -> None:
+        n, world_size = sampler.order.num_windows, sampler.num_replicas
+        left = max(0, n - position)
+        self._length = left // world_size if sampler.drop_last else -(-left // world_size)
+        self._first = position + sampler.rank
+        self._step = world_size
+        self._order = sampler.order
+        self._epoch = sampler.epoch
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, piece: slice) -> list[int]:
+        n = self._order.num_windows
+        numbers = np.arange(*piece.indices(self._length), dtype=np.int64)
+        indices = (self._first + numbers * self._step) % n
+        windows: list[int] = self._order.windows(self._epoch * n + indices).tolist()
+        return windows
+
+
+class SkipBatchSampler(Sampler[list[int]]):
+    """The batches of a sampler from a place on, called as MiniMind's `SkipBatchSampler` is.
+
+    Args:
+        sampler: a `DistributedSampler` of this module or a list of indices, in which the place is found by arithmetic; or any other
+            sampler, which is walked through up to there.
+        batch_size: samples of this device in a batch; the last may have fewer.
+        skip_batches: batches that are done.
+        position: the place exactly, in samples of all devices, as `position_after` said it; `skip_batches` is then left aside. (A
+            sampler of another kind knows its own device alone, which has done the whole part of its share of them.)
+    """
+
+    def __init__(
+        self,
+        sampler: Any,
+        batch_size: int,
+        skip_batches: int = 0,
+        *,
+        position: int | None = None,
+    ) -> None:
+        if batch_size < 1 or skip_batches < 0 or (position or 0) < 0:
+            raise ValueError(
+                f"batch_size is 1 or more, skip_batches and position are 0 or more, not {batch_size}, {skip_batches} and {position}"
+            )
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.skip_batches = skip_batches
+        self._samples_in_batch = batch_size * getattr(sampler, "num_replicas", 1)
+        self.position = skip_batches * self._samples_in_batch if position is None else position
+
+    def position_after(self, batches: int) -> int:
+        """Return how many samples of the epoch all devices have consumed after so many batches of this sampler."""
+        return self.position + batches * self._samples_in_batch
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        if isinstance(self.sampler, DistributedSampler):
+            left = len(self.sampler.share_from(self.position))
+        else:
+            left = len(self.sampler) - self._own_position
+        return max(0, -(-left // self.batch_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Begin at the place."""
+        if isinstance(self.sampler, DistributedSampler):
+            return _batches(self.sampler.share_from(self.position), 0, self.batch_size)
+        if isinstance(self.sampler, Sequence):
+            return _batches(self.sampler, self._own_position, self.batch_size)
+        return _walked(self.sampler, self._own_position, self.batch_size)
+
+    @property
+    def _own_position(self) -> int:
+        """The place in a sampler that knows only of its own device."""
+        return self.position // getattr(self.sampler, "num_replicas", 1)
+
+
+def _batches(indices: "_Share | Sequence[int]", first: int, batch_size: int) -> Iterator[list[int]]:
+    return (list(indices[start : start + batch_size]) for start in range(first, len(indices), batch_size))
+
+
+def _walked(sampler: Iterable[int], first: int, batch_size: int) -> Iterator[list[int]]:
+    rest = islice(sampler, first, None)
+    while batch := list(islice(rest, batch_size)):
+        yield batch
+
+
+def _tokenized(text: Path, tokenizer: Any, say: Say) -> Path:
+    """Make the dataset of a text, where it is not made yet, and return its folder."""
+    folder = text.with_name(f"{text.name}.shards")
+    source = Path(getattr(tokenizer, "name_or_path", "")) / TOKENIZER_NAME
+    if not source.is_file():
+        raise UserError(
+            f"{text}: the tokenizer comes from no folder with a {TOKENIZER_NAME}; make the dataset by `mm-data tokenize {text} "
+            "--tokenizer DIR`, and pass its folder as data_path"
+        )
+    options = TokenizeOptions(
+        out=folder,
+        tokenizer=source,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token,
+    )
+    busy = f"{text}: another process is tokenizing it; waiting for it"
+    with FolderLock(text.with_name(f"{folder.name}.lock"), busy, wait=say):
+        summary = tokenize([text], options, announce=say)
+    if not summary.already_done:
+        say(f"{text}: tokenized into {folder}")
+    return folder
+
+
+def _refuse_other_tokenizer(shards: ShardSet, tokenizer: Any) -> None:
+    """Refuse a tokenizer other than the dataset's.
+
+    Raises:
+        UserError: its special ids or its vocabulary are others.
+    """
+    info = shards.manifest.tokenizer
+    sides = [
+        (info.bos_id, info.eos_id, info.pad_id),
+        (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id),
+    ]
+    if sides[0] != sides[1]:
+        shown = " and ".join("BOS {}, EOS {}, PAD {}".format(*side) for side in sides)
+        raise UserError(
+            f"{shards.folder}: its special ids are not those of this tokenizer ({shown}); tokenize the text again with this tokenizer"
+        )
+    text = (shards.folder / TOKENIZER_NAME).read_bytes().decode()
+    if cached_tokenizer(text, info).reference.get_vocab(with_added_tokens=True) != tokenizer.get_vocab():
+        raise UserError(
+            f"{shards.folder}: was made with another tokenizer than this ({info.vocab_size:,} entries against "
+            f"{len(tokenizer):,}); tokenize the text again with this tokenizer, or pass the dataset's"
+        )

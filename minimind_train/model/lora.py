@@ -1,0 +1,141 @@
+"""LoRA: beside each chosen matrix two thin ones are learned, and nothing else (https://arxiv.org/abs/2106.09685).
+
+A chosen matrix W [out, in] is left as it is; its product with x becomes W x + (alpha / rank) B A x, where A [rank, in] is drawn as
+MiniMind draws it and B [out, rank] begins at zero, so that a run begins with the model that it begins from. Adapters stand beside their
+matrix in the parameters' names: `model.layers.0.self_attn.q_proj.lora_A`.
+
+The matrices are those of attention and, in a dense model, of the MLP. Experts are left out: their matrices are multiplied side by
+side, where an adapter of one has no place.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from minimind_train.model.config import ModelConfig
+from minimind_train.model.transformer import MiniMind
+
+__all__ = ["LoraConfig", "LoraLinear", "adapters_of", "add_adapters", "merge_adapters"]
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_LARGEST_RANK = 2**16
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Whether adapters are learned in place of all weights; targets and scale are MiniMind's."""
+
+    lora_rank: Annotated[
+        int,
+        "Learn adapters of this rank (LoRA) beside frozen weights of --from-weight; 0 learns all weights. MiniMind takes 16, with "
+        "--learning-rate 1e-4.",
+    ] = 0
+    lora_alpha: Annotated[
+        float | None, "Adapters are scaled by it over the rank; the rank itself by default."
+    ] = None
+    lora_targets: Annotated[
+        str,
+        f"Which matrices get one, apart by commas: {', '.join((*_ATTENTION, *_MLP))}; all takes every one.",
+    ] = "q_proj,o_proj"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lora_rank <= _LARGEST_RANK:
+            raise ValueError(f"lora_rank must be from 0 to {_LARGEST_RANK}, not {self.lora_rank}")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < float("inf"):
+            raise ValueError(f"lora_alpha must be a positive number, not {self.lora_alpha}")
+        if unknown := sorted({*self.targets} - {*_ATTENTION, *_MLP}):
+            raise ValueError(
+                f"lora_targets has {unknown[0]!r}; the matrices are {', '.join((*_ATTENTION, *_MLP))}, or all"
+            )
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names of the matrices that get an adapter."""
+        if self.lora_targets == "all":
+            return (*_ATTENTION, *_MLP)
+        return tuple(name.strip() for name in self.lora_targets.split(","))
+
+    def refuse_unfit(self, model: ModelConfig) -> None:
+        """Refuse adapters that a model has no place for.
+
+        Raises:
+            ValueError: the message says which.
+        """
+        if self.lora_rank and model.use_moe and (experts := sorted(set(self.targets) & set(_MLP))):
+            raise ValueError(
+                f"lora_targets has {experts[0]}, and experts get no adapters; take some of {', '.join(_ATTENTION)}"
+            )
+
+    @property
+    def alpha(self) -> float:
+        """`lora_alpha`, or what it is by default."""
+        return float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def scale(self) -> float:
+        """What the product of the two matrices is multiplied by."""
+        return self.alpha / self.lora_rank
+
+
+class LoraLinear(nn.Module):
+    """A linear map with an adapter beside it; the map's own weight keeps its name."""
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
+        super().__init__()
+        self.weight = base.weight
+        self.lora_A = nn.Parameter(self.weight.new_empty(rank, base.in_features))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(base.out_features, rank))
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take [..., in] to [..., out]."""
+        change = functional.linear(functional.linear(x, self.lora_A), self.lora_B)
+        return functional.linear(x, self.weight) + self.scale * change
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """Return the one matrix that does the same."""
+        out_features, in_features = self.weight.shape
+        linear = nn.Linear(in_features, out_features, bias=False, device="meta")
+        product = self.lora_B.double() @ self.lora_A.double()
+        linear.weight = nn.Parameter((self.weight.double() + self.scale * product).to(self.weight.dtype))
+        return linear
+
+
+def add_adapters(model: MiniMind, config: LoraConfig, seed: int) -> None:
+    """Freeze all weights of a model, in place, and put adapters beside those that `config` chooses.
+
+    The numbers are drawn on the CPU from `seed` alone, in the order of the parameters.
+
+    Raises:
+        ValueError: the model has no such matrices.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model.requires_grad_(False)
+    config.refuse_unfit(model.config)
+    targets = set(config.targets)
+    for layer in model.model.layers:
+        for module in list(layer.modules()):
+            for name, child in list(module.named_children()):
+                if name in targets and isinstance(child, nn.Linear):
+                    adapted = LoraLinear(child, config.lora_rank, config.scale)
+                    drawn = torch.empty(adapted.lora_A.shape).normal_(0.0, 0.02, generator=generator)
+                    adapted.lora_A.data.copy_(drawn)
+                    setattr(module, name, adapted)
+
+
+def merge_adapters(model: MiniMind) -> None:
+    """Put the one matrix that does the same in the place of each matrix with an adapter, in place."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, LoraLinear):
+                setattr(module, name, child.merged())
+
+
+def adapters_of(model: nn.Module) -> dict[str, LoraLinear]:
+    """Return the matrices of a model that have an adapter, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}

@@ -1,0 +1,127 @@
+"""Direct preference optimization: a model learns to prefer one answer to another, measured against the model that it was.
+
+For a pair of answers to one prompt, chosen and rejected, the **reward** of either is beta times what its log-probability has
+gained over the reference's; the **margin** is the chosen one's reward less the rejected one's. The published loss is
+-log sigmoid(margin) (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, eq. 7). Beside it:
+
+- `--label-smoothing e`: a share e of the pairs is taken to be labelled the wrong way round (Mitchell 2023, conservative DPO);
+- `--loss-type hinge`: max(0, 1 - margin) (SLiC, Zhao et al. 2023, https://arxiv.org/abs/2305.10425);
+- `--loss-type ipo`: (margin / beta - 1 / (2 beta))^2 (Azar et al. 2023, https://arxiv.org/abs/2310.12036, eq. 17);
+- `--length-normalised`: log-probabilities are means over an answer's tokens and not their sum, so that length has no say.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from minimind_data.dataset.format import IGNORED
+from minimind_train.model.transformer import MiniMind
+from minimind_train.objectives.losses import summed_log_probs
+from minimind_train.objectives.objective import MicroLoss, Objective
+
+__all__ = ["REFERENCE", "Preference", "PreferenceOptions", "log_probs_of_pairs"]
+
+REFERENCE = "reference_log_probs"
+"""The name, in a batch, of the reference's log-probabilities: float32 [B, 2]."""
+
+LossType = Literal["sigmoid", "hinge", "ipo"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceOptions:
+    """How a preference is learned; beta is MiniMind's."""
+
+    beta: Annotated[float, "How dear it is to leave the reference: the scale of rewards."] = 0.15
+    loss_type: Annotated[LossType, "sigmoid, the published loss; hinge and ipo as in SLiC and IPO."] = (
+        "sigmoid"
+    )
+    label_smoothing: Annotated[
+        float, "Share of the pairs that is taken to be labelled the wrong way round; with loss-type sigmoid."
+    ] = 0.0
+    length_normalised: Annotated[
+        bool, "Log-probabilities are means over an answer's tokens and not their sum."
+    ] = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < float("inf"):
+            raise ValueError(f"beta must be a positive number, not {self.beta}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be at least 0 and below 0.5, not {self.label_smoothing}")
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise ValueError(f"label_smoothing goes with loss_type sigmoid, not {self.loss_type}")
+
+
+class Preference(Objective):
+    """The loss of pairs; its terms are pairs.
+
+    Args:
+        model: what is learned.
+        options: how.
+        reference: gives the reference's summed log-probabilities of a micro-batch, float32 [B, 2].
+    """
+
+    def __init__(
+        self,
+        model: MiniMind,
+        options: PreferenceOptions,
+        reference: Callable[[Mapping[str, Tensor]], Tensor],
+    ) -> None:
+        super().__init__(model)
+        self.options = options
+        self._reference = reference
+
+    def forward(self, micro_batch: Mapping[str, Tensor]) -> MicroLoss:
+        """Take `chosen_input_ids`, `chosen_targets` and the same of `rejected`, int64 [B, seq_len] each, and what the reference wants."""
+        log_probs, balance = log_probs_of_pairs(self.model, micro_batch)
+        reference = self._reference(micro_batch)
+        if self.options.length_normalised:
+            lengths = _lengths(micro_batch)
+            log_probs, reference = log_probs / lengths, reference / lengths
+        rewards = self.options.beta * (log_probs - reference)
+        margins = rewards[:, 0] - rewards[:, 1]
+        with torch.no_grad():
+            measures = {
+                "reward_margin": margins.sum(),
+                "reward_accuracy": (margins > 0).float().sum(),
+                "chosen_reward": rewards[:, 0].sum(),
+                "rejected_reward": rewards[:, 1].sum(),
+                "chosen_log_prob": log_probs[:, 0].sum(),
+                "rejected_log_prob": log_probs[:, 1].sum(),
+            }
+        return MicroLoss(self._losses(margins).sum(), auxiliary=balance, measures=measures)
+
+    def _losses(self, margins: Tensor) -> Tensor:
+        beta, smoothing = self.options.beta, self.options.label_smoothing
+        if self.options.loss_type == "hinge":
+            return functional.relu(1 - margins)
+        if self.options.loss_type == "ipo":
+            return (margins / beta - 1 / (2 * beta)).square()
+        right, wrong = functional.logsigmoid(margins), functional.logsigmoid(-margins)
+        return -(1 - smoothing) * right - smoothing * wrong
+
+    @staticmethod
+    def num_terms(samples: Mapping[str, NDArray[np.int64]]) -> int:
+        """Return the number of pairs."""
+        return len(samples["chosen_input_ids"])
+
+
+def log_probs_of_pairs(model: MiniMind, micro_batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Return the summed log-probabilities of the chosen and the rejected answers, float32 [B, 2], and the loss that balances experts."""
+    input_ids, targets = (
+        torch.cat([micro_batch[f"{side}_{name}"] for side in ("chosen", "rejected")])
+        for name in ("input_ids", "targets")
+    )
+    hidden, balance = model.hidden_and_balance(input_ids)
+    return summed_log_probs(hidden, model.head_weight, targets).view(2, -1).t(), balance
+
+
+def _lengths(micro_batch: Mapping[str, Tensor]) -> Tensor:
+    """Return how many targets are learned on either side, float32 [B, 2], at least 1."""
+    learned = [(micro_batch[f"{side}_targets"] != IGNORED).sum(-1) for side in ("chosen", "rejected")]
+    return torch.stack(learned, dim=-1).clamp(min=1).float()

@@ -1,0 +1,234 @@
+"""The reference's log-probabilities of a dataset of pairs: computed once, kept beside the shards, mapped.
+
+    DATASET/reference/FINGERPRINT-SETTINGS.npy     float32 [pairs, 2]: summed log-probability of chosen and rejected
+    DATASET/reference/FINGERPRINT-SETTINGS.json    what they are of, and the first file's SHA-256; written last
+
+FINGERPRINT is the dataset's. SETTINGS is a hash of what else decides the numbers: the reference's weights, the window's length and the
+dtype of matrix products. What is not whole, or of something else, is made again: by one process, while others wait for it. While it is
+made it is a third file, with NaN where nothing stands yet, so whoever is killed there goes on where it was.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from minimind_data.dataset.shard_set import ShardSet
+from minimind_data.errors import UserError
+from minimind_data.files import (
+    FolderLock,
+    checksum_of_json,
+    fsync_folder,
+    sha256_of,
+    user_error_on_full_disk,
+    write_atomic,
+)
+from minimind_data.windows.opening import Windows
+from minimind_train.batches.samples import Samples
+from minimind_train.batches.trimming import alike
+from minimind_train.model.precision import autocast
+from minimind_train.model.transformer import MiniMind
+from minimind_train.objectives.preference import REFERENCE, log_probs_of_pairs
+from minimind_train.progress import Say
+
+__all__ = ["FOLDER_NAME", "Reference", "ReferencedWindows", "reference_log_probs"]
+
+FOLDER_NAME = "reference"
+_FORMAT_VERSION = 1
+_PAIRS_PER_FLUSH = 4096
+_BATCHES_PER_GROUP = 16
+"""So many batches are read together, so that pairs of like lengths can share one."""
+
+LogProbs = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What log-probabilities are of, besides the dataset."""
+
+    weights: str
+    """Checksum of the reference's weights."""
+    seq_len: int
+    dtype: str
+    """Of matrix products, resolved."""
+
+
+class ReferencedWindows:
+    """Windows of pairs with the reference's log-probabilities beside them.
+
+    Args:
+        windows: the pairs.
+        log_probs: float32 [len(windows), 2].
+    """
+
+    def __init__(self, windows: Samples, log_probs: LogProbs) -> None:
+        assert log_probs.shape == (len(windows), 2)
+        self._windows = windows
+        self._log_probs = log_probs
+        self.labels = windows.labels
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return len(self._windows)
+
+    @property
+    def shard_sets(self) -> tuple[ShardSet, ...]:
+        """The datasets of the pairs."""
+        return self._windows.shard_sets
+
+    def will_need(self, windows: NDArray[np.int64]) -> None:
+        """Tell the system that a batch is read soon; see `Windows.will_need`."""
+        self._windows.will_need(windows)
+
+    def fetch(self, windows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Return a batch: what the windows give, and `reference_log_probs`, float32 [B, 2]."""
+        return {**self._windows.fetch(windows), REFERENCE: self._log_probs[windows]}
+
+
+def reference_log_probs(
+    windows: Windows,
+    reference: Reference,
+    model: Callable[[], MiniMind],
+    *,
+    batch: int,
+    device: torch.device,
+    say: Say,
+) -> LogProbs:
+    """Return the reference's log-probabilities of all pairs, mapped; make them first where they are not there.
+
+    Args:
+        windows: the pairs of one dataset.
+        reference: what the numbers are of.
+        model: gives the reference, on the CPU, frozen and in the mode of use; called only where it is needed.
+        batch: pairs that go through it at once.
+        device: where to compute.
+        say: takes lines for the user.
+
+    Raises:
+        UserError: the numbers cannot be written, or are none.
+    """
+    folder = windows.shards.folder / FOLDER_NAME
+    fingerprint = windows.shards.manifest.fingerprint
+    settings = {"format_version": _FORMAT_VERSION, "dataset": fingerprint, **asdict(reference)}
+    number = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    path = folder / f"{fingerprint[:16]}-{number}.npy"
+    told = {**settings, "pairs": len(windows)}
+    if (found := _whole(path, told)) is not None:
+        return found
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be made ({error.strerror}), so the reference's log-probabilities have no place; make the dataset's "
+            "folder writable, or pass --reference online, which computes them in every step"
+        ) from None
+    waiting = f"{path}: another process computes the reference's log-probabilities; waiting for it"
+    with user_error_on_full_disk(folder), FolderLock(path.with_suffix(".lock"), waiting, wait=say):
+        if (found := _whole(path, told)) is not None:
+            return found
+        _make(path, windows, model(), batch=batch, device=device, dtype=reference.dtype, say=say)
+        told["sha256"] = sha256_of(path)
+        _remove_stale(folder, fingerprint)
+        write_atomic(
+            path.with_suffix(".json"),
+            json.dumps({**told, "checksum": checksum_of_json(told)}, indent=1) + "\n",
+        )
+    return _mapped(path)
+
+
+def _whole(path: Path, told: dict[str, Any]) -> LogProbs | None:
+    """Map the numbers, or return None where they are not there, damaged, or of something else."""
+    try:
+        there = json.loads(path.with_suffix(".json").read_bytes())
+        checksum = there.pop("checksum")
+        sha256 = there.pop("sha256")
+        if there != told or checksum != checksum_of_json({**told, "sha256": sha256}):
+            return None
+        if sha256_of(path) != sha256:
+            return None
+        return _mapped(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _mapped(path: Path) -> LogProbs:
+    return cast("LogProbs", np.load(path, mmap_mode="r", allow_pickle=False))
+
+
+def _make(
+    path: Path, windows: Windows, model: MiniMind, *, batch: int, device: torch.device, dtype: str, say: Say
+) -> None:
+    """Compute what is not there yet, block by block, and give the file its name; the caller holds the lock."""
+    unfinished = path.with_suffix(".unfinished")
+    log_probs = _begun(unfinished, len(windows))
+    missing = np.isnan(log_probs).any(axis=1)
+    num_missing = int(np.count_nonzero(missing))
+    say(
+        f"{windows.shards.folder}: computing the reference's log-probabilities of {num_missing:,} pairs, once"
+        + (f"; {len(windows) - num_missing:,} are there already" if num_missing < len(windows) else "")
+    )
+    model.to(device)
+    # Groups and batches are the same whatever is there already, so a killed process leaves no trace in a rounding.
+    group = batch * _BATCHES_PER_GROUP
+    unflushed = 0
+    for first in range(0, len(windows), group):
+        pairs = np.arange(first, min(first + group, len(windows)))
+        if not missing[pairs].any():
+            continue
+        for rows, samples in alike(windows.fetch(pairs), batch):
+            if missing[pairs[rows]].any():
+                log_probs[pairs[rows]] = _computed(samples, model, device, dtype)
+        unflushed += len(pairs)
+        if unflushed >= _PAIRS_PER_FLUSH:
+            log_probs.flush()
+            unflushed = 0
+    log_probs.flush()
+    if not np.isfinite(log_probs).all():
+        unfinished.unlink()
+        raise UserError(
+            f"{windows.shards.folder}: the reference gives log-probabilities that are no numbers; begin from other weights, or "
+            "compute them with --dtype fp32"
+        )
+    with unfinished.open("rb") as file:
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    fsync_folder(path.parent)
+
+
+def _begun(unfinished: Path, num_pairs: int) -> "np.memmap[Any, np.dtype[np.float32]]":
+    """Map what a killed process has left, or begin with nothing."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        there = np.lib.format.open_memmap(unfinished, mode="r+")
+        if there.shape == (num_pairs, 2) and there.dtype == np.float32:
+            return there
+    nothing = io.BytesIO()
+    np.save(nothing, np.full((num_pairs, 2), np.nan, np.float32))
+    write_atomic(unfinished, nothing.getvalue())  # so that it never has a zero that nobody computed
+    return np.lib.format.open_memmap(unfinished, mode="r+")
+
+
+def _remove_stale(folder: Path, fingerprint: str) -> None:
+    """Delete what belongs to tokens that the dataset had before."""
+    for path in folder.iterdir():
+        if path.suffix in {".npy", ".json", ".unfinished"} and not path.name.startswith(
+            f"{fingerprint[:16]}-"
+        ):
+            path.unlink(missing_ok=True)
+
+
+def _computed(
+    samples: dict[str, NDArray[np.int64]], model: MiniMind, device: torch.device, dtype: str
+) -> LogProbs:
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in samples.items()}
+    with torch.no_grad(), autocast(dtype, device):
+        found, _ = log_probs_of_pairs(model, tensors)
+    return found.cpu().numpy()

@@ -1,0 +1,252 @@
+"""Several datasets in one order: which part stands at a position, and which of its windows, by arithmetic.
+
+The parts take turns in a fixed pattern that repeats: of every `period` positions each part has its whole number of `shares`. The
+pattern spreads them as evenly as can be, so after any number of positions a part has given less than one window more or less than
+its share (Tijdeman, "The chairman assignment problem", 1980, whose bound of 1 - 1/(2k - 2) for k parts is the best possible). How
+many windows a part has given before a position is then a division and a look into the pattern, and what it gives next is its own
+`SampleOrder` at that number: each part has epochs of its own, shuffled by a seed of its own.
+
+Where the shares change on the way a new **stage** (`MixtureStage`) begins. It says what each part had given by then, so no part loses its place.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property, lru_cache
+from typing import Any, Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minimind_train.order.sample_order import OrderKind, SampleOrder
+from minimind_train.order.seeds import derive_seed
+
+MAX_PERIOD: Final = 10_000
+
+"""The longest pattern. Weights that no shorter one gives exactly are met to one part in ten thousand."""
+
+MAX_PARTS: Final = 100
+
+"""More datasets than this are better merged."""
+
+_Ints = NDArray[np.int64]
+
+
+def shares_of(weights: Sequence[Fraction]) -> tuple[int, ...]:
+    """Return how many windows of a period each part gives, for weights in windows.
+
+    Exact where a period of at most `MAX_PERIOD` can be; else each share is less than one window of `MAX_PERIOD` off, but for
+    parts that would get none of it: a part with any weight gets a window.
+
+    Raises:
+        ValueError: a weight is negative, all are 0, or there are more than `MAX_PARTS`.
+    """
+    if not 1 <= len(weights) <= MAX_PARTS:
+        raise ValueError(f"a mixture has 1 to {MAX_PARTS} parts, not {len(weights)}")
+    total = sum(weights)
+    if min(weights) < 0 or not total:
+        raise ValueError("the weights of a mixture are 0 or more, and one at least is more")
+    wanted = [weight / total for weight in weights]
+    period = math.lcm(*(share.denominator for share in wanted))
+    if period <= MAX_PERIOD:
+        return tuple(int(share * period) for share in wanted)
+    shares = [max(share > 0, math.floor(share * MAX_PERIOD)) for share in wanted]
+    while (missing := MAX_PERIOD - sum(shares)) != 0:  # at most once for each part
+        sign = 1 if missing > 0 else -1
+        free = [part for part, share in enumerate(wanted) if share and (sign > 0 or shares[part] > 1)]
+        most = max(free, key=lambda part: sign * (wanted[part] * MAX_PERIOD - shares[part]))
+        shares[most] += sign
+    divisor = math.gcd(*shares)
+    return tuple(share // divisor for share in shares)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureStage:
+    """The shares that hold from a position on.
+
+    Attributes:
+        start: the position.
+        shares: windows of each part in a period.
+        taken: windows that each part has given before `start`.
+    """
+
+    start: int
+    shares: tuple[int, ...]
+    taken: tuple[int, ...]
+
+    @property
+    def period(self) -> int:
+        """Positions after which the pattern repeats."""
+        return sum(self.shares)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Return what `values` was made from, as JSON gives it back."""
+        return cls(start=int(values["start"]), shares=tuple(values["shares"]), taken=tuple(values["taken"]))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON holds it."""
+        return {"start": self.start, "shares": list(self.shares), "taken": list(self.taken)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixturePlace:
+    """What stands at a position."""
+
+    part: int
+    epoch: int
+    """The epoch of the part, from 0."""
+    window: int
+    """The window's number in the part."""
+
+
+@lru_cache(maxsize=16)
+def _pattern(shares: tuple[int, ...]) -> tuple[_Ints, _Ints]:
+    """Return (the part at each place of a period, how many places before it are that part's), both int64 [period].
+
+    At each place, of the parts that are far enough behind to be due, the one whose next turn would first come too late.
+    """
+    period, given = sum(shares), [0] * len(shares)
+    active = [part for part, share in enumerate(shares) if share]
+    slack = 2 * len(active) - 2
+    parts, numbers = np.zeros(period, np.int64), np.zeros(period, np.int64)
+    if len(active) == 1:
+        parts[:] = active[0]
+        numbers[:] = np.arange(period)
+        return parts, numbers
+    for place in range(period):
+        chosen, chosen_deadline = -1, 0
+        for part in active:
+            share = shares[part]
+            if slack * ((place + 1) * share - period * given[part]) < period:
+                continue
+            deadline = slack * (given[part] + 1) - 1  # in units of period / (slack * share)
+            if chosen < 0 or deadline * shares[chosen] < chosen_deadline * share:
+                chosen, chosen_deadline = part, deadline
+        parts[place], numbers[place] = chosen, given[chosen]
+        given[chosen] += 1
+    assert tuple(given) == shares
+    return parts, numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureOrder:
+    """The order of a mixture. Its windows are those of all parts, numbered part after part.
+
+    Attributes:
+        names: of the parts, ascending, so that how they are listed changes nothing.
+        parts: the order of each.
+        stages: which shares hold from where on; the first begins at 0.
+        seed: of the run; the parts' are mixed from it.
+        kind: of all parts.
+    """
+
+    names: tuple[str, ...]
+    parts: tuple[SampleOrder, ...]
+    stages: tuple[MixtureStage, ...]
+    seed: int = 0
+    kind: OrderKind = "shuffled"
+
+    def __post_init__(self) -> None:
+        if list(self.names) != sorted(set(self.names)) or len(self.names) != len(self.parts):
+            raise ValueError(f"the parts of a mixture have names of their own, ascending, not {self.names}")
+        starts = [stage.start for stage in self.stages]
+        if starts[:1] != [0] or starts != sorted(set(starts)):
+            raise ValueError(f"the stages of a mixture begin at 0 and then later and later, not at {starts}")
+        for stage in self.stages:
+            if not len(stage.shares) == len(stage.taken) == len(self.parts) or stage.period < 1:
+                raise ValueError(f"a stage has a share and a count for each of {len(self.parts)} parts")
+
+    @classmethod
+    def of(
+        cls,
+        num_windows: Mapping[str, int],
+        *,
+        seed: int,
+        kind: OrderKind = "shuffled",
+        block: int = 1,
+        stages: Sequence[MixtureStage],
+    ) -> Self:
+        """Return the order of parts with so many windows each."""
+        names = tuple(sorted(num_windows))
+        orders = (
+            SampleOrder(num_windows=num_windows[name], seed=derive_seed(seed, name), kind=kind, block=block)
+            for name in names
+        )
+        return cls(names=names, parts=tuple(orders), stages=tuple(stages), seed=seed, kind=kind)
+
+    @property
+    def num_windows(self) -> int:
+        """The windows of all parts together."""
+        return int(self.starts[-1])
+
+    @cached_property
+    def starts(self) -> _Ints:
+        """The number of each part's first window, ending with the number of windows: int64 [parts + 1]."""
+        return np.cumsum([0, *(order.num_windows for order in self.parts)], dtype=np.int64)
+
+    def described(self, position: int) -> dict[str, Any]:
+        """What decides the order before a position; see `SampleOrder.described`."""
+        before = [stage.as_dict() for stage in self.stages if stage.start < max(position, 1)]
+        sizes = {name: part.num_windows for name, part in zip(self.names, self.parts, strict=True)}
+        description = self.parts[0].described(position) | {"num_windows": sizes, "seed": self.seed}
+        return description | {"stages": before}
+
+    def windows(self, positions: _Ints) -> _Ints:
+        """The windows at these positions, which may come in any order."""
+        positions = np.asarray(positions, np.int64)
+        owners, numbers = self._turns(positions)
+        windows = np.empty_like(positions)
+        for part in np.unique(owners).tolist():
+            here = owners == part
+            windows[here] = self.parts[part].windows(numbers[here]) + self.starts[part]
+        return windows
+
+    def place(self, position: int) -> MixturePlace:
+        """The part whose turn a position is, and its window there."""
+        (owner,), (number,) = self._turns(np.array([position], np.int64))
+        epoch, window = self.parts[owner].window(int(number))
+        return MixturePlace(part=int(owner), epoch=epoch, window=window)
+
+    def taken(self, position: int) -> tuple[int, ...]:
+        """How many windows each part has given before a position."""
+        if position < 0:
+            raise ValueError(f"a position counts samples from 0, and cannot be {position}")
+        stage = next(stage for stage in reversed(self.stages) if stage.start <= position)
+        periods, rest = divmod(position - stage.start, stage.period)
+        parts, _ = _pattern(stage.shares)
+        begun = np.bincount(parts[:rest], minlength=len(self.parts)).tolist()
+        return tuple(
+            before + periods * share + more
+            for before, share, more in zip(stage.taken, stage.shares, begun, strict=True)
+        )
+
+    def reweighted(self, position: int, shares: tuple[int, ...]) -> Self:
+        """Return the order in which other shares hold from a position on, and no part loses its place.
+
+        What was to hold from there on or later holds no longer.
+        """
+        kept = tuple(stage for stage in self.stages if stage.start < position)
+        taken = self.taken(position)
+        return replace(self, stages=(*kept, MixtureStage(start=position, shares=shares, taken=taken)))
+
+    def _turns(self, positions: _Ints) -> tuple[_Ints, _Ints]:
+        """Return (the part at each position, how many windows it has given before), both int64 of the positions' shape."""
+        if positions.size and positions.min() < 0:
+            raise ValueError(f"a position counts samples from 0, and cannot be {positions.min()}")
+        begins = np.array([stage.start for stage in self.stages], np.int64)
+        held = np.searchsorted(begins, positions, side="right") - 1
+        owners, numbers = np.empty_like(positions), np.empty_like(positions)
+        for which in np.unique(held).tolist():
+            stage, here = self.stages[which], held == which
+            parts, before = _pattern(stage.shares)
+            periods, places = np.divmod(positions[here] - stage.start, stage.period)
+            owner = parts[places]
+            owners[here] = owner
+            shares, taken = np.array(stage.shares, np.int64), np.array(stage.taken, np.int64)
+            numbers[here] = taken[owner] + periods * shares[owner] + before[places]
+        return owners, numbers
+
+
+Order = SampleOrder | MixtureOrder

@@ -1,0 +1,159 @@
+"""Which sample comes when: the order of a run, as arithmetic on its position.
+
+A **position** counts samples from the beginning of the run, across epochs. `SampleOrder` turns positions into windows and back,
+`SampleCursor` is the one number that a run stores, and `rank_positions` is a rank's share of a global batch. None of them knows of
+devices, micro-batches or prefetching, so none of these can change the order.
+"""
+
+import operator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minimind_train.order.block_permutation import BlockPermutation
+from minimind_train.order.permutation import Permutation
+
+__all__ = ["OrderKind", "SampleCursor", "SampleOrder", "check_range", "check_shares", "rank_positions"]
+
+OrderKind = Literal["shuffled", "sequential"]
+
+_permutation: Final = lru_cache(maxsize=16)(Permutation)
+_block_permutation: Final = lru_cache(maxsize=16)(BlockPermutation)
+"""A batch touches one epoch or two, batch after batch; their keys are mixed once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOrder:
+    """The order of one dataset's windows: `epoch, i = divmod(position, num_windows)`, then a permutation of the epoch.
+
+    Attributes:
+        num_windows: n, the windows of the dataset; every epoch visits each once.
+        seed: another seed, another order. Sequential order ignores it.
+        kind: `shuffled`, anew in each epoch, or `sequential`, as the windows stand in the shards.
+        block: windows that stand next to each other in the shards and stay together in the shuffle; see `blocks.py`. 1 shuffles
+            each on its own. Sequential order ignores it.
+    """
+
+    num_windows: int
+    seed: int = 0
+    kind: OrderKind = "shuffled"
+    block: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(OrderKind):
+            raise ValueError(f"order must be shuffled or sequential, not {self.kind!r}")
+        if self.num_windows < 1:
+            raise ValueError(
+                "there are no windows to put in order: the dataset is empty, or shorter than one window"
+            )
+        if self.block < 1:
+            raise ValueError(f"shuffle_block must be at least 1, not {self.block}")
+        Permutation(self.num_windows, self.seed, 0)  # refuses what it cannot take
+
+    def described(self, position: int) -> dict[str, Any]:  # noqa: ARG002 - the same everywhere, as against a mixture
+        """What decides the order before a position, as JSON holds it: what a saved place must agree in."""
+        description = {"num_windows": self.num_windows, "seed": self.seed, "order": self.kind}
+        return description | ({"shuffle_block": self.block} if self.block > 1 else {})
+
+    def windows(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The windows at these positions, which may lie in any epochs and in any order."""
+        positions = np.asarray(positions, np.int64)
+        if positions.size == 0:
+            return np.empty_like(positions)
+        if positions.min() < 0:
+            raise ValueError(f"a position counts samples from 0, and cannot be {positions.min()}")
+        epochs, indices = np.divmod(positions, self.num_windows)
+        if self.kind == "sequential":
+            return indices
+        first = int(epochs.flat[0])
+        if (epochs == first).all():  # nearly always
+            return self._permutation(first)[indices]
+        windows = np.empty_like(indices)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            windows[here] = self._permutation(epoch)[indices[here]]
+        return windows
+
+    def window(self, position: int) -> tuple[int, int]:
+        """The epoch of a position and the window that stands there."""
+        if position < 0:
+            raise ValueError(f"a position counts samples from 0, and cannot be {position}")
+        epoch, index = divmod(operator.index(position), self.num_windows)
+        return epoch, index if self.kind == "sequential" else self._permutation(epoch)[index]
+
+    def position_of(self, window: int, epoch: int = 0) -> int:
+        """The position at which an epoch visits a window."""
+        if not 0 <= window < self.num_windows:
+            raise ValueError(f"window {window} is outside 0 to {self.num_windows - 1}")
+        if epoch < 0:
+            raise ValueError(f"epochs count from 0, and cannot be {epoch}")
+        index = window
+        if self.kind == "shuffled":
+            index = self._permutation(epoch).inverse(window)
+        return epoch * self.num_windows + operator.index(index)
+
+    def _permutation(self, epoch: int) -> Permutation | BlockPermutation:
+        if self.block == 1:
+            return _permutation(self.num_windows, self.seed, epoch)
+        return _block_permutation(self.num_windows, self.block, self.seed, epoch)
+
+
+@dataclass
+class SampleCursor:
+    """How many samples the completed optimizer steps have consumed: all that a run needs to know of its place in the data.
+
+    It belongs to the training loop, which advances it after a step, not to a loader, which reads ahead.
+    """
+
+    position: int = 0
+
+    def __post_init__(self) -> None:
+        if self.position < 0:
+            raise ValueError(f"a position counts samples from 0, and cannot be {self.position}")
+
+    def advance(self, num_samples: int) -> None:
+        """Count the samples of a completed step."""
+        if num_samples < 0:
+            raise ValueError(f"a cursor only moves forward, not by {num_samples}")
+        self.position += num_samples
+
+
+def rank_positions(start: int, stop: int, rank: int, world_size: int) -> NDArray[np.int64]:
+    """A rank's share of the global batch [start, stop): every `world_size`-th position, beginning with the `rank`-th.
+
+    The shares of all ranks are the batch, each position once. When the batch is short, shares differ by one, and may be empty.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be from 0 to world_size - 1, not {rank} of {world_size}")
+    if not 0 <= start <= stop:
+        raise ValueError(
+            f"a batch is a range of positions [start, stop) from 0 upwards, not [{start}, {stop})"
+        )
+    return np.arange(start + rank, stop, world_size, dtype=np.int64)
+
+
+def check_shares(global_batch: int, rank: int, world_size: int) -> None:
+    """Refuse a global batch that its ranks cannot share.
+
+    Raises:
+        ValueError: there is no such rank, or fewer samples than ranks.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be from 0 to world_size - 1, not {rank} of {world_size}")
+    if global_batch < world_size:
+        raise ValueError(
+            f"global_batch must be at least one sample for each of {world_size} ranks, not {global_batch}"
+        )
+
+
+def check_range(start: int, stop: int) -> None:
+    """Refuse a range of positions that begins before 0 or runs backwards.
+
+    Raises:
+        ValueError: it does.
+    """
+    if not 0 <= start <= stop:
+        raise ValueError(f"positions count from 0 and a run goes forward, not from {start} to {stop}")

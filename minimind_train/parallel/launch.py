@@ -1,0 +1,241 @@
+"""The ranks of a run on this machine: started, watched and ended together.
+
+The process that the user started learns nothing. It starts one process for each rank, passes signals on, and waits; when one ends
+before its time, it ends the others, which would wait for it for ever, and says why. Each rank in turn watches the pipe that it was
+given: when nobody holds the other end any more, it has nobody to work for and ends at once. So nothing is left over, whoever is killed.
+
+Processes are spawned, not forked: a fork would share the threads and devices of its parent. They meet at a port of 127.0.0.1 that
+the system picks. A signal is passed on as a message, so that one which reaches ranks by itself as well, as Ctrl-C on a
+terminal does, is still one.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from types import FrameType
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from tqdm import tqdm
+
+from minimind_data.errors import UserError
+from minimind_train.parallel.interrupt import acknowledge
+from minimind_train.parallel.world import LostRankError, Place, World, process_group
+
+__all__ = ["launch_ranks"]
+
+T = TypeVar("T")
+
+_HOST = "127.0.0.1"
+_GRACE_SECONDS = (
+    10.0  # in which ranks that have lost another one notice, and finish a checkpoint that is being written
+)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class _End(NamedTuple):
+    """How a rank ended."""
+
+    kind: Literal["done", "refused", "failed", "lost", "interrupted", "killed"]
+    """`lost`: because another one had ended. `killed`: without a word."""
+    result: Any
+    """What `work` returned where it is done, else why it ended."""
+
+
+def launch_ranks(work: Callable[[World], T], nproc: int) -> T:
+    """Run `work` on several ranks on this machine, one process each, and return what rank 0 returns.
+
+    Args:
+        work: can be pickled, and so can what it returns.
+        nproc: how many ranks.
+
+    Raises:
+        UserError: a rank ended before its time; the message says why.
+        KeyboardInterrupt: Ctrl-C before all could stop in good order, or a second time.
+    """
+    ranks = _Ranks()
+    try:
+        with ranks.passing_signals_on():
+            ranks.start(work, nproc)
+            ends = ranks.wait()
+    finally:
+        ranks.kill()
+    # What a rank says because another one is gone is no reason, unless there is no other.
+    early = sorted(
+        (item for item in ends.items() if item[1].kind != "done"), key=lambda item: item[1].kind == "lost"
+    )
+    if not early:
+        outcome: T = ends[0].result
+        return outcome
+    rank, end = early[0]
+    if end.kind == "interrupted" and ranks.forwarded_signal:
+        signal.raise_signal(
+            ranks.forwarded_signal
+        )  # nobody listens any more, so it does what it does to any process
+    raise UserError(_sentence(rank, end, nproc))
+
+
+class _Ranks:
+    """The processes, and the ends of the pipes to them.
+
+    Attributes:
+        forwarded_signal: the signal that was passed on, or None.
+    """
+
+    def __init__(self) -> None:
+        self.forwarded_signal: signal.Signals | None = None
+        self._former: dict[signal.Signals, Any] = {}
+        self._processes: dict[int, SpawnProcess] = {}
+        self._pipes: dict[int, Connection] = {}
+        # The ranks meet here; it is kept as long as they live.
+        self._store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
+
+    def start(self, work: Callable[[World], Any], nproc: int) -> None:
+        """Start them all."""
+        context = multiprocessing.get_context("spawn")
+        for rank in range(nproc):
+            place = Place(rank=rank, size=nproc, local_rank=rank, local_size=nproc)
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_be_rank, args=(work, place, self._store.port, theirs), name=f"rank-{rank}"
+            )
+            # Ctrl-C on a terminal comes to them too; while they still import it waits for them to answer it.
+            former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                process.start()
+            finally:
+                self._processes[rank], self._pipes[rank] = process, ours
+                signal.pthread_sigmask(signal.SIG_SETMASK, former)
+            theirs.close()
+            if self.forwarded_signal:
+                ours.send(self.forwarded_signal)
+
+    def wait(self) -> dict[int, _End]:
+        """Return how each rank ended, in the order in which they did; when one failed, the others are ended."""
+        ends: dict[int, _End] = {}
+        deadline: float | None = None
+        while len(ends) < len(self._processes):
+            left = [process.sentinel for rank, process in self._processes.items() if rank not in ends]
+            timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not connection.wait(left, timeout):
+                return ends
+            ends |= {
+                rank: self._end_of(rank)
+                for rank, process in self._processes.items()
+                if rank not in ends and not process.is_alive()
+            }
+            if deadline is None and any(end.kind != "done" for end in ends.values()):
+                deadline = time.monotonic() + _GRACE_SECONDS
+        return ends
+
+    def kill(self) -> None:
+        """End those that are left."""
+        for process in self._processes.values():
+            if process.pid is not None:
+                process.kill()
+                process.join()
+
+    @contextlib.contextmanager
+    def passing_signals_on(self) -> Iterator[None]:
+        """Pass SIGINT and SIGTERM on to the ranks; a second one ends all at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._former = {number: signal.signal(number, self._pass_on) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            self._restore()
+
+    def _pass_on(self, number: int, _: FrameType | None) -> None:
+        if self.forwarded_signal:
+            self.kill()
+            self._restore()
+            signal.raise_signal(number)
+            return
+        self.forwarded_signal = signal.Signals(number)
+        acknowledge(number)
+        for pipe in self._pipes.values():
+            with contextlib.suppress(OSError):  # that rank has just ended
+                pipe.send(self.forwarded_signal)
+
+    def _restore(self) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former = {}
+
+    def _end_of(self, rank: int) -> _End:
+        pipe, process = self._pipes[rank], self._processes[rank]
+        with contextlib.suppress(EOFError, OSError):
+            if pipe.poll():
+                return _End(*pipe.recv())
+        status = process.exitcode or 0
+        if -status in _SIGNALS:
+            return _End("interrupted", f"was ended by {signal.Signals(-status).name}")
+        if status < 0:
+            memory = ", perhaps because the memory was used up" if -status == signal.SIGKILL else ""
+            return _End("killed", f"was killed by {signal.Signals(-status).name}{memory}")
+        return _End("killed", f"ended with status {status} and without a word")
+
+
+def _sentence(rank: int, end: _End, nproc: int) -> str:
+    """Say why a rank, and with it the run, has ended."""
+    if end.kind in {"refused", "lost"}:
+        return str(end.result)
+    return f"rank {rank} of {nproc} {end.result}, so the others were ended too; go on with --resume, which may have another --nproc"
+
+
+def _be_rank(work: Callable[[World], Any], place: Place, port: int, pipe: Connection) -> None:
+    """Be one of the ranks: what the spawned process does."""
+    world = World(place, launched=True)
+    threading.Thread(target=_listen, args=(pipe, world), name="listener", daemon=True).start()
+    _meet_on_this_machine()
+    # tqdm's own lock is one of all processes, which is missed where one of them is killed.
+    tqdm.set_lock(threading.RLock())
+    torch.set_num_threads(max(1, torch.get_num_threads() // place.local_size))
+    status = 1
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        with process_group(world, TCPStore(_HOST, port)):
+            end = _End("done", work(world))
+        status = 0
+    except LostRankError as error:
+        end = _End("lost", str(error))
+    except UserError as error:
+        end = _End("refused", str(error))
+    except KeyboardInterrupt:
+        end = _End("interrupted", "was interrupted")
+    except BaseException as error:  # noqa: BLE001 - a defect of ours, which is shown and ends the run
+        traceback.print_exc()
+        end = _End("failed", f"failed ({type(error).__name__}: {error}; the traceback is above)")
+    with contextlib.suppress(OSError):
+        pipe.send(end)
+    sys.stderr.flush()
+    os._exit(status)  # what is still in flight to ranks that are gone would be waited for
+
+
+def _listen(pipe: Connection, world: World) -> None:
+    """Take signals from the process that started this one, and end with it."""
+    try:
+        while True:
+            world.forwarded_signal = pipe.recv()
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+def _meet_on_this_machine() -> None:
+    """Let gloo use the loopback, and not the address that the machine's name may stand for."""
+    for _, name in socket.if_nameindex():
+        if name in {"lo", "lo0"}:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

@@ -1,0 +1,249 @@
+"""The ranks that train one model together: which one this process is, and the collectives that they use on the host.
+
+A `World` is passed to whoever needs it; there is no global one. Its collectives carry a few numbers or small objects in host memory, so
+they use gloo even where gradients use nccl: none of them waits for a GPU. In a world of one rank each returns its argument at once.
+
+What rank 0 decides (which checkpoint, which options) is broadcast, so that no two ranks can decide differently. Only rank 0 writes
+files and prints. Gradients are not this module's business: see `parallel`. Nor is starting ranks: see `launch`.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minimind_data.errors import UserError
+from minimind_train.parallel.devices import resolve_device
+from minimind_train.parallel.interrupt import Stop
+
+T = TypeVar("T")
+
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_TIMEOUT = timedelta(minutes=30)
+"""For a rank that is silent but not gone: one that saves to a slow disk, say, or a machine that has lost its network."""
+
+_LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out")
+
+
+class LostRankError(UserError):
+    """A collective failed because another rank has ended; that rank reports the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a process stands among those that learn together."""
+
+    rank: int
+    """From 0, over all machines."""
+    size: int
+    local_rank: int
+    """From 0, on this machine: which of its devices is this process's."""
+    local_size: int
+    """Ranks on this machine."""
+
+
+class World:
+    """All ranks, as one of them sees them. Every collective must be called by all ranks, in the same order.
+
+    Args:
+        place: this rank's.
+        group: the process group of the collectives; the default group where it is None.
+        launched: whether a process of ours started the ranks, which hears signals for them.
+
+    Attributes:
+        place: this rank's.
+        launched: as above.
+        forwarded_signal: a signal that the launching process received and passed on to its ranks, or None.
+    """
+
+    def __init__(self, place: Place, group: Any = None, *, launched: bool = False) -> None:
+        self.place = place
+        self.launched = launched
+        self.forwarded_signal: signal.Signals | None = None
+        self._group = group
+
+    def with_own_group(self) -> "World":
+        """Return the same ranks with a process group of their own, so that another thread can use collectives. A collective."""
+        return World(self.place, dist.new_group(backend="gloo")) if self.size > 1 else self
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return self.place.rank
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return self.place.size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone writes files and prints."""
+        return self.place.rank == 0
+
+    def device(self, name: str) -> torch.device:
+        """Return what `resolve_device` does, among several ranks each one's own.
+
+        Raises:
+            UserError: there is no such device, or none for this rank.
+        """
+        place = self.place
+        if place.size == 1 or name == "cpu":
+            device = resolve_device(name)
+            if device.type == "cuda" and device.index is not None:
+                torch.cuda.set_device(device)  # what names no device is on this one too
+            return device
+        there = torch.cuda.device_count()
+        if place.local_rank < there:
+            torch.cuda.set_device(place.local_rank)  # before anything makes itself at home on the first one
+        device = resolve_device(name)
+        if device.type == "cpu":
+            return device
+        if ":" in name or device.type != "cuda":
+            raise UserError(
+                f"--device {name}: {place.size} processes learn together each on a CUDA device of its own, or all on the CPU; write "
+                "--device cuda or --device cpu"
+            )
+        if place.local_size > there:
+            raise UserError(
+                f"{place.local_size} processes on a machine with {there} cuda devices, and each needs its own; start fewer "
+                "(--nproc), or add --device cpu"
+            )
+        return torch.device("cuda", place.local_rank)
+
+    def all_reduce_sum(self, numbers: Sequence[float]) -> list[float]:
+        """Return the sums of these numbers over all ranks, in float64; every rank passes as many."""
+        if self.size == 1:
+            return list(numbers)
+        sums = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(sums, group=self._group)
+        totals: list[float] = sums.tolist()
+        return totals
+
+    def agreed_stop(self, asked: Stop | None) -> Stop | None:
+        """Return the reason to stop of any rank that has one; the same on all ranks, so that all stop after the same step."""
+        asked = asked or (Stop(128 + self.forwarded_signal) if self.forwarded_signal else None)
+        if self.size == 1:
+            return asked
+        number = torch.tensor(asked or 0)
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
+        return Stop(int(number)) if number else None
+
+    def broadcast(self, value: T | None) -> T:
+        """Return rank 0's value, which can be pickled; the other ranks pass None.
+
+        Raises:
+            UserError: rank 0 raised one in `relaying_errors` instead of coming here.
+        """
+        if self.size > 1:
+            box = [value]
+            dist.broadcast_object_list(box, src=0, group=self._group)
+            value = box[0]
+        if isinstance(value, UserError):
+            raise value
+        assert value is not None
+        return value
+
+    @contextlib.contextmanager
+    def relaying_errors(self) -> Iterator[None]:
+        """Around what rank 0 does while the others wait in `broadcast`: a `UserError` raised here is raised there too."""
+        try:
+            yield
+        except UserError as error:
+            if self.size > 1:
+                dist.broadcast_object_list([UserError(str(error))], src=0, group=self._group)
+            raise
+
+    def broadcast_tensor(self, tensor: Tensor) -> None:
+        """Overwrite a tensor, in place, by rank 0's tensor of the same shape and dtype."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0, group=self._group)
+
+    def all_gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, which can be pickled, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def barrier(self) -> None:
+        """Return once all ranks have called this."""
+        self.all_reduce_sum((0.0,))
+
+
+ALONE = World(Place(rank=0, size=1, local_rank=0, local_size=1))
+"""The world of a run in one process."""
+
+
+def torchrun_place() -> Place | None:
+    """Return the place that the environment variables of `torchrun` give this process; None where they are not set.
+
+    Raises:
+        UserError: some of them are missing or no numbers.
+    """
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return None
+    missing = [name for name in _LAUNCHED if not os.environ.get(name)]
+    place: Place | None
+    try:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        place = Place(
+            rank=rank,
+            size=size,
+            local_rank=int(os.environ.get("LOCAL_RANK", rank)),
+            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
+        )
+    except ValueError:
+        place = None
+    if place is None or missing or not 0 <= place.rank < place.size:
+        variables = ", ".join(f"{name}={os.environ.get(name, '')}" for name in _LAUNCHED)
+        raise UserError(
+            f"the environment says that this is one of several ranks, but not which ({variables}); start it by torchrun, or unset RANK and WORLD_SIZE"
+        )
+    return place
+
+
+@contextlib.contextmanager
+def process_group(world: World, store: Any = None) -> Iterator[None]:
+    """Initialise torch's default process group for the block, and destroy it at the end; nothing in a world of one rank.
+
+    Args:
+        world: the ranks.
+        store: where the ranks meet, a store of `torch.distributed`; without it, at MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        LostRankError: another rank has ended.
+    """
+    if world.size == 1:
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    try:
+        dist.init_process_group(
+            backend, store=store, rank=world.rank, world_size=world.size, timeout=_TIMEOUT
+        )
+        yield
+    except RuntimeError as error:
+        if not _is_connection_loss(error):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise LostRankError(
+            f"rank {world.rank} of {world.size} has lost the others, of which one has ended ({reason}); what that one says is the "
+            "reason; go on with --resume"
+        ) from None
+    # On the way out of an error the group is left as it is: taking it down may wait for ranks that are gone.
+    dist.destroy_process_group()
+
+
+def _is_connection_loss(error: RuntimeError) -> bool:
+    """Whether an error means that another rank does not answer; gloo's is told from others by its text alone."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in text for word in _LOST)

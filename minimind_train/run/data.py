@@ -1,0 +1,161 @@
+"""The data of a run: its windows, the order in which they are learned, where the run begins and ends in it, what validates it.
+
+Everything here is arithmetic on the cursor and the options; nothing is learned or saved. Opening datasets is in `parts`, reading batches in
+`step_loader`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from minimind_data.dataset.shard_set import ShardSet
+from minimind_data.errors import UserError
+from minimind_train.batches.datasets import Datasets, refuse_other_tokenizer, shown_weights
+from minimind_train.batches.places import epochs_of, introduce
+from minimind_train.batches.samples import MixedWindows
+from minimind_train.order.mixture import MixtureOrder, MixtureStage
+from minimind_train.order.skips import Skips
+from minimind_train.parallel.world import World
+from minimind_train.progress import Say
+from minimind_train.run.options import NEEDS_SEQUENTIAL, PhaseConfig, window_options
+from minimind_train.training.evaluate import Evaluator, open_evaluator
+
+__all__ = ["RunData"]
+
+
+class RunData:
+    """The windows of a run, their order, and its begin and end in them.
+
+    Args:
+        config: the run's resolved options.
+        datasets: the opened dataset, or those of a mixture.
+        say: takes lines for the user.
+
+    Attributes:
+        windows: the windows of the dataset, or of all parts.
+        order: which window stands at which position.
+        skips: the positions that are left out.
+
+    Raises:
+        UserError: the dataset, or a part of the mixture, has no window.
+    """
+
+    def __init__(self, config: PhaseConfig, datasets: Datasets, say: Say) -> None:
+        self._datasets = datasets
+        self._say = say
+        self._data, self._training = config.data, config.training
+        self.skips = Skips.of(config.data.skip_positions)
+        self._validation = config.validation
+        self.windows = datasets.windows(**window_options(config.data), announce=say)
+        self.order = datasets.order(
+            self.windows,
+            seed=config.training.seed,
+            kind=config.data.order,
+            block=config.data.shuffle_block,
+            stages=config.data.mixture_stages,
+        )
+
+    @property
+    def stages(self) -> tuple[MixtureStage, ...]:
+        """The shares of the parts of a mixture, and from which position on."""
+        return self.order.stages if isinstance(self.order, MixtureOrder) else ()
+
+    def first_position(self) -> int:
+        """Return where the run begins in the data.
+
+        Raises:
+            UserError: there is no such place, or nothing to learn from there on.
+        """
+        place = self._data.resume_from
+        first = self.position_of(place, cursor=0) if place else 0
+        if not self.end(0, first)[1]:
+            raise UserError("--skip-positions leaves out all that the run would learn; leave less out")
+        return first
+
+    def position_of(self, place: str, *, cursor: int) -> int:
+        """Return the position, in the epoch of the cursor, of the window that holds the token SHARD:OFFSET.
+
+        Raises:
+            UserError: the order is not sequential, or there is no such token.
+        """
+        if self._data.order != "sequential":
+            raise UserError(NEEDS_SEQUENTIAL)
+        if isinstance(self.order, MixtureOrder) or isinstance(self.windows, MixedWindows):
+            raise UserError(
+                "--resume-from needs one dataset: the parts of a mixture are in many places at once"
+            )
+        shard, _, offset = place.rpartition(":")
+        window = self.windows.window_of(shard, int(offset))
+        begin_shard, begin = self.windows.locate(window)
+        self._say(f"beginning at window {window}, which begins at {begin_shard}:{begin} and holds {place}")
+        return self.order.position_of(window, cursor // len(self.windows))
+
+    def reweight(self, cursor: int) -> None:
+        """Let the weights on the command line hold from the cursor on; every part goes on where it is."""
+        assert isinstance(self.order, MixtureOrder)
+        assert isinstance(self.windows, MixedWindows)
+        self.order = self.order.reweighted(cursor, self._datasets.shares(self.windows))
+
+    def end(self, step: int, cursor: int) -> tuple[int, int]:
+        """Return the position at which the run ends and the steps of the whole run, as seen from a step and its cursor."""
+        training = self._training
+        if training.steps is not None:
+            left = max(0, training.steps - step)
+            return self.skips.after(cursor, left * training.global_batch), training.steps
+        assert training.epochs is not None  # since the options are resolved
+        end = training.epochs * len(self.windows)
+        return end, step + -(-self.skips.count(cursor, end) // training.global_batch)
+
+    def describe(self, position: int) -> dict[str, Any]:
+        """Say of a cursor which epoch its last sample was in and, in sequential order, where the next one begins.
+
+        Of a mixture, an epoch is as many samples as all parts have windows, and `epochs` says how often each was gone through.
+        """
+        place: dict[str, Any] = {"epoch": max(0, position - 1) // len(self.windows)}
+        if isinstance(self.order, MixtureOrder):
+            place["epochs"] = epochs_of(self.order, position)
+        elif self._data.order == "sequential":
+            _, window = self.order.window(position)
+            place["shard"], place["offset"] = self.windows.locate(window)
+        return place
+
+    def evaluator(self, device: torch.device, world: World) -> Evaluator | None:
+        """Return what measures a model that is on `device` on `--val-shards`, each rank its share, or None where there is none.
+
+        Raises:
+            UserError: it is no dataset, or one of another tokenizer, or holds no text.
+        """
+        if not self._validation.val_shards:
+            return None
+        shards = ShardSet.open(self._validation.val_shards)
+        kinds = [each.manifest.kind for each in (self._datasets.sets[0], shards)]
+        if (kinds[0] == "dpo") != (kinds[1] == "dpo"):
+            raise UserError(
+                f"{shards.folder}: a dataset of kind {kinds[1]}, and the run learns kind {kinds[0]}; pairs and texts are not measured alike"
+            )
+        refuse_other_tokenizer(self._datasets.sets[0], shards, "a model is measured with its own")
+        if shards.manifest.fingerprint in {each.manifest.fingerprint for each in self._datasets.sets}:
+            self._say(f"{shards.folder}: is learned too, so what --val-shards measures is memory")
+        training = self._training
+        return open_evaluator(
+            shards,
+            num_windows=self._validation.val_batches * training.global_batch or None,
+            batch=training.micro_batch,
+            device=device,
+            dtype=training.dtype,
+            announce=self._say,
+            world=world,
+            **window_options(self._data),
+        )
+
+    def introduce(self, position: int) -> Sequence[str]:
+        """Say what a mixture is made of, and what is left out."""
+        lines = [
+            f"positions {first} to {stop - 1} are left out"
+            + (f", but the run is at {position} and has been there" if stop <= position else "")
+            for first, stop in self.skips.ranges
+        ]
+        if isinstance(self.order, MixtureOrder):
+            lines += introduce(self.order, position, shown_weights(self._datasets.sources))
+        return lines

@@ -1,0 +1,125 @@
+"""Evaluate a trained model on any dataset of its tokenizer: of a run, or of a Hugging Face folder: `mm-train eval`.
+
+The windows and the objective are those of the run; the measuring itself is in `evaluate`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from minimind_data.dataset.format import TOKENIZER_NAME
+from minimind_data.dataset.shard_set import ShardSet
+from minimind_data.errors import UserError
+from minimind_data.options import build
+from minimind_data.tokenizer.loading import same_encoding
+from minimind_train.batches.datasets import source_texts
+from minimind_train.model.precision import Dtype, resolve_dtype
+from minimind_train.model.transformer import MiniMind
+from minimind_train.objectives.objective import NextToken, Objective
+from minimind_train.parallel.devices import resolve_device
+from minimind_train.progress import Say, WindowProgress, say_on_stderr
+from minimind_train.run.initial import InitialWeights
+from minimind_train.run.options import DataConfig, window_options
+from minimind_train.run.phases import DPO, DpoConfig
+from minimind_train.run.reconcile import from_options
+from minimind_train.run_folder.choice import CheckpointChoice
+from minimind_train.run_folder.record import RunRecord
+from minimind_train.training.evaluate import Evaluation, open_evaluator
+from minimind_train.training.loop import RunConfig
+from minimind_train.weights.load import Opened, open_trained
+
+
+def evaluate_run(
+    run: Path,
+    dataset: Path,
+    *,
+    step: CheckpointChoice = None,
+    num_windows: int | None = None,
+    batch: int = 32,
+    device: str = "auto",
+    dtype: Dtype | None = None,
+    cut: Mapping[str, Any] = MappingProxyType({}),
+    changes: Mapping[str, Any] = MappingProxyType({}),
+    say: Say = say_on_stderr,
+) -> Evaluation:
+    """Measure a model as its run itself does with `--val-shards`.
+
+    Args:
+        run: the folder of a run, which may still be training, or a Hugging Face folder.
+        dataset: the folder of a dataset of the model's tokenizer.
+        step: whose checkpoint; the newest whole one by default, or `best`.
+        num_windows: how many windows, spread evenly; all by default.
+        batch: windows that go through the model at once.
+        device: where to compute.
+        dtype: of the matrix products; the run's by default, and for a folder what `auto` gives there.
+        cut: `seq_len` and `layout` of the windows, where they are to differ from the run's.
+        changes: options of the model that are to differ, such as those of its positions.
+        say: takes lines for the user.
+
+    Raises:
+        UserError: there is no such model, checkpoint or dataset, or the tokenizers differ; the message shows both sides.
+    """
+    opened = open_trained(run, step=step, say=say, changes=changes)
+    shards = ShardSet.open(dataset)
+    _refuse_other_tokenizer(run, opened, shards)
+    options = dict(opened.record.options) if opened.record else {}
+    if "layout" in cut:
+        options["document_mask"] = cut["layout"] == "pack"
+    known = {
+        **options,
+        **cut,
+        "shards": source_texts(options.get("shards", str(dataset))),
+        "mixture_stages": (),
+    }
+    data = build(DataConfig, known)
+    if data.seq_len > (longest := opened.model.config.longest_sequence):
+        raise UserError(
+            f"{run}: its model reads at most {longest} tokens, and the windows have {data.seq_len}; take a smaller --seq-len, or "
+            "stretch the positions by --inference-rope-scaling"
+        )
+    place = resolve_device(device)
+    evaluator = open_evaluator(
+        shards,
+        num_windows=num_windows,
+        batch=batch,
+        device=place,
+        dtype=resolve_dtype(dtype or build(RunConfig, options).dtype, place),
+        announce=say,
+        **window_options(data),
+    )
+    model = opened.model.to(place)
+    if shards.manifest.kind == "dpo":
+        objective = _of_pairs(model, run, opened.record, dataset, say)
+    else:
+        objective = NextToken(model)
+    with WindowProgress(evaluator.num_windows) as progress:
+        return evaluator.measure(objective, report=progress.add)
+
+
+def _refuse_other_tokenizer(run: Path, opened: Opened, shards: ShardSet) -> None:
+    there, here = opened.tokenizer.info, shards.manifest.tokenizer
+    if there == here:
+        return
+    # A run's is a copy of its dataset's; other programs write the same one in their own way.
+    text = (shards.folder / TOKENIZER_NAME).read_bytes().decode()
+    if opened.record is None and same_encoding(opened.tokenizer.json, text):
+        return
+    raise UserError(
+        f"{shards.folder}: its tokenizer ({here.vocab_size:,} entries, {here.sha256[:12]}…) is not that of {run} "
+        f"({there.vocab_size:,} entries, {there.sha256[:12]}…); tokenize its text again with --tokenizer {run}"
+    )
+
+
+def _of_pairs(model: MiniMind, run: Path, record: RunRecord | None, dataset: Path, say: Say) -> Objective:
+    """Return the objective of a run of dpo, compared with the model that it began from."""
+    if record is None or record.command != DPO.command:
+        what = "no run" if record is None else f"a run of {record.command}"
+        raise UserError(
+            f"{dataset}: a dataset of pairs, and {run} is {what}; pairs say how far a run of `mm-train dpo` has "
+            "come from the model that it began from"
+        )
+    config = from_options(DpoConfig, record.options, run)
+    online = replace(config, reference=replace(config.reference, reference="online"))
+    return DPO.objective(model, online, InitialWeights(config, say))

@@ -1,0 +1,143 @@
+"""Where a run begins: from random weights, or from weights that were trained before.
+
+Weights bring the shape of the model with them. What they were is noted in the run's options, by their checksum, so that whoever
+needs them again (a resume before the first checkpoint, a run whose checkpoints hold less than all weights) gets the same ones or
+a plain error.
+"""
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+from minimind_data.dataset.format import TOKENIZER_NAME
+from minimind_data.errors import UserError
+from minimind_data.options import build, flatten
+from minimind_data.tokenizer.loading import same_encoding
+from minimind_train.batches.datasets import Datasets
+from minimind_train.model.config import NO_SHAPES, ModelConfig
+from minimind_train.model.transformer import MiniMind
+from minimind_train.progress import Say
+from minimind_train.run.options import ConfigT, PhaseConfig
+from minimind_train.weights.load import Weights, checksum_of_tensors, load_weights, same_weights
+
+__all__ = ["InitialWeights", "with_initial_weights"]
+
+_OF_TRAINING = frozenset({"dropout"})
+"""What says how a model is trained, and so is no property of its weights."""
+
+
+def with_initial_weights(
+    config: ConfigT, shards: Datasets, given: Collection[str] | None, say: Say
+) -> tuple[ConfigT, Weights | None]:
+    """Return the options of a new run with the model's taken from its weights, and these; None where it begins from none.
+
+    Args:
+        config: the options as the user gave them.
+        shards: what the run reads.
+        given: which of the options the user wrote; by default those that are not as without a word.
+        say: is told of damaged checkpoints.
+
+    Raises:
+        UserError: there are no weights, they have another shape than the user says, or another tokenizer than the dataset.
+    """
+    origin = config.start.from_weight
+    if origin is None:
+        if config.lora.lora_rank:
+            raise UserError(
+                "--lora-rank puts adapters beside weights that are there; pass them by --from-weight"
+            )
+        return config, None
+    weights = load_weights(Path(origin), step=config.start.from_step, shape=config.model, say=say)
+    _refuse_other_tokenizer(origin, weights, shards, say)
+    here, there = flatten(config.model), flatten(weights.config)
+    if given is None:
+        usual = flatten(type(config)().model)
+        given = [name for name, value in here.items() if value != usual[name]]
+    said = here.keys() & set(given)
+    for name in sorted(said - NO_SHAPES):
+        if here[name] != there[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{origin}: its {name} is {there[name]}, and {flag} says {here[name]}; the weights decide the shape of the "
+                f"model, so leave {flag} out"
+            )
+    chosen = {name: here[name] for name in _OF_TRAINING | said}
+    try:
+        model = build(ModelConfig, {**there, **chosen})
+        config.lora.refuse_unfit(model)
+    except ValueError as error:
+        raise UserError(f"{origin}: its model cannot be changed like that: {error}") from None
+    start = replace(
+        config.start,
+        from_weight=str(Path(origin).resolve()),
+        from_step=weights.step,
+        from_sha256=checksum_of_tensors(weights.tensors),
+    )
+    return replace(config, model=model, start=start), weights
+
+
+class InitialWeights:
+    """The weights that a run began from, loaded when they are first asked for.
+
+    Args:
+        config: the run's options, which say which weights these are.
+        say: is told of damaged checkpoints.
+        weights: the same, where they have just been loaded.
+    """
+
+    def __init__(self, config: PhaseConfig, say: Say, weights: Weights | None = None) -> None:
+        self._config = config
+        self._say = say
+        self._weights = weights
+
+    @property
+    def checksum(self) -> str | None:
+        """Of the weights; None where the run began from none."""
+        return self._config.start.from_sha256
+
+    def weights(self, why: str) -> Weights | None:
+        """Return them, or None where the run began from none.
+
+        Args:
+            why: what they are needed for, such as `the run has no checkpoint yet`.
+
+        Raises:
+            UserError: they are gone, or others.
+        """
+        start = self._config.start
+        if self._weights is None and start.from_weight is not None:
+            if start.from_sha256 is None:
+                raise UserError("the run began from no weights, so leave --from-weight out")
+            self._weights = same_weights(flatten(self._config), why, self._say)
+        return self._weights
+
+    def model(self, why: str) -> MiniMind:
+        """Return a frozen model of these weights, in evaluation mode, on the CPU; for a run that began from weights."""
+        weights = self.weights(why)
+        assert weights is not None
+        model = MiniMind(weights.config).eval().requires_grad_(False)
+        model.load_state_dict(weights.tensors)
+        return model
+
+    def release(self) -> None:
+        """Give their memory back; whoever needs them again loads them again."""
+        self._weights = None
+
+
+def _refuse_other_tokenizer(origin: str, weights: Weights, shards: Datasets, say: Say) -> None:
+    """Refuse weights whose ids mean other texts than the dataset's; of a file that says nothing, tell that nobody knows."""
+    there, here = weights.tokenizer, shards.tokenizer
+    if there == here:
+        return
+    if weights.tokenizer_json is None:
+        say(f"{origin}: says nothing of its tokenizer; it must be that of {shards.folder}")
+        return
+    text = (shards.folder / TOKENIZER_NAME).read_bytes().decode()
+    # A run's is a copy of its dataset's; other programs write the same one in their own way.
+    if weights.step is None and same_encoding(weights.tokenizer_json, text):
+        return
+    named = f" ({there.vocab_size:,} entries, {there.sha256[:12]}…)" if there else ""
+    raise UserError(
+        f"{origin}: its tokenizer{named} is not that of {shards.folder} "
+        f"({here.vocab_size:,} entries, {here.sha256[:12]}…); tokenize the text again with --tokenizer {origin}"
+    )

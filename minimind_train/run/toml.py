@@ -1,0 +1,120 @@
+"""A run described in a TOML file: `--config run.toml`, and the `run.toml` in each run folder that repeats it.
+
+    command = "pretrain"        # optional: for which of the kinds of training this is
+    preset = "minimind-3"       # optional: see `presets`; what else stands here wins over it
+    shards = "data"
+    seq_len = 512
+
+The names are those of the flags, with `_` or `-`; there are no sections, as no name has two meanings. Paths are relative to where the
+command is called, as in flags. What stands on the command line wins.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Collection, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from minimind_train.model.presets import PRESETS
+from minimind_train.run.options import PhaseConfig
+from minimind_train.run.reconcile import recorded
+from minimind_train.run_folder.record import Change
+
+_COMMAND, _PRESET = "command", "preset"
+
+
+def read_description(path: Path, command: str, names: Collection[str]) -> dict[str, Any]:
+    """Return the options in a TOML file, by the names of the options.
+
+    Args:
+        path: the file.
+        command: the kind of training that they are for.
+        names: of the options that there are.
+
+    Raises:
+        ValueError: the file cannot be read, is of another kind of training, or has a name that is no option; the message is a
+            sentence for the user.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except ValueError as error:  # no TOML, or no UTF-8
+        raise ValueError(f"{path}: no TOML ({error}); see run.toml in the folder of any run") from None
+    options: dict[str, Any] = {}
+    for key, value in content.items():
+        name = key.replace("-", "_")
+        if name not in {_COMMAND, _PRESET, *names}:
+            raise ValueError(f"{path}: {_unknown(key, name, value, names)}")
+        if name in options:
+            raise ValueError(f"{path}: {name} stands there twice, with _ and with -; leave one out")
+        options[name] = value
+    if (meant := options.pop(_COMMAND, command)) != command:
+        raise ValueError(
+            f"{path}: is for mm-train {meant}, not {command}; call that, or change `command` there"
+        )
+    preset = options.pop(_PRESET, None)
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"{path}: no preset {preset!r}; there are {', '.join(PRESETS)}")
+    return PRESETS.get(preset, {}) | options
+
+
+def _unknown(key: str, name: str, value: Any, names: Collection[str]) -> str:
+    if isinstance(value, dict):
+        return f"[{key}] begins a section, and there are none: write its options above, by their own names"
+    near = difflib.get_close_matches(name, sorted({*names, _PRESET}), n=1)
+    return f"{key} is no option of a run; " + (
+        f"did you mean {near[0]}?" if near else "see --help for their names"
+    )
+
+
+def describe(command: str, config: PhaseConfig, changes: Sequence[Change] = ()) -> str:
+    """Return the TOML that repeats a run with these options, resolved; `changes` on the way are told as comments."""
+    options = recorded(config)
+    if options["layout"] != "pack":
+        del options["long_documents"]  # would do nothing, and is refused as that
+    lines = [
+        f"# Repeats this run: mm-train {command} --config run.toml --run NEW_FOLDER",
+        *(
+            f"# Not so from the beginning: {change.name} was {_shown(change.old)} up to step {change.step}."
+            for change in changes
+        ),
+        f"{_COMMAND} = {_toml(command)}",
+    ]
+    for field in fields(config):
+        lines += _section(getattr(config, field.name), options)
+    return "\n".join(lines) + "\n"
+
+
+def _section(part: Any, options: dict[str, Any]) -> list[str]:
+    """Return the lines of one dataclass of options, under what its docstring says; those of what it is composed of follow."""
+    flags = [
+        field.name
+        for field in fields(part)
+        if field.metadata.get("flag", True) and options.get(field.name) is not None
+    ]
+    lines = [f"{name} = {_toml(options[name])}" for name in flags]
+    inner = (getattr(part, field.name) for field in fields(part))
+    below = [line for each in inner if is_dataclass(each) for line in _section(each, options)]
+    title = (part.__doc__ or "").partition("\n")[0]
+    return (["", f"# {title}", *lines] if lines else []) + below
+
+
+def _toml(value: Any) -> str:
+    """Write a value as TOML does."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    text = "".join(_ESCAPES.get(character, character) for character in str(value))
+    return f'"{text}"'
+
+
+_ESCAPES = {chr(code): f"\\u{code:04x}" for code in (*range(32), 127)} | {'"': '\\"', "\\": "\\\\"}
+
+
+def _shown(value: Any) -> str:
+    return _toml(value).replace("\n", " ")

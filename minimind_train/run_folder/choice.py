@@ -1,0 +1,64 @@
+"""Which checkpoint of a run to read, for whoever does not train it: the newest, the best, or that of a step.
+
+The run may still be training, and delete a checkpoint while it is read; then the next newer one is tried. Checkpoints themselves are
+read in `checkpoint`.
+"""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from minimind_data.errors import UserError
+from minimind_train.progress import Say
+from minimind_train.run_folder import checkpoint
+from minimind_train.run_folder.checkpoint import Checkpoint, GoneCheckpointError
+
+_MAX_TRIES = 5
+
+T = TypeVar("T")
+
+CheckpointChoice = int | Literal["best"] | None
+"""Which checkpoint of a run: that of a step, that of the lowest validation loss, or the newest whole one."""
+
+
+def parse_step(text: str) -> CheckpointChoice:
+    """Read what names a checkpoint: a step, or `best`.
+
+    Raises:
+        ValueError: the text is neither; the message says so.
+    """
+    if text == "best":
+        return "best"
+    if not text.isdecimal() or not text.isascii():
+        raise ValueError(f"{text!r} names no checkpoint; pass the step of one, such as 1000, or best")
+    return int(text)
+
+
+def with_checkpoint(run: Path, step: CheckpointChoice, use: Callable[[Checkpoint], T], say: Say) -> T:
+    """Find a checkpoint of a run, which may be training, call `use` with it, and return what that returns.
+
+    Args:
+        run: the run's folder.
+        step: which checkpoint.
+        use: reads the checkpoint; called again with a newer one where the run has deleted it meanwhile.
+        say: is told of damaged checkpoints.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    if step is not None:
+        return use(checkpoint.load_best(run) if step == "best" else checkpoint.load(run, step))
+    for _ in range(_MAX_TRIES - 1):
+        with contextlib.suppress(GoneCheckpointError):
+            return use(_newest(run, say))
+    return use(_newest(run, say))
+
+
+def _newest(run: Path, say: Say) -> Checkpoint:
+    found = checkpoint.load_latest(run, say)
+    if found is None:
+        raise UserError(
+            f"{run}: no checkpoint yet; the first comes after --save-every steps, or when the run ends"
+        )
+    return found

@@ -1,0 +1,170 @@
+"""Curves of runs, side by side: a page of HTML that needs nothing, or a picture by matplotlib.
+
+What is drawn is what `metrics.jsonl` has, of runs that still train too. The page is one file that loads nothing from anywhere (see
+`minimind_data.report.page`); values show under the pointer, runs can be hidden, and the axis can be changed there.
+"""
+
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from minimind_data.errors import UserError
+from minimind_data.files import write_atomic
+from minimind_data.html import fill, read_template
+from minimind_train.run_folder.metrics import FILE_NAME, read_metrics
+from minimind_train.run_folder.record import RunRecord
+
+Axis = Literal["step", "tokens", "position"]
+
+_TEMPLATE_NAME = "plot.html"
+_PICTURES = (".png", ".svg", ".pdf")
+_MAX_POINTS = 4000
+"""Of a run; more than a screen has columns only makes a page slow."""
+
+_PANELS = {
+    "loss": "Loss",
+    "lr": "Learning rate",
+    "tokens_per_second": "Tokens a second",
+    "grad_norm": "Gradient norm",
+    "auxiliary_loss": "Auxiliary loss",
+}
+_DASHED = {"loss": "val_loss"}
+"""By panel: what is drawn over it, dashed, where runs have it."""
+_NO_CURVES = frozenset({"step", "position", "epoch", "targets", "offset", "loss_scale", "skipped_steps"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """What is drawn of one run; all lists are as long as there are lines of metrics, None where a line does not say."""
+
+    name: str
+    x: dict[Axis, list[int]]
+    y: dict[str, list[float | None]]
+    lines: int
+    """Lines of metrics that the run has; at most `_MAX_POINTS` of them are drawn, evenly chosen."""
+
+
+def read_curves(runs: Sequence[Path]) -> list[Curves]:
+    """Read what is drawn of several runs.
+
+    Raises:
+        UserError: one is no run, or has no metrics yet.
+    """
+    names = [run.absolute().name for run in runs]
+    return [
+        _read(run, name if names.count(name) == 1 else str(run))
+        for run, name in zip(runs, names, strict=True)
+    ]
+
+
+def _read(run: Path, name: str) -> Curves:
+    seq_len = RunRecord.read(run).options["seq_len"]
+    lines = [record for record in read_metrics(run / FILE_NAME) if "position" in record]
+    if not lines:
+        raise UserError(
+            f"{run}: no line of metrics yet; the first comes with the first step, others every --log-every steps"
+        )
+    stride = -(-len(lines) // _MAX_POINTS)
+    # A validation is seldom, so none of them is left out.
+    chosen = [
+        line for i, line in enumerate(lines) if i % stride == 0 or i == len(lines) - 1 or "val_loss" in line
+    ]
+    metrics = sorted(
+        {metric for line in chosen for metric, value in line.items() if _is_curve(metric, value)}
+    )
+    return Curves(
+        name=name,
+        x={
+            "step": [line["step"] for line in chosen],
+            "tokens": [line["position"] * seq_len for line in chosen],
+            "position": [line["position"] for line in chosen],
+        },
+        y={metric: [line.get(metric) for line in chosen] for metric in metrics},
+        lines=len(lines),
+    )
+
+
+def _is_curve(metric: str, value: Any) -> bool:
+    drawn = metric not in _NO_CURVES and (not metric.startswith("val_") or metric in _DASHED.values())
+    return drawn and isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def panels_of(curves: Sequence[Curves]) -> list[tuple[str, str, str | None]]:
+    """Return (metric, title, what is drawn over it or None) of the panels: the usual ones, then what else the runs measure."""
+    there = {metric for one in curves for metric in one.y}
+    more = sorted(there - _PANELS.keys() - set(_DASHED.values()))
+    titles = _PANELS | {metric: metric.replace("_", " ").capitalize() for metric in more}
+    return [
+        (metric, title, over if (over := _DASHED.get(metric)) in there else None)
+        for metric, title in titles.items()
+        if metric in there
+    ]
+
+
+def draw(runs: Sequence[Path], out: Path, *, axis: Axis = "step") -> None:
+    """Draw runs into a file, a page or a picture by its suffix; written whole or not at all.
+
+    Raises:
+        UserError: a run cannot be read, the suffix is none of those, or matplotlib is missing.
+    """
+    if out.suffix.lower() not in {".html", *_PICTURES}:
+        raise UserError(
+            f"--out {out}: the suffix says what to draw, a page (.html) or a picture ({', '.join(_PICTURES)})"
+        )
+    if not out.absolute().parent.is_dir() or out.is_dir():
+        raise UserError(f"--out {out}: no place for a file; make the folder, or name another one")
+    curves = read_curves(runs)
+    write_atomic(out, _page(curves, axis) if out.suffix.lower() == ".html" else _picture(curves, axis, out))
+
+
+def _page(curves: Sequence[Curves], axis: Axis) -> str:
+    data = {
+        "axes": list(get_args(Axis)),
+        "axis": axis,
+        "panels": panels_of(curves),
+        "runs": [
+            {"name": one.name, "x": one.x, "y": one.y, "lines": one.lines, "points": len(one.x["step"])}
+            for one in curves
+        ],
+    }
+    return fill(read_template("minimind_train.run_folder", _TEMPLATE_NAME), data)
+
+
+def _picture(curves: Sequence[Curves], axis: Axis, out: Path) -> bytes:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - an extra
+        from matplotlib.figure import Figure  # noqa: PLC0415
+    except ImportError:
+        raise UserError(
+            f"--out {out}: pictures need matplotlib; pip install 'minimind-pipeline[plot]', or take a page, "
+            f"--out {out.with_suffix('.html')}, which needs nothing"
+        ) from None
+    panels = panels_of(curves)
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(12, 3.4 * rows + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, (metric, title, over) in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, 2, number, title=title, xlabel=axis)
+        axes.grid(alpha=0.25)
+        for place, one in enumerate(curves):
+            color = f"C{place % 10}"
+            _draw_line(axes, one, axis, metric, color=color, label=one.name)
+            if over:
+                _draw_line(axes, one, axis, over, color=color, linestyle="--", marker=".")
+        if over:
+            axes.plot([], [], color="gray", linestyle="--", marker=".", label="validation")
+        axes.legend(fontsize="small")
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():  # a name may have characters that matplotlib's font lacks
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
+        figure.savefig(buffer, format=out.suffix.lower().removeprefix("."), dpi=120)
+    return buffer.getvalue()
+
+
+def _draw_line(axes: Any, one: Curves, axis: Axis, metric: str, **style: Any) -> None:
+    points = [(x, y) for x, y in zip(one.x[axis], one.y.get(metric, []), strict=False) if y is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), linewidth=1.3, **style)

@@ -1,0 +1,334 @@
+"""The run folder: its files, the record of the run's options, dataset and changes, and the lock that one process at a time holds.
+
+    runs/NAME/
+        config.json       the options, resolved; the dataset's fingerprint; the tokenizer; what was changed on the way; its
+                          own checksum
+        run.toml          the options again, for people and for --config: `description` makes it, nothing reads it by itself
+        tokenizer.json    a copy, so that the weights are never separated from their vocabulary; with it, where the dataset has one,
+                          the tokenizer_config.json, which holds a chat template
+        metrics.jsonl     see `metrics`
+        checkpoints/      see `checkpoint`
+
+`config.json` is written last when a run begins, so a folder that has one has all of it. What the options mean, and which of them may change, is
+in `config`; here they are names and values. So is what a run that has reached its end refuses.
+"""
+
+import json
+import shlex
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+from minimind_data.dataset.format import CONFIG_NAME as TOKENIZER_CONFIG_NAME
+from minimind_data.dataset.format import MANIFEST_NAME, TOKENIZER_NAME, TokenizerInfo
+from minimind_data.errors import UserError
+from minimind_data.files import FolderLock, checksum_of_json, remove_partials, sha256_of, write_atomic
+from minimind_data.tokenizer.loading import Tokenizer, cached_tokenizer
+from minimind_train.run_folder import checkpoint, metrics
+
+FORMAT_VERSION = 2  # 1 had no checksum
+CONFIG_NAME = "config.json"
+DESCRIPTION_NAME = "run.toml"
+_RESTORE = (
+    "bring it back from a backup; to change an option of a run, pass it with --resume and --allow-change"
+)
+_LOCK_NAME = ".lock"
+_CURSOR = "cursor"
+
+ENDS = frozenset({"epochs", "steps"})
+"""The options that say when a run ends; one of them is None."""
+
+_WEIGHTS = "weights"
+_ALLOWING = {_WEIGHTS: "--reweight-at-resume"}
+"""Changes that have a flag of their own."""
+
+_FLAGS = _ALLOWING | {
+    _CURSOR: "--resume-from",
+    "dataset": "--shards",
+    "tokenizer": "--shards",
+}
+"""What changes are asked for by, where it is not their name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A setting of the run that was changed on purpose, or the cursor where it was moved by hand."""
+
+    step: int
+    """Optimizer steps that were done before it."""
+    name: str
+    old: Any
+    new: Any
+    position: int | None = field(default=None, compare=False)
+    """Samples that the run had consumed by then; None where that was not noted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What `config.json` says."""
+
+    command: str
+    """The phase that made the run, such as `pretrain`."""
+    options: dict[str, Any]
+    """Every option by its flat name, as JSON holds it."""
+    dataset: str
+    """Fingerprint of the dataset."""
+    tokenizer: TokenizerInfo
+    changes: tuple[Change, ...] = field(default=())
+    finished: int | None = None
+    """The step with which it ended last, for there is a checkpoint then."""
+
+    @classmethod
+    def read(cls, run: Path) -> Self:
+        """Read the record of a run folder.
+
+        Raises:
+            UserError: the folder holds no run, or its record is damaged.
+        """
+        path = run / CONFIG_NAME
+        try:
+            content = json.loads(path.read_bytes())
+            version, checksum = content["format_version"], content.pop("sha256", None)
+            if version == FORMAT_VERSION and checksum == checksum_of_json(content):
+                del content["format_version"]
+                tokenizer = TokenizerInfo(**content.pop("tokenizer"))
+                changes = tuple(Change(**change) for change in content.pop("changes"))
+                return cls(**content, tokenizer=tokenizer, changes=changes)
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(_no_run(run)) from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise UserError(f"{path}: edited or damaged ({why}); {_RESTORE}") from None
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: format version {version}; this program reads version {FORMAT_VERSION}, so go on with the program "
+                "that began the run, or begin it again in another --run"
+            )
+        raise UserError(f"{path}: edited or damaged (its checksum does not fit); {_RESTORE}")
+
+    def write(self, run: Path) -> None:
+        """Write the record, whole or not at all."""
+        content = {"format_version": FORMAT_VERSION, **asdict(self)}
+        content["sha256"] = checksum_of_json(content)
+        write_atomic(run / CONFIG_NAME, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+    def changed(self, changes: Iterable[Change]) -> Self:
+        """Return the record with more changes noted."""
+        return replace(self, changes=(*self.changes, *changes))
+
+    def without_moves_after(self, step: int) -> Self:
+        """Return the record without the cursor's moves after `step`: going back to a checkpoint before one undoes it."""
+        kept = [change for change in self.changes if change.name != _CURSOR or change.step <= step]
+        return replace(self, changes=tuple(kept))
+
+    def placed(self, step: int, cursor: int) -> Self:
+        """Return the record with the changes that hold from here on noted at this place.
+
+        They are those of this step, and those of later ones, where the run has gone back to a checkpoint before them; but the
+        weights of a mixture hold from a place in the data, from wherever the run comes there.
+        """
+        changes = [
+            change
+            if change.step < step
+            or (change.position is not None and (change.step == step or change.name == _WEIGHTS))
+            else replace(change, step=step, position=cursor)
+            for change in self.changes
+        ]
+        return replace(self, changes=tuple(changes))
+
+    def skip_positions_at(self, position: int) -> tuple[str, ...]:
+        """Return the ranges that were left out when the run came to a position, or that will be."""
+        name = "skip_positions"
+        changes = [change for change in self.changes if change.name == name]
+        for change in reversed(changes):
+            if change.position is None or change.position <= position:
+                return tuple(change.new)
+        return tuple(changes[0].old if changes else self.options.get(name, ()))
+
+    def cursor_at(self, step: int, cursor: int) -> int:
+        """Return the cursor from which a checkpoint of `step` goes on: its own, or where it was moved since."""
+        moves = [change.new for change in self.changes if change.name == _CURSOR and change.step == step]
+        return moves[-1] if moves else cursor
+
+
+def _no_run(run: Path) -> str:
+    """Say that a place holds no run, and how one comes there."""
+    if run.exists() and not run.is_dir():
+        return f"{run}: no run but a file; pass the folder of a run by --run"
+    for parent in run.absolute().parents[:2]:
+        if (parent / CONFIG_NAME).is_file() and (parent / checkpoint.FOLDER_NAME).is_dir():
+            return f"{run}: a folder inside of a run; pass --run {shlex.quote(str(parent))}"
+    what = f"no {CONFIG_NAME} in the folder" if run.exists() else "no such folder"
+    return (
+        f"{run}: no run there ({what}); correct the name, or begin one by "
+        f"`mm-train pretrain --shards DATASET --run {shlex.quote(str(run))}`, without --resume"
+    )
+
+
+def flag_of(name: str) -> str:
+    """Return what a change of the run is written as on the command line."""
+    return _FLAGS.get(name, f"--{name.replace('_', '-')}")
+
+
+def moved_cursor(step: int, old: int, new: int) -> Change:
+    """Return the note that a run goes on elsewhere in the data than its checkpoint says."""
+    return Change(step=step, name=_CURSOR, old=old, new=new)
+
+
+def lock(run: Path) -> FolderLock:
+    """Return the lock of a run folder; it is held as long as a process works on the run."""
+    return FolderLock(
+        run / _LOCK_NAME, f"{run}: another process is working on this run; wait for it, or take another --run"
+    )
+
+
+def refuse_occupied(run: Path) -> None:
+    """Refuse to begin a run where there is one.
+
+    Raises:
+        UserError: the folder holds a run, or what is left of one.
+    """
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run}: is a file; take another --run")
+    if (run / CONFIG_NAME).exists():
+        raise UserError(f"{run}: holds a run already; go on with it by --resume, or take another --run")
+    if (run / MANIFEST_NAME).exists():
+        raise UserError(
+            f"{run}: is a dataset; take another --run, so that neither overwrites the other's files"
+        )
+    for name in (metrics.FILE_NAME, checkpoint.FOLDER_NAME):
+        if (run / name).exists():
+            raise UserError(
+                f"{run}: holds {name} of a run whose {CONFIG_NAME} is gone; bring that back, or take another --run"
+            )
+
+
+def create(run: Path, record: RunRecord, dataset: Path, description: str) -> None:
+    """Fill a new run folder, with the TOML that describes the run; the caller holds its lock."""
+    clean(run)
+    _copy_tokenizer(run, dataset)
+    write_atomic(run / DESCRIPTION_NAME, description)
+    record.write(run)
+
+
+def update(run: Path, old: RunRecord, new: RunRecord, dataset: Path, description: str) -> None:
+    """Bring a run folder up to date with what was changed; the caller holds its lock."""
+    if new != old or not (run / DESCRIPTION_NAME).exists():
+        write_atomic(run / DESCRIPTION_NAME, description)
+    path = run / TOKENIZER_NAME
+    if not path.is_file() or sha256_of(path) != new.tokenizer.sha256:
+        _copy_tokenizer(run, dataset)
+    if new != old:
+        new.write(run)
+
+
+def clean(run: Path) -> None:
+    """Delete what killed processes left half-written in a run folder; the caller holds its lock."""
+    ours = {CONFIG_NAME, TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, DESCRIPTION_NAME, metrics.FILE_NAME}
+    remove_partials(run, ours)  # the rest may be the user's
+    checkpoint.remove_leftovers(run)
+
+
+def agreed_changes(
+    run: Path,
+    sides: Mapping[str, tuple[Any, Any]],
+    *,
+    step: int,
+    fixed: Collection[str],
+    allowed: Collection[str],
+) -> list[Change]:
+    """Return the changes that a resume makes to what a run is, if the user allows them all.
+
+    Args:
+        run: the run folder, for the error.
+        sides: by name, (in the run, on the command line) of whatever decides the result.
+        step: after which they hold.
+        fixed: names that can never change.
+        allowed: names that the user lets change. Either of `epochs` and `steps` stands for both, as they replace each other.
+
+    Raises:
+        UserError: something differs that must not.
+    """
+    different = {name: pair for name, pair in sides.items() if pair[0] != pair[1]}
+
+    def show(name: str) -> str:
+        where = "in the dataset now" if name in {"dataset", "tokenizer"} else "on the command line"
+        return f"{name} (in the run: {different[name][0]}, {where}: {different[name][1]})"
+
+    for name in sorted(different.keys() & fixed):
+        raise UserError(
+            f"{run}: {show(name)} decides the shape of the weights; leave that out, or start a new run in another --run"
+        )
+    refused = different.keys() - allowed
+    if not ENDS.isdisjoint(allowed):
+        refused -= ENDS
+    if refused:
+        shown = "; ".join(map(show, sorted(refused)))
+        # Of two ends of a run that change places, the one that holds from here on is enough.
+        names = sorted(name for name in refused if name not in ENDS or different[name][1] is not None)
+        flags = " ".join(_ALLOWING.get(name, f"--allow-change {name}") for name in names)
+        raise UserError(
+            f"{run}: this would be another run: {shown}; leave that out, or pass {flags} to change it from step {step + 1} on"
+        )
+    return [Change(step=step, name=name, old=old, new=new) for name, (old, new) in different.items()]
+
+
+def refuse_idle_changes(run: Path, step: int, changes: Sequence[Change]) -> None:
+    """Refuse changes that would hold from the end of a run on, where nothing is learned any more.
+
+    A change of the end itself, which leaves the run finished, is none of them.
+
+    Raises:
+        UserError: there are such changes.
+    """
+    idle = [flag_of(change.name) for change in changes if change.name not in ENDS]
+    if idle:
+        raise UserError(
+            f"{run}: finished already, {step} steps, so there is nothing that {' and '.join(idle)} could change; to train on, pass a "
+            "later end too, such as --epochs N --allow-change epochs; else leave that out"
+        )
+
+
+def refuse_repetition(run: Path, record: RunRecord) -> None:
+    """Refuse to begin a run again that was at its end, which would put other metrics into the place of those it has.
+
+    Args:
+        run: a run folder that has no checkpoint.
+        record: what it says of itself.
+
+    Raises:
+        UserError: it was finished once.
+    """
+    if record.finished is not None:
+        raise UserError(
+            f"{run}: finished at step {record.finished}, and its checkpoints are gone; bring them back from a backup, or train again in "
+            "another --run"
+        )
+
+
+def note_finish(run: Path, step: int) -> None:
+    """Write into the record of a run that it has reached its end; the caller holds the folder's lock."""
+    record = RunRecord.read(run)
+    if record.finished != step:
+        replace(record, finished=step).write(run)
+
+
+def _copy_tokenizer(run: Path, dataset: Path) -> None:
+    if (config := dataset / TOKENIZER_CONFIG_NAME).is_file():
+        write_atomic(run / TOKENIZER_CONFIG_NAME, config.read_bytes())
+    write_atomic(run / TOKENIZER_NAME, (dataset / TOKENIZER_NAME).read_bytes())
+
+
+def load_run_tokenizer(run: Path, info: TokenizerInfo) -> Tokenizer:
+    """Return the tokenizer of a run.
+
+    Raises:
+        UserError: the file is missing or is another one.
+    """
+    path = run / TOKENIZER_NAME
+    if not path.is_file() or sha256_of(path) != info.sha256:
+        raise UserError(
+            f"{path}: missing, or not the tokenizer that the run was trained with; copy it from the dataset"
+        )
+    return cached_tokenizer(path.read_bytes().decode(), info)

@@ -1,0 +1,1 @@
+"""The loop, its step, and what happens between steps: measuring, excerpts, tracking, bad steps."""

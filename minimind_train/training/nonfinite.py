@@ -1,0 +1,143 @@
+"""Steps whose loss or gradient is not finite: which samples caused one, and whether the run goes on.
+
+That a step is not finite is found in `step`; overflows that fp16 repairs by a smaller scale are in `precision`.
+"""
+
+import shlex
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from minimind_data.errors import UserError
+from minimind_train.batches.steps import StepBatch
+from minimind_train.objectives.objective import Objective
+from minimind_train.order.skips import Skips
+from minimind_train.parallel.world import ALONE, World
+from minimind_train.progress import Say
+from minimind_train.training.step import NotFiniteError
+
+OnNonfinite = Literal["stop", "skip"]
+
+MOST_IN_A_ROW = 10
+"""So many steps that are skipped one after another are no accident any more: the run ends."""
+
+
+class NonfiniteGuard:
+    """Decides whether a run goes on after a step whose loss or gradient is not finite, and says which samples caused it.
+
+    Args:
+        objective: by which it learns, as it is without what wraps it for several ranks.
+        policy: stop at the first such step, or skip it.
+        run: the run's folder.
+        command: what `mm-train` calls its phase.
+        skipped: steps that were skipped so far.
+        say: takes lines for the user.
+        world: the ranks, all of which come to the same decision.
+
+    Attributes:
+        skipped: steps that were skipped in all.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        policy: OnNonfinite,
+        *,
+        run: Path,
+        command: str,
+        skipped: int = 0,
+        say: Say,
+        world: World = ALONE,
+    ) -> None:
+        self.skipped = skipped
+        self._objective = objective
+        self._policy = policy
+        self._run = shlex.quote(str(run))
+        self._command = command
+        self._say = say
+        self._world = world
+        self._last_step = -1
+        self._in_a_row = 0
+
+    def handle(
+        self,
+        error: NotFiniteError,
+        step: int,
+        batch: StepBatch,
+        *,
+        positions: NDArray[np.int64],
+        forward: AbstractContextManager[object],
+    ) -> None:
+        """Count a step that moved no weight, and name the positions whose loss alone is not finite.
+
+        Args:
+            error: what was not finite.
+            step: the step's number.
+            batch: this rank's share of what it was to learn.
+            positions: those of the whole step.
+            forward: entered around each forward pass.
+
+        Raises:
+            UserError: the policy is to stop, or too many steps in a row were skipped.
+        """
+        self._in_a_row = self._in_a_row + 1 if step == self._last_step + 1 else 1
+        self._last_step = step
+        self.skipped += 1
+        guilty = self._blamed(batch, positions, forward)
+        places = Skips.of([f"{position}:{position + 1}" for position in guilty]).as_texts()
+        shown = (
+            f"from {_shown(guilty)} of the" if guilty else "from no window alone but from the whole of the"
+        )
+        what = f"{error} at step {step}, {shown} positions {batch.start} to {batch.stop - 1}"
+        look = f"look there with `mm-data locate --run {self._run} --position {(*guilty, batch.start)[0]}`"
+        if self._policy == "skip" and self._in_a_row < MOST_IN_A_ROW:
+            self._say(
+                f"{what}; the step is skipped ({self._in_a_row} in a row, at {MOST_IN_A_ROW} the run ends); {look}"
+            )
+            return
+        again = f"{self._in_a_row} steps in a row: " if self._policy == "skip" else ""
+        leave_out = " ".join(
+            f"--skip-positions {place}" for place in places or (f"{batch.start}:{batch.stop}",)
+        )
+        raise UserError(
+            f"{again}{what}; no weight has moved and the checkpoints before are intact; {look}, leave it out with "
+            f"`mm-train {self._command} --run {self._run} --resume {leave_out}`, let such steps be skipped by "
+            "--on-nonfinite skip, or begin a new run with a lower --learning-rate, a --warmup-steps or --dtype fp32"
+        )
+
+    def _blamed(
+        self, batch: StepBatch, positions: NDArray[np.int64], forward: AbstractContextManager[object]
+    ) -> list[int]:
+        """Return the positions whose windows have, each alone, a loss that is not finite; none where only the gradient is not."""
+        world = self._world
+        windows = [
+            {name: tensor[row : row + 1] for name, tensor in micro_batch.items()}
+            for micro_batch in batch.micro_batches
+            for row in range(len(next(iter(micro_batch.values()))))
+        ]
+        if batch.rows is not None:
+            windows = [windows[place] for place in np.argsort(batch.rows)]
+        flags = [0.0] * len(positions)
+        for row in range(-(-len(positions) // world.size)):
+            place = world.rank + row * world.size
+            # Ranks whose weights are spread over all of them must make as many passes each.
+            window = windows[row] if place < len(positions) else (batch.stand_in or windows[0])
+            with torch.no_grad(), forward:
+                found = self._objective(window).summed
+            if place < len(positions):
+                flags[place] = float(not found.isfinite())
+        guilty = np.array(world.all_reduce_sum(flags)) > 0
+        blamed: list[int] = positions[guilty].tolist()
+        return blamed
+
+
+def _shown(positions: Sequence[int]) -> str:
+    most = 5
+    listed = ", ".join(map(str, positions[:most]))
+    more = f" and {len(positions) - most} more" if len(positions) > most else ""
+    return f"position {listed}{more}" if len(positions) == 1 else f"positions {listed}{more}"

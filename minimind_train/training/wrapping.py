@@ -1,0 +1,113 @@
+"""One objective on several ranks: how the passes of each become one gradient, and where the weights are.
+
+`ddp`: every rank has all weights and all of the optimizer's state; gradients are averaged while the last backward pass of a step
+still runs. It is the quickest where a device has room for 16 bytes a parameter.
+
+`fsdp`: every rank has its share of the rows of every weight, its gradient and its state (`fully_shard`, FSDP2). A layer's weights come
+together for its pass and go apart again. In bf16 and fp16 they come together in that dtype, while those that are kept, the residual
+stream and the sums of gradients are float32. The embedding, whose output is the residual stream, comes together in float32.
+
+Both average gradients over the ranks. The step multiplies its losses by the number of ranks, so that averages are sums. In passes before the
+last of a step there is no gradient traffic; `fsdp` pays for that by holding whole gradients on every rank from the first pass to the last,
+so where memory is short one pass a step, a micro-batch of the global batch over the ranks, takes the least.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from minimind_train.model.transformer import Layer
+from minimind_train.objectives.objective import MicroLoss, Objective
+from minimind_train.parallel.world import World
+
+Parallel = Literal["ddp", "fsdp"]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+
+
+def parallelize(
+    objective: Objective, world: World, device: torch.device, *, parallel: Parallel, dtype: str
+) -> nn.Module:
+    """Wrap or shard an objective, so that the gradients of all ranks are averaged; with one rank, return it as it is.
+
+    Args:
+        objective: rank 0's weights are those that all have afterwards. On `device`, or, to be sharded, on the CPU, so that no
+            device ever holds all of it; its parameters are then other objects, so the optimizer is made after this.
+        world: the ranks.
+        device: of this rank.
+        parallel: how.
+        dtype: of matrix products, resolved.
+    """
+    if world.size == 1:
+        return objective
+    if parallel == "ddp":
+        return DistributedDataParallel(
+            objective,
+            device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,  # the gradients are not held a second time
+        )
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 - takes a second
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: PLC0415
+
+    for parameter in objective.parameters():
+        world.broadcast_tensor(parameter.data)
+    mesh = init_device_mesh(device.type, (world.size,))
+    policy = MixedPrecisionPolicy(
+        param_dtype=_DTYPES[dtype], reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for module in list(objective.modules()):
+        if isinstance(module, Layer):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(objective, mesh=mesh)
+    return objective
+
+
+def gradient_sync(objective: nn.Module, *, enabled: bool) -> AbstractContextManager[object]:
+    """Return the context of a forward and backward pass in which gradients are averaged over the ranks, or are not."""
+    if isinstance(objective, DistributedDataParallel):
+        return contextlib.nullcontext() if enabled else objective.no_sync()
+    if sync := getattr(objective, "set_requires_gradient_sync", None):  # it is sharded
+        sync(enabled)
+    return contextlib.nullcontext()
+
+
+def settle(
+    objective: nn.Module, micro_batch: Mapping[str, Tensor], forward: AbstractContextManager[object]
+) -> None:
+    """Before the first step of a process: make one pass with gradient traffic that no weight moves by. All ranks must call this.
+
+    `DistributedDataParallel` lays its buckets out anew after its first such pass, in the order in which gradients came. A sum over three
+    ranks or more depends, in its last bits, on where in a bucket a gradient lies, so the first step of a resumed process would sum
+    otherwise than that of one that never stopped. After this pass all steps sum alike. The step zeroes the gradients that are left behind.
+    """
+    if not isinstance(objective, DistributedDataParallel):
+        return
+    with forward:
+        found: MicroLoss = objective(micro_batch)
+        loss = found.summed if found.auxiliary is None else found.summed + found.auxiliary
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def unsharded(objective: nn.Module, forward: AbstractContextManager[object]) -> Iterator[None]:
+    """Make the objective's model callable by itself inside the block, which all ranks must enter.
+
+    `fully_shard` gathers the parameters outside of the layers (embedding, last norm, output matrix) only for a pass of the objective. So
+    they are gathered here for the whole block; and as layers are gathered in the dtype of matrix products, the block runs inside of
+    `forward`, the context of a forward pass. Nothing is done where the objective is not sharded.
+    """
+    unshard, reshard = (getattr(objective, name, None) for name in ("unshard", "reshard"))
+    if unshard is None or reshard is None:
+        yield
+        return
+    unshard()
+    try:
+        with forward:
+            yield
+    finally:
+        reshard()

@@ -1,0 +1,1 @@
+"""Weights in and out: of runs, of Hugging Face, of MiniMind and of peft."""

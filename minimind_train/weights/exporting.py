@@ -1,0 +1,227 @@
+"""The model of a run in a form that other programs open: a Hugging Face folder, a `.pth` of MiniMind's, or adapters for peft.
+
+`hf_config`, `minimind_form` and `peft_form` say what each can hold; here it is written, whole or not at all. Adapters are merged
+into the matrices that they stand beside, but for peft.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minimind_data.dataset.format import CONFIG_NAME as TOKENIZER_CONFIG_NAME
+from minimind_data.dataset.format import TOKENIZER_NAME, TokenizerInfo
+from minimind_data.errors import UserError
+from minimind_data.files import fsync_folder, partial_name, user_error_on_full_disk
+from minimind_data.tokenizer.loading import Tokenizer
+from minimind_train.model.config import ModelConfig, parameter_line
+from minimind_train.model.lora import adapters_of
+from minimind_train.model.transformer import MiniMind
+from minimind_train.progress import Say, say_on_stderr
+from minimind_train.run_folder.choice import CheckpointChoice
+from minimind_train.run_folder.record import RunRecord, load_run_tokenizer
+from minimind_train.weights.hf_config import to_hf
+from minimind_train.weights.load import adapted_model, model_of
+from minimind_train.weights.minimind_form import file_name, minimind_form
+from minimind_train.weights.peft_form import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    adapter_config,
+    adapter_tensors,
+)
+
+__all__ = ["Target", "WeightDtype", "export"]
+
+Target = Literal["hf", "minimind", "peft"]
+WeightDtype = Literal["fp32", "bf16", "fp16"]
+
+_GROUPED_ALIGNMENT = 16  # bytes, of every row that transformers' usual way with experts multiplies
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_USUAL_DTYPE: dict[Target, WeightDtype] = {"hf": "fp32", "minimind": "fp16", "peft": "fp32"}
+
+
+def export(
+    run: Path,
+    out: Path,
+    *,
+    to: Target,
+    step: CheckpointChoice = None,
+    dtype: WeightDtype | None = None,
+    say: Say = say_on_stderr,
+) -> Path:
+    """Write the model of a run in another program's form.
+
+    Args:
+        run: its folder.
+        out: a folder that is new or empty; for MiniMind any folder, or the `.pth` itself.
+        to: hf for a folder that transformers opens; minimind for a `.pth` that MiniMind's code opens; peft for a folder with the
+            adapters alone.
+        step: whose checkpoint; the newest whole one by default, or `best`.
+        dtype: of the weights; fp32, and fp16 for minimind, as MiniMind stores them.
+        say: takes lines for the user.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: the form cannot hold this model, or cannot be written there.
+    """
+    record = RunRecord.read(run)
+    dtype = dtype or _USUAL_DTYPE[to]
+    if to == "peft":
+        return _to_peft(out, run, step=step, base=record.options.get("from_weight"), dtype=dtype, say=say)
+    model = model_of(run, step=step, say=say)
+    if model.config.dropout:
+        say(f"dropout {model.config.dropout} is of training alone and is not exported")
+    weights = _cast(model.state_dict(), dtype, run)
+    if to == "minimind":
+        return _to_minimind(out, record, model, weights, say)
+    return _to_hf(out, run, record=record, config=model.config, weights=weights, say=say)
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: WeightDtype, run: Path) -> dict[str, Tensor]:
+    weights = {name: tensor.detach().to(_DTYPES[dtype]).contiguous() for name, tensor in tensors.items()}
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{run}: {name} holds numbers that {dtype} cannot; export it with --dtype fp32, or take an earlier --checkpoint"
+            )
+    return weights
+
+
+def _to_minimind(out: Path, record: RunRecord, model: MiniMind, weights: dict[str, Tensor], say: Say) -> Path:
+    form = minimind_form(model.config)
+    path = out if out.suffix == ".pth" else out / file_name(record.command, model.config)
+    if model.config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    with _whole(path, Path.unlink) as partial:
+        torch.save(weights, partial)
+        _flush(partial)
+    say(f"{path}: {parameter_line(model.config)}, for the code of {form.generation}: {form.call}")
+    return path
+
+
+def _to_hf(
+    out: Path,
+    run: Path,
+    *,
+    record: RunRecord,
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    say: Say,
+) -> Path:
+    tokenizer = load_run_tokenizer(run, record.tokenizer)
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    hf_config = to_hf(config, record.tokenizer, dtype)
+    with _whole_folder(out, "config.json") as partial:
+        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        (partial / TOKENIZER_NAME).write_text(tokenizer.json, encoding="utf-8")
+        special = {name: hf_config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        for name, content in (
+            ("config.json", hf_config),
+            ("generation_config.json", special),
+            (TOKENIZER_CONFIG_NAME, _tokenizer_config(run, tokenizer, record.tokenizer, config)),
+        ):
+            _write_json(partial / name, content)
+    say(f"{out}: {parameter_line(config)} as {hf_config['architectures'][0]} in {dtype}")
+    row_bytes = [
+        size * next(iter(weights.values())).element_size()
+        for size in (config.hidden_size, config.expert_size)
+    ]
+    if config.use_moe and any(num_bytes % _GROUPED_ALIGNMENT for num_bytes in row_bytes):
+        say(
+            f"transformers multiplies experts of this width (hidden_size {config.hidden_size}, moe_intermediate_size {config.expert_size}) "
+            'only where it is told to by from_pretrained(…, experts_implementation="eager")'
+        )
+    return out
+
+
+def _to_peft(
+    out: Path, run: Path, *, step: CheckpointChoice, base: str | None, dtype: WeightDtype, say: Say
+) -> Path:
+    model, lora = adapted_model(run, step=step, say=say)
+    weights = _cast(adapter_tensors(model), dtype, run)
+    with _whole_folder(out, ADAPTER_CONFIG_NAME) as partial:
+        save_file(weights, partial / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
+        _write_json(partial / ADAPTER_CONFIG_NAME, adapter_config(lora, str(base)))
+    say(
+        f"{out}: adapters of rank {lora.lora_rank} for {len(adapters_of(model))} matrices; they belong to {base}, which `mm-train "
+        "export --to hf` makes a model that peft puts them on"
+    )
+    return out
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _tokenizer_config(
+    run: Path, tokenizer: Tokenizer, info: TokenizerInfo, config: ModelConfig
+) -> dict[str, Any]:
+    """Return the tokenizer_config.json of a folder: its special tokens and, where the run has one, its chat template."""
+    there = run / TOKENIZER_CONFIG_NAME
+    tokenizer_config: dict[str, Any] = {}
+    if there.is_file():
+        try:
+            tokenizer_config = dict(json.loads(there.read_bytes()))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{there}: no object in JSON ({error}); copy it from the dataset again") from None
+    tokens = {"bos_token": info.bos_id, "eos_token": info.eos_id, "pad_token": info.pad_id}
+    return {
+        **tokenizer_config,
+        **{name: tokenizer.reference.id_to_token(number) for name, number in tokens.items()},
+        # By its own name, or transformers would make one after the type of the model, with other rules.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config.longest_sequence,
+    }
+
+
+@contextmanager
+def _whole_folder(out: Path, usual: str) -> Iterator[Path]:
+    """Give a folder beside `out` to write to, and rename it when all is done; its files get the rights of the one named `usual`."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already; take another --out, or remove it")
+    with _whole(out, shutil.rmtree) as partial:
+        partial.mkdir()
+        yield partial
+        for file in partial.iterdir():
+            shutil.copymode(partial / usual, file)  # safetensors lets nobody else read what it writes
+            _flush(file)
+        if out.exists():
+            out.rmdir()
+
+
+@contextmanager
+def _whole(path: Path, remove: Callable[[Path], object]) -> Iterator[Path]:
+    """Give a name beside `path` to write to, and rename it when all is done; what failed is removed."""
+    with user_error_on_full_disk(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = partial_name(path)
+        try:
+            yield partial
+            partial.replace(path)
+        except BaseException as error:
+            if partial.exists():
+                remove(partial)
+            if isinstance(error, SafetensorError | RuntimeError):  # how these libraries tell of a full disk
+                raise UserError(
+                    f"{path}: could not be written ({str(error).partition(chr(10))[0]}); make room on the disk, or take another --out"
+                ) from None
+            raise
+        fsync_folder(path.parent)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,168 @@
+"""Weights that other programs wrote: a Hugging Face folder, a `.pth` of MiniMind's, a file of safetensors.
+
+Nothing that a file holds is ever run: pickles are read by torch's `weights_only` reader, which knows tensors and containers alone.
+Parameters have the same names here and there, so what is left to do is little: join shards, take stacked experts apart, leave out
+what is no parameter, and hold names and shapes against the model's, because a file that almost fits is of another model.
+"""
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from minimind_data.errors import UserError
+from minimind_train.model.config import ModelConfig
+from minimind_train.model.transformer import MiniMind
+from minimind_train.weights.hf_config import from_hf
+
+__all__ = ["HF_CONFIG_NAME", "fitted", "is_hf_folder", "num_entries", "read_hf_folder", "read_tensors"]
+
+HF_CONFIG_NAME = "config.json"
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_FILES = ("model.safetensors", "pytorch_model.bin")
+_NO_PARAMETERS = ("rotary_emb.inv_freq", "freqs_cos", "freqs_sin")
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_GATE_UP, _DOWN = ".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"
+
+
+def is_hf_folder(path: Path) -> bool:
+    """Tell whether a folder holds a config.json as Hugging Face writes it; that of a run names no type of model."""
+    try:
+        content = json.loads((path / HF_CONFIG_NAME).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "model_type" in content
+
+
+def read_hf_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Return the shape of the model in a Hugging Face folder, and its weights in float32 by our names.
+
+    Raises:
+        UserError: it is a model of another kind, or something is missing or damaged.
+    """
+    source = folder / HF_CONFIG_NAME
+    try:
+        content = json.loads(source.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{source}: cannot be read ({error})") from None
+    config = from_hf(content, str(source))
+    tensors: dict[str, Tensor] = {}
+    for file in _weight_files(folder):
+        tensors |= read_tensors(file)
+    return config.resolved(), fitted(tensors, config, folder)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for name in _INDEXES:
+        index = folder / name
+        if index.is_file():
+            try:
+                return [
+                    folder / part
+                    for part in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+                ]
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise UserError(f"{index}: does not say which file holds which weight") from None
+    for name in _FILES:
+        if (folder / name).is_file():
+            return [folder / name]
+    raise UserError(f"{folder}: holds no weights ({', '.join((*_FILES, *_INDEXES))} are looked for)")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file by name: safetensors by its suffix, else what `torch.save` wrote, MiniMind's resume files too.
+
+    Raises:
+        UserError: there is no such file, or it holds something else.
+    """
+    try:
+        loaded = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: holds more than tensors, or is no file of torch.save; such a file could run code, so it is not read; save its "
+            "state_dict() alone"
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read ({str(error).partition(chr(10))[0]})") from None
+    if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
+        loaded = loaded["model"]
+    if not (
+        isinstance(loaded, dict) and loaded and all(isinstance(tensor, Tensor) for tensor in loaded.values())
+    ):
+        raise UserError(f"{path}: is no state_dict, a tensor for each name")
+    return loaded
+
+
+def num_entries(tensors: Mapping[str, Tensor], source: Path) -> int:
+    """Return the size of the vocabulary that weights have.
+
+    Raises:
+        UserError: they have no embedding matrix of the name that it has here.
+    """
+    embedding = tensors.get(_EMBEDDING)
+    if embedding is None or embedding.ndim != 2:
+        raise UserError(
+            f"{source}: has no {_EMBEDDING}, so it holds no model of MiniMind's since minimind2, nor one of Hugging Face's"
+        )
+    return embedding.shape[0]
+
+
+def fitted(tensors: Mapping[str, Tensor], config: ModelConfig, source: Path) -> dict[str, Tensor]:
+    """Return weights in float32 by the names of a model of this shape, each of which is there.
+
+    Args:
+        tensors: by the names that Hugging Face and MiniMind give them.
+        config: the shape, in which `vocab_size` is what the weights have.
+        source: where they come from, for the error.
+
+    Raises:
+        UserError: they are of another model; the message says in what.
+    """
+    found = _unstacked(
+        {name: tensor for name, tensor in tensors.items() if not name.endswith(_NO_PARAMETERS)}
+    )
+    if config.tie_word_embeddings and _HEAD in found:
+        embedding = found.get(_EMBEDDING)
+        if embedding is None or not torch.equal(found.pop(_HEAD), embedding):
+            raise UserError(
+                f"{source}: its output matrix is not its embedding matrix; pass --no-tie-word-embeddings"
+            )
+    with torch.device("meta"):
+        expected = MiniMind(config).state_dict()
+    for name in sorted(expected.keys() | found.keys()):
+        sides = [list(side[name].shape) if name in side else "absent" for side in (found, expected)]
+        if sides[0] != sides[1]:
+            raise UserError(
+                f"{source}: the weights are of another model: {name} is {sides[0]} there and {sides[1]} in a model of these options; "
+                "pass the options that it was made with, such as --hidden-size, --num-hidden-layers, --no-qk-norm, --use-moe or a --preset"
+            )
+    return {name: found[name].float() for name in expected}
+
+
+def _unstacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the experts apart that transformers 5 keeps in one tensor a layer, gate above up."""
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(_GATE_UP):
+            prefix = name.removesuffix("gate_up_proj")
+            for number, both in enumerate(tensor):
+                gate, up = both.chunk(2)
+                apart[f"{prefix}{number}.gate_proj.weight"] = gate
+                apart[f"{prefix}{number}.up_proj.weight"] = up
+        elif name.endswith(_DOWN):
+            prefix = name.removesuffix("down_proj")
+            apart |= {f"{prefix}{number}.down_proj.weight": down for number, down in enumerate(tensor)}
+        else:
+            apart[name] = tensor
+    return apart

@@ -1,0 +1,261 @@
+"""Weights that were trained before, to begin from or to use: of a run, a Hugging Face folder, a `.pth` of MiniMind's.
+
+`open_trained` gives a model with its tokenizer, for generation and evaluation. The checkpoints of a run that learns adapters hold these
+alone; what they stand beside is what the run began from.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minimind_data.dataset.format import TOKENIZER_NAME, TokenizerInfo
+from minimind_data.errors import UserError
+from minimind_data.options import build, flatten
+from minimind_data.tokenizer.loading import Tokenizer, load_tokenizer
+from minimind_train.model.config import ModelConfig
+from minimind_train.model.lora import LoraConfig, add_adapters, merge_adapters
+from minimind_train.model.transformer import MiniMind
+from minimind_train.progress import Say, say_on_stderr
+from minimind_train.run_folder.checkpoint import Checkpoint
+from minimind_train.run_folder.choice import CheckpointChoice, with_checkpoint
+from minimind_train.run_folder.record import CONFIG_NAME, RunRecord, load_run_tokenizer
+from minimind_train.weights.foreign import fitted, is_hf_folder, num_entries, read_hf_folder, read_tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A trained model, ready for use."""
+
+    model: MiniMind
+    """On the CPU, in evaluation mode."""
+    tokenizer: Tokenizer
+    record: RunRecord | None
+    """The run's record; None for a Hugging Face folder."""
+
+
+def open_trained(
+    path: Path,
+    *,
+    step: CheckpointChoice,
+    say: Say,
+    changes: Mapping[str, Any] = MappingProxyType({}),
+) -> Opened:
+    """Open the model of a run or of a Hugging Face folder.
+
+    Args:
+        path: its folder; a run may still be training.
+        step: of a run, whose checkpoint; the newest whole one by default, or `best`.
+        say: is told of damaged checkpoints.
+        changes: options of the model that are to differ, such as those of its positions.
+
+    Raises:
+        UserError: there is no such model, or nothing that says which token begins a text.
+    """
+    if not is_hf_folder(path):
+        record = RunRecord.read(path)
+        model = model_of(path, step=step, say=say, changes=changes)
+        tokenizer = load_run_tokenizer(path, record.tokenizer)
+        return Opened(model=model, tokenizer=tokenizer, record=record)
+    if step is not None:
+        raise UserError(f"{path}: is no run, so it has no checkpoint of a step; leave --checkpoint out")
+    try:
+        tokenizer = load_tokenizer(path)
+    except UserError as error:
+        why = str(error).partition(";")[0]
+        raise UserError(f"{why}; put it into the folder, or into its tokenizer_config.json") from None
+    weights = load_weights(path, say=say)
+    try:
+        config = build(ModelConfig, {**flatten(weights.config), **changes})
+    except ValueError as error:
+        raise UserError(f"{path}: its model cannot be used like that: {error}") from None
+    model = MiniMind(config).eval()
+    model.load_state_dict(weights.tensors)
+    return Opened(model=model, tokenizer=tokenizer, record=None)
+
+
+class Weights(NamedTuple):
+    """The weights of a model, and what is known of it."""
+
+    config: ModelConfig
+    """Its shape, resolved."""
+    tensors: dict[str, Tensor]
+    """By parameter name, float32 on the CPU: what a `MiniMind` of this shape loads."""
+    tokenizer: TokenizerInfo | None
+    """What it was trained with; None where the files do not say."""
+    step: int | None = None
+    """Step of the checkpoint, where the weights are a run's."""
+    tokenizer_json: str | None = None
+    """The tokenizer.json beside the weights, where there is one."""
+
+
+def load_weights(
+    path: Path,
+    *,
+    step: CheckpointChoice = None,
+    shape: ModelConfig | None = None,
+    say: Say = say_on_stderr,
+) -> Weights:
+    """Return weights that were trained before.
+
+    Args:
+        path: the folder of a run, a Hugging Face folder, or a file that holds nothing but tensors by name, such as MiniMind's `.pth`.
+        step: of a run, whose checkpoint.
+        shape: of the model whose weights a file holds, which does not say it itself; the size of its vocabulary is the file's.
+        say: is told of damaged checkpoints.
+
+    Raises:
+        UserError: there are no weights, or no checkpoint of that step, or they are of another model than this program's or `shape`.
+    """
+    if step is not None and (path.is_file() or is_hf_folder(path)):
+        raise UserError(f"{path}: is no run, so it has no checkpoint of a step; leave --from-step out")
+    if path.is_file():
+        return _of_file(path, shape)
+    if is_hf_folder(path):
+        return _of_hf_folder(path)
+    if not (path / CONFIG_NAME).is_file():
+        there = "no weights there" if path.exists() else "no such folder"
+        raise UserError(
+            f"{path}: {there}; pass the folder of a run, a Hugging Face folder on this machine or a .pth by --from-weight"
+        )
+    tokenizer = RunRecord.read(path).tokenizer
+    model, step = _model_and_step_of(path, step, say, {})
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    return Weights(
+        config=model.config.resolved(),
+        tensors=tensors,
+        tokenizer=tokenizer,
+        step=step,
+        tokenizer_json=_text_of(path / TOKENIZER_NAME),
+    )
+
+
+def same_weights(options: Mapping[str, Any], why: str, say: Say) -> Weights:
+    """Return the weights that a run was begun from.
+
+    Args:
+        options: the run's, which name them.
+        why: what they are needed for, such as `the run has no checkpoint yet`.
+        say: is told of damaged checkpoints.
+
+    Raises:
+        UserError: they are gone, or others.
+    """
+    path, checksum = options["from_weight"], options["from_sha256"]
+    where = f"{why}, so it needs the weights that it began from"
+    try:
+        weights = load_weights(
+            Path(path), step=options["from_step"], shape=build(ModelConfig, dict(options)), say=say
+        )
+    except UserError as error:
+        raise UserError(
+            f"{where}, and these are gone ({error}); put them back, or say where they are by --resume --from-weight"
+        ) from None
+    if (found := checksum_of_tensors(weights.tensors)) != checksum:
+        raise UserError(
+            f"{where}, and {path} holds others (in the run: {checksum[:12]}…, there: {found[:12]}…); say where they are by "
+            "--resume --from-weight, with --from-step where they are no newest checkpoint"
+        )
+    return weights
+
+
+def model_of(
+    run: Path, *, step: CheckpointChoice, say: Say, changes: Mapping[str, Any] = MappingProxyType({})
+) -> MiniMind:
+    """Return the model of a run, on the CPU, in evaluation mode; adapters are merged into what they stand beside.
+
+    Args:
+        run: its folder.
+        step: whose checkpoint.
+        say: is told of damaged checkpoints.
+        changes: options of the model that are to differ from the run's, such as those of its positions.
+
+    Raises:
+        UserError: there is no such checkpoint, or no such model, or what its adapters stand beside is gone.
+    """
+    return _model_and_step_of(run, step, say, changes)[0]
+
+
+def adapted_model(run: Path, *, step: CheckpointChoice, say: Say) -> tuple[MiniMind, LoraConfig]:
+    """Return the model of a run with its adapters beside their matrices, and what they are.
+
+    Raises:
+        UserError: as `model_of`, or the run has learned all weights.
+    """
+
+    def restored(found: Checkpoint) -> tuple[MiniMind, LoraConfig]:
+        lora = build(LoraConfig, found.state.config)
+        if not lora.lora_rank:
+            raise UserError(f"{run}: has no adapters, since it was trained without --lora-rank")
+        return _restored(found, {}, say), lora
+
+    return with_checkpoint(run, step, restored, say)
+
+
+def _model_and_step_of(
+    run: Path, step: CheckpointChoice, say: Say, changes: Mapping[str, Any]
+) -> tuple[MiniMind, int]:
+    def restored(found: Checkpoint) -> tuple[MiniMind, int]:
+        model = _restored(found, changes, say)
+        merge_adapters(model)
+        return model, found.state.step
+
+    return with_checkpoint(run, step, restored, say)
+
+
+def _restored(found: Checkpoint, changes: Mapping[str, Any], say: Say) -> MiniMind:
+    options = found.state.config
+    try:
+        config = build(ModelConfig, {**options, **changes})
+    except ValueError as error:
+        raise UserError(f"{found.folder}: its model cannot be used like that: {error}") from None
+    model = MiniMind(config).eval()
+    lora = build(LoraConfig, options)
+    if lora.lora_rank:
+        # Where they lie may have changed since the checkpoint was written; what they are has not.
+        known = {**options, **RunRecord.read(found.folder.parents[1]).options}
+        model.load_state_dict(same_weights(known, f"{found.folder} holds adapters alone", say).tensors)
+        add_adapters(model, lora, seed=0)
+    found.restore(model)
+    return model
+
+
+def _of_file(path: Path, shape: ModelConfig | None) -> Weights:
+    if shape is None:
+        raise UserError(f"{path}: a file of weights does not say of which model; pass a folder that does")
+    tensors = read_tensors(path)
+    config = replace(shape, vocab_size=num_entries(tensors, path)).resolved()
+    return Weights(config=config, tensors=fitted(tensors, config, path), tokenizer=None)
+
+
+def _of_hf_folder(path: Path) -> Weights:
+    config, tensors = read_hf_folder(path)
+    text = _text_of(path / TOKENIZER_NAME)
+    info: TokenizerInfo | None = None
+    if text is not None:
+        try:
+            info = load_tokenizer(path).info
+        except UserError:
+            info = None  # a vocabulary without BOS, EOS or PAD is one all the same
+    return Weights(config=config, tensors=tensors, tokenizer=info, tokenizer_json=text)
+
+
+def _text_of(path: Path) -> str | None:
+    try:
+        return path.read_bytes().decode()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return None
+
+
+def checksum_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the hexadecimal SHA-256 of weights: their names, shapes and bits, in whatever file they lie."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,88 @@
+"""Pieces between delimiters: splits hold every one once, however the file is cut and in whatever blocks it is read."""
+
+import io
+import itertools
+from unittest.mock import patch
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minimind_data.errors import UserError
+from minimind_data.files import sha256_of_bytes
+from minimind_data.inputs import lines
+from minimind_data.inputs.lines import Delimiter, LineReader, border
+from minimind_data.inputs.sources import Source
+
+
+def pieces_of(data: bytes, delimiter: bytes) -> list[bytes]:
+    """Cut by the definition: at every occurrence that no later occurrence overlaps."""
+    starts = [i for i in range(len(data)) if data.startswith(delimiter, i)]
+    counted = [i for i in starts if not any(i < j < i + len(delimiter) for j in starts)]
+    ends = [0, *(i + len(delimiter) for i in counted), len(data)]
+    return [
+        data[start:stop].removesuffix(delimiter) if stop in ends[1:-1] else data[start:stop]
+        for start, stop in itertools.pairwise(dict.fromkeys(ends))
+    ]
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    data=st.lists(st.sampled_from([b"\n", b"a", b"-", b"ab", b"\xe5\xa5\xbd"]), min_size=1, max_size=60).map(
+        b"".join
+    ),
+    delimiter=st.sampled_from([b"\n", b"\n\n", b"aba", b"-a-", b"\n-\n"]),
+    size=st.integers(1, 60),
+    block=st.sampled_from([1, 2, 7, 30, 2**20]),
+)
+def test_splits_hold_every_piece_once_and_in_order(tmp_path_factory, data, delimiter, size, block):
+    path = tmp_path_factory.mktemp("lines") / "x"
+    path.write_bytes(data)
+    source = Source(name="x", location=str(path), form="text")
+    ends = Delimiter(delimiter)
+    borders = [*range(0, len(data), size), len(data)]
+    readers = [LineReader(source, start, stop, ends) for start, stop in itertools.pairwise(borders)]
+    with patch.object(lines, "_BLOCK_BYTES", block):
+        found = [piece for reader in readers for pieces in reader.pieces() for piece in pieces]
+        for reader, (start, stop) in zip(readers, itertools.pairwise(borders), strict=True):
+            with path.open("rb") as file:
+                begin = border(file, ends, start, stop)
+                assert begin == reader.begin
+                assert reader.end == (stop if begin == stop else border(file, ends, stop))
+    assert found == pieces_of(data, delimiter)
+    assert sum(reader.num_lines for reader in readers) == len(found)
+    end = 0
+    for reader in readers:
+        assert reader.begin in (end, reader.end)
+        end = max(end, reader.end)
+        assert reader.sha256 == sha256_of_bytes(data[reader.begin : reader.end])
+    assert end == len(data)
+
+
+def test_a_line_that_fills_many_splits_is_not_read_through_by_each(monkeypatch):
+    class Counting(io.BytesIO):
+        num_read = 0
+
+        def read(self, size=-1):
+            data = super().read(size)
+            self.num_read += len(data)
+            return data
+
+    monkeypatch.setattr(lines, "_BLOCK_BYTES", 16)
+    file = Counting(b"x" * 10_000 + b"\n")
+    assert border(file, lines.LINE_FEED, 1000, 1100) == 1100
+    assert file.num_read <= 101
+    assert border(file, lines.LINE_FEED, 10_001, 10_100) == 10_001
+
+
+def test_a_line_beyond_reason_is_refused_with_its_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 2**20)
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"short\n" * 300 + b"[" + b"1," * 900_000 + b"1]\n")
+    for start in (0, 1500):
+        reader = LineReader(
+            Source(name="x.jsonl", location=str(path), form="jsonl"), start, path.stat().st_size
+        )
+        with pytest.raises(UserError, match=r"x\.jsonl:301: a record of over 1 MiB; write one record a line"):
+            list(reader.pieces())

@@ -1,0 +1,240 @@
+"""Records: what makes a document out of each form, and a record that makes none says why."""
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from minimind_data.errors import UserError
+from minimind_data.inputs.sources import tell
+from minimind_data.inputs.spec import RecordSpec
+from minimind_data.inputs.splits import content_of, open_reader, place, plan_splits
+
+
+def read(path, split_bytes=2**20, form="auto", **spec):
+    """Return (texts, bad records, number of empty texts) of a file, and check what its readers tell of themselves."""
+    spec = RecordSpec(**{"max_word_chars": 1000, **spec})
+    texts, bad, empty, lines, num_bytes = [], [], 0, 0, 0
+    (splits,) = plan_splits([tell(str(path), form)], split_bytes, spec)
+    for split in splits:
+        reader = open_reader(split, spec)
+        assert place(split, spec, 1) in (f"{path}:{lines + 1}", str(path))
+        for block in reader.blocks():
+            texts += block.texts
+            bad += block.bad
+            empty += block.empty_texts
+            num_bytes += block.num_bytes
+        assert content_of(split, spec) == (reader.begin, reader.end, reader.sha256)
+        lines += reader.num_lines
+    assert num_bytes <= sum(split.num_bytes for split in splits)
+    return texts, bad, empty
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "a"', "not JSON (unexpected end of data, column 13); mend or remove the line"),
+        (b"hello", "not JSON"),
+        (b"[1, 2]", 'the record is a list, not an object; write it as {"text": …}'),
+        (b"5", "the record is a number, not an object"),
+        (b"null", "the record is null, not an object"),
+        (b'"a"', "the record is a string, not an object"),
+        (b"true", "the record is true or false, not an object"),
+        (
+            b'{"content": "a", "id": 1}',
+            "no field 'text' (its fields: content, id); name the field of the text with --field",
+        ),
+        (b"{}", "no field 'text' (its fields: none at all)"),
+        (b'{"text": 5}', "field 'text' is a number, not a string"),
+        (b'{"text": null}', "field 'text' is null, not a string"),
+        (b'{"text": ["a"]}', "field 'text' is a list, not a string"),
+        (b'{"text": "\xff"}', "byte 11 of the line (0xff) is no UTF-8; convert the file to UTF-8"),
+        # At column 11 it begins, at 17 it ends; which of them is said is orjson's affair.
+        (b'{"text": "\\ud800"}', "a lone surrogate escape (column 1"),
+        (b'{"text": "a\\udc00b"}', "), which is no character; remove it"),
+        (b'{"text": "' + b"a" * 1001 + b'"}', "one word of 1,001 characters, the longest allowed has 1,000"),
+        (b'{"text": "' + "好".encode() * 2000 + b'"}', "one word of 2,000 characters"),
+        (b'{"text": "x' + b" " * 2000 + b'"}', "one word of 2,000 characters"),
+        (b"[" * 5000, "not JSON"),
+    ],
+)
+def test_a_bad_record_says_what_and_what_to_do(tmp_path, line, reason):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text": "good"}\n\n' + line + b'\n{"text": "also good"}\n')
+    texts, bad, _ = read(path)
+    assert texts == ["good", "also good"]
+    assert [one.line for one in bad] == [3]
+    assert reason in bad[0].reason
+    assert ";" in bad[0].reason
+    assert bad[0].data == line
+
+
+def test_what_is_not_bad(tmp_path):
+    path = tmp_path / "x.jsonl"
+    long = "two words " * 500
+    path.write_bytes(
+        b"\xef\xbb\xbf" + b'{"text": "first"}\r\n  \n{"text": ""}\n{"id": 1, "text": "\\u4f60\\ud83d\\ude42\\u0000"}\n'
+        + b'{"text": "' + long.encode() + b'"}\n{"text": "last, without newline"}'
+    )  # fmt: skip
+    texts, bad, empty = read(path)
+    assert texts == ["first", "你🙂\x00", long, "last, without newline"]
+    assert (bad, empty) == ([], 1)
+
+
+@pytest.mark.parametrize("split_bytes", [10, 57, 2**20])
+@pytest.mark.parametrize("block_bytes", [1, 5, 2**20])
+def test_splits_and_blocks_do_not_show(tmp_path, split_bytes, block_bytes, monkeypatch):
+    monkeypatch.setattr("minimind_data.inputs.lines._BLOCK_BYTES", block_bytes)
+    path = tmp_path / "x.jsonl"
+    wanted = [f"第 {i} text" * (i % 4) for i in range(40)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in wanted))
+    texts, bad, empty = read(path, split_bytes)
+    assert texts == [text for text in wanted if text]
+    assert (bad, empty) == ([], 10)
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, lambda data: pa.compress(data, "zstd", asbytes=True)])
+def test_a_compressed_file_reads_as_what_is_in_it(tmp_path, compress):
+    data = b"".join(b'{"text": "number %d"}\r\n' % i for i in range(5000))
+    path = tmp_path / "x.jsonl.gz"  # the content decides, not the name
+    path.write_bytes(compress(data[:40_000]) + compress(data[40_000:]))  # members, as `cat a.gz b.gz` makes
+    assert read(path, 1000)[0] == [f"number {i}" for i in range(5000)]
+    path.write_bytes(compress(data)[:-20])
+    with pytest.raises(UserError, match=r"x\.jsonl\.gz: damaged or cut off \(.*\); get it again"):
+        read(path)
+
+
+def test_nested_fields_and_templates(tmp_path):
+    path = tmp_path / "x.jsonl"
+    records = [
+        {"q": "why?", "data": {"content": "inner", "deep": {"er": "深"}}},
+        {"q": "how?", "data": {"content": "second", "deep": {}}, "data.content": "a name with a dot wins"},
+        {"q": 5, "data": {"content": "third"}},
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert read(path, field="data.content")[0] == ["inner", "a name with a dot wins", "third"]
+    texts, bad, _ = read(path, field="data.deep.er")
+    assert texts == ["深"]
+    assert [one.reason for one in bad] == [
+        "no field 'data.deep.er' (its fields: q, data, data.content); name the field of the text with --field",
+        "no field 'data.deep.er' (its fields: q, data); name the field of the text with --field",
+    ]
+    texts, bad, _ = read(path, template="{{Q}} {q}\n{data.content}")
+    assert texts == ["{Q} why?\ninner", "{Q} how?\na name with a dot wins"]
+    assert bad[0].reason == "field 'q' is a number, not a string; mend the record or --template"
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"template": "nothing"}, "names no field"),
+        ({"template": "{a:>5}"}, "a field's name and nothing else"),
+        ({"template": "{}"}, "a field's name and nothing else"),
+        ({"template": "{a"}, "write literal braces doubled"),
+        ({"template": "{a}", "field": "b"}, "exclude each other"),
+        ({"separator": ""}, "separator must not be empty"),
+        ({"max_word_chars": 0}, "max_word_chars must be at least 1"),
+    ],
+)
+def test_impossible_specs_are_refused(settings, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        RecordSpec(**settings)
+
+
+@pytest.mark.parametrize("split_bytes", [1, 7, 30, 2**20])
+def test_text_is_cut_at_its_separator(tmp_path, split_bytes):
+    path = tmp_path / "x.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\ntwo\n\nthree\n\n\n\n  \n\nfour \xff\n\nlast\n")
+    texts, bad, empty = read(path, split_bytes, separator=r"\n\n")
+    assert texts == ["one\ntwo", "three\n\n", "last\n"]
+    assert [one.reason for one in bad] == ["byte 6 of the text (0xff) is no UTF-8; convert the file to UTF-8"]
+    assert empty == 1
+    path.write_text("a<|end|>b<|end|>\n<|end|>c")
+    assert read(path, split_bytes, separator="<|end|>")[0] == ["a", "b", "c"]
+
+
+def test_a_file_without_separator_is_one_document(tmp_path):
+    spec = RecordSpec()
+    sources = []
+    for number, text in enumerate(["first\n", "second", " \n", "x" * 50, "third"]):
+        (tmp_path / f"{number}.txt").write_text(text)
+        sources.append(tell(str(tmp_path / f"{number}.txt")))
+    planned = plan_splits(sources, 60, spec)
+    assert [[1 + len(split.more) for split in splits] for splits in planned] == [[3], [], [], [2], []]
+    found = [
+        (block.texts, block.empty_texts)
+        for splits in planned
+        for split in splits
+        for block in open_reader(split, spec).blocks()
+    ]
+    assert found == [(["first\n", "second"], 1), (["x" * 50, "third"], 0)]
+    assert place(planned[0][0], spec, 2) == str(tmp_path / "1.txt")
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    path = tmp_path / "x.parquet"
+    table = pa.table(
+        {
+            "id": list(range(100)),
+            "text": [None if i == 41 else f"row {i}" * (i % 3) for i in range(100)],
+            "data": [{"content": f"inner {i}", "n": i} for i in range(100)],
+        }
+    )
+    pq.write_table(table, path, row_group_size=10)
+    return path
+
+
+@pytest.mark.parametrize("split_bytes", [1, 300, 2**20])
+def test_parquet_rows(parquet, split_bytes):
+    texts, bad, empty = read(parquet, split_bytes)
+    assert texts == [f"row {i}" * (i % 3) for i in range(100) if i % 3 and i != 41]
+    assert empty == 34
+    assert bad[0].reason == "field 'text' is null, not a string; name the field of the text with --field"
+    assert read(parquet, split_bytes, field="data.content")[0] == [f"inner {i}" for i in range(100)]
+    assert read(parquet, split_bytes, template="{data.content}/{data.content}")[0][7] == "inner 7/inner 7"
+
+
+def test_row_groups_make_the_splits(parquet):
+    spec = RecordSpec()
+    (each,) = plan_splits([tell(str(parquet))], 1, spec)
+    assert [(split.start, split.stop) for split in each] == [(i, i + 1) for i in range(10)]
+    (one,) = plan_splits([tell(str(parquet))], 2**20, spec)
+    assert [(split.start, split.stop) for split in one] == [(0, 10)]
+    assert sum(split.num_bytes for split in each) == one[0].num_bytes
+    assert place(each[3], spec, 2) == f"{parquet}:32"
+
+
+@pytest.mark.parametrize(
+    ("field", "complaint"),
+    [
+        ("nope", r"no column 'nope' \(its columns: id, text, data\); name the column"),
+        ("id", "column 'id' holds int64, not strings"),
+        ("data", "column 'data' holds struct<"),
+        ("data.nope", r"no column 'data.nope' \(data is struct<"),
+    ],
+)
+def test_a_column_that_is_none_is_named(parquet, field, complaint):
+    with pytest.raises(UserError, match=complaint):
+        read(parquet, field=field)
+
+
+def test_a_damaged_parquet_file_is_named(parquet):
+    parquet.write_bytes(parquet.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"x\.parquet: damaged or cut off"):
+        read(parquet)
+
+
+def test_parquet_strings_of_every_arrow_kind(tmp_path):
+    texts = ["一", "two", "一"]
+    for number, kind in enumerate([pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]):
+        path = tmp_path / f"{number}.parquet"
+        pq.write_table(pa.table({"text": pa.array(texts, pa.string()).cast(kind)}), path)
+        assert read(path)[0] == texts
+    path = tmp_path / "broken.parquet"
+    pq.write_table(pa.table({"text": pa.array([b"fine", b"\xff\xfe"], pa.binary()).view(pa.string())}), path)
+    texts, bad, _ = read(path)
+    assert texts == ["fine"]
+    assert bad[0].reason.startswith("field 'text' is bytes that are no UTF-8, not a string")

@@ -1,0 +1,178 @@
+"""Windows of conversations and pairs: targets where the mask says so, against a plain reading of what is on disk."""
+
+import dataclasses
+import hashlib
+import itertools
+
+import numpy as np
+import pytest
+
+from minimind_data.dataset.format import IGNORED, InputEntry, Manifest, ShardEntry, TokenizerInfo, numpy_dtype
+from minimind_data.dataset.shard_set import ShardSet
+from minimind_data.dataset.writer import ShardWriter
+from minimind_data.errors import UserError
+from minimind_data.windows.opening import open_windows
+
+PAD = 0
+RNG = np.random.default_rng(11)
+SHARDS = [[9, 4, 30, 2, 17, 6], [5, 5, 8, 40, 3, 12], [7, 2]]
+
+
+def make(folder, kind, shards=SHARDS, mask_of=None):
+    """Make a dataset whose tokens count on from 3, with any mask."""
+    folder.mkdir()
+    tokenizer = b"{}"
+    (folder / "tokenizer.json").write_bytes(tokenizer)
+    entries, sequences, following = [], [], 3
+    for number, lengths in enumerate(shards):
+        name = f"chats-{number:05d}"
+        with ShardWriter(
+            folder, name, "uint16", sequences_per_document=2 if kind == "dpo" else 1, masked=True
+        ) as writer:
+            for length in lengths:
+                tokens = np.arange(following, following + length).astype(numpy_dtype("uint16"))
+                mask = (RNG.random(length) < 0.5).astype(np.uint8) if mask_of is None else mask_of(length)
+                following += length
+                writer.append(tokens, np.array([length]), mask)
+                sequences.append((tokens.tolist(), mask.tolist()))
+            written = writer.commit()
+        source = {"input": 0, "input_start": 0, "input_stop": 0, "input_sha256": ""}
+        entries.append(ShardEntry(name=name, **source, **dataclasses.asdict(written)))
+    info = TokenizerInfo(
+        sha256=hashlib.sha256(tokenizer).hexdigest(), vocab_size=6400, bos_id=1, eos_id=2, pad_id=PAD
+    )
+    manifest = Manifest(
+        kind=kind,
+        dtype="uint16",
+        tokenizer=info,
+        options={},
+        inputs=(InputEntry(path="chats.jsonl", bytes=1, sha256=str(folder.name)),),
+        shards=tuple(entries),
+    )
+    (folder / "manifest.json").write_text(manifest.to_json())
+    return ShardSet.open(folder), sequences
+
+
+def row(tokens, mask, seq_len, *, labels):
+    """Return (inputs, targets) of one padded sequence, read slowly."""
+    width = seq_len if labels else seq_len + 1
+    tokens, mask = tokens[:width], mask[:width]
+    tokens = tokens + [PAD] * (width - len(tokens))
+    mask = mask + [0] * (width - len(mask))
+    learned = [token if bit else IGNORED for token, bit in zip(tokens, mask, strict=True)]
+    return tokens[:seq_len], learned if labels else learned[1:]
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("seq_len", [2, 5, 8, 39, 40, 64, 500])
+def test_a_conversation_a_window_cut_or_padded(tmp_path, seq_len, labels):
+    shards, sequences = make(tmp_path / "sft", "sft")
+    windows = open_windows(shards, layout="pad", seq_len=seq_len, labels=labels)
+    assert len(windows) == len(sequences)
+    batch = windows.fetch(np.arange(len(windows)))
+    learned = batch["labels" if labels else "targets"]
+    assert batch["input_ids"].dtype == learned.dtype == np.int64
+    for number, (tokens, mask) in enumerate(sequences):
+        wanted = row(tokens, mask, seq_len, labels=labels)
+        assert (batch["input_ids"][number].tolist(), learned[number].tolist()) == wanted
+        assert windows.window_of(*windows.locate(number)) == number
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("long_documents", ["cut", "fragment", "drop"])
+@pytest.mark.parametrize("seq_len", [8, 20, 64])
+def test_packed_targets_are_those_of_the_mask(tmp_path, seq_len, long_documents, labels):
+    shards, sequences = make(tmp_path / "sft", "sft")
+    windows = open_windows(
+        shards,
+        layout="pack",
+        seq_len=seq_len,
+        labels=labels,
+        documents_apart=True,
+        long_documents=long_documents,
+    )
+    masks = {token: bit for tokens, mask in sequences for token, bit in zip(tokens, mask, strict=True)}
+    firsts = {tokens[0] for tokens, _ in sequences}
+    seen = set()
+    for number in range(len(windows)):
+        sample = {name: array[0] for name, array in windows.fetch(np.array([number])).items()}
+        inputs, learned = sample["input_ids"].tolist(), sample["labels" if labels else "targets"].tolist()
+        tokens = inputs if labels else inputs[1:] + learned[-1:]
+        for place, (token, target) in enumerate(zip(tokens, learned, strict=True)):
+            if target != IGNORED:
+                assert target == token
+                assert masks[token]
+                seen.add(token)
+            elif token not in (PAD, IGNORED) and long_documents != "fragment":
+                assert not masks[token] or token in firsts, (number, place)
+        starts = np.flatnonzero(sample["position_ids"] == 0)
+        assert set(np.array(inputs)[starts]) <= firsts | {PAD} or long_documents == "fragment"
+    if long_documents == "fragment" and not labels:
+        assert seen >= {token for token, bit in masks.items() if bit} - firsts
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_concat_learns_what_the_mask_marks(tmp_path, apart):
+    shards, sequences = make(tmp_path / "sft", "sft")
+    tokens = [token for sequence, _ in sequences for token in sequence]
+    masks = [bit for _, mask in sequences for bit in mask]
+    firsts = {sequence[0] for sequence, _ in sequences}
+    windows = open_windows(shards, layout="concat", seq_len=13, documents_apart=apart)
+    batch = windows.fetch(np.arange(len(windows)))
+    for number in range(len(windows)):
+        span = slice(13 * number + 1, 13 * number + 14)
+        wanted = [
+            token if bit and not (apart and token in firsts) else IGNORED
+            for token, bit in zip(tokens[span], masks[span], strict=True)
+        ]
+        assert batch["targets"][number].tolist() == wanted
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("seq_len", [3, 8, 40, 200])
+def test_a_pair_a_window(tmp_path, seq_len, labels):
+    shards, sequences = make(tmp_path / "dpo", "dpo")
+    windows = open_windows(shards, layout="pad", seq_len=seq_len, labels=labels)
+    assert len(windows) == shards.num_documents == len(sequences) // 2
+    learned = "labels" if labels else "targets"
+    order = np.array([5, 0, 3, 6, 1, 4, 2])
+    batch = windows.fetch(order)
+    assert sorted(batch) == sorted(
+        f"{side}_{name}" for side, name in itertools.product(("chosen", "rejected"), ("input_ids", learned))
+    )
+    for place, window in enumerate(order.tolist()):
+        for side, (tokens, mask) in zip(
+            ("chosen", "rejected"), sequences[2 * window : 2 * window + 2], strict=True
+        ):
+            found = (batch[f"{side}_input_ids"][place].tolist(), batch[f"{side}_{learned}"][place].tolist())
+            assert found == row(tokens, mask, seq_len, labels=labels)
+        assert windows.window_of(*windows.locate(window)) == window
+    assert windows.num_places == 2 * len(windows) * seq_len
+    width = seq_len if labels else seq_len + 1
+    lengths = [len(tokens) for tokens, _ in sequences]
+    assert windows.padding == sum(max(0, seq_len - length) for length in lengths)
+    assert windows.unused_tokens == sum(max(0, length - width) for length in lengths)
+    rejected = sequences[1][0]
+    assert windows.window_of("chats-00000", rejected[-1] - 3) == 0
+    with pytest.raises(UserError, match="holds pairs .* take --layout pad, not pack"):
+        open_windows(shards, layout="pack", seq_len=seq_len)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("layout", ["pad", "pack", "concat"])
+def test_windows_in_which_nothing_is_learned_are_counted_and_said(tmp_path, kind, layout):
+    shards, _ = make(tmp_path / "a", kind, mask_of=lambda length: (np.arange(length) >= 6).astype(np.uint8))
+    if kind == "dpo" and layout != "pad":
+        return
+    said = []
+    windows = open_windows(shards, layout=layout, seq_len=8, announce=said.append)
+    batch = windows.fetch(np.arange(len(windows)))
+    learns = [(array != IGNORED).any(axis=1) for name, array in batch.items() if name.endswith("targets")]
+    wanted = int(np.count_nonzero(~np.logical_and.reduce(learns)))
+    assert windows.count_unlearned() == wanted > 0
+    assert f"in {wanted} of {len(windows)} windows of 8 tokens nothing is learned" in said[-1]
+
+
+def test_all_of_a_dataset_without_masks_is_learned(make_dataset):
+    windows = open_windows(make_dataset([[5, 9], [3]]), layout="pad", seq_len=8)
+    assert windows.count_unlearned() == 0

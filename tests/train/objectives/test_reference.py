@@ -1,0 +1,243 @@
+"""The reference's log-probabilities beside the shards: made once, whole, and the right ones."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from minimind_data.dataset.format import IGNORED
+from minimind_data.errors import UserError
+from minimind_train.batches.trimming import COLUMNS
+from minimind_train.model.config import ModelConfig
+from minimind_train.model.transformer import MiniMind, initialize
+from minimind_train.objectives import reference
+from minimind_train.objectives.preference import REFERENCE, log_probs_of_pairs
+from minimind_train.objectives.reference import FOLDER_NAME, Reference, ReferencedWindows, reference_log_probs
+
+from ..conftest import Said
+
+SHAPE = ModelConfig(
+    hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=40
+)
+OF = Reference(weights="w" * 64, seq_len=8, dtype="fp32")
+NUM_PAIRS = 23
+LENGTH = 2 * COLUMNS + 8
+
+
+class PairsInMemory:
+    """Pairs as a dataset gives them, whose numbers and lengths are drawn from the pair's own."""
+
+    labels = False
+
+    def __init__(self, folder, fingerprint="f" * 64, num_pairs=NUM_PAIRS):
+        self.shards = SimpleNamespace(folder=folder, manifest=SimpleNamespace(fingerprint=fingerprint))
+        self.fetched = []
+        self.num_pairs = num_pairs
+
+    def __len__(self):
+        return self.num_pairs
+
+    def fetch(self, windows):
+        self.fetched += windows.tolist()
+        batch = {}
+        for place, side in enumerate(("chosen", "rejected")):
+            draws = [np.random.default_rng([number, place]) for number in windows.tolist()]
+            ids = np.stack([draw.integers(0, 40, LENGTH + 1) for draw in draws])
+            targets = ids[:, 1:].copy()
+            for row, draw in zip(targets, draws, strict=True):
+                row[draw.integers(1, LENGTH) :] = IGNORED
+            batch |= {f"{side}_input_ids": ids[:, :-1].copy(), f"{side}_targets": targets}
+        return batch
+
+
+def make_model():
+    model = MiniMind(SHAPE).eval().requires_grad_(False)
+    initialize(model, 5)
+    return model
+
+
+def not_needed():
+    raise AssertionError("the reference was made again")
+
+
+def make(windows, model=make_model, of=OF, say=None, batch=4):
+    said = Said() if say is None else say
+    return reference_log_probs(windows, of, model, batch=batch, device=torch.device("cpu"), say=said)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
+def files(dataset, suffix):
+    return sorted((dataset / FOLDER_NAME).glob(f"*{suffix}"))
+
+
+def test_they_are_the_models_own_and_stand_at_their_pair(dataset):
+    said = Said()
+    windows = PairsInMemory(dataset)
+    found = make(windows, say=said)
+    assert (found.shape, found.dtype) == ((NUM_PAIRS, 2), np.float32)
+    assert isinstance(found, np.memmap)
+    assert sorted(windows.fetched) == list(range(NUM_PAIRS))
+    everything = windows.fetch(np.arange(NUM_PAIRS))
+    expected, _ = log_probs_of_pairs(make_model(), {n: torch.from_numpy(a) for n, a in everything.items()})
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5)
+    assert "computing the reference's log-probabilities of 23 pairs, once" in said.text
+    assert {path.suffix for path in (dataset / FOLDER_NAME).iterdir()} == {".npy", ".json"}
+
+
+def test_a_second_time_nothing_is_computed(dataset):
+    first = np.array(make(PairsInMemory(dataset)))
+    windows = PairsInMemory(dataset)
+    assert np.array_equal(make(windows, not_needed), first)
+    assert windows.fetched == []
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"of": Reference(weights="x" * 64, seq_len=8, dtype="fp32")},
+        {"of": Reference(weights="w" * 64, seq_len=9, dtype="fp32")},
+        {"of": Reference(weights="w" * 64, seq_len=8, dtype="bf16")},
+    ],
+)
+def test_another_reference_or_window_has_a_file_of_its_own(dataset, other):
+    make(PairsInMemory(dataset))
+    windows = PairsInMemory(dataset)
+    make(windows, **other)
+    assert sorted(windows.fetched) == list(range(NUM_PAIRS))
+    make(PairsInMemory(dataset), not_needed)
+    assert len(files(dataset, ".npy")) == 2
+
+
+def test_those_of_other_tokens_are_made_again_and_the_old_ones_go(dataset):
+    make(PairsInMemory(dataset))
+    windows = PairsInMemory(dataset, fingerprint="e" * 64)
+    make(windows)
+    assert sorted(windows.fetched) == list(range(NUM_PAIRS))
+    assert [path.name[:4] for path in files(dataset, ".npy")] == ["eeee"]
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def edit(path):
+    told = json.loads(path.read_bytes())
+    path.write_text(json.dumps({**told, "pairs": 22}))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [
+        (".npy", flip),
+        (".npy", cut),
+        (".npy", os.unlink),
+        (".json", edit),
+        (".json", cut),
+        (".json", os.unlink),
+        (".json", lambda path: path.write_text("[]")),
+    ],
+)
+def test_what_is_damaged_is_made_again(dataset, suffix, damage):
+    first = np.array(make(PairsInMemory(dataset)))
+    damage(files(dataset, suffix)[0])
+    windows = PairsInMemory(dataset)
+    assert np.array_equal(make(windows), first)
+    assert sorted(windows.fetched) == list(range(NUM_PAIRS))
+    make(PairsInMemory(dataset), not_needed)
+
+
+def kill_at_the_third_batch(dataset):
+    real, calls = reference._computed, []
+
+    def computed(*given):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*given)
+
+    reference._computed = computed
+    make(PairsInMemory(dataset))
+
+
+def test_a_killed_process_leaves_what_it_has_computed_and_no_other_rounding(dataset, monkeypatch):
+    monkeypatch.setattr(reference, "_BATCHES_PER_GROUP", 4)  # so it is killed inside of a group
+    killed = multiprocessing.get_context("fork").Process(target=kill_at_the_third_batch, args=(dataset,))
+    killed.start()
+    killed.join(60)
+    assert killed.exitcode == -signal.SIGKILL
+    assert files(dataset, ".npy") == []
+    calls, real = [], reference._computed
+    monkeypatch.setattr(reference, "_computed", lambda *given: (calls.append(1), real(*given))[1])
+    said = Said()
+    found = np.array(make(PairsInMemory(dataset), say=said))
+    assert "of 15 pairs, once; 8 are there already" in said.text
+    assert len(calls) == 4, "of six batches, those that the other one had no time for"
+    shutil.rmtree(dataset / FOLDER_NAME)
+    assert np.array_equal(found, make(PairsInMemory(dataset)))
+
+
+def test_a_process_that_comes_second_waits_and_computes_nothing(dataset, monkeypatch):
+    said = Said()
+
+    def meanwhile(*_, **__):
+        monkeypatch.undo()
+        make(PairsInMemory(dataset))
+        return dataset
+
+    # Between a first look and the lock another process has made them.
+    real = reference.FolderLock
+    monkeypatch.setattr(reference, "FolderLock", lambda *a, **k: (meanwhile(), real(*a, **k))[1])
+    windows = PairsInMemory(dataset)
+    make(windows, not_needed, say=said)
+    assert windows.fetched == []
+
+
+def test_a_reference_that_gives_no_numbers(dataset):
+    def broken():
+        model = make_model()
+        model.model.norm.weight.fill_(float("nan"))
+        return model
+
+    with pytest.raises(UserError, match="that are no numbers"):
+        make(PairsInMemory(dataset), broken)
+    make(PairsInMemory(dataset))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_dataset_that_cannot_be_written(dataset):
+    dataset.chmod(0o555)
+    with pytest.raises(UserError, match="--reference online"):
+        make(PairsInMemory(dataset))
+
+
+def test_a_file_in_the_place_of_the_folder(dataset):
+    (dataset / FOLDER_NAME).write_text("")
+    with pytest.raises(UserError, match="--reference online"):
+        make(PairsInMemory(dataset))
+
+
+def test_windows_with_the_reference_beside_them(dataset):
+    windows = PairsInMemory(dataset)
+    log_probs = make(windows)
+    beside = ReferencedWindows(windows, log_probs)
+    assert (len(beside), beside.labels) == (NUM_PAIRS, False)
+    batch = beside.fetch(np.array([7, 0, 7]))
+    assert np.array_equal(batch[REFERENCE], log_probs[[7, 0, 7]])
+    assert np.array_equal(batch["chosen_input_ids"], windows.fetch(np.array([7, 0, 7]))["chosen_input_ids"])

@@ -1,0 +1,110 @@
+"""The order of samples: every one once an epoch, whatever the ranks, the batches and the place where a run begins."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minimind_train.order.permutation import Permutation
+from minimind_train.order.sample_order import SampleCursor, SampleOrder, rank_positions
+
+KINDS = ("shuffled", "sequential")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [1, 2, 7, 256, 257, 1_000])
+def test_every_epoch_visits_every_window_once(n, kind):
+    order = SampleOrder(num_windows=n, seed=3, kind=kind)
+    epochs = order.windows(np.arange(4 * n)).reshape(4, n)
+    assert (np.sort(epochs, axis=1) == np.arange(n)).all()
+    if kind == "sequential":
+        assert (epochs == np.arange(n)).all()
+    elif n >= 7:
+        assert len({epoch.tobytes() for epoch in epochs}) == 4
+
+
+def test_the_order_is_the_permutation_of_each_epoch():
+    order = SampleOrder(num_windows=300, seed=8)
+    for epoch in range(3):
+        expected = Permutation(300, 8, epoch)[np.arange(300)]
+        assert (order.windows(np.arange(300) + 300 * epoch) == expected).all()
+
+
+@given(n=st.integers(1, 10**12), kind=st.sampled_from(KINDS), data=st.data())
+def test_positions_and_windows_lead_to_each_other(n, kind, data):
+    order = SampleOrder(num_windows=n, seed=1, kind=kind)
+    positions = data.draw(st.lists(st.integers(0, 10**6 * n), min_size=1, max_size=8))
+    windows = order.windows(np.array(positions)).tolist()
+    for position, window in zip(positions, windows, strict=True):
+        epoch, same = order.window(position)
+        assert (epoch, same) == (position // n, window)
+        assert order.position_of(window, epoch) == position
+
+
+def test_positions_may_come_in_any_order_and_shape_from_any_epochs():
+    order = SampleOrder(num_windows=11, seed=2)
+    positions = np.random.default_rng(0).permutation(55).reshape(5, 11)
+    windows = order.windows(positions)
+    assert windows.shape == (5, 11)
+    assert windows.dtype == np.int64
+    assert windows.ravel().tolist() == [order.window(int(p))[1] for p in positions.ravel()]
+    assert order.windows(np.array([], np.int64)).tolist() == []
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("batch", [(0, 24), (5, 29), (17, 18), (3, 10), (9, 9)])
+def test_ranks_partition_every_batch(world_size, batch):
+    shares = [rank_positions(*batch, rank, world_size) for rank in range(world_size)]
+    assert sorted(np.concatenate(shares).tolist()) == list(range(*batch))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    for rank, share in enumerate(shares):
+        assert share.dtype == np.int64
+        assert share.tolist() == list(range(*batch))[rank::world_size]
+
+
+def test_a_cursor_is_its_position():
+    cursor = SampleCursor()
+    cursor.advance(5)
+    cursor.advance(0)
+    assert cursor == SampleCursor(5)
+
+
+def test_a_cursor_that_changes_the_global_batch_goes_on_at_the_same_sample():
+    order = SampleOrder(num_windows=10, seed=0)
+    cursor, seen = SampleCursor(), []
+    for batch in (4, 4, 3, 3, 7, 1, 8):
+        seen += order.windows(np.arange(cursor.position, cursor.position + batch)).tolist()
+        cursor.advance(batch)
+    assert seen == order.windows(np.arange(30)).tolist()
+
+
+def test_refuses_what_makes_no_sense():
+    with pytest.raises(ValueError, match="no windows"):
+        SampleOrder(num_windows=0)
+    with pytest.raises(ValueError, match="shuffled or sequential, not 'random'"):
+        SampleOrder(num_windows=1, kind="random")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="seed must be"):
+        SampleOrder(num_windows=1, seed=-1)
+    order = SampleOrder(num_windows=10)
+    with pytest.raises(ValueError, match="cannot be -1"):
+        order.windows(np.array([3, -1]))
+    with pytest.raises(ValueError, match="cannot be -1"):
+        order.window(-1)
+    with pytest.raises(ValueError, match="window 10 is outside 0 to 9"):
+        order.position_of(10)
+    with pytest.raises(ValueError, match="epochs count from 0"):
+        order.position_of(1, -1)
+    with pytest.raises(ValueError, match="rank must be"):
+        rank_positions(0, 10, 2, 2)
+    with pytest.raises(ValueError, match="range of positions"):
+        rank_positions(10, 9, 0, 1)
+    with pytest.raises(ValueError, match="only moves forward"):
+        SampleCursor().advance(-1)
+    with pytest.raises(ValueError, match="cannot be -3"):
+        SampleCursor(-3)
+
+
+def test_the_order_is_pinned():
+    order = SampleOrder(num_windows=1_000_003, seed=42)
+    positions = np.array([0, 1, 2, 1_000_002, 1_000_003, 5_000_000])
+    assert order.windows(positions).tolist() == [446676, 560421, 969048, 231033, 626705, 863387]
