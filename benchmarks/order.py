@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from minimind_train.order.permutation import Permutation
+from minimind_data.permutation import Permutation
 from minimind_train.order.sample_order import SampleOrder
 
 BATCH = 256

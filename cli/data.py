@@ -22,13 +22,13 @@ from minimind_data.dataset.verification import verify as verify_dataset
 from minimind_data.errors import UserError
 from minimind_data.inputs.spec import RecordSpec
 from minimind_data.inputs.splits import texts_of
+from minimind_data.permutation import MAX_SEED
 from minimind_data.reporting import ByteProgress, Report, counted
 from minimind_data.tokenizer.training import train_tokenizer as run_training
 from minimind_data.windows.base import Layout
 from minimind_data.windows.best_fit import LongDocuments
 from minimind_train.batches.datasets import data_of_run, read_sources, source_texts
 from minimind_train.batches.places import place_of
-from minimind_train.order.permutation import MAX_SEED
 
 from . import rearrange
 from .options import Given, command, make_app, refuse_idle

@@ -34,6 +34,7 @@ from minimind_data.dataset.framing import frame_texts
 from minimind_data.dataset.writer import ShardWriter, WrittenShard
 from minimind_data.errors import UserError
 from minimind_data.files import sha256_of_bytes, user_error_on_full_disk, write_atomic
+from minimind_data.hashing import STRIDE
 from minimind_data.inputs.blocks import BadRecord, Block, Split
 from minimind_data.inputs.spec import RecordSpec
 from minimind_data.inputs.splits import open_reader, place
@@ -307,9 +308,9 @@ def _encoder(tokenizer_json: str, info: TokenizerInfo, backend: str) -> Encoder:
 
 def _compare(job: Job, texts: list[str], ids: Ids, offsets: Offsets, first_number: int) -> int:
     """Hold some documents of a batch against the reference; return how many."""
-    # Multiplying by 2^64 / golden ratio scatters the numbers, so that no period in the input hides from the check.
+    # The multiples of the stride scatter the numbers, so that no period in the input hides from the check.
     numbers = np.arange(first_number, first_number + len(texts), dtype=np.uint64)
-    scattered = (numbers * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
+    scattered = (numbers * STRIDE) >> np.uint64(40)
     chosen = [
         int(i)
         for i in np.flatnonzero(scattered % _COMPARE_ONE_IN == 0)

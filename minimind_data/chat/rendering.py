@@ -22,7 +22,6 @@ the tokenizer looks for its special tokens in what its normalizer made of the te
 """
 
 import functools
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ from minimind_data.chat.template import (
     render,
     with_parts_joined,
 )
+from minimind_data.hashing import belongs_to_share
 
 """First of the characters that stand for others; of a private use area that no script, and hardly any program, uses."""
 
@@ -215,7 +215,7 @@ class Renderer:
         )
         if self._spec.empty_think_ratio < 1 and _EMPTY_THINK in text:
             shown = self._disguise.show(text) if self._disguise else text
-            if not _is_chosen(shown, self._spec.empty_think_ratio):
+            if not belongs_to_share(shown, self._spec.empty_think_ratio, b"empty think"):
                 text = text.replace(_EMPTY_THINK, "")
         return _without_marks(text) if self._has_spans else (text, None)
 
@@ -235,12 +235,6 @@ def _hide_message(disguise: Disguise, message: Message) -> Message:
     if isinstance(message.get("content"), list):
         hidden["content"] = [{**part, "text": disguise.hide(part["text"])} for part in message["content"]]
     return hidden
-
-
-def _is_chosen(text: str, ratio: float) -> bool:
-    """Tell by a hash of a text alone whether it belongs to a share of all texts."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"empty think").digest()
-    return int.from_bytes(digest, "little") < ratio * 2**64
 
 
 def _without_marks(marked: str) -> tuple[str, tuple[tuple[int, int], ...]]:

@@ -1,13 +1,15 @@
 """shuffle(): a dataset with the same documents in a pseudorandom order that follows from the seed alone.
 
-The order is that of a hash of each document's number, so no list of all documents exists: the hashes fall into ranges of
-about two million documents, and each range is found by going over the numbers again. So memory is bounded by these two
-million documents and one shard (64 MiB of it at a time), whatever the size of the dataset: 300 MB were measured for 2.5
-million documents of 1 GB, the maps' pages not counted, which the system takes back when it wants them.
+Document i of the result is document `Permutation(n, seed, 0)[i]` of the source. The permutation is computed index by index, each index
+once, so the work grows with the number of documents and no list of all of them exists.
 
-The source is read twice. First from front to back, against its checksums. Then shard by shard of the result: the documents
-of a shard are fetched from the memory maps in the order in which they lie there, with their masks where they have some. A pair
-stays one document: chosen, then rejected.
+The source is read twice. First from front to back, against its checksums. Then out of its memory maps, in the order of the result: for
+every million of documents the permutation says which they are, the indexes say where each lies and how long it is, and that is cut
+into shards; a shard is copied 64 MiB at a time, its documents in the order in which they lie in the source, with their masks where they
+have some. A pair stays one document: chosen, then rejected.
+
+So memory holds where a million documents lie, where those of one shard lie, and 64 MiB of tokens, whether the dataset has 10^6 documents
+or 10^9. The pages of the maps come on top; the system takes them back when it needs them.
 """
 
 import hashlib
@@ -29,19 +31,18 @@ from minimind_data.dataset.staging import new_folder, write_metadata
 from minimind_data.dataset.writer import ShardWriter
 from minimind_data.errors import UserError
 from minimind_data.options import parse_size
+from minimind_data.permutation import MAX_SEED, Permutation
 from minimind_data.reporting import Report
 from minimind_data.system import allow_open_files
 
-_DOCUMENTS_AT_ONCE = 2**21
-_NUMBERS_AT_ONCE = 2**18
+ORDER_VERSION = 2
+"""Which order a seed stands for; the manifest records it. Version 1, which is not recorded, sorted the documents by a hash of their numbers."""
+
+_DOCUMENTS_AT_ONCE = 2**20
 _FETCH_BYTES = 64 * 2**20
 _GATHER_TOKENS = 2**19
 _LONG_DOCUMENT = 2**12
 """Tokens from which on a document is copied by itself: an index entry for each of its tokens would cost more."""
-
-_GOLDEN, _MIX_1, _MIX_2 = (
-    np.uint64(number) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class ShuffleOptions:
     shard_bytes: Annotated[int, "Bytes of tokens that make one shard.", parse_size] = 64 * 2**20
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**64:
+        if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed must be from 0 to 2^64 - 1, not {self.seed}")
         if self.shard_bytes < 1:
             raise ValueError(f"shard_bytes must be at least 1, not {self.shard_bytes}")
@@ -90,7 +91,7 @@ def shuffle(
         for index in range(len(shards)):
             for tokens, _, _ in checked_sequences(shards, index, lambda done, _: report(done, 0)):
                 digest.update(tokens.view(np.uint8).data)
-        told = InputEntry(path=str(source), bytes=num_bytes, sha256=digest.hexdigest())
+        whole_source = InputEntry(path=str(source), bytes=num_bytes, sha256=digest.hexdigest())
         entries = []
         for number, (starts, lengths) in enumerate(_groups(shards, options)):
             with ShardWriter(
@@ -112,24 +113,25 @@ def shuffle(
                     name=f"shuffled-{number:05d}",
                     input=0,
                     input_start=0,
-                    input_stop=told.bytes,
-                    input_sha256=told.sha256,
-                    # Where those went is not known; the first shard tells of all.
+                    input_stop=whole_source.bytes,
+                    input_sha256=whole_source.sha256,
+                    # Which shard they went to is not known, so the first one counts them all.
                     different_prompts=0 if number else sum(one.different_prompts for one in manifest.shards),
                     unlearned=0 if number else sum(one.unlearned for one in manifest.shards),
                     **asdict(written),
                 )
             )
-        made = Manifest(
+        shuffled = Manifest(
             kind=manifest.kind,
             dtype=manifest.dtype,
             tokenizer=manifest.tokenizer,
             options={
                 "shuffled_from": manifest.fingerprint,
                 "seed": options.seed,
+                "order_version": ORDER_VERSION,
                 "shard_bytes": options.shard_bytes,
             },
-            inputs=(told,),
+            inputs=(whole_source,),
             shards=tuple(entries),
             empty_texts=manifest.empty_texts,
             set_aside=manifest.set_aside,
@@ -137,48 +139,26 @@ def shuffle(
             set_aside_sha256=carry_set_aside([shards], folder),
             tokenizer_config_sha256=manifest.tokenizer_config_sha256,
         )
-        write_metadata(folder, made, source)
-    return made
+        write_metadata(folder, shuffled, source)
+    return shuffled
 
 
 def order(
     num_documents: int, seed: int, documents_at_once: int = _DOCUMENTS_AT_ONCE
 ) -> Iterator[NDArray[np.int64]]:
-    """Yield the numbers of all documents in the order of their hashes; the pieces do not matter, only what they make up.
+    """Yield the numbers of all documents in their shuffled order; where one piece ends and the next begins does not matter.
 
     Args:
         num_documents: of the dataset.
         seed: 0 to 2^64 - 1.
-        documents_at_once: how many numbers, about, are held at a time.
+        documents_at_once: how many numbers a piece holds.
 
     Yields:
         int64, some of the numbers 0 to num_documents - 1.
     """
-    num_ranges = -(-num_documents // documents_at_once)
-    for index in range(num_ranges):
-        low, high = (np.uint64((bound << 64) // num_ranges - (bound > index)) for bound in (index, index + 1))
-        numbers, hashes = [], []
-        for first in range(0, num_documents, _NUMBERS_AT_ONCE):
-            here = np.arange(first, min(first + _NUMBERS_AT_ONCE, num_documents), dtype=np.uint64)
-            hashed = _hash(here, seed)
-            inside = (hashed >= low) & (hashed <= high)
-            numbers.append(here[inside])
-            hashes.append(hashed[inside])
-        # Equal hashes, one pair in 10^19, keep the order of their numbers
-        yield np.concatenate(numbers)[np.argsort(np.concatenate(hashes), kind="stable")].astype(np.int64)
-
-
-def _hash(numbers: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
-    """Hash document numbers, uint64 [n] to uint64 [n]: two rounds of splitmix64, keyed by the seed before each."""
-    keys = _mix((np.arange(1, 3, dtype=np.uint64) * _GOLDEN) + _mix(np.full(2, seed, np.uint64) + _GOLDEN))
-    return _mix(_mix((numbers + keys[0]) * _GOLDEN) ^ keys[1])
-
-
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scramble uint64 [n], each for itself and reversibly: the finalizer of splitmix64 (Steele, Lea, Flood 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * _MIX_1
-    values = (values ^ (values >> np.uint64(27))) * _MIX_2
-    return values ^ (values >> np.uint64(31))
+    permutation = Permutation(num_documents, seed, 0)
+    for first in range(0, num_documents, documents_at_once):
+        yield permutation[np.arange(first, min(first + documents_at_once, num_documents))]
 
 
 def _groups(
@@ -189,10 +169,8 @@ def _groups(
     each = shards.manifest.sequences_per_document
     starts, lengths = np.empty(0, np.int64), np.empty(0, np.int64)
     for numbers in order(shards.num_documents, options.seed):
-        owners = np.searchsorted(shards.document_starts, numbers, side="right") - 1
-        sequences = each * (numbers - shards.document_starts[owners])[:, None] + np.arange(each)
-        found = shards.sequence_spans(np.repeat(owners, each), sequences.ravel())
-        starts, lengths = np.concatenate([starts, found[0]]), np.concatenate([lengths, found[1]])
+        more_starts, more_lengths = _spans(shards, numbers)
+        starts, lengths = np.concatenate([starts, more_starts]), np.concatenate([lengths, more_lengths])
         if not len(lengths):
             continue
         groups = [
@@ -203,6 +181,20 @@ def _groups(
             yield starts[first:last], lengths[first:last]
         starts, lengths = starts[groups[-1][0] :], lengths[groups[-1][0] :]
     yield starts, lengths
+
+
+def _spans(shards: ShardSet, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return (global number of its first token, length) of every sequence of these documents, in their order."""
+    each = shards.manifest.sequences_per_document
+    by_source = np.argsort(numbers)  # the indexes are read from front to back
+    documents = numbers[by_source]
+    owners = np.searchsorted(shards.document_starts, documents, side="right") - 1
+    sequences = each * (documents - shards.document_starts[owners])[:, None] + np.arange(each)
+    spans = shards.sequence_spans(np.repeat(owners, each), sequences.ravel())
+    places = np.empty_like(by_source)
+    places[by_source] = np.arange(len(numbers))
+    starts, lengths = (span.reshape(-1, each)[places].ravel() for span in spans)
+    return starts, lengths
 
 
 def tokens_of(shard: Shard) -> TokenArray:

@@ -15,7 +15,7 @@ from typing import Final, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from minimind_train.order.permutation import Permutation
+from minimind_data.permutation import Permutation
 from minimind_train.order.seeds import derive_seed
 
 __all__ = ["BlockPermutation"]

@@ -13,8 +13,8 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from minimind_data.permutation import Permutation
 from minimind_train.order.block_permutation import BlockPermutation
-from minimind_train.order.permutation import Permutation
 
 __all__ = ["OrderKind", "SampleCursor", "SampleOrder", "check_range", "check_shares", "rank_positions"]
 

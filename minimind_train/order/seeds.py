@@ -4,7 +4,7 @@ How they are derived decides the order of samples, so it is part of the format: 
 random number.
 """
 
-import hashlib
+from minimind_data.hashing import hash_text
 
 __all__ = ["derive_seed"]
 
@@ -14,5 +14,4 @@ def derive_seed(*keys: int | str) -> int:
 
     Keys are hashed and not added, so seed 0 of step 1 has nothing to do with seed 1 of step 0.
     """
-    digest = hashlib.blake2b("/".join(map(str, keys)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+    return hash_text("/".join(map(str, keys)))

@@ -17,6 +17,7 @@ from minimind_data.dataset.shuffling import ShuffleOptions, fetch, order, shuffl
 from minimind_data.dataset.staging import unique_names
 from minimind_data.dataset.verification import verify
 from minimind_data.errors import UserError
+from minimind_data.permutation import Permutation
 
 SHARDS = [[5, 3, 9], [4], [30, 6, 3, 3]]
 
@@ -188,8 +189,51 @@ def test_an_order_is_a_permutation_whatever_is_held_at_once(num_documents, at_on
     assert found.tolist() == np.concatenate(list(order(num_documents, 5))).tolist()
 
 
-def test_the_order_is_pinned():
-    assert np.concatenate(list(order(12, 42))).tolist() == [10, 9, 6, 2, 1, 5, 0, 7, 3, 4, 11, 8]
+GOLDEN = {
+    (12, 42): [10, 3, 2, 11, 8, 1, 4, 0, 5, 6, 7, 9],
+    (300, 7): [38, 181, 203, 141, 37, 255, 30, 291, 9, 45, 183, 236],
+    (10**6, 3): [756791, 588063, 16815, 853724, 805437, 332456, 363075, 786929, 906445, 53057, 78468, 285196],
+}
+
+
+@pytest.mark.parametrize(("key", "numbers"), GOLDEN.items())
+def test_the_order_is_pinned(key, numbers):
+    assert np.concatenate(list(order(*key)))[: len(numbers)].tolist() == numbers
+
+
+def test_a_dataset_that_was_shuffled_in_the_first_order_opens(make_dataset, tmp_path):
+    numbers = [10, 9, 6, 2, 1, 5, 0, 7, 3, 4, 11, 8]  # of 12 documents with seed 42
+    source = make_dataset([range(3, 15)], name="source").manifest
+    old = make_dataset([[3 + number for number in numbers]], name="old")
+    recorded = {"shuffled_from": source.fingerprint, "seed": 42, "shard_bytes": 64 * 2**20}
+    manifest = dataclasses.replace(old.manifest, options=recorded)
+    (old.folder / "manifest.json").write_text(manifest.to_json())
+    assert not verify(old.folder).problems
+    opened = ShardSet.open(old.folder)
+    assert [len(document) - 3 for document in documents_of(opened)] == numbers
+    again = shuffle(old.folder, ShuffleOptions(out=tmp_path / "again"))
+    assert again.options == {**recorded, "shuffled_from": manifest.fingerprint, "order_version": 2}
+    assert [len(document) - 3 for document in documents_of(ShardSet.open(tmp_path / "again"))] == [
+        numbers[place] for place in GOLDEN[12, 42]
+    ]
+
+
+def test_the_work_grows_with_the_number_of_documents(make_dataset, tmp_path, monkeypatch):
+    computed = []
+
+    class Counting(Permutation):
+        def __getitem__(self, index):
+            computed.append(len(index))
+            return super().__getitem__(index)
+
+    monkeypatch.setattr(shuffle_module, "Permutation", Counting)
+    monkeypatch.setattr(shuffle_module.order, "__defaults__", (50,))  # of documents at once
+    for num_documents in (300, 2400):
+        source = make_dataset([[4] * num_documents], name=f"source-{num_documents}").folder
+        computed.clear()
+        shuffle(source, ShuffleOptions(out=tmp_path / f"out-{num_documents}"))
+        assert sum(computed) == num_documents
+        assert max(computed) == 50
 
 
 def test_the_order_looks_random():

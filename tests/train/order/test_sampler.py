@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minimind_train.order.permutation import Permutation
+from minimind_data.permutation import Permutation
 from minimind_train.order.sample_order import SampleCursor, SampleOrder, rank_positions
 
 KINDS = ("shuffled", "sequential")

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from minimind_train.order.permutation import MAX_LENGTH, Permutation
+from minimind_data.permutation import MAX_LENGTH, Permutation
 
 BOUND = 4.5
 HUGE = (10**6, 10**9, 10**12, 2**40 - 1, 2**40, 2**40 + 1, MAX_LENGTH)

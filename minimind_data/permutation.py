@@ -1,7 +1,8 @@
 """A shuffled order that is computed, not stored: a keyed bijection of range(n).
 
 `Permutation(n, seed, epoch)[i]` is the i-th number of a shuffle of 0 … n-1. It costs microseconds at any i and no memory that
-grows with n, so a run can begin anywhere in the order of 10^12 windows. It is a shuffle for training data, no cipher.
+grows with n, so a run can begin anywhere in the order of 10^12 windows, and a dataset of any size can be shuffled piece by piece. It is
+a shuffle for training data, no cipher.
 
 An index is split into two halves, `x` in range(2^k) and `y` in range(b), with 2^k · b just above n. A Feistel network adds a
 hash of one half to the other, eight times in turn. Every round can be undone, so the network is a bijection of
@@ -11,7 +12,8 @@ of range(n). As b need not be a power of two, fewer than 2^k images lie outside,
 On a small domain a Feistel network is visibly less than uniform. Up to `_TABLE_LIMIT` the permutation is therefore the sort order
 of n hashes, where each of the n! is equally likely, in a table of a few KiB.
 
-The order is part of the format: a run is resumed by its position alone. Golden values in the tests pin it.
+The order is part of the format: a run is resumed by its position alone, and a shuffled dataset is known by its seed. Golden values in
+the tests pin it.
 """
 
 import operator
@@ -20,6 +22,8 @@ from typing import Final, overload
 
 import numpy as np
 from numpy.typing import NDArray
+
+from minimind_data.hashing import MULTIPLIER_2, STRIDE, mix
 
 __all__ = ["MAX_LENGTH", "MAX_SEED", "Permutation"]
 
@@ -33,24 +37,12 @@ _TABLE_LIMIT: Final = 256
 _NUM_ROUNDS: Final = 8
 _MAX_UINT64: Final = 2**64 - 1
 
-# The constants of splitmix64's stride and finaliser, and one of murmur3's.
-_GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
-_MULTIPLIER_1: Final = np.uint64(0xBF58476D1CE4E5B9)
-_MULTIPLIER_2: Final = np.uint64(0x94D049BB133111EB)
 _MULTIPLIER_3: Final = np.uint64(0xFF51AFD7ED558CCD)
-_16, _27, _30, _31, _32 = (
-    np.uint64(bits) for bits in (16, 27, 30, 31, 32)
-)  # numpy is slow to convert Python's integers
-_INT_2, _INT_3 = int(_MULTIPLIER_2), int(_MULTIPLIER_3)
+"""One of murmur3's."""
+_16, _32 = (np.uint64(bits) for bits in (16, 32))  # numpy is slow to convert Python's integers
+_INT_2, _INT_3 = int(MULTIPLIER_2), int(_MULTIPLIER_3)
 
 _UInt64s = NDArray[np.uint64]
-
-
-def _mix(values: _UInt64s) -> _UInt64s:
-    """The finaliser of splitmix64: a bijection of 64 bits in which every bit depends on every other."""
-    values = (values ^ (values >> _30)) * _MULTIPLIER_1
-    values = (values ^ (values >> _27)) * _MULTIPLIER_2
-    return values ^ (values >> _31)
 
 
 def _hash_half(half: _UInt64s, key: np.uint64) -> _UInt64s:
@@ -62,7 +54,7 @@ def _hash_half(half: _UInt64s, key: np.uint64) -> _UInt64s:
     values = half + key
     values *= _MULTIPLIER_3
     values ^= values >> _32
-    values *= _MULTIPLIER_2
+    values *= MULTIPLIER_2
     values >>= _16
     return values
 
@@ -86,7 +78,7 @@ class Permutation:
         # Chained, not added: seed 0 epoch 1 has nothing to do with seed 1 epoch 0, and no two epochs of a seed share a key.
         key = np.zeros(1, np.uint64)
         for number in (self._seed, self._epoch, self._n):
-            key = _mix((key ^ np.uint64(number)) + _GOLDEN)
+            key = mix((key ^ np.uint64(number)) + STRIDE)
         self._key = key
         self._x_bits = self._n.bit_length() // 2
         self._x_mask = (1 << self._x_bits) - 1
@@ -209,4 +201,4 @@ class Permutation:
 
     def _stream(self, count: int) -> _UInt64s:
         """The first numbers of splitmix64 begun at the key."""
-        return _mix(self._key + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
+        return mix(self._key + np.arange(1, count + 1, dtype=np.uint64) * STRIDE)
