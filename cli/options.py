@@ -18,10 +18,12 @@ from dataclasses import MISSING, is_dataclass
 from typing import Annotated, Any, NewType, TextIO, get_args, get_origin, get_type_hints
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperArgument, TyperCommand, TyperOption
 
 from minimind_data.errors import UserError
 from minimind_data.options import build, format_size, leaves, parse_size
+
+from .flags import Flags, in_flags, use_flags_of
 
 Given = NewType("Given", frozenset[str])
 
@@ -72,6 +74,7 @@ def command(
         @functools.wraps(function)
         def run(**values: Any) -> None:
             context = values.pop(_CONTEXT)
+            use_flags_of(context.command)
             arguments = {
                 name: _argument(hints[name], name, values, context) for name in hints if name != "return"
             }
@@ -123,7 +126,14 @@ def as_defaults(options: Mapping[str, Any], context: typer.Context) -> dict[str,
 
 
 class _Command(TyperCommand):
-    """A command whose usage errors say what is wrong and not which class of Python said so."""
+    """A command whose usage errors say what is wrong and not which class of Python said so, and whose help speaks in flags."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        spoken = Flags.of(self)
+        for parameter in self.params:
+            if isinstance(parameter, TyperOption | TyperArgument) and parameter.help:
+                parameter.help = spoken(parameter.help)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the command line."""
@@ -185,7 +195,7 @@ def _argument(kind: Any, name: str, values: dict[str, Any], context: typer.Conte
     try:
         return build(kind, values)
     except ValueError as error:  # a value that the dataclass itself refuses is wrong usage
-        raise typer.BadParameter(str(error)) from None
+        raise typer.BadParameter(in_flags(error)) from None
 
 
 class _ClosableStderr(io.TextIOBase):
@@ -246,7 +256,7 @@ class _ErrorBoundary:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0)
         if isinstance(error, UserError):
-            _fail(str(error), 1)
+            _fail(in_flags(error), 1)
         if isinstance(error, OSError):
             where = f"{error.filename}: " if error.filename else ""
             _fail(f"{where}{error.strerror or error}", 1)

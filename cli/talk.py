@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from minimind_data.errors import UserError
 
+from .flags import in_flags
+
 if TYPE_CHECKING:
     from minimind_train.generation.conversation import Conversation
 
@@ -38,7 +40,7 @@ def talk(conversation: "Conversation", prompt: str | None) -> None:
                 if line.strip() and not _obeyed(conversation, line):
                     _say(conversation, line.rstrip("\r\n"))
             except UserError as error:
-                raise UserError(f"line {number} of standard input: {error}") from None
+                raise UserError(str(error), where=f"line {number} of standard input") from None
 
 
 def _in_terminal(conversation: "Conversation") -> None:
@@ -58,7 +60,7 @@ def _in_terminal(conversation: "Conversation") -> None:
         except KeyboardInterrupt:
             print(" …")
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {in_flags(error)}", file=sys.stderr)
         print()
 
 

@@ -1,0 +1,98 @@
+"""From parameters to flags: where the library says `seq_len`, a user of the command line reads --seq-len.
+
+The library names its parameters in backticks and knows of no flags. Here, and nowhere else, they become what the running command calls
+them, in all that it says: errors, notes, and the help of an option that speaks of others.
+
+    take a longer `seq_len`                        take a longer --seq-len
+    go on with `resume` and `compile=False`        go on with --resume and --no-compile
+    `resume('runs/it', skip_positions=['3:4'])`    `mm-train pretrain --run runs/it --resume --skip-positions 3:4`
+
+What else stands in backticks, such as a command or a name that no command has for a parameter, stays as it is.
+"""
+
+import ast
+import re
+import shlex
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+_ELSEWHERE = {
+    name: f"--{name.replace('_', '-')}" for name in ("kind", "resume", "run", "shards", "to", "tokenizer")
+}
+"""Flags of other commands than the running one, of which its sentences may speak too."""
+
+_CALLS = {"locate": "mm-data locate --run {}", "resume": "mm-train {command} --run {} --resume"}
+"""Functions whose calls stand in the library's sentences, and the commands that do the same."""
+
+_CODE = re.compile(r"`([^`]+)`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What a command calls its parameters."""
+
+    command: str = ""
+    """Its name, such as `pretrain`."""
+    on: Mapping[str, str] = field(default_factory=dict)
+    """By the name of a parameter, its flag; of an argument, its name in the help."""
+    off: Mapping[str, str] = field(default_factory=dict)
+    """By the name of a switch, the flag that turns it off."""
+
+    @classmethod
+    def of(cls, command: Any) -> Self:
+        """Return those of a command of typer's. A flag with a name of its own, as --resume has, goes by that name too."""
+        on, off = {}, {}
+        for parameter in command.params:
+            if parameter.param_type_name == "argument":
+                on[parameter.name] = parameter.metavar
+                continue
+            flag = max(parameter.opts, key=len)
+            on |= {parameter.name: flag, flag.removeprefix("--").replace("-", "_"): flag}
+            if parameter.secondary_opts:
+                off[parameter.name] = parameter.secondary_opts[0]
+        return cls(command=command.name, on=on, off=off)
+
+    def __call__(self, sentence: str) -> str:
+        """Return a sentence of the library's as the command says it."""
+        return _CODE.sub(lambda code: self._translated(code[1]) or code[0], sentence)
+
+    def _translated(self, code: str) -> str | None:
+        try:
+            (node,) = ast.parse(code).body
+        except (SyntaxError, ValueError):  # no Python: a command, or a word in backticks
+            return None
+        match node:
+            case ast.Expr(ast.Name(name)):
+                return self.on.get(name) or _ELSEWHERE.get(name)
+            case ast.Assign([ast.Name(name)], ast.Constant(False)):
+                return self.off.get(name)
+            case ast.Expr(ast.Call(ast.Name(name), [ast.Constant(first)], keywords)) if name in _CALLS:
+                words = [_CALLS[name].format(shlex.quote(str(first)), command=self.command)]
+                for keyword in keywords:
+                    value = ast.literal_eval(keyword.value)
+                    flag = f"--{(keyword.arg or '').replace('_', '-')}"
+                    many = value if isinstance(value, list) else [value]
+                    words += [f"{flag} {shlex.quote(str(one))}" for one in many]
+                return f"`{' '.join(words)}`"
+        return None
+
+
+_NO_COMMAND = Flags()
+_running: ContextVar[Flags] = ContextVar("flags of the running command", default=_NO_COMMAND)
+
+
+def use_flags_of(command: Any) -> None:
+    """Let the sentences of this process be those of a command of typer's from here on."""
+    _running.set(Flags.of(command))
+
+
+def in_flags(sentence: object) -> str:
+    """Return a sentence of the library's, or an error's, as the running command says it."""
+    return _running.get()(str(sentence))
+
+
+def running_flags() -> Flags:
+    """Return the flags of the running command, which can be pickled and so speak in other processes too."""
+    return _running.get()
