@@ -45,8 +45,9 @@ from minimind_data.dataset.format import (
 )
 from minimind_data.errors import UserError
 from minimind_data.files import sha256_of, user_error_on_full_disk, write_atomic
+from minimind_data.inputs.discovery import find_sources
 from minimind_data.inputs.hashes import InputHashes
-from minimind_data.inputs.sources import STDIN, Source, expand
+from minimind_data.inputs.sources import STDIN, Source
 from minimind_data.options import build, differences
 from minimind_data.reporting import Announce, Progress, Report, no_progress
 from minimind_data.tokenizer.backends import Choice, choose_backend
@@ -82,8 +83,8 @@ def tokenize(
     before, after = (
         (given[: given.index(STDIN)], given[given.index(STDIN) + 1 :]) if STDIN in given else (given, [])
     )
-    sources, notes = expand(before, options.format)
-    more, more_notes = expand(after, options.format)
+    sources, notes = find_sources(before, options.format)
+    more, more_notes = find_sources(after, options.format)
     for note in notes + more_notes:
         announce(note)
     work = WorkFolder(options.out)

@@ -4,7 +4,7 @@ Everything here follows from the inputs and the options alone, so any number of 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,9 @@ from minimind_data.dataset.format import CONFIG_NAME, Kind
 from minimind_data.dataset.staging import unique_names
 from minimind_data.errors import UserError
 from minimind_data.files import sha256_of_bytes
-from minimind_data.inputs.sources import Format, Source
+from minimind_data.inputs.discovery import stem_of
+from minimind_data.inputs.forms import AUTO, FORMS, FormChoice, form_of, titles
+from minimind_data.inputs.sources import Source
 from minimind_data.inputs.spec import RecordSpec
 from minimind_data.inputs.splits import open_reader, plan_splits
 from minimind_data.options import parse_size
@@ -31,6 +33,13 @@ _SAMPLE_PLACES = 4
 _SAMPLE_TEXTS_PER_PLACE = 8
 
 _SAMPLE_MAX_CHARS = 2**14
+
+_WITH_CONVERSATIONS = titles(lambda form: form.holds_conversations)
+
+
+def _read_with(option: str) -> str:
+    """Return the titles of the forms whose texts this option of `RecordSpec` decides."""
+    return titles(lambda form: option in form.record_options)
 
 
 def parse_slice(text: str | tuple[int, int]) -> tuple[int, int]:
@@ -74,7 +83,7 @@ class TokenizeOptions:
         Kind,
         "What the records are: texts (pretrain), conversations (sft), or pairs of them, chosen and rejected (dpo).",
     ] = "pretrain"
-    format: Annotated[Format, "Form of the inputs; auto tells it by content and name."] = "auto"
+    format: Annotated[FormChoice, "Form of the inputs; auto tells it by content and name."] = AUTO
     records: RecordSpec = field(default_factory=RecordSpec)
     chat: ChatOptions = field(default_factory=ChatOptions)
     val_fraction: Annotated[
@@ -109,8 +118,13 @@ class TokenizeOptions:
         if self.split_bytes < _MIN_SPLIT_BYTES:
             raise ValueError(f"split_bytes must be at least {_MIN_SPLIT_BYTES}, not {self.split_bytes}")
         parse_fraction(self.val_fraction)
-        if self.records.separator is not None and self.format in ("jsonl", "parquet"):
-            raise ValueError(f"separator is for text, it does nothing with format {self.format}")
+        if self.format not in (AUTO, *FORMS):
+            raise ValueError(f"format must be {AUTO}, {', '.join(FORMS)}, not {self.format!r}")
+        readable = (AUTO, *(name for name, form in FORMS.items() if "separator" in form.record_options))
+        if self.records.separator is not None and self.format not in readable:
+            raise ValueError(
+                f"separator is for {_read_with('separator')}, it does nothing with format {self.format}"
+            )
         self._check_kind()
 
     def _check_kind(self) -> None:
@@ -126,13 +140,13 @@ class TokenizeOptions:
             raise ValueError(
                 f"field, template and separator are for texts; kind {self.kind} has fields of its own"
             )
-        if self.format == "text":
-            raise ValueError(f"kind {self.kind} reads JSON lines and Parquet, not text")
+        if self.format != AUTO and not FORMS[self.format].holds_conversations:
+            raise ValueError(f"kind {self.kind} reads {_WITH_CONVERSATIONS}, not {FORMS[self.format].title}")
 
 
 def plan_tasks(sources: Sequence[Source], options: TokenizeOptions) -> list[SplitTask]:
     """Name every split of every source: by the source's name, numbered where two share one."""
-    prefixes = unique_names([source.stem for source in sources])
+    prefixes = unique_names([stem_of(source) for source in sources])
     planned = plan_splits(sources, options.split_bytes, options.records, options.kind)
     return [
         SplitTask(name=f"{prefix}-{index:05d}", input=number, split=split)
@@ -143,13 +157,13 @@ def plan_tasks(sources: Sequence[Source], options: TokenizeOptions) -> list[Spli
 
 def idle_options(sources: Sequence[Source], records: RecordSpec) -> list[str]:
     """Say which options do nothing, being for a form that no input has."""
-    forms = {source.form for source in sources}
-    if forms == {"text"} and (records.template, records.field) != (None, RecordSpec().field):
-        name = "--field" if records.template is None else "--template"
-        return [f"{name} does nothing: it is for records, and every input is plain text"]
-    if "text" not in forms and records.separator is not None:
-        return ["--separator does nothing: it is for plain text, and no input is that"]
-    return []
+    idle = []
+    for name in ("field", "template", "separator"):
+        if getattr(records, name) == getattr(RecordSpec(), name):
+            continue
+        if not any(name in FORMS[source.form].record_options for source in sources):
+            idle.append(f"--{name} does nothing: it is for {_read_with(name)}, and no input is that")
+    return idle
 
 
 def slice_of(tasks: list[SplitTask], part: tuple[int, int] | None) -> list[SplitTask]:
@@ -197,15 +211,17 @@ def chat_of(options: TokenizeOptions, tokenizer: Tokenizer, template: ChatTempla
 
 
 def check_forms(sources: Sequence[Source], options: TokenizeOptions) -> None:
-    """Check that conversations come as JSON lines or in Parquet.
+    """Check that conversations come in a form that holds some.
 
     Raises:
-        UserError: a source is something else.
+        UserError: a source has another one.
     """
     for source in sources:
-        if options.kind != "pretrain" and source.form == "text":
+        form = FORMS[source.form]
+        if options.kind != "pretrain" and not form.holds_conversations:
             raise UserError(
-                f"{source.name}: is text, where --kind {options.kind} reads JSON lines and Parquet; write its conversations as such"
+                f"{source.name}: is {form.title}, where --kind {options.kind} reads {_WITH_CONVERSATIONS}; write its "
+                "conversations as such"
             )
 
 
@@ -243,8 +259,7 @@ def sample_texts(tasks: list[SplitTask], options: TokenizeOptions, chat: ChatSpe
     step = max(1, len(tasks) // _SAMPLE_PLACES)
     for task in tasks[::step][:_SAMPLE_PLACES]:
         split = task.split
-        if split.source.form == "jsonl" and split.source.compression is None:
-            split = replace(split, stop=min(split.stop, split.start + _SAMPLE_MAX_CHARS))
+        split = form_of(split.source, options.records, options.kind).sample(split, _SAMPLE_MAX_CHARS)
         found: list[str] = []
         for block in open_reader(split, options.records, chat).blocks():
             found += block.texts

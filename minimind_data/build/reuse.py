@@ -25,7 +25,7 @@ from minimind_data.dataset.format import (
     ShardEntry,
 )
 from minimind_data.dataset.writer import WrittenShard
-from minimind_data.inputs.splits import content_of
+from minimind_data.inputs.forms import form_of
 from minimind_data.reporting import Announce
 
 _WRITTEN = tuple(one.name for one in fields(WrittenShard))
@@ -221,5 +221,5 @@ def _result_of(
 
 
 def _is_content_of(task: SplitTask, result: SplitResult, options: TokenizeOptions) -> bool:
-    found = content_of(task.split, options.records, options.kind)
-    return found == (result.input_start, result.input_stop, result.input_sha256)
+    content = form_of(task.split.source, options.records, options.kind).content(task.split)
+    return content == (result.input_start, result.input_stop, result.input_sha256)

@@ -35,9 +35,11 @@ from minimind_data.dataset.writer import ShardWriter, WrittenShard
 from minimind_data.errors import UserError
 from minimind_data.files import sha256_of_bytes, user_error_on_full_disk, write_atomic
 from minimind_data.hashing import STRIDE
-from minimind_data.inputs.blocks import BadRecord, Block, Split
+from minimind_data.inputs.base import Split
+from minimind_data.inputs.blocks import BadRecord, Block
+from minimind_data.inputs.forms import form_of
 from minimind_data.inputs.spec import RecordSpec
-from minimind_data.inputs.splits import open_reader, place
+from minimind_data.inputs.splits import open_reader
 from minimind_data.reporting import Report
 from minimind_data.tokenizer.backends import Encoder, Ids, Offsets, first_difference, make_encoder
 from minimind_data.tokenizer.loading import cached_tokenizer
@@ -333,7 +335,7 @@ def hashes_path(work_folder: Path, name: str) -> Path:
 
 
 def _bad_record_error(job: Job, split: Split, bad: BadRecord) -> UserError:
-    where = place(split, job.records, bad.line)
+    where = form_of(split.source, job.records).place(split, bad.line)
     return UserError(f"{where}: {bad.reason} (or --on-bad-record set-aside goes on without such records)")
 
 

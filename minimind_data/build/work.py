@@ -40,7 +40,8 @@ from minimind_data.files import (
     remove_partials,
     write_atomic,
 )
-from minimind_data.inputs.sources import STDIN, Source, spool, tell
+from minimind_data.inputs.discovery import source_of
+from minimind_data.inputs.sources import STDIN, Source, spool
 from minimind_data.options import differences
 from minimind_data.reporting import Progress
 
@@ -258,7 +259,7 @@ def spooled(work: WorkFolder, options: TokenizeOptions, progress: Progress) -> S
     try:
         with progress("reading standard input", 0) as report:
             spool(sys.stdin.buffer, path, lambda num_bytes: report(num_bytes, 0))
-        return tell(str(path), options.format, name=STDIN)
+        return source_of(str(path), options.format, name=STDIN)
     except BaseException:
         path.unlink(missing_ok=True)
         raise

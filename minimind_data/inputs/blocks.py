@@ -1,12 +1,10 @@
-"""What reading gives: a split of a source, blocks of the texts in it, and the records that make none.
+"""What reading gives: blocks of the texts in a split, and the records that make none.
 
-`Chats` collects the conversations, or pairs of them, that the readers of JSON lines and of Parquet find. How a form is read is in
-`delimited` (JSON lines, text) and `parquet`.
+`Chats` collects the conversations, or pairs of them, that the readers of JSON lines and of Parquet find.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from minimind_data.chat.conversations import (
     BadConversationError,
@@ -16,32 +14,7 @@ from minimind_data.chat.conversations import (
 )
 from minimind_data.chat.rendering import ChatSpec, Rendered, renderer_of
 from minimind_data.chat.template import RenderError
-from minimind_data.inputs.sources import Source
 from minimind_data.inputs.spec import RecordSpec, long_word
-
-
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """The part [start, stop) of a source, and how to read it."""
-
-    source: Source
-    start: int
-    """A byte offset; in Parquet, the number of a row group."""
-    stop: int
-    num_bytes: int
-    """What the split weighs, for progress: bytes of the input as it is stored."""
-    more: tuple[Source, ...] = ()
-    """Where each file is one document: the files that share this split with the first."""
-
-    @property
-    def sources(self) -> tuple[Source, ...]:
-        """Everything that it is read from."""
-        return (self.source, *self.more)
-
-    @property
-    def path(self) -> str:
-        """The name of the source, for messages."""
-        return self.source.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,34 +63,6 @@ class Block:
             texts=[self.texts[place] for place in places],
             chats=None if self.chats is None else [self.chats[place] for place in places],
         )
-
-
-class RecordReader(Protocol):
-    """The records of one split. What it tells of itself holds for what was read so far."""
-
-    @property
-    def begin(self) -> int:
-        """Where the first record begins, in the split's unit."""
-        ...
-
-    @property
-    def end(self) -> int:
-        """Where the last one ends."""
-        ...
-
-    @property
-    def num_lines(self) -> int:
-        """Records read, those of white space included."""
-        ...
-
-    @property
-    def sha256(self) -> str:
-        """Of what was read."""
-        ...
-
-    def blocks(self) -> Generator[Block, None, None]:
-        """Yield the texts."""
-        ...
 
 
 _TOO_DEEP = "its tools are nested too deep; write them flatter"

@@ -1,4 +1,4 @@
-"""The texts and conversations in a Parquet file, row group by row group; only the columns that hold them are read.
+"""Parquet: the texts and conversations in a file, row group by row group; only the columns that hold them are read.
 
 Conversations are lists of structs, as Hugging Face datasets writes them, or JSON in Arrow's type for it. Arrow gives every struct all
 fields of its type, and fills those that a message does not have with nulls; so a null in a struct is a field that is not there.
@@ -9,7 +9,7 @@ Source of the format: https://parquet.apache.org/docs/file-format/ (row groups, 
 import functools
 import hashlib
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Literal
 
 import orjson
@@ -21,7 +21,8 @@ from minimind_data.chat.conversations import MESSAGES_FIELDS, OTHER_FIELDS, SIDE
 from minimind_data.chat.rendering import ChatSpec
 from minimind_data.dataset.format import Kind
 from minimind_data.errors import UserError
-from minimind_data.inputs.blocks import BadRecord, Block, Chats, Split
+from minimind_data.inputs.base import Form, RecordReader, Split
+from minimind_data.inputs.blocks import BadRecord, Block, Chats
 from minimind_data.inputs.sources import Source
 from minimind_data.inputs.spec import RecordSpec, reason, text_getter
 from minimind_data.reporting import kind_of
@@ -30,36 +31,59 @@ _BATCH_ROWS = 1024
 _MAX_NAMES = 8
 
 
-def row_group_splits(source: Source, split_bytes: int, spec: RecordSpec, kind: Kind) -> Iterator[Split]:
-    """Yield the splits of a source.
+class Parquet(Form):
+    """Parquet: a split is some row groups, so its borders are numbers of these."""
 
-    A split takes row groups as long as the columns that are read stay below `split_bytes` before compression; one at least.
+    def splits(self, sources: Sequence[Source], split_bytes: int) -> list[list[Split]]:
+        """Take row groups together as long as the columns that are read are below `split_bytes` uncompressed; one at least.
 
-    Raises:
-        UserError: a column is missing or holds something else.
-    """
-    with source.open() as file:
-        parquet = pq.ParquetFile(file)
-        wanted = _columns(parquet.schema_arrow, source, spec, kind)
-        start, weight, stored = 0, 0, 0
-        for index in range(parquet.num_row_groups):
-            group = parquet.metadata.row_group(index)
-            chunks = [group.column(column) for column in range(group.num_columns)]
-            size = sum(
-                chunk.total_uncompressed_size
-                for chunk in chunks
-                if any(
-                    chunk.path_in_schema == name or chunk.path_in_schema.startswith(f"{name}.")
-                    for name in wanted
+        Raises:
+            UserError: a file is damaged, or a column is missing or holds something else.
+        """
+        splits = []
+        for source in sources:
+            with source.reading(as_container=True):
+                splits.append(list(self._row_group_splits(source, split_bytes)))
+        return splits
+
+    def _row_group_splits(self, source: Source, split_bytes: int) -> Iterator[Split]:
+        with source.open() as file:
+            parquet = pq.ParquetFile(file)
+            wanted = _columns(parquet.schema_arrow, source, self._spec, self._kind)
+            start, weight, stored = 0, 0, 0
+            for index in range(parquet.num_row_groups):
+                group = parquet.metadata.row_group(index)
+                chunks = [group.column(column) for column in range(group.num_columns)]
+                size = sum(
+                    chunk.total_uncompressed_size
+                    for chunk in chunks
+                    if any(
+                        chunk.path_in_schema == name or chunk.path_in_schema.startswith(f"{name}.")
+                        for name in wanted
+                    )
                 )
-            )
-            if index > start and weight + size > split_bytes:
-                yield Split(source=source, start=start, stop=index, num_bytes=stored)
-                start, weight, stored = index, 0, 0
-            weight += size
-            stored += sum(chunk.total_compressed_size for chunk in chunks)
-        if parquet.num_row_groups:
-            yield Split(source=source, start=start, stop=parquet.num_row_groups, num_bytes=stored)
+                if index > start and weight + size > split_bytes:
+                    yield Split(source=source, start=start, stop=index, num_bytes=stored)
+                    start, weight, stored = index, 0, 0
+                weight += size
+                stored += sum(chunk.total_compressed_size for chunk in chunks)
+            if parquet.num_row_groups:
+                yield Split(source=source, start=start, stop=parquet.num_row_groups, num_bytes=stored)
+
+    def reader(self, split: Split, chat: ChatSpec | None = None) -> RecordReader:
+        """See `Form.reader`."""
+        return ParquetRecords(split, self._spec) if chat is None else ParquetChats(split, self._spec, chat)
+
+    def content(self, split: Split) -> tuple[int, int, str]:
+        """See `Form.content`."""
+        rows = ParquetRows(split, self._spec, self._kind)
+        for _ in rows.batches():
+            pass
+        return rows.begin, rows.end, rows.sha256
+
+    def records_before(self, split: Split) -> int:
+        """See `Form.records_before`."""
+        return _count_rows(split.source, range(split.start)) if split.start else 0
 
 
 def _columns(schema: Any, source: Source, spec: RecordSpec, kind: Kind) -> list[str]:
@@ -124,9 +148,8 @@ def _path(schema: Any, field: str) -> tuple[str, list[str]]:
     return name, steps
 
 
-def count_rows(source: Source, groups: range) -> int:
-    """Return the rows of some row groups."""
-    with source.reading(), source.open() as file:
+def _count_rows(source: Source, groups: range) -> int:
+    with source.reading(as_container=True), source.open() as file:
         metadata = pq.ParquetFile(file).metadata
         return sum(int(metadata.row_group(index).num_rows) for index in groups)
 
@@ -151,9 +174,9 @@ class ParquetRows:
         """Yield (number of the first row, rows by their fields, types of the fields, bytes of input that they took)."""
         source = self._split.source
         groups = range(self._split.start, self._split.stop)
-        total_rows = count_rows(source, groups)
+        total_rows = _count_rows(source, groups)
         reported = 0
-        with source.reading(), source.open() as file:
+        with source.reading(as_container=True), source.open() as file:
             parquet = pq.ParquetFile(file)
             schema = parquet.schema_arrow
             wanted = _columns(schema, source, self._spec, self._kind)

@@ -153,3 +153,12 @@ def long_word(text: str, max_word_chars: int) -> str | None:
     if longest <= max_word_chars:
         return None
     return f"one word of {longest:,} characters, the longest allowed has {max_word_chars:,}; break it up, or raise --max-word-chars"
+
+
+def no_utf8(data: bytes, what: str) -> str | None:
+    """Say that bytes are no UTF-8, what they are being named by `what`, or None where they are."""
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return f"byte {error.start + 1} of the {what} (0x{data[error.start]:02x}) is no UTF-8; convert the file to UTF-8"
+    return None

@@ -104,9 +104,13 @@ def test_eval_measures_one_dataset(folder):
 @pytest.mark.parametrize(
     ("name", "option", "said"),
     [
-        ("one.txt", ("--template", "{text} {more}"), "--template does nothing: it is for records"),
-        ("one.txt", ("--field", "more"), "--field does nothing: it is for records"),
-        ("one.jsonl", ("--separator", "x"), "--separator does nothing: it is for plain text"),
+        (
+            "one.txt",
+            ("--template", "{text} {more}"),
+            "--template does nothing: it is for JSON lines and Parquet",
+        ),
+        ("one.txt", ("--field", "more"), "--field does nothing: it is for JSON lines and Parquet"),
+        ("one.jsonl", ("--separator", "x"), "--separator does nothing: it is for text"),
         ("one.jsonl", ("--template", "{text} {more}"), None),
         ("one.jsonl", ("--field", "more"), None),
         ("one.txt", ("--separator", "x"), None),

@@ -18,7 +18,7 @@ from minimind_data.build.pipeline import commit, tokenize
 from minimind_data.dataset.verification import verify
 from minimind_data.errors import UserError
 from minimind_data.inputs import stores
-from minimind_data.inputs.sources import expand
+from minimind_data.inputs.discovery import find_sources, stem_of
 
 from ..conftest import options
 
@@ -141,7 +141,7 @@ def test_every_form_by_its_own_uri(server, bucket, corpus, tmp_path, name):
     ],
 )
 def test_globs_match_as_on_a_disk(endpoint, bucket, pattern, names):
-    assert [source.stem for source in expand([f"s3://{bucket}/{pattern}"])[0]] == names
+    assert [stem_of(source) for source in find_sources([f"s3://{bucket}/{pattern}"])[0]] == names
 
 
 @pytest.mark.parametrize(
@@ -172,11 +172,11 @@ def test_no_credentials_and_no_server(server, bucket, monkeypatch):
     with pytest.raises(
         UserError, match=r"a\.jsonl: cannot be reached .*ACCESS_DENIED.*check the address, the cred"
     ):
-        expand([uri + server])
+        find_sources([uri + server])
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         port = nobody.getsockname()[1]
     with pytest.raises(UserError, match=r"a\.jsonl: cannot be reached .*NETWORK_CONNECTION"):
-        expand([f"{uri}127.0.0.1:{port}"])
+        find_sources([f"{uri}127.0.0.1:{port}"])
 
 
 @pytest.mark.slow
@@ -196,7 +196,7 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch):
         thread.start()
         port = silent.getsockname()[1]
         with pytest.raises(UserError, match="cannot be reached .*NETWORK_CONNECTION"):
-            expand([f"s3://bucket/a.jsonl?scheme=http&endpoint_override=127.0.0.1:{port}"])
+            find_sources([f"s3://bucket/a.jsonl?scheme=http&endpoint_override=127.0.0.1:{port}"])
         silent.shutdown(socket.SHUT_RDWR)
     thread.join()
     assert len(tries) == 2
@@ -280,7 +280,7 @@ def test_slices_are_joined_with_credentials_from_the_environment(server, bucket,
 )
 def test_no_message_shows_credentials(uri):
     with pytest.raises(UserError) as caught:
-        expand([uri])
+        find_sources([uri])
     assert "hush" not in str(caught.value)
     assert "AKIAUSER" not in str(caught.value)
     for told in (stores.shown(uri), stores.without_secrets(uri)):

@@ -8,25 +8,26 @@ import pyarrow.parquet as pq
 import pytest
 
 from minimind_data.errors import UserError
-from minimind_data.inputs.sources import tell
+from minimind_data.inputs.discovery import source_of
+from minimind_data.inputs.forms import form_of
 from minimind_data.inputs.spec import RecordSpec
-from minimind_data.inputs.splits import content_of, open_reader, place, plan_splits
+from minimind_data.inputs.splits import open_reader, plan_splits
 
 
 def read(path, split_bytes=2**20, form="auto", **spec):
     """Return (texts, bad records, number of empty texts) of a file, and check what its readers tell of themselves."""
     spec = RecordSpec(**{"max_word_chars": 1000, **spec})
     texts, bad, empty, lines, num_bytes = [], [], 0, 0, 0
-    (splits,) = plan_splits([tell(str(path), form)], split_bytes, spec)
+    (splits,) = plan_splits([source_of(str(path), form)], split_bytes, spec)
     for split in splits:
         reader = open_reader(split, spec)
-        assert place(split, spec, 1) in (f"{path}:{lines + 1}", str(path))
+        assert form_of(split.source, spec).place(split, 1) in (f"{path}:{lines + 1}", str(path))
         for block in reader.blocks():
             texts += block.texts
             bad += block.bad
             empty += block.empty_texts
             num_bytes += block.num_bytes
-        assert content_of(split, spec) == (reader.begin, reader.end, reader.sha256)
+        assert form_of(split.source, spec).content(split) == (reader.begin, reader.end, reader.sha256)
         lines += reader.num_lines
     assert num_bytes <= sum(split.num_bytes for split in splits)
     return texts, bad, empty
@@ -160,7 +161,7 @@ def test_a_file_without_separator_is_one_document(tmp_path):
     sources = []
     for number, text in enumerate(["first\n", "second", " \n", "x" * 50, "third"]):
         (tmp_path / f"{number}.txt").write_text(text)
-        sources.append(tell(str(tmp_path / f"{number}.txt")))
+        sources.append(source_of(str(tmp_path / f"{number}.txt")))
     planned = plan_splits(sources, 60, spec)
     assert [[1 + len(split.more) for split in splits] for splits in planned] == [[3], [], [], [2], []]
     found = [
@@ -170,7 +171,7 @@ def test_a_file_without_separator_is_one_document(tmp_path):
         for block in open_reader(split, spec).blocks()
     ]
     assert found == [(["first\n", "second"], 1), (["x" * 50, "third"], 0)]
-    assert place(planned[0][0], spec, 2) == str(tmp_path / "1.txt")
+    assert form_of(planned[0][0].source, spec).place(planned[0][0], 2) == str(tmp_path / "1.txt")
 
 
 @pytest.fixture
@@ -199,12 +200,12 @@ def test_parquet_rows(parquet, split_bytes):
 
 def test_row_groups_make_the_splits(parquet):
     spec = RecordSpec()
-    (each,) = plan_splits([tell(str(parquet))], 1, spec)
+    (each,) = plan_splits([source_of(str(parquet))], 1, spec)
     assert [(split.start, split.stop) for split in each] == [(i, i + 1) for i in range(10)]
-    (one,) = plan_splits([tell(str(parquet))], 2**20, spec)
+    (one,) = plan_splits([source_of(str(parquet))], 2**20, spec)
     assert [(split.start, split.stop) for split in one] == [(0, 10)]
     assert sum(split.num_bytes for split in each) == one[0].num_bytes
-    assert place(each[3], spec, 2) == f"{parquet}:32"
+    assert form_of(each[3].source, spec).place(each[3], 2) == f"{parquet}:32"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from minimind_data.errors import UserError
-from minimind_data.inputs.sources import Source, expand, tell
+from minimind_data.inputs.discovery import find_sources, source_of, stem_of
+from minimind_data.inputs.sources import Source
 
 LINE = b'{"text": "a"}\n'
 
@@ -28,7 +29,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_a_folder_stands_for_its_files_of_known_form(folder):
-    sources, notes = expand(["corpus"])
+    sources, notes = find_sources(["corpus"])
     assert [(source.name, source.form, source.compression) for source in sources] == [
         ("corpus/a.ndjson", "jsonl", None),
         ("corpus/b/c.json", "jsonl", None),
@@ -38,24 +39,24 @@ def test_a_folder_stands_for_its_files_of_known_form(folder):
         ("corpus/z.jsonl", "jsonl", None),
     ]
     assert notes == ["corpus: 1 files of no known form are left out (README.md)"]
-    assert [source.name for source in expand(["corpus"], "text")[0]][:2] == [
+    assert [source.name for source in find_sources(["corpus"], "text")[0]][:2] == [
         "corpus/README.md",
         "corpus/a.ndjson",
     ]
 
 
 def test_globs_keep_the_order_of_the_inputs(folder):
-    sources, _ = expand(["corpus/z*", "corpus/**/*.json", "corpus/a.ndjson"])
+    sources, _ = find_sources(["corpus/z*", "corpus/**/*.json", "corpus/a.ndjson"])
     assert [source.name for source in sources] == ["corpus/z.jsonl", "corpus/b/c.json", "corpus/a.ndjson"]
     with pytest.raises(UserError, match=r"corpus/\*\.nope: no file matches"):
-        expand(["corpus/*.nope"])
+        find_sources(["corpus/*.nope"])
 
 
 def test_a_file_named_twice_is_refused(folder):
     with pytest.raises(
         UserError, match=r"corpus/z\.jsonl: named twice \(by corpus and by \./corpus/z\.jsonl\)"
     ):
-        expand(["corpus", "./corpus/z.jsonl"])
+        find_sources(["corpus", "./corpus/z.jsonl"])
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_a_file_named_twice_is_refused(folder):
     ],
 )
 def test_shards_are_named_after_their_source(name, stem):
-    assert Source(name=name, location=name, form="jsonl").stem == stem
+    assert stem_of(Source(name=name, location=name, form="jsonl")) == stem
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_shards_are_named_after_their_source(name, stem):
 )
 def test_forms_are_told(tmp_path, name, data, form):
     (tmp_path / name).write_bytes(data)
-    assert tell(str(tmp_path / name)).form == form
+    assert source_of(str(tmp_path / name)).form == form
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_forms_are_told(tmp_path, name, data, form):
 def test_what_is_no_input_says_why(tmp_path, name, data, complaint):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=complaint) as caught:
-        tell(str(tmp_path / name))
+        source_of(str(tmp_path / name))
     assert str(caught.value).startswith(str(tmp_path / name))
 
 
@@ -120,7 +121,7 @@ def test_a_name_that_a_manifest_cannot_hold_is_refused(tmp_path):
     with pytest.raises(
         UserError, match="the name is no UTF-8, so a manifest cannot hold it; rename the file"
     ):
-        tell(str(path))
+        source_of(str(path))
 
 
 def test_inputs_that_are_none(tmp_path):
@@ -134,7 +135,7 @@ def test_inputs_that_are_none(tmp_path):
     ):
         given = name if "://" in name else str(tmp_path / name)
         with pytest.raises(UserError, match=complaint):
-            expand([given])
+            find_sources([given])
 
 
 def test_links_are_followed_once_and_nothing_is_left_out_in_silence(folder):
@@ -144,16 +145,16 @@ def test_links_are_followed_once_and_nothing_is_left_out_in_silence(folder):
     (folder / "elsewhere" / "linked.jsonl").write_bytes(LINE)
     (corpus / "link").symlink_to(folder / "elsewhere")
     (corpus / "b" / "loop").symlink_to(corpus)
-    names = [source.name for source in expand(["corpus"])[0]]
+    names = [source.name for source in find_sources(["corpus"])[0]]
     assert "corpus/link/linked.jsonl" in names
     assert len(names) == len({os.path.realpath(name) for name in names}) == 6
     (corpus / "gone.jsonl").symlink_to("nowhere.jsonl")
     with pytest.raises(UserError, match=r"corpus/gone\.jsonl: no such file"):
-        expand(["corpus"])
+        find_sources(["corpus"])
     (corpus / "gone.jsonl").unlink()
     os.mkfifo(corpus / "pipe.jsonl")
     with pytest.raises(UserError, match=r"corpus/pipe\.jsonl: a pipe or a device"):
-        expand(["corpus"])
+        find_sources(["corpus"])
 
 
 def test_a_folder_that_cannot_be_listed_is_refused(folder, monkeypatch):
@@ -166,7 +167,7 @@ def test_a_folder_that_cannot_be_listed_is_refused(folder, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse)  # permissions bind no test that runs as root
     with pytest.raises(UserError, match=r"corpus/b: cannot be looked into \(Permission denied\)"):
-        expand(["corpus"])
+        find_sources(["corpus"])
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a/" * 3000, "loop", "loop/x", "file.jsonl/x"])
@@ -174,4 +175,4 @@ def test_paths_that_no_system_takes(tmp_path, name):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file.jsonl").write_bytes(LINE)
     with pytest.raises(UserError, match=r"(no such file|cannot be (opened|looked into))"):
-        expand([str(tmp_path / name)])
+        find_sources([str(tmp_path / name)])

@@ -1,0 +1,244 @@
+"""Which files inputs stand for (files, folders, globs and object stores), and what form each of them has.
+
+The content says it first, where a form or a compression has a magic number, and then the name; what neither says is refused, not
+guessed.
+
+Sources of the magic numbers: RFC 1952 (gzip), RFC 8878 (zstd), the Apache Parquet format specification.
+"""
+
+import contextlib
+import glob
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+from minimind_data.errors import UserError
+from minimind_data.inputs import stores
+from minimind_data.inputs.delimited import BYTE_ORDER_MARK
+from minimind_data.inputs.forms import AUTO, FORMS, FormChoice, titles
+from minimind_data.inputs.sources import STDIN, Compression, Source
+
+_COMPRESSIONS: dict[bytes, Compression] = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_COMPRESSION_SUFFIXES = (".gz", ".gzip", ".zst", ".zstd")
+_OTHER_MAGICS = {
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf": "7-Zip",
+    b"ARROW1": "Arrow",
+    b"ORC": "ORC",
+}
+"""Of what no form here is; the file gets a sentence of its own."""
+_SUFFIXES = {suffix: name for name, entry in FORMS.items() for suffix in entry.suffixes}
+_GLOB = re.compile(r"[*?\[]")
+_HEAD_BYTES = 4096
+_MAX_STEM_BYTES = 160  # file systems take 255, and what a build appends takes some 50
+
+
+def find_sources(inputs: Sequence[str], form: FormChoice = AUTO) -> tuple[list[Source], list[str]]:
+    """Find the files that inputs name, in order, and look what form each has.
+
+    Args:
+        inputs: paths, folders, globs and URIs. A folder or a glob stands for its files sorted by name.
+        form: what form all of them have; `auto` tells it from each.
+
+    Returns:
+        (the sources, what the user should know about files of a folder that were left out).
+
+    Raises:
+        UserError: an input is missing, empty, no file, named twice, or of no form that can be told.
+    """
+    sources: list[Source] = []
+    notes: list[str] = []
+    taken: dict[str, str] = {}
+    for one in inputs:
+        if one == STDIN:
+            raise UserError(
+                "-: standard input can be read once, and by tokenize alone; save it to a file first"
+            )
+        files, left_out = _files_of(one, form)
+        if left_out:
+            some = ", ".join(PurePosixPath(_shown(path)).name for path in left_out[:3])
+            notes.append(
+                f"{_shown(one)}: {len(left_out)} files of no known form are left out ({some}{', …' if len(left_out) > 3 else ''})"
+            )
+        for location in files:
+            key = _shown(location) if stores.is_uri(location) else os.path.realpath(location)
+            if key in taken:
+                raise UserError(
+                    f"{_shown(location)}: named twice (by {taken[key]} and by {_shown(one)}); its documents would be doubled"
+                )
+            taken[key] = _shown(one)
+            sources.append(source_of(location, form))
+    return sources, notes
+
+
+def source_of(location: str, form: FormChoice = AUTO, *, name: str | None = None) -> Source:
+    """Look at a file and find out what form it has.
+
+    Args:
+        location: a path or a URI.
+        form: what form it has; `auto` looks.
+        name: what messages and the manifest call it; by default the path, or the URI without its credentials.
+
+    Raises:
+        UserError: it is missing, empty, no file, or its form cannot be told.
+    """
+    source = Source(name=name or _shown(location), location=location, form=AUTO)
+    _check_is_file(source)
+    with source.open() as file:
+        head = file.read(_HEAD_BYTES)
+    if not head:
+        raise UserError(f"{source.name}: the file is empty; there is nothing to tokenize")
+    try:
+        source.name.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{source.name}: the name is no UTF-8, so a manifest cannot hold it; rename the file"
+        ) from None
+    compression = next((kind for magic, kind in _COMPRESSIONS.items() if head.startswith(magic)), None)
+    if compression is not None:
+        source = replace(source, compression=compression)
+        with source.reading(), source.open_text() as text:
+            head = text.read(_HEAD_BYTES)
+        if not head:
+            raise UserError(
+                f"{source.name}: nothing is in it once decompressed; there is nothing to tokenize"
+            )
+    return replace(source, form=_form_in(source, head, form))
+
+
+def _form_in(source: Source, head: bytes, wanted: FormChoice) -> str:
+    """Return the form of a source whose text begins with `head`."""
+    name = source.name
+    by_magic = next(
+        (form for form, entry in FORMS.items() if entry.magic and head.startswith(entry.magic)), None
+    )
+    if by_magic is None:
+        other = next((kind for magic, kind in _OTHER_MAGICS.items() if head.startswith(magic)), None)
+        if other is not None:
+            raise UserError(f"{name}: a {other} file; unpack it, or write it as {titles(joined_by='or')}")
+    elif source.compression is not None and not FORMS[by_magic].may_be_compressed:
+        title = FORMS[by_magic].title
+        raise UserError(f"{name}: a compressed {title} file; decompress it, for {title} is read in parts")
+    elif wanted in (AUTO, by_magic):
+        return by_magic
+    form = _form_by_name(name) or _form_by_start(head) if wanted == AUTO else wanted
+    if form is None:
+        raise UserError(f"{name}: its form cannot be told; say --format {', '.join(FORMS)}")
+    entry = FORMS[form]
+    if entry.magic:
+        magic = entry.magic.decode()
+        raise UserError(
+            f"{name}: no {entry.title} file, whatever its name says (it should begin with {magic})"
+        )
+    if why := entry.objection(head):
+        raise UserError(f"{name}: {why}")
+    return form
+
+
+def _form_by_name(name: str) -> str | None:
+    """Return the form that a name, as it is shown, promises; None where it promises none."""
+    base = name.lower()
+    for suffix in _COMPRESSION_SUFFIXES:
+        base = base.removesuffix(suffix)
+    return _SUFFIXES.get(PurePosixPath(base).suffix)
+
+
+def _form_by_start(head: bytes) -> str | None:
+    """Return the form that a text beginning so most likely has; None where none is likely."""
+    start = head.removeprefix(BYTE_ORDER_MARK).lstrip()
+    likely = ((form, entry.likely_start) for form, entry in FORMS.items() if entry.likely_start)
+    return next((form for form, first in likely if start.startswith(first)), None)
+
+
+def stem_of(source: Source) -> str:
+    """Return the name of a source's shards: its file's name without what says its form."""
+    if source.name == STDIN:
+        return "stdin"
+    name = stores.name_of(source.name) if stores.is_uri(source.name) else PurePosixPath(source.name).name
+    for suffixes in (_COMPRESSION_SUFFIXES, _SUFFIXES):
+        for suffix in suffixes:
+            if name.lower().endswith(suffix) and len(name) > len(suffix):
+                name = name[: -len(suffix)]
+                break
+    return name.encode()[:_MAX_STEM_BYTES].decode(errors="ignore")
+
+
+def _files_of(one: str, form: FormChoice) -> tuple[list[str], list[str]]:
+    """Return (files, files left out) that one input stands for."""
+    if stores.is_uri(one):
+        files, is_folder = stores.files(one)
+        return _of_known_form(one, files, form) if is_folder else (files, [])
+    try:
+        path = Path(one)
+        if path.is_dir():
+            return _of_known_form(one, _below(path), form)
+        if not path.exists() and _GLOB.search(one):
+            matches = sorted(match for match in glob.glob(one, recursive=True) if not Path(match).is_dir())  # noqa: PTH207 - from cwd or root
+            if not matches:
+                raise UserError(f"{one}: no file matches")
+            return matches, []
+    except OSError as error:
+        where = error.filename if isinstance(error.filename, str) else one
+        raise UserError(
+            f"{where}: cannot be looked into ({error.strerror}); mend that, or name the files that matter"
+        ) from None
+    return [one], []
+
+
+def _below(folder: Path) -> list[str]:
+    """Return the files in a folder and its folders, in order, those with a dot in front left out.
+
+    Links are followed, each folder is seen once. What cannot be listed is an error, for its files would be missing.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    files: list[str] = []
+    seen = {os.path.realpath(folder)}
+    for place, folders, names in os.walk(str(folder), onerror=refuse, followlinks=True):
+        files += [str(Path(place, name)) for name in names if not name.startswith(".")]
+        visible = sorted(name for name in folders if not name.startswith("."))
+        folders.clear()
+        for name in visible:
+            real = os.path.realpath(Path(place, name))
+            if real not in seen:
+                seen.add(real)
+                folders.append(name)
+    return sorted(files)
+
+
+def _of_known_form(folder: str, files: list[str], form: FormChoice) -> tuple[list[str], list[str]]:
+    """Return (files, files left out) of a folder, by what their names say."""
+    if form != AUTO:
+        known, left_out = files, []
+    else:
+        known = [file for file in files if _form_by_name(_shown(file))]
+        left_out = [file for file in files if not _form_by_name(_shown(file))]
+    if not known:
+        raise UserError(
+            f"{_shown(folder)}: a folder without any file of a known form ({', '.join(sorted(_SUFFIXES))}, also .gz or .zst)"
+        )
+    return known, left_out
+
+
+def _shown(location: str) -> str:
+    """Return a path as it is and a URI without its credentials."""
+    return stores.shown(location) if stores.is_uri(location) else location
+
+
+def _check_is_file(source: Source) -> None:
+    if source.is_remote:
+        return
+    name, path = source.name, Path(source.location)
+    with contextlib.suppress(OSError):  # opening it will say
+        if path.is_dir():
+            raise UserError(f"{name}: a folder, where a file is needed")
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+            raise UserError(
+                f"{name}: a pipe or a device, which cannot be read twice; save it to a file, or pipe it into `-`"
+            )

@@ -1,0 +1,98 @@
+"""The forms that inputs may have, in one table: what a file of each is known by, and what reads it.
+
+A form is a subclass of `base.Form` in a module of its own, and a row here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from minimind_data.dataset.format import Kind
+from minimind_data.inputs.base import Form
+from minimind_data.inputs.jsonl import JsonLines, why_no_lines
+from minimind_data.inputs.sources import Source
+from minimind_data.inputs.spec import RecordSpec
+from minimind_data.inputs.text import SeparatedText, TextFiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormEntry:
+    """A row of the table."""
+
+    title: str
+    """What messages call it."""
+    make: Callable[[RecordSpec, Kind], Form]
+    suffixes: tuple[str, ...]
+    """Of files' names, with a suffix of compression behind it or not."""
+    magic: bytes = b""
+    """What every file of this form, and no other, begins with; empty where there is no such thing."""
+    likely_start: bytes = b""
+    """What a file begins with, white space aside, that has this form if its name does not say which it has."""
+    objection: Callable[[bytes], str | None] = lambda _: None
+    """Says why a file that begins so cannot have this form, whatever its name promises; None where it can."""
+    may_be_compressed: bool = True
+    record_options: tuple[str, ...] = ()
+    """The fields of `RecordSpec` that say how texts are made of this form alone."""
+    holds_conversations: bool = True
+
+
+def _parquet(spec: RecordSpec, kind: Kind) -> Form:
+    from minimind_data.inputs.parquet import Parquet  # noqa: PLC0415 - pyarrow takes a tenth of a second
+
+    return Parquet(spec, kind)
+
+
+def _text(spec: RecordSpec, kind: Kind) -> Form:
+    return TextFiles(spec, kind) if spec.separator is None else SeparatedText(spec, kind)
+
+
+FORMS: dict[str, FormEntry] = {
+    "jsonl": FormEntry(
+        title="JSON lines",
+        make=JsonLines,
+        suffixes=(".jsonl", ".ndjson", ".jsonlines", ".json"),
+        likely_start=b"{",
+        objection=why_no_lines,
+        record_options=("field", "template"),
+    ),
+    "parquet": FormEntry(
+        title="Parquet",
+        make=_parquet,
+        suffixes=(".parquet", ".pq"),
+        magic=b"PAR1",
+        may_be_compressed=False,
+        record_options=("field", "template"),
+    ),
+    "text": FormEntry(
+        title="text",
+        make=_text,
+        suffixes=(".txt", ".text"),
+        record_options=("separator",),
+        holds_conversations=False,
+    ),
+}
+"""By the name that `--format` takes and the manifest has."""
+
+AUTO = "auto"
+if TYPE_CHECKING:
+    FormChoice = str
+else:
+    FormChoice = Literal[(AUTO, *FORMS)]
+"""What a user may say of all inputs; `auto` looks at each."""
+
+
+def titles(which: Callable[[FormEntry], bool] = lambda _: True, *, joined_by: str = "and") -> str:
+    """Return the titles of the forms that are such, for a message: `JSON lines and Parquet`."""
+    *others, last = [entry.title for entry in FORMS.values() if which(entry)]
+    return f"{', '.join(others)} {joined_by} {last}" if others else last
+
+
+def form_of(source: Source, spec: RecordSpec, kind: Kind = "pretrain") -> Form:
+    """Return what cuts and reads a source.
+
+    Args:
+        source: it.
+        spec: what makes a text of a record.
+        kind: what the records are.
+    """
+    return FORMS[source.form].make(spec, kind)

@@ -1,0 +1,149 @@
+"""Plain text: documents that a separator ends, or files that are one document each."""
+
+from collections.abc import Generator, Iterator, Sequence
+
+from minimind_data.chat.rendering import ChatSpec
+from minimind_data.dataset.format import Kind
+from minimind_data.files import sha256_of_bytes
+from minimind_data.inputs.base import Form, RecordReader, Split
+from minimind_data.inputs.blocks import BadRecord, Block
+from minimind_data.inputs.delimited import BYTE_ORDER_MARK, Delimited, DelimitedReader
+from minimind_data.inputs.lines import delimiter
+from minimind_data.inputs.sources import Source
+from minimind_data.inputs.spec import RecordSpec, long_word, no_utf8
+
+_BLOCK_DOCUMENT_BYTES = 2 * 2**20
+
+
+class SeparatedText(Delimited):
+    """Plain text whose documents end with a separator."""
+
+    def __init__(self, spec: RecordSpec, kind: Kind) -> None:
+        super().__init__(spec, kind)
+        assert spec.separator_bytes is not None
+        self.ends = delimiter(spec.separator_bytes)
+
+    def reader(self, split: Split, chat: ChatSpec | None = None) -> RecordReader:
+        """See `Form.reader`; text holds no conversations."""
+        assert chat is None
+        return TextRecords(split, self._spec, self.ends)
+
+
+class TextFiles(Form):
+    """Plain text files, each one document; small ones share a split."""
+
+    def splits(self, sources: Sequence[Source], split_bytes: int) -> list[list[Split]]:
+        """Let files share a split as long as they are below `split_bytes` together; it is the first one's."""
+        sizes = [source.stamp()[0] for source in sources]
+        splits: list[list[Split]] = [[] for _ in sources]
+        for first, stop in _groups(sizes, split_bytes):
+            weight = sum(sizes[first:stop])
+            splits[first].append(
+                Split(
+                    source=sources[first],
+                    more=tuple(sources[first + 1 : stop]),
+                    start=0,
+                    stop=weight,
+                    num_bytes=weight,
+                )
+            )
+        return splits
+
+    def reader(self, split: Split, chat: ChatSpec | None = None) -> RecordReader:
+        """See `Form.reader`; text holds no conversations."""
+        assert chat is None
+        return TextFileRecords(split, self._spec)
+
+    def records_before(self, split: Split) -> int:  # noqa: ARG002 - whichever it is
+        """Return 0: a split begins where its file does."""
+        return 0
+
+    def place(self, split: Split, number: int) -> str:
+        """Return the path of the file with this number in a split."""
+        return split.sources[number - 1].name
+
+
+def _groups(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """Yield [first, stop) of neighbours of which each group has at most `most` together, or is one alone."""
+    first = weight = 0
+    for place, size in enumerate(sizes):
+        if place > first and weight + size > most:
+            yield first, place
+            first, weight = place, 0
+        weight += size
+    if sizes:
+        yield first, len(sizes)
+
+
+class _Texts:
+    """Collects plain texts into blocks."""
+
+    def __init__(self, spec: RecordSpec) -> None:
+        self._spec = spec
+        self._texts: list[str] = []
+        self._bad: list[BadRecord] = []
+        self._empty_texts = 0
+
+    def add(self, number: int, data: bytes) -> None:
+        """Take in a text; one of white space alone is empty."""
+        why = no_utf8(data, "text")
+        text = "" if why else data.decode()
+        why = why or long_word(text, self._spec.max_word_chars)
+        if why:
+            self._bad.append(BadRecord(line=number, reason=why, data=data))
+        elif not text.strip():
+            self._empty_texts += 1
+        else:
+            self._texts.append(text)
+
+    def take(self, num_bytes: int) -> Block:
+        """Return what was collected, and begin anew."""
+        block = Block(texts=self._texts, empty_texts=self._empty_texts, bad=self._bad, num_bytes=num_bytes)
+        self._texts, self._bad, self._empty_texts = [], [], 0
+        return block
+
+
+class TextRecords(DelimitedReader):
+    """Plain text whose documents end with a separator."""
+
+    def blocks(self) -> Generator[Block, None, None]:
+        """Yield the texts; see `RecordReader`."""
+        texts = _Texts(self._spec)
+        for first, pieces, num_bytes in self._pieces():
+            for number, piece in enumerate(pieces, first):
+                texts.add(number, piece)
+            yield texts.take(num_bytes)
+
+
+class TextFileRecords:
+    """Plain text files, each one document."""
+
+    def __init__(self, split: Split, spec: RecordSpec) -> None:
+        self._split = split
+        self._spec = spec
+        self._digests: list[str] = []
+        self.begin = self.end = 0
+        self.num_lines = 0
+
+    def blocks(self) -> Generator[Block, None, None]:
+        """Yield the texts; see `RecordReader`."""
+        texts = _Texts(self._spec)
+        weight = 0
+        for source in self._split.sources:
+            with source.reading(), source.open_text() as file:
+                data = file.read()
+            self._digests.append(sha256_of_bytes(data))
+            self.num_lines += 1
+            size = source.stamp()[0]
+            self.end += size
+            texts.add(self.num_lines, data.removeprefix(BYTE_ORDER_MARK))
+            weight += size
+            if weight >= _BLOCK_DOCUMENT_BYTES:
+                yield texts.take(weight)
+                weight = 0
+        yield texts.take(weight)
+
+    @property
+    def sha256(self) -> str:
+        """Of the SHA-256s of the files' texts."""
+        return sha256_of_bytes("".join(self._digests).encode())
