@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MODULES = [
-    path for folder in ("minimind_data", "minimind_train", "cli") for path in (ROOT / folder).glob("*.py")
+    path for folder in ("minimind_data", "minimind_train", "cli") for path in (ROOT / folder).rglob("*.py")
 ]
 
 
