@@ -2,7 +2,10 @@
 
 import signal
 
+import pytest
 from hypothesis import settings
+
+pytest.register_assert_rewrite("tests.helpers")
 
 settings.register_profile("without a deadline", deadline=None)
 settings.load_profile("without a deadline")

@@ -4,29 +4,9 @@ import json
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from minimind_cli import data
-from minimind_cli.train import make
 from minimind_data.build.pipeline import tokenize
 from minimind_data.build.plan import TokenizeOptions
-
-TINY = [
-    *("--seq-len", "32", "--hidden-size", "16", "--num-hidden-layers", "1", "--num-attention-heads", "2"),
-    *("--num-key-value-heads", "1", "--global-batch", "4", "--threads", "1", "--device", "cpu"),
-]
-"""The options of a model that trains in no time."""
-
-
-def mm_data(*arguments, **options):
-    """Call mm-data; `options` are those of `CliRunner.invoke`."""
-    return CliRunner().invoke(data.app, list(map(str, arguments)), **options)
-
-
-def mm_train(*arguments, **options):
-    """Call mm-train; `options` are those of `CliRunner.invoke`."""
-    arguments = list(map(str, arguments))
-    return CliRunner().invoke(make(arguments), arguments, **options)
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,7 @@ import pytest
 
 from minimind_data.build.pipeline import tokenize
 from minimind_data.build.plan import TokenizeOptions
-
-from .conftest import TINY, mm_train
+from tests.helpers.commands import TINY, mm_train
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ import pytest
 
 from minimind_data.dataset import writer
 from minimind_data.options import format_size, parse_size
-
-from .conftest import mm_data
+from tests.helpers.commands import mm_data
 
 TEXTS = [f"Question {i}? Answer {i}。<|im_end|>" for i in range(200)]
 

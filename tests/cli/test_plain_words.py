@@ -6,8 +6,7 @@ import re
 import pytest
 
 from minimind_data.reporting import counted
-
-from .conftest import mm_data, mm_train
+from tests.helpers.commands import mm_data, mm_train
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,7 @@ from minimind_train.run.phases import DpoConfig, PretrainConfig, SftConfig
 from minimind_train.run.toml import describe, read_description
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import Change, RunRecord
-
-from .conftest import TINY, mm_train
+from tests.helpers.commands import TINY, mm_train
 
 
 def results(run):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from .conftest import mm_data
+from tests.helpers.commands import mm_data
 
 
 @pytest.fixture

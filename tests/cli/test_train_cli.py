@@ -16,8 +16,7 @@ from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.windows.opening import open_windows
 from minimind_train.objectives.objective import NextToken
 from minimind_train.order.sample_order import SampleOrder
-
-from .conftest import TINY, mm_train
+from tests.helpers.commands import TINY, mm_train
 
 
 @pytest.fixture(scope="module")

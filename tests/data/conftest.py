@@ -1,77 +1,18 @@
 """Small datasets whose tokens can be read off a failure, and JSON lines."""
 
-import hashlib
 import json
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
 
-from minimind_data.build.plan import TokenizeOptions
-from minimind_data.dataset.format import (
-    InputEntry,
-    Manifest,
-    ShardEntry,
-    TokenizerInfo,
-    dtype_for,
-    numpy_dtype,
-)
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.dataset.verification import verify
-from minimind_data.dataset.writer import ShardWriter
 from minimind_data.interchange.conversion import ConvertOptions, ConvertSummary, convert
-from minimind_data.options import build
-
-BOS, EOS, PAD = 1, 2, 0
-TEXTS = [
-    f"第{i}个问题：{i} 加 {i} 等于多少？ 等于 {2 * i}。<|im_end|> What is {i} times two? It is {2 * i}.<|im_end|>"
-    + " filler" * (i % 40)
-    for i in range(400)
-]
-"""Texts of many lengths, in two languages, with special tokens in them."""
-
-
-CRASHING = """
-import os, sys
-from pathlib import Path
-from minimind_data.build.plan import TokenizeOptions
-from minimind_data.build.pipeline import tokenize
-
-paths, crash_at = [Path(path) for path in sys.argv[1:-1]], int(sys.argv[-1])
-calls = 0
-
-def dying(name):
-    real = getattr(os, name)
-    def call(*arguments, **named):
-        global calls
-        calls += 1
-        if calls == crash_at:
-            os._exit(9)
-        return real(*arguments, **named)
-    return call
-
-for name in ("replace", "unlink", "fsync", "mkdir", "rmdir"):
-    setattr(os, name, dying(name))
-"""
-"""The beginning of a program `PATH... N` that ends, without any clean-up, before the N-th of its changes to the disk; it counts `calls`."""
-
-
-def options(out: Path, **changes) -> TokenizeOptions:
-    """Options of a build in this process, in splits so small that there are many."""
-    return build(TokenizeOptions, {"out": out, "workers": 1, "split_bytes": 8192, **changes})
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file in a folder, byte for byte."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+from tests.helpers.datasets import BOS, EOS, PAD, write_dataset
 
 
 @pytest.fixture
@@ -82,38 +23,16 @@ def make_dataset(tmp_path: Path) -> Callable[..., ShardSet]:
     """
 
     def make(shards: Sequence[Sequence[int]], *, name: str = "dataset", vocab_size: int = 6400) -> ShardSet:
-        folder = tmp_path / name
-        folder.mkdir()
-        dtype = dtype_for(vocab_size)
-        tokenizer = b'{"a": "tokenizer"}'
-        (folder / "tokenizer.json").write_bytes(tokenizer)
-        entries = []
         following = 0
-        for index, lengths in enumerate(shards):
-            with ShardWriter(folder, f"text-{index:05d}", dtype) as writer:
-                for length in lengths:
-                    inner = 3 + np.arange(following, following + length - 2) % (vocab_size - 3)
-                    following += length - 2
-                    document = np.array([BOS, *inner, EOS]).astype(numpy_dtype(dtype))
-                    writer.append(document, np.array([length]))
-                written = writer.commit()
-            source = {"input": 0, "input_start": 0, "input_stop": 0, "input_sha256": ""}
-            entries.append(ShardEntry(name=f"text-{index:05d}", **source, **asdict(written)))
-        told = hashlib.sha256(tokenizer).hexdigest()
-        manifest = Manifest(
-            kind="pretrain",
-            dtype=dtype,
-            tokenizer=TokenizerInfo(sha256=told, vocab_size=vocab_size, bos_id=BOS, eos_id=EOS, pad_id=PAD),
-            options={"field": "text"},
-            inputs=(
-                InputEntry(
-                    path="text.jsonl", bytes=1, sha256=hashlib.sha256(repr(shards).encode()).hexdigest()
-                ),
-            ),
-            shards=tuple(entries),
-        )
-        (folder / "manifest.json").write_text(manifest.to_json())
-        return ShardSet.open(folder)
+
+        def document(length: int) -> list[int]:
+            nonlocal following
+            inner = 3 + np.arange(following, following + length - 2) % (vocab_size - 3)
+            following += length - 2
+            return [BOS, *inner, EOS]
+
+        documents = [[document(length) for length in lengths] for lengths in shards]
+        return write_dataset(tmp_path / name, documents, vocab_size=vocab_size, source=repr(shards))
 
     return make
 

@@ -17,8 +17,7 @@ from minimind_data.dataset.writer import ShardWriter
 from minimind_data.errors import UserError
 from minimind_data.files import remove_partials
 from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER, load_tokenizer
-
-from ..conftest import TEXTS, options, tree
+from tests.helpers.builds import TEXTS, options, tree
 
 REFERENCE = load_tokenizer().reference
 

@@ -23,8 +23,7 @@ from minimind_data.errors import UserError
 from minimind_data.tokenizer import loading as tokenizer_module
 from minimind_data.tokenizer.backends import ReferenceEncoder
 from minimind_data.tokenizer.loading import load_tokenizer
-
-from ..conftest import CRASHING, TEXTS, options, tree
+from tests.helpers.builds import CRASHING, TEXTS, options, tree
 
 REFERENCE = load_tokenizer().reference
 

@@ -21,8 +21,7 @@ from minimind_data.errors import UserError
 from minimind_data.interchange.conversion import ConvertOptions, convert
 from minimind_data.options import build
 from minimind_data.tokenizer.loading import load_tokenizer
-
-from ..chats import PLAIN, TEMPLATES, make_tokenizer
+from tests.helpers.chats import PLAIN, TEMPLATES, make_tokenizer
 
 USER, ANSWER = PLAIN[:2]
 

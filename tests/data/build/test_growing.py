@@ -13,8 +13,7 @@ from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.dataset.verification import verify
 from minimind_data.errors import UserError
 from minimind_data.tokenizer.loading import load_tokenizer
-
-from ..conftest import CRASHING, options, tree
+from tests.helpers.builds import CRASHING, options, tree
 
 REFERENCE = load_tokenizer().reference
 TEXTS = [

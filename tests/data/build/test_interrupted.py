@@ -15,8 +15,7 @@ from minimind_data.build.plan import TokenizeOptions
 from minimind_data.dataset.verification import verify
 from minimind_data.errors import UserError
 from minimind_data.options import build
-
-from ..conftest import tree
+from tests.helpers.builds import tree
 
 
 def options(out, **changes):

@@ -24,8 +24,7 @@ from minimind_data.build.plan import TokenizeOptions
 from minimind_data.build.ray import cores_per_task
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
-
-from ..conftest import tree
+from tests.helpers.builds import tree
 
 cluster_test = [
     pytest.mark.distributed,

@@ -14,8 +14,7 @@ from minimind_data.chat.template import (
 )
 from minimind_data.errors import UserError
 from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
-
-from ..chats import PLAIN, TEMPLATES, make_tokenizer
+from tests.helpers.chats import PLAIN, TEMPLATES, make_tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief. 简短些。\n"}
 TOOLS = [

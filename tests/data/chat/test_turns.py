@@ -18,8 +18,7 @@ from minimind_data.chat.template import ChatTemplate, RenderError, chat_template
 from minimind_data.errors import UserError
 from minimind_data.tokenizer.backends import ReferenceEncoder
 from minimind_data.tokenizer.loading import load_tokenizer
-
-from ..chats import CLOSES, NAMES, OPENS, PLAIN, TEMPLATES, make_tokenizer
+from tests.helpers.chats import CLOSES, NAMES, OPENS, PLAIN, TEMPLATES, make_tokenizer
 
 
 class _Kind:

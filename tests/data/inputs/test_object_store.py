@@ -19,8 +19,7 @@ from minimind_data.dataset.verification import verify
 from minimind_data.errors import UserError
 from minimind_data.inputs import stores
 from minimind_data.inputs.discovery import find_sources, stem_of
-
-from ..conftest import options
+from tests.helpers.builds import options
 
 boto3 = pytest.importorskip("boto3")
 moto_server = pytest.importorskip("moto.server")

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import json
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -20,30 +19,10 @@ from minimind_data.report.page import check_page_place, write_page
 from minimind_data.report.statistics import stats
 from minimind_data.tokenizer.loading import load_tokenizer
 from minimind_data.windows.opening import open_windows
+from tests.helpers.pages import Reader
 
 HOSTILE = "</script><script>alert(1)</script><!--<script> \u2028 <img src=x onerror=alert(1)> & ]]>"
 TEXTS = [HOSTILE, *(f"你好 {i}, 𠮷 é ".strip() * (i % 7 + 1) for i in range(60))]
-
-
-class Reader(HTMLParser):
-    """Collects the elements of a page and the text inside of each script."""
-
-    def __init__(self):
-        super().__init__()
-        self.tags = []
-        self.scripts = []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_data(self, data):
-        if self.tags and self.tags[-1][0] == "script":
-            self.scripts[-1] += data
-
-    def handle_endtag(self, tag):
-        self.tags.append(("/" + tag, {}))
 
 
 @pytest.fixture

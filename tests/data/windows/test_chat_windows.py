@@ -1,56 +1,32 @@
 """Windows of conversations and pairs: targets where the mask says so, against a plain reading of what is on disk."""
 
-import dataclasses
-import hashlib
 import itertools
 
 import numpy as np
 import pytest
 
-from minimind_data.dataset.format import IGNORED, InputEntry, Manifest, ShardEntry, TokenizerInfo, numpy_dtype
-from minimind_data.dataset.shard_set import ShardSet
-from minimind_data.dataset.writer import ShardWriter
+from minimind_data.dataset.format import IGNORED
 from minimind_data.errors import UserError
 from minimind_data.windows.opening import open_windows
+from tests.helpers.datasets import PAD, write_dataset
 
-PAD = 0
 RNG = np.random.default_rng(11)
 SHARDS = [[9, 4, 30, 2, 17, 6], [5, 5, 8, 40, 3, 12], [7, 2]]
 
 
 def make(folder, kind, shards=SHARDS, mask_of=None):
-    """Make a dataset whose tokens count on from 3, with any mask."""
-    folder.mkdir()
-    tokenizer = b"{}"
-    (folder / "tokenizer.json").write_bytes(tokenizer)
-    entries, sequences, following = [], [], 3
-    for number, lengths in enumerate(shards):
-        name = f"chats-{number:05d}"
-        with ShardWriter(
-            folder, name, "uint16", sequences_per_document=2 if kind == "dpo" else 1, masked=True
-        ) as writer:
-            for length in lengths:
-                tokens = np.arange(following, following + length).astype(numpy_dtype("uint16"))
-                mask = (RNG.random(length) < 0.5).astype(np.uint8) if mask_of is None else mask_of(length)
-                following += length
-                writer.append(tokens, np.array([length]), mask)
-                sequences.append((tokens.tolist(), mask.tolist()))
-            written = writer.commit()
-        source = {"input": 0, "input_start": 0, "input_stop": 0, "input_sha256": ""}
-        entries.append(ShardEntry(name=name, **source, **dataclasses.asdict(written)))
-    info = TokenizerInfo(
-        sha256=hashlib.sha256(tokenizer).hexdigest(), vocab_size=6400, bos_id=1, eos_id=2, pad_id=PAD
-    )
-    manifest = Manifest(
-        kind=kind,
-        dtype="uint16",
-        tokenizer=info,
-        options={},
-        inputs=(InputEntry(path="chats.jsonl", bytes=1, sha256=str(folder.name)),),
-        shards=tuple(entries),
-    )
-    (folder / "manifest.json").write_text(manifest.to_json())
-    return ShardSet.open(folder), sequences
+    """Make a dataset whose tokens count on from 3, with any mask; return it and its sequences, (ids, mask) each."""
+    following = 3
+
+    def sequence(length):
+        nonlocal following
+        following += length
+        mask = (RNG.random(length) < 0.5).astype(np.uint8) if mask_of is None else mask_of(length)
+        return np.arange(following - length, following), mask
+
+    sequences = [[sequence(length) for length in lengths] for lengths in shards]
+    dataset = write_dataset(folder, sequences, kind=kind, source=folder.name)
+    return dataset, [(ids.tolist(), mask.tolist()) for each in sequences for ids, mask in each]
 
 
 def row(tokens, mask, seq_len, *, labels):
@@ -153,7 +129,7 @@ def test_a_pair_a_window(tmp_path, seq_len, labels):
     assert windows.padding == sum(max(0, seq_len - length) for length in lengths)
     assert windows.unused_tokens == sum(max(0, length - width) for length in lengths)
     rejected = sequences[1][0]
-    assert windows.window_of("chats-00000", rejected[-1] - 3) == 0
+    assert windows.window_of("text-00000", rejected[-1] - 3) == 0
     with pytest.raises(UserError, match="holds pairs .* take --layout pad, not pack"):
         open_windows(shards, layout="pack", seq_len=seq_len)
 

@@ -1,7 +1,6 @@
 """ResumableBatchSampler: exactly the rest of the order, from any place, in anybody's DataLoader."""
 
 import copy
-import hashlib
 import json
 import pickle
 from itertools import chain, islice
@@ -11,19 +10,16 @@ import pytest
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from minimind_data.dataset.format import InputEntry, Manifest, ShardEntry, TokenizerInfo
-from minimind_data.dataset.shard_set import ShardSet
-from minimind_data.dataset.writer import ShardWriter
 from minimind_data.errors import UserError
 from minimind_data.windows.opening import open_windows
 from minimind_train.batches.steps import StepLoader
 from minimind_train.batches.torch_loader import ResumableBatchSampler, WindowDataset
 from minimind_train.order.mixture import MixtureOrder, MixtureStage
 from minimind_train.order.sample_order import SampleOrder
+from tests.helpers.datasets import BOS, EOS, write_dataset
 
 SEQ_LEN = 4
 NUM_WINDOWS = 30
-BOS, EOS = 1, 2
 
 # torchdata 0.11 calls a function of torch that newer versions deprecate.
 torchdata = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
@@ -32,29 +28,14 @@ torchdata = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWar
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     """Thirty windows in two shards. Every token is its own number in the stream plus 10, but for the ends of the shards."""
-    folder = tmp_path_factory.mktemp("dataset")
-    (folder / "tokenizer.json").write_text("{}")
-    digest = hashlib.sha256(b"{}").hexdigest()
-    tokens = np.arange(NUM_WINDOWS * SEQ_LEN + 1, dtype="<u2") + 10
-    shards = []
-    for name, part in zip(("a", "b"), np.split(tokens, [50]), strict=True):
-        part[0], part[-1] = BOS, EOS
-        with ShardWriter(folder, name, "uint16") as writer:
-            writer.append(part, np.array([len(part)]))
-            written = vars(writer.commit())
-        shards.append(
-            ShardEntry(name=name, input=0, input_start=0, input_stop=1, input_sha256=digest, **written)
-        )
-    manifest = Manifest(
-        kind="pretrain",
-        dtype="uint16",
-        tokenizer=TokenizerInfo(sha256=digest, vocab_size=200, bos_id=BOS, eos_id=EOS, pad_id=0),
-        options={},
-        inputs=(InputEntry(path="text.jsonl", bytes=2, sha256=digest),),
-        shards=tuple(shards),
+    tokens = np.arange(NUM_WINDOWS * SEQ_LEN + 1) + 10
+    shards = np.split(tokens, [50])
+    for shard in shards:
+        shard[0], shard[-1] = BOS, EOS
+    dataset = write_dataset(
+        tmp_path_factory.mktemp("dataset") / "data", [[shard] for shard in shards], vocab_size=200
     )
-    (folder / "manifest.json").write_text(manifest.to_json())
-    return WindowDataset(open_windows(ShardSet.open(folder), layout="concat", seq_len=SEQ_LEN))
+    return WindowDataset(open_windows(dataset, layout="concat", seq_len=SEQ_LEN))
 
 
 def order_of(n, seed=5, kind="shuffled"):

@@ -21,8 +21,7 @@ from minimind_train.order.sample_order import SampleOrder
 from minimind_train.order.skips import Skips
 from minimind_train.run.phases import pretrain, resume
 from minimind_train.training import loop
-
-from ..conftest import Said, config_of, stop_after
+from tests.helpers.runs import Said, config_of, stop_after
 
 SIZES = {"en": 61, "math": 7, "zh": 150}
 WORLD_SIZES = (1, 2, 3, 4, 8)

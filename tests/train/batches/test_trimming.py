@@ -24,8 +24,7 @@ from minimind_train.training.evaluate import Evaluator
 from minimind_train.training.nonfinite import NonfiniteGuard
 from minimind_train.training.optim import OptimConfig, make_optimizer
 from minimind_train.training.step import NotFiniteError, take_step
-
-from ..conftest import Said, config_of, metrics
+from tests.helpers.runs import Said, config_of, metrics
 
 LENGTH, NUM_WINDOWS, VOCAB = 3 * COLUMNS + 5, 13, 40
 CPU = torch.device("cpu")

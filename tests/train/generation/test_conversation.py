@@ -9,8 +9,7 @@ from minimind_train.generation import conversation
 from minimind_train.generation.conversation import Conversation
 from minimind_train.generation.sampling import GenerateOptions
 from minimind_train.weights.load import open_trained
-
-from ..conftest import Said
+from tests.helpers.runs import Said
 
 OPTIONS = GenerateOptions(max_new_tokens=8)
 

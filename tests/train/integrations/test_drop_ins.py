@@ -18,8 +18,7 @@ from minimind_data.errors import UserError
 from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
 from minimind_train.integrations.minimind import DistributedSampler, PretrainDataset, SkipBatchSampler
 from minimind_train.order.sample_order import SampleOrder
-
-from ..conftest import Said
+from tests.helpers.runs import Said
 
 SAMPLE = Path(__file__).parents[3] / "data" / "sample.jsonl"
 NUM_LINES = 60

@@ -16,8 +16,7 @@ from minimind_train.batches.datasets import Datasets
 from minimind_train.batches.torch_loader import WindowDataset
 from minimind_train.order.sample_order import SampleOrder
 from minimind_train.order.skips import Skips
-
-from ..conftest import Said
+from tests.helpers.runs import Said
 
 transformers = pytest.importorskip("transformers")
 hf_trainer = pytest.importorskip("minimind_train.integrations.hf_trainer")

@@ -18,8 +18,7 @@ from minimind_train.model import documents
 from minimind_train.model.documents import Documents, flash_kernel
 from minimind_train.model.transformer import KVCache, MiniMind, initialize
 from minimind_train.objectives.losses import summed_cross_entropy
-
-from ..conftest import SMALL_MODEL
+from tests.helpers.runs import SMALL_MODEL
 
 SEQ_LEN = 48
 MODEL = dataclasses.replace(SMALL_MODEL, vocab_size=259, max_position_embeddings=SEQ_LEN)

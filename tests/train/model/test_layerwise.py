@@ -14,8 +14,7 @@ from minimind_train.model.transformer import MiniMind, initialize
 from minimind_train.objectives.objective import NextToken
 from minimind_train.run.phases import resume
 from minimind_train.run_folder import checkpoint
-
-from ..conftest import Said, metrics, stop_after, weights
+from tests.helpers.runs import Said, metrics, stop_after, weights
 
 # Torch's compiler sets off torch's own warnings, which it does not show.
 pytestmark = [

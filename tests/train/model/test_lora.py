@@ -16,8 +16,7 @@ from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import RunRecord
 from minimind_train.weights.exporting import export
 from minimind_train.weights.load import adapted_model, load_weights, model_of
-
-from ..conftest import Said, config_of, metrics, stop_after, weights
+from tests.helpers.runs import Said, config_of, metrics, stop_after, weights
 
 SHAPE = ModelConfig(
     hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=40

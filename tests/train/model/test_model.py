@@ -9,8 +9,7 @@ import torch
 from minimind_train.model.config import ModelConfig
 from minimind_train.model.rotary import rotary_tables, rotate
 from minimind_train.model.transformer import Attention, KVCache, MiniMind, count_parameters, initialize
-
-from ..conftest import SMALL_MODEL
+from tests.helpers.runs import SMALL_MODEL
 
 
 def make(config=SMALL_MODEL, seed=0, spread=10.0):

@@ -14,8 +14,7 @@ from minimind_train.model import moe
 from minimind_train.model.config import ModelConfig, parameter_line
 from minimind_train.model.moe import Mixture, imbalance
 from minimind_train.model.transformer import KVCache, MiniMind, count_parameters, initialize
-
-from ..conftest import SMALL_MODEL
+from tests.helpers.runs import SMALL_MODEL
 
 SMALL = dataclasses.replace(
     SMALL_MODEL, use_moe=True, num_experts=5, num_experts_per_tok=2, router_aux_loss_coef=0.3

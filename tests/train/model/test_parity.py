@@ -17,8 +17,7 @@ from minimind_train.model.config import ModelConfig
 from minimind_train.model.transformer import MiniMind, initialize
 from minimind_train.order.sample_order import SampleOrder
 from minimind_train.run.phases import pretrain
-
-from ..conftest import Said, config_of, metrics
+from tests.helpers.runs import Said, config_of, metrics
 
 BOS, EOS, PAD = 1, 2, 0
 SHAPE = {

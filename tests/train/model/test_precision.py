@@ -16,8 +16,7 @@ from minimind_train.run.phases import resume
 from minimind_train.run_folder import checkpoint
 from minimind_train.training.optim import OptimConfig, make_optimizer
 from minimind_train.training.step import NotFiniteError, take_step
-
-from ..conftest import Said, metrics, stop_after, weights
+from tests.helpers.runs import Said, metrics, stop_after, weights
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(

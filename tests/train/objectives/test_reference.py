@@ -19,8 +19,7 @@ from minimind_train.model.transformer import MiniMind, initialize
 from minimind_train.objectives import reference
 from minimind_train.objectives.preference import REFERENCE, log_probs_of_pairs
 from minimind_train.objectives.reference import FOLDER_NAME, Reference, ReferencedWindows, reference_log_probs
-
-from ..conftest import Said
+from tests.helpers.runs import Said
 
 SHAPE = ModelConfig(
     hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=40

@@ -1,16 +1,13 @@
 """Several ranks are one run: the same losses and weights to rounding, whatever their number and however the batch divides."""
 
 import pytest
-import torch
 
 from minimind_data.options import build
 from minimind_train.run.phases import PretrainConfig, pretrain
 from minimind_train.run_folder import checkpoint
-from minimind_train.weights.load import model_of
-
-from ..conftest import OPTIONS as SMALL
-from ..conftest import Said, metrics
-from ..ranks import run_ranks
+from tests.helpers.ranks import TRAIN, run_ranks
+from tests.helpers.runs import OPTIONS as SMALL
+from tests.helpers.runs import Said, assert_alike, metrics
 
 pytestmark = pytest.mark.distributed
 
@@ -18,34 +15,10 @@ pytestmark = pytest.mark.distributed
 # so with a micro-batch of 4 one of them passes once where the others pass twice.
 OPTIONS = {"steps": None, "epochs": 1, "global_batch": 14, "micro_batch": 4, "save_every": 3, "keep": 0}
 STEPS = 8
-TRAIN = """
-from functools import partial
-from minimind_data.options import build
-from minimind_train.run import entry as job
-from minimind_train.run.phases import PRETRAIN, PretrainConfig
-
-prepare = partial(job._prepare_new, PRETRAIN, build(PretrainConfig, options), lambda line: None, given=None)
-told["outcome"] = job._train_as_rank(PRETRAIN, prepare, world)
-"""
 
 
 def options_of(run, dataset, **changes):
     return {**SMALL, **OPTIONS, "run": run, "shards": dataset, **changes}
-
-
-def assert_alike(run, other, step=STEPS, rel=1e-5):
-    """Everything that is counted is equal, and losses and weights are but for rounding."""
-    ours, theirs = metrics(run), metrics(other)
-    assert len(ours) == len(theirs) == step
-    for here, there in zip(ours, theirs, strict=True):
-        assert here == {
-            name: pytest.approx(value, rel=rel) if isinstance(value, float) else value
-            for name, value in there.items()
-        }
-    here, there = (dict(model_of(each, step=step, say=Said()).named_parameters()) for each in (run, other))
-    assert here.keys() == there.keys()
-    for name, tensor in here.items():
-        torch.testing.assert_close(tensor, there[name], rtol=10 * rel, atol=2 * rel)
 
 
 @pytest.fixture(
@@ -64,34 +37,20 @@ def alone(request, tmp_path_factory, small_dataset, other_dataset):
 @pytest.mark.parametrize(("parallel", "size"), [("ddp", 2), ("ddp", 3), ("fsdp", 2), ("fsdp", 3)])
 def test_any_number_of_ranks_learns_the_same(tmp_path, alone, parallel, size):
     expected, options = alone
-    told = run_ranks(TRAIN, size, options=options | {"run": tmp_path / "run", "parallel": parallel})
-    assert_alike(tmp_path / "run", expected)
-    outcomes = [each["outcome"] for each in told]
+    reports = run_ranks(TRAIN, size, options=options | {"run": tmp_path / "run", "parallel": parallel})
+    assert_alike(tmp_path / "run", expected, STEPS)
+    outcomes = [each["outcome"] for each in reports]
     assert [outcome.rank for outcome in outcomes] == list(range(size))
     assert len({(outcome.step, outcome.cursor, outcome.loss) for outcome in outcomes}) == 1
 
 
-KILLED = (
-    """
-from minimind_train.training import loop
-original = loop.take_step
-
-def dying(objective, optimizer, batch, **keywords):
+KILLED = """
+def dying(batch):
     if batch.start // options["global_batch"] == 5:
         leave()
-    return original(objective, optimizer, batch, **keywords)
 
-loop.take_step = dying
-"""
-    + TRAIN
-)
-RESUMED = """
-from functools import partial
-from minimind_train.run import entry as job
-from minimind_train.run.phases import PRETRAIN
-
-prepare = partial(job._prepare_resumed, PRETRAIN, options["run"], {}, lambda line: None, allow_change=())
-told["outcome"] = job._train_as_rank(PRETRAIN, prepare, world)
+before_each_step(dying)
+train(world, options)
 """
 
 
@@ -104,7 +63,7 @@ def test_three_ranks_that_die_and_go_on_end_bit_for_bit_as_three_that_live(tmp_p
     run_ranks(TRAIN, 3, options=whole)
     run_ranks(KILLED, 3, options=killed)
     assert len(metrics(tmp_path / "killed")) < STEPS
-    run_ranks(RESUMED, 3, options=killed)
+    run_ranks("train(world, options, given={})", 3, options=killed)
     expected, found = (
         {
             file.name: file.read_bytes()

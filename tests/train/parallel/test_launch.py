@@ -15,10 +15,8 @@ from minimind_data.options import build
 from minimind_train.parallel.launch import launch_ranks
 from minimind_train.run.phases import PretrainConfig, pretrain, resume
 from minimind_train.run_folder import checkpoint
-
-from ..conftest import Said, steps
-from ..run.test_killed import OPTIONS, flags, start, wait_for_step
-from .test_distributed import assert_alike
+from tests.helpers.commands import STARTED, flags, start, wait_for_step
+from tests.helpers.runs import Said, assert_alike, steps
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -37,7 +35,7 @@ def assert_gone(pids):
 
 
 def test_a_run_goes_on_in_other_numbers_whoever_was_killed(tmp_path, small_dataset):
-    options = OPTIONS | {"steps": 150, "dropout": 0.0, "dtype": "fp32", "threads": 1, "keep": 0}
+    options = STARTED | {"steps": 150, "dropout": 0.0, "dtype": "fp32", "threads": 1, "keep": 0}
     run, alone = tmp_path / "run", tmp_path / "alone"
     again = ["--run", str(run), "--resume", "--nproc"]
 

@@ -8,10 +8,8 @@ import pytest
 
 from minimind_data.options import build
 from minimind_train.run.phases import PretrainConfig, pretrain
-
-from ..conftest import Said
-from ..run.test_killed import MAIN, OPTIONS, flags
-from .test_distributed import assert_alike
+from tests.helpers.commands import MAIN, STARTED, flags
+from tests.helpers.runs import Said, assert_alike
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -23,7 +21,7 @@ def free_port():
 
 
 def test_two_nodes_are_one_run(tmp_path, small_dataset):
-    options = OPTIONS | {"steps": 10, "dropout": 0.0, "dtype": "fp32", "threads": 1, "parallel": "fsdp"}
+    options = STARTED | {"steps": 10, "dropout": 0.0, "dtype": "fp32", "threads": 1, "parallel": "fsdp"}
     run, alone, program = tmp_path / "run", tmp_path / "alone", tmp_path / "mm_train.py"
     program.write_text(MAIN)
     port = free_port()

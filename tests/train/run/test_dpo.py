@@ -13,8 +13,8 @@ from minimind_train.objectives.reference import FOLDER_NAME
 from minimind_train.run import entry as job
 from minimind_train.run.evaluation import evaluate_run
 from minimind_train.run.phases import DPO, DpoConfig
-
-from ..conftest import Said, make_chats, metrics, stop_after, weights
+from tests.helpers.datasets import chat_dataset
+from tests.helpers.runs import Said, metrics, stop_after, weights
 
 OPTIONS = {
     "seq_len": 48, "global_batch": 8, "micro_batch": 4, "steps": 6, "threads": 1, "save_every": 2, "keep": 0, "log_every": 1,
@@ -57,7 +57,7 @@ def test_cached_and_online_learn_the_same(begin):
 
 
 def test_the_reference_is_computed_once_for_all_runs(begin, tmp_path):
-    shards = make_chats(tmp_path / "pairs", "dpo", count=12)
+    shards = chat_dataset(tmp_path / "pairs", "dpo", count=12)
     _, said = begin("one", shards=(str(shards),), steps=1)
     assert "computing the reference's log-probabilities of 12 pairs, once" in said.text
     found = sorted((shards / FOLDER_NAME).iterdir())
@@ -79,7 +79,7 @@ def test_a_resume_is_exact(begin, changes):
 
 
 def test_a_resume_needs_the_base_only_where_its_numbers_are_gone(begin, tmp_path, chat_base):
-    shards = make_chats(tmp_path / "pairs", "dpo", count=12)
+    shards = chat_dataset(tmp_path / "pairs", "dpo", count=12)
     base = shutil.copytree(chat_base, tmp_path / "base")
     run, _ = begin(shards=(str(shards),), from_weight=str(base))
     end = weights(run, 6)
@@ -102,7 +102,7 @@ def test_adapters_are_compared_with_what_they_stand_beside(begin, chat_base):
 
 
 def test_it_is_measured_on_pairs_that_it_does_not_learn(begin, tmp_path):
-    val = make_chats(tmp_path / "val", "dpo", count=10, seed=8)
+    val = chat_dataset(tmp_path / "val", "dpo", count=10, seed=8)
     run, said = begin(val_shards=str(val), val_every=3)
     measured = [line for line in metrics(run) if "val_loss" in line]
     assert [line["step"] for line in measured] == [3, 6]
@@ -117,7 +117,7 @@ def test_it_is_measured_on_pairs_that_it_does_not_learn(begin, tmp_path):
 
 
 def test_a_mixture_of_pairs(begin, tmp_path, dpo_dataset):
-    other = make_chats(tmp_path / "other", "dpo", count=11, seed=2)
+    other = chat_dataset(tmp_path / "other", "dpo", count=11, seed=2)
     run, _ = begin(shards=(f"a={dpo_dataset}:1", f"b={other}:2"))
     online, _ = begin("online", shards=(f"a={dpo_dataset}:1", f"b={other}:2"), reference="online")
     assert metrics(run)[-1]["loss"] == pytest.approx(metrics(online)[-1]["loss"], rel=1e-3)

@@ -12,12 +12,10 @@ from minimind_data.windows.opening import open_windows
 from minimind_train.parallel.interrupt import Stop
 from minimind_train.run.phases import PretrainConfig, pretrain
 from minimind_train.run_folder import checkpoint
-from minimind_train.training import loop
-
-from ..conftest import OPTIONS as SMALL
-from ..conftest import Said
-from ..parallel.test_distributed import assert_alike
-from ..ranks import run_ranks
+from tests.helpers.rank import before_each_step
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import OPTIONS as SMALL
+from tests.helpers.runs import Said, assert_alike
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -28,48 +26,36 @@ OPTIONS = {"steps": STEPS, "global_batch": 11, "micro_batch": 4, "save_every": 3
 # kill -9, or one of them gets a signal; what a stopped run says of its end comes back too.
 LEG = """
 import signal
-from functools import partial
-from minimind_data.options import build
-from minimind_train.run import entry as job
-from minimind_train.training import loop
-from minimind_train.run.phases import PRETRAIN, PretrainConfig
 
-original, told["seen"] = loop.take_step, []
-steps_before = 0
+report["seen"] = []
 
-def recording(objective, optimizer, batch, **keywords):
+def watching(batch):
     number = batch.start // options["global_batch"] + 1
     if number == last and killed:
         leave()
-    told["seen"].append((number, [row.numpy().tobytes() for each in batch.micro_batches for row in each["input_ids"]]))
-    if number == last and world.rank == signalled:
+    report["seen"].append((number, [row.numpy().tobytes() for each in batch.micro_batches for row in each["input_ids"]]))
+    if number == last and rank == signalled:
         os.kill(os.getpid(), signal.SIGTERM)
-    return original(objective, optimizer, batch, **keywords)
 
-loop.take_step = recording
-if first:
-    prepare = partial(job._prepare_new, PRETRAIN, build(PretrainConfig, options), lambda line: None, given=None)
-else:
-    given = {name: options[name] for name in ("micro_batch", "parallel")}
-    prepare = partial(job._prepare_resumed, PRETRAIN, options["run"], given, lambda line: None, allow_change=())
-told["outcome"] = job._train_as_rank(PRETRAIN, prepare, world)
+before_each_step(watching)
+given = None if first else {name: options[name] for name in ("micro_batch", "parallel")}
+report["outcome"] = train(world, options, given=given)
 """
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, small_dataset):
     """The run of one process, and what it saw: (step, tokens) in the order of positions."""
-    run, seen, original = tmp_path_factory.mktemp("whole") / "run", [], loop.take_step
+    run, seen = tmp_path_factory.mktemp("whole") / "run", []
 
-    def recording(objective, optimizer, batch, **keywords):
+    def watching(batch):
         number = batch.start // OPTIONS["global_batch"] + 1
         seen.extend(
             (number, row.numpy().tobytes()) for each in batch.micro_batches for row in each["input_ids"]
         )
-        return original(objective, optimizer, batch, **keywords)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "take_step", recording)
+        before_each_step(watching, patch.setattr)
         pretrain(build(PretrainConfig, {**SMALL, **OPTIONS, "run": run, "shards": small_dataset}), Said())
     return run, seen
 
@@ -83,10 +69,10 @@ def test_what_one_process_sees_is_the_order_itself(uninterrupted, small_dataset)
     assert sorted(epoch) == list(range(len(windows)))
 
 
-def in_order(told):
+def in_order(reports):
     """(step, tokens) of all ranks, in the order of positions."""
     seen = []
-    for shares in zip(*(each["seen"] for each in told), strict=True):
+    for shares in zip(*(each["seen"] for each in reports), strict=True):
         (step,) = {step for step, _ in shares}
         rows = [rows for _, rows in shares]
         seen += [
@@ -123,12 +109,12 @@ def test_a_random_schedule_of_stops_kills_and_numbers_sees_the_same_list(
         }
         leg["signalled"] = chance.randrange(leg["size"])
         schedule.append({name: value for name, value in leg.items() if name != "options"})
-        told = run_ranks(LEG, **leg)
+        reports = run_ranks(LEG, **leg)
         done = (checkpoint.steps_of(run) or [0])[-1]
-        seen = [one for one in seen + in_order(told) if one[0] <= done]
+        seen = [one for one in seen + in_order(reports) if one[0] <= done]
         if leg["last"] < STEPS and not leg["killed"]:
-            assert {each["outcome"].stopped_by for each in told} == {Stop.SIGTERM}, schedule
-            assert {each["outcome"].step for each in told} == {done} == {leg["last"]}, schedule
+            assert {each["outcome"].stopped_by for each in reports} == {Stop.SIGTERM}, schedule
+            assert {each["outcome"].step for each in reports} == {done} == {leg["last"]}, schedule
     assert seen == expected, schedule
     assert_alike(run, expected_run, STEPS, rel=5e-5)
     shutil.rmtree(run)

@@ -8,8 +8,7 @@ from minimind_data.errors import UserError
 from minimind_train.run.phases import pretrain, resume
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import Change, RunRecord
-
-from ..conftest import Said, config_of, metrics, steps, stop_after
+from tests.helpers.runs import Said, config_of, metrics, steps, stop_after
 
 
 @pytest.fixture

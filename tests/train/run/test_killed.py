@@ -3,55 +3,21 @@
 import json
 import secrets
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
 from minimind_train.run_folder import checkpoint
-
-from ..conftest import metrics, steps, weights
-
-MAIN = "from minimind_cli.train import main; main()"
-
-
-def start(arguments, program=MAIN, command="pretrain"):
-    return subprocess.Popen(
-        [sys.executable, "-c", program, command, *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
-
-
-def flags(options):
-    return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-
-
-OPTIONS = {
-    "seq_len": 16, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "dropout": 0.1, "global_batch": 8, "micro_batch": 4, "steps": 60, "threads": 2, "save_every": 4, "keep": 2,
-    "log_every": 1, "dtype": "auto", "device": "cpu",
-}  # fmt: skip
+from tests.helpers.commands import MAIN, STARTED, flags, start, wait_for_step
+from tests.helpers.runs import metrics, steps, weights
 
 
 @pytest.fixture(scope="module")
 def never_killed(tmp_path_factory, small_dataset):
     run = tmp_path_factory.mktemp("never-killed") / "run"
-    process = start(flags({**OPTIONS, "shards": small_dataset, "run": run}))
+    process = start(flags({**STARTED, "shards": small_dataset, "run": run}))
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     return run
-
-
-def wait_for_step(process, run, step):
-    deadline = time.monotonic() + 120
-    path = run / "metrics.jsonl"
-    while process.poll() is None and time.monotonic() < deadline:
-        if path.exists() and step <= path.read_bytes().count(b"\n"):
-            return
-        time.sleep(0.001)
 
 
 @pytest.mark.slow
@@ -59,7 +25,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_never_was(
     tmp_path, small_dataset, never_killed
 ):
     run = tmp_path / "run"
-    begin = [*flags({**OPTIONS, "shards": small_dataset, "run": run})]
+    begin = [*flags({**STARTED, "shards": small_dataset, "run": run})]
     again = ["--run", str(run), "--resume"]
     stops = [
         (signal.SIGKILL, 2),
@@ -125,7 +91,7 @@ PLACES = {
 @pytest.mark.slow
 def test_the_worst_moments_to_die_are_as_good_as_any(tmp_path, small_dataset, never_killed):
     run = tmp_path / "run"
-    arguments = [*flags({**OPTIONS, "shards": small_dataset, "run": run})]
+    arguments = [*flags({**STARTED, "shards": small_dataset, "run": run})]
     for place, deed in PLACES.items():
         process = start(arguments, program=f"{SUICIDE}{deed}\n{MAIN}")
         _, said = process.communicate(timeout=120)
@@ -143,7 +109,7 @@ def test_the_worst_moments_to_die_are_as_good_as_any(tmp_path, small_dataset, ne
 
 
 SHAPE = {"hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
-TUNING = {name: value for name, value in OPTIONS.items() if name not in SHAPE} | {"seq_len": 48, "steps": 24}
+TUNING = {name: value for name, value in STARTED.items() if name not in SHAPE} | {"seq_len": 48, "steps": 24}
 
 
 @pytest.mark.slow

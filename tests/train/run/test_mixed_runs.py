@@ -17,8 +17,8 @@ from minimind_train.order.mixture import MixtureStage
 from minimind_train.run.phases import pretrain, resume
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import Change, RunRecord
-
-from ..conftest import Said, config_of, make_dataset, metrics, retokenized, stop_after, weights
+from tests.helpers.datasets import retokenized, text_dataset
+from tests.helpers.runs import Said, config_of, metrics, stop_after, weights
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_an_epoch_of_a_mixture_is_as_long_as_its_parts(begin_mixed, parts):
 
 @pytest.mark.parametrize("layout", ["concat", "pad", "pack"])
 def test_weights_are_in_tokens_whatever_a_window_is(layout, tmp_path):
-    short, long = make_dataset(tmp_path / "short"), make_dataset(tmp_path / "long", seed=3)
+    short, long = text_dataset(tmp_path / "short"), text_dataset(tmp_path / "long", seed=3)
     datasets = Datasets.open([f"short={short}:1", f"long={long}:1"])
     options = {"layout": layout, "seq_len": 24 if layout != "pack" else 70}
     windows = datasets.windows(announce=Said(), **options)
@@ -243,7 +243,7 @@ def test_the_parts_of_a_run_stay(begin_mixed, tmp_path, parts, whole_run, small_
 
 def test_another_dataset_in_a_part_is_refused(begin_mixed, tmp_path, parts):
     begin_mixed(steps=3)
-    exchanged = make_dataset(tmp_path / "exchanged", seed=5)
+    exchanged = text_dataset(tmp_path / "exchanged", seed=5)
     words = (parts[0], f"b={exchanged}:0.25")
     with pytest.raises(
         UserError, match=r"dataset \(in the run: a=\w{12} b=\w{12}, in the dataset now: a=\w{12} b=\w{12}\)"

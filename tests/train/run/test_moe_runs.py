@@ -15,8 +15,7 @@ from minimind_train.run.evaluation import evaluate_run
 from minimind_train.run.phases import PRETRAIN, pretrain
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import RunRecord
-
-from ..conftest import Said, config_of, metrics, stop_after, weights
+from tests.helpers.runs import Said, config_of, metrics, stop_after, weights
 
 MIXTURE = {
     "use_moe": True,

@@ -17,8 +17,7 @@ from minimind_train.parallel import devices
 from minimind_train.run.phases import pretrain, resume
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import RunRecord
-
-from ..conftest import Said, config_of, metrics, steps
+from tests.helpers.runs import Said, config_of, metrics, steps
 
 
 def test_a_run_folder_has_all_that_the_run_is(whole_run, small_dataset):

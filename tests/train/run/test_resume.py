@@ -12,8 +12,7 @@ from minimind_train.run.phases import PretrainConfig, resume
 from minimind_train.run.reconcile import changeable
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import Change, RunRecord
-
-from ..conftest import OPTIONS, Said, metrics, steps, stop_after, weights
+from tests.helpers.runs import OPTIONS, Said, metrics, steps, stop_after, weights
 
 
 def test_a_finished_run_is_left_as_it_is(begin, tmp_path):

@@ -14,8 +14,8 @@ from minimind_train.run import entry as job
 from minimind_train.run.evaluation import evaluate_run
 from minimind_train.run.phases import SFT, DpoConfig, SftConfig
 from minimind_train.run_folder.record import RunRecord
-
-from ..conftest import Said, make_chats, metrics, stop_after, weights
+from tests.helpers.datasets import chat_dataset
+from tests.helpers.runs import Said, metrics, stop_after, weights
 
 OPTIONS = {
     "seq_len": 64, "global_batch": 8, "micro_batch": 4, "steps": 6, "threads": 1, "save_every": 2, "keep": 0, "log_every": 1,
@@ -80,14 +80,14 @@ def test_a_resume_is_exact_and_needs_no_base(begin, tmp_path, chat_base, layout)
 
 
 def test_a_mixture_of_conversations(begin, tmp_path, sft_dataset):
-    other = make_chats(tmp_path / "other", "sft", seed=3)
+    other = chat_dataset(tmp_path / "other", "sft", seed=3)
     run, said = begin(shards=(f"a={sft_dataset}:1", f"b={other}:1"))
     assert "mixture of 2" in said.text
     assert set(metrics(run)[-1]["epochs"]) == {"a", "b"}
 
 
 def test_it_is_measured_on_conversations_and_on_text(begin, tmp_path, chat_base):
-    val = make_chats(tmp_path / "val", "sft", count=9, seed=5)
+    val = chat_dataset(tmp_path / "val", "sft", count=9, seed=5)
     run, _ = begin(val_shards=str(val), val_every=3)
     measured = [line for line in metrics(run) if "val_loss" in line]
     assert [line["step"] for line in measured] == [3, 6]

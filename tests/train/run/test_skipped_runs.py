@@ -18,8 +18,7 @@ from minimind_train.order.skips import Skips
 from minimind_train.run.phases import resume
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import Change, RunRecord
-
-from ..conftest import Said, metrics, stop_after, weights
+from tests.helpers.runs import Said, metrics, stop_after, weights
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,8 @@ import pytest
 from minimind_data.options import build
 from minimind_train.run import entry as job
 from minimind_train.run.phases import DPO, SFT
-
-from ..conftest import Said, metrics
-from ..ranks import run_ranks
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import Said, metrics
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -16,17 +15,7 @@ OPTIONS = {
     "dtype": "fp32", "device": "cpu", "learning_rate": 1e-3,
 }  # fmt: skip
 
-LEG = """
-from functools import partial
-from minimind_data.options import build
-from minimind_train.run import entry as job
-from minimind_train.run.phases import DPO
-from minimind_train.run.phases import SFT
-
-phase = {"sft": SFT, "dpo": DPO}[command]
-prepare = partial(job._prepare_new, phase, build(phase.config, options), lambda line: None, given=None)
-told["step"] = job._train_as_rank(phase, prepare, world).step
-"""
+LEG = 'report["step"] = train(world, options, command=command).step'
 
 
 @pytest.mark.parametrize(
@@ -46,8 +35,8 @@ def test_two_ranks_learn_what_one_learns(
     options |= {"from_weight": str(chat_base), "parallel": parallel}
     phase = {"sft": SFT, "dpo": DPO}[command]
     job.begin(phase, build(phase.config, {**options, "run": tmp_path / "one"}), Said())
-    told = run_ranks(LEG, 2, options={**options, "run": tmp_path / "two"}, command=command)
-    assert [each["step"] for each in told] == [4, 4]
+    reports = run_ranks(LEG, 2, options={**options, "run": tmp_path / "two"}, command=command)
+    assert [each["step"] for each in reports] == [4, 4]
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert [line.keys() for line in one] == [line.keys() for line in two]
     for expected, found in zip(one, two, strict=True):

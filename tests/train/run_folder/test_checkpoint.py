@@ -11,49 +11,16 @@ from safetensors import safe_open
 from minimind_data.errors import UserError
 from minimind_data.files import checksum_of_json
 from minimind_train.model.config import ModelConfig
-from minimind_train.model.transformer import MiniMind, initialize
 from minimind_train.run_folder import checkpoint
-from minimind_train.run_folder.checkpoint import CheckpointState
 from minimind_train.run_folder.saver import Retention
 from minimind_train.run_folder.tensors import tensors_of
-from minimind_train.training.optim import OptimConfig, make_optimizer
-
-CONFIG = ModelConfig(
-    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=40
-)
-
-
-def make(seed=0, config=CONFIG):
-    model = MiniMind(config)
-    initialize(model, seed)
-    return model, make_optimizer(model, OptimConfig(learning_rate=0.01))
-
-
-def train(model, optimizer, steps):
-    for step in steps:
-        ids = torch.arange(12).reshape(2, 6) * (step + 1) % 40
-        optimizer.zero_grad()
-        model.logits(model(ids)).logsumexp(-1).sum().backward()
-        optimizer.step()
-
-
-def state(step):
-    return CheckpointState(
-        step=step, cursor=step * 8, config={"seed": 1, "lr": 5e-4}, dataset="abc", metrics_lines=step
-    )
+from tests.helpers.checkpoints import bits, make, state, train
 
 
 def save(run, state, model, optimizer, keep=3):
     folder = checkpoint.save(run, state, tensors_of(model, optimizer))
     Retention(newest=keep).apply(run, newest=state.step)
     return folder
-
-
-def bits(model, optimizer):
-    tensors = dict(model.named_parameters())
-    for name, parameter in model.named_parameters():
-        tensors |= {f"{key}.{name}": value for key, value in optimizer.state[parameter].items()}
-    return {name: tensor.detach().numpy().tobytes() for name, tensor in tensors.items()}
 
 
 @pytest.fixture

@@ -3,8 +3,7 @@
 import pytest
 
 from minimind_train.run_folder.metrics import MetricsLog
-
-from ..conftest import records
+from tests.helpers.runs import records
 
 
 @pytest.fixture

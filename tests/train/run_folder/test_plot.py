@@ -9,10 +9,8 @@ from minimind_data.errors import UserError
 from minimind_train.run.phases import pretrain
 from minimind_train.run_folder import plot
 from minimind_train.run_folder.plot import draw, panels_of, read_curves
-from tests.data.report.test_page import Reader
-from tests.data.report.test_page_in_browser import BROWSER, Browser
-
-from ..conftest import Said, config_of, records
+from tests.helpers.pages import BROWSER, Browser, Reader
+from tests.helpers.runs import Said, config_of, records
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ from minimind_train.generation.sampling import GenerateOptions
 from minimind_train.run.phases import pretrain, resume
 from minimind_train.run_folder import record as runs
 from minimind_train.run_folder.record import RunRecord
-
-from ..conftest import Said, config_of
+from tests.helpers.runs import Said, config_of
 
 
 def test_a_folder_that_holds_a_run_is_not_begun_again(begin, tmp_path):

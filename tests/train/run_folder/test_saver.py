@@ -15,9 +15,8 @@ from minimind_train.run_folder.checkpoint import CheckpointState
 from minimind_train.run_folder.saver import Retention, SaveConfig, Saver
 from minimind_train.run_folder.tensors import tensors_of
 from minimind_train.weights.load import model_of
-
-from ..conftest import Said, metrics
-from .test_checkpoint import bits, make, state, train
+from tests.helpers.checkpoints import bits, make, state, train
+from tests.helpers.runs import Said, metrics
 
 
 class Training:

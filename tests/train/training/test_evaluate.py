@@ -22,8 +22,8 @@ from minimind_train.run.phases import pretrain, resume
 from minimind_train.run_folder.record import RunRecord
 from minimind_train.training.evaluate import Evaluator, _byte_counter, open_evaluator
 from minimind_train.weights.load import model_of
-
-from ..conftest import Said, config_of, metrics, retokenized, steps, stop_after, weights
+from tests.helpers.datasets import retokenized
+from tests.helpers.runs import Said, config_of, metrics, steps, stop_after, weights
 
 CPU = torch.device("cpu")
 

@@ -4,150 +4,17 @@ import json
 import os
 import signal
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from minimind_train.batches.steps import StepLoader
-from minimind_train.model.config import ModelConfig
-from minimind_train.model.transformer import MiniMind, initialize
-from minimind_train.objectives.losses import summed_cross_entropy
-from minimind_train.objectives.objective import MicroLoss, NextToken
-from minimind_train.order.sample_order import SampleCursor, SampleOrder
 from minimind_train.order.seeds import derive_seed
 from minimind_train.parallel.interrupt import Stop, StopRequest
-from minimind_train.run_folder.metrics import MetricsLog
 from minimind_train.training import loop
-from minimind_train.training.nonfinite import NonfiniteGuard
-from minimind_train.training.optim import OptimConfig, learning_rate, make_optimizer
-
-from ..conftest import records
-
-SEQ_LEN, VOCAB, NUM_WINDOWS = 6, 30, 40
-OPTIM = OptimConfig(learning_rate=0.01)
-CPU = torch.device("cpu")
-
-
-class Windows:
-    """Window k counts on from k; every fourth one is nothing but padding."""
-
-    layout, seq_len, labels = "concat", SEQ_LEN, False
-
-    def __len__(self):
-        return NUM_WINDOWS
-
-    shard_sets = ()
-
-    def will_need(self, windows):
-        pass
-
-    def fetch(self, windows):
-        tokens = (windows[:, None] + np.arange(SEQ_LEN + 1)) % VOCAB
-        targets = np.where(windows[:, None] % 4 == 3, -100, tokens[:, 1:])
-        return {"input_ids": tokens[:, :-1].copy(), "targets": targets}
-
-
-def plain_loss(model, micro_batch):
-    return summed_cross_entropy(model(micro_batch["input_ids"]), model.head_weight, micro_batch["targets"])
-
-
-class Plain(NextToken):
-    def __init__(self, model, loss):
-        super().__init__(model)
-        self.loss = loss
-
-    def forward(self, micro_batch):
-        return MicroLoss(self.loss(self.model, micro_batch))
-
-
-class Run:
-    """A run that can be stopped and gone on with in memory."""
-
-    def __init__(
-        self,
-        folder,
-        *,
-        dropout=0.0,
-        loss=plain_loss,
-        kind="shuffled",
-        total_steps=5,
-        global_batch=8,
-        **options,
-    ):
-        config = ModelConfig(
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            vocab_size=VOCAB,
-            dropout=dropout,
-        )
-        self.folder = folder
-        self.model = MiniMind(config)
-        initialize(self.model, 0)
-        self.optimizer = make_optimizer(self.model, OPTIM)
-        self.objective = Plain(self.model, loss)
-        self.order = SampleOrder(num_windows=NUM_WINDOWS, seed=1, kind=kind)
-        self.total_steps = total_steps
-        self.config = loop.RunConfig(
-            **{"dtype": "fp32", "global_batch": global_batch, "log_every": 1, **options}
-        )
-        self.step, self.cursor = 0, SampleCursor()
-        self.saved, self.said = [], []
-        self.guard = NonfiniteGuard(
-            self.objective,
-            self.config.on_nonfinite,
-            run=Path("runs/it"),
-            command="pretrain",
-            say=self.said.append,
-        )
-
-    def save(self, record, *, leaving):
-        if leaving:
-            self.saved.append((record["step"], record["position"]))
-
-    def go(self, stop_step=None):
-        stop_step = stop_step or self.total_steps
-        with (
-            MetricsLog(self.folder / "metrics.jsonl", last_step=self.step) as metrics,
-            StepLoader(
-                Windows(),
-                self.order,
-                start=self.cursor.position,
-                stop=min(stop_step * self.config.global_batch, 3 * NUM_WINDOWS),
-                global_batch=self.config.global_batch,
-                micro_batch=self.config.micro_batch,
-            ) as batches,
-        ):
-            outcome = loop.run(
-                self.objective,
-                self.optimizer,
-                batches,
-                step=self.step,
-                cursor=self.cursor,
-                total_steps=self.total_steps,
-                config=self.config,
-                optim=OPTIM,
-                device=CPU,
-                metrics=metrics,
-                save=self.save,
-                guard=self.guard,
-                describe=lambda position: {"epoch": (position - 1) // NUM_WINDOWS},
-                say=self.said.append,
-            )
-        self.step = outcome.step
-        return outcome
-
-    @property
-    def weights(self):
-        return [parameter.detach().clone() for parameter in self.model.parameters()]
-
-    @property
-    def metrics(self):
-        return records(self.folder / "metrics.jsonl")
+from minimind_train.training.optim import learning_rate
+from tests.helpers.loops import OPTIM, Run, Windows, plain_loss
 
 
 def test_a_step_is_adamw_on_the_mean_over_all_targets(tmp_path):

@@ -5,8 +5,7 @@ import torch
 
 from minimind_data.errors import UserError
 from minimind_train.training.nonfinite import MOST_IN_A_ROW
-
-from .test_loop import Run, plain_loss
+from tests.helpers.loops import Run, plain_loss
 
 
 def spoiled(spoil, *, steps, micro_batches=1):

@@ -11,11 +11,9 @@ from minimind_train.run.phases import PretrainConfig, pretrain, resume
 from minimind_train.run_folder import checkpoint
 from minimind_train.training import loop
 from minimind_train.training.wrapping import parallelize
-
-from ..conftest import OPTIONS as SMALL
-from ..conftest import Said
-from ..parallel.test_distributed import TRAIN, assert_alike
-from ..ranks import run_ranks
+from tests.helpers.ranks import TRAIN, run_ranks
+from tests.helpers.runs import OPTIONS as SMALL
+from tests.helpers.runs import Said, assert_alike
 
 pytestmark = pytest.mark.distributed
 
@@ -24,16 +22,16 @@ from minimind_train.training import loop
 from minimind_train.run import rank as rank_job
 from minimind_train.training.wrapping import parallelize, settle
 
-told["traffic"] = []
+report["traffic"] = []
 
 def counted(function):
     def counting(*arguments, **keywords):
-        told["traffic"].append("scattered")
+        report["traffic"].append("scattered")
         return function(*arguments, **keywords)
     return counting
 
 def hook(_, bucket):
-    told["traffic"].append("bucket")
+    report["traffic"].append("bucket")
     sums = dist.all_reduce(bucket.buffer().div_(size), async_op=True).get_future()
     return sums.then(lambda future: future.value()[0])
 
@@ -45,7 +43,7 @@ def hooked(*arguments, **keywords):
 
 def settled(*arguments):
     settle(*arguments)
-    told["traffic"].clear()
+    report["traffic"].clear()
 
 rank_job.parallelize, loop.settle = hooked, settled
 name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
@@ -57,8 +55,8 @@ setattr(dist, name, counted(getattr(dist, name)))
 def test_gradients_travel_in_the_last_pass_of_a_step_alone(tmp_path, small_dataset, parallel, per_step):
     # Two ranks, four windows each, one a pass: four passes a step. Sharded, one layer and what is around it travel each by itself.
     options = {**SMALL, "run": tmp_path / "run", "shards": small_dataset, "micro_batch": 1, "steps": 3}
-    told = run_ranks(COUNT + TRAIN, 2, options=options | {"parallel": parallel})
-    assert all(each["traffic"] == per_step * 3 for each in told)
+    reports = run_ranks(COUNT + TRAIN, 2, options=options | {"parallel": parallel})
+    assert all(each["traffic"] == per_step * 3 for each in reports)
     pretrain(build(PretrainConfig, options | {"run": tmp_path / "alone"}), Said())
     assert_alike(tmp_path / "run", tmp_path / "alone", 3)
 
@@ -76,23 +74,23 @@ def full(tensors, path):
 
 checkpoint.save_file = full
 try:
-    exec(train)
+    train(world, options)
 except ValueError as error:
-    told["said"] = str(error)
+    report["said"] = str(error)
 except RuntimeError as error:  # the other rank was first to leave, in the middle of a collective of the step
-    told["said"] = f"lost the others: {error}"
+    report["said"] = f"lost the others: {error}"
     leave()
 """
 
 
 def test_a_part_that_cannot_be_written_is_no_checkpoint_and_every_rank_says_so(tmp_path, small_dataset):
     options = {**SMALL, "run": tmp_path / "run", "shards": small_dataset, "parallel": "fsdp", "keep": 0}
-    told = run_ranks(FULL, 2, train=TRAIN, options=options)
-    for each in told:
+    reports = run_ranks(FULL, 2, options=options)
+    for each in reports:
         assert "step-000000006: the checkpoint could not be written (No space left on device)" in each[
             "said"
         ] or ("lost the others" in each["said"])
-    assert any("make room on the disk" in each["said"] for each in told)
+    assert any("make room on the disk" in each["said"] for each in reports)
     assert checkpoint.steps_of(tmp_path / "run") == [3]
     names = {path.name for path in checkpoint.folder_of(tmp_path / "run", 3).iterdir()}
     parts = {f"{kind}-0000{rank}-of-00002.safetensors" for kind in ("model", "optimizer") for rank in (1, 2)}
@@ -184,9 +182,9 @@ def test_a_batch_that_is_smaller_than_the_ranks_is_refused_before_anything_is_wr
     tmp_path, small_dataset
 ):
     options = {**SMALL, "run": tmp_path / "run", "shards": small_dataset, "global_batch": 2, "micro_batch": 1}
-    source = f"try:\n    exec({TRAIN!r})\nexcept ValueError as error:\n    told['said'] = str(error)"
-    told = run_ranks(source, 3, options=options)
-    assert {each["said"] for each in told} == {
+    source = "try:\n    train(world, options)\nexcept ValueError as error:\n    report['said'] = str(error)"
+    reports = run_ranks(source, 3, options=options)
+    assert {each["said"] for each in reports} == {
         "--global-batch 2 has no sample for some of 3 processes; take a larger one, or fewer processes"
     }
     assert not (tmp_path / "run").exists()

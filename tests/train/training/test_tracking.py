@@ -11,8 +11,7 @@ import pytest
 from minimind_train.run.phases import pretrain, resume
 from minimind_train.run_folder import checkpoint
 from minimind_train.training.tracking import _OPEN, TrackConfig, _numbers
-
-from ..conftest import Said, config_of, metrics, records, stop_after
+from tests.helpers.runs import Said, config_of, metrics, records, stop_after
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pynvml.*:FutureWarning"),

@@ -20,8 +20,7 @@ from minimind_train.weights.foreign import is_hf_folder, read_hf_folder, read_te
 from minimind_train.weights.hf_config import from_hf, to_hf
 from minimind_train.weights.load import model_of
 from minimind_train.weights.minimind_form import file_name, minimind_form
-
-from ..conftest import Said, config_of, run_maker
+from tests.helpers.runs import Said, config_of, run_maker
 
 BRISK = {"learning_rate": 0.05, "steps": 12, "save_every": 0}
 EXPERTS = {"use_moe": True, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}

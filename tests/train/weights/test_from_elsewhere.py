@@ -23,8 +23,8 @@ from minimind_train.run_folder.record import RunRecord
 from minimind_train.run_folder.tensors import MODEL_NAME
 from minimind_train.weights.exporting import export
 from minimind_train.weights.load import load_weights, model_of
-
-from ..conftest import Said, config_of, metrics, retokenized, run_maker, stop_after, weights
+from tests.helpers.datasets import retokenized
+from tests.helpers.runs import Said, config_of, metrics, run_maker, stop_after, weights
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
 EXPERTS = {"use_moe": True, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}

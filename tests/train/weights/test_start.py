@@ -16,8 +16,8 @@ from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import RunRecord
 from minimind_train.run_folder.tensors import MODEL_NAME
 from minimind_train.weights.load import checksum_of_tensors, load_weights
-
-from ..conftest import Said, config_of, make_dataset, metrics, retokenized, stop_after, weights
+from tests.helpers.datasets import retokenized, text_dataset
+from tests.helpers.runs import Said, config_of, metrics, stop_after, weights
 
 SHAPE = (
     "hidden_size",
@@ -163,7 +163,7 @@ def test_loaded_weights_say_what_they_are(whole_run):
 
 
 def test_a_dataset_of_another_kind_is_refused_by_name(tmp_path):
-    shards = make_dataset(tmp_path / "data")
+    shards = text_dataset(tmp_path / "data")
     manifest = shards / "manifest.json"
     manifest.write_text(replace(Manifest.read(shards), kind="sft").to_json())
     with pytest.raises(UserError, match=r"data: a dataset of kind sft, and `mm-train pretrain` learns kind"):
