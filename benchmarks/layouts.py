@@ -28,7 +28,8 @@ from minimind_data.build.plan import TokenizeOptions
 from minimind_data.dataset.format import IGNORED
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.options import build
-from minimind_data.windows.opening import Windows, open_windows
+from minimind_data.windows.base import Windows
+from minimind_data.windows.opening import open_windows
 from minimind_train.model.config import ModelConfig
 from minimind_train.model.precision import autocast
 from minimind_train.model.transformer import MiniMind

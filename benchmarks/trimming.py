@@ -25,8 +25,8 @@ from minimind_data.build.plan import TokenizeOptions
 from minimind_data.dataset.format import IGNORED
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.options import build
-from minimind_data.windows.opening import Windows, open_windows
-from minimind_train.batches.samples import Samples
+from minimind_data.windows.base import Windows, WindowSource
+from minimind_data.windows.opening import open_windows
 from minimind_train.batches.steps import StepLoader
 from minimind_train.batches.trimming import alike
 from minimind_train.model.config import ModelConfig
@@ -43,7 +43,7 @@ _REFERENCED = 64
 
 
 class Learner:
-    def __init__(self, arguments: argparse.Namespace, samples: Samples, *, trim: bool) -> None:
+    def __init__(self, arguments: argparse.Namespace, samples: WindowSource, *, trim: bool) -> None:
         self.arguments = arguments
         self.device = torch.device(arguments.device)
         self.objective = make_objective(arguments).to(self.device).train()
@@ -148,7 +148,7 @@ def measure(arguments: argparse.Namespace, shards: ShardSet) -> None:
         f"{len(windows):,} windows of {arguments.kind}, {filled:.0%} filled; {arguments.shape}, {arguments.dtype}, steps of "
         f"{arguments.global_batch} by {arguments.micro_batch}, {arguments.seq_len} tokens\n"
     )
-    samples: Samples = windows
+    samples: WindowSource = windows
     if arguments.kind == "dpo":
         samples = ReferencedWindows(windows, evenly_unsure(windows, arguments.config.vocab_size))
     learners = [Learner(arguments, samples, trim=trim) for trim in (False, True)]

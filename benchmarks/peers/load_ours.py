@@ -15,7 +15,8 @@ from torch import Tensor
 from minimind_data.dataset.format import IndexHeader, Manifest, ShardEntry, TokenizerInfo, index_bytes
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.dataset.writer import ShardWriter
-from minimind_data.windows.opening import Windows, open_windows
+from minimind_data.windows.base import Windows
+from minimind_data.windows.opening import open_windows
 from minimind_train.batches.steps import StepLoader
 from minimind_train.order.sample_order import OrderKind, SampleOrder
 

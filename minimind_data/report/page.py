@@ -19,8 +19,8 @@ from minimind_data.files import write_atomic
 from minimind_data.html import fill, read_template
 from minimind_data.tokenizer.loading import Tokenizer
 from minimind_data.tokenizer.pieces import Pieces, cells_of, pieces_of
-from minimind_data.windows.base import Layout
-from minimind_data.windows.opening import Windows, open_windows
+from minimind_data.windows.base import Layout, Windows
+from minimind_data.windows.opening import open_windows
 from minimind_data.windows.pad import SIDES
 
 DEFAULT_WINDOWS = 24

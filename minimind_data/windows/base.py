@@ -1,9 +1,31 @@
-"""The base of all layouts: from the tokens and masks of windows to samples.
+"""Windows: samples of fixed length over a dataset, addressed by number.
 
-Which tokens a window has is each layout's business (`layouts.py`, `pairs.py`); what a sample is, is said in `windows.py`.
+With sequence length L:
+
+- `concat`: window k is the tokens [kL, kL + L] of the stream: L + 1 tokens at stride L, so every token is a target once.
+- `pad`: window k is document k, cut to BOS + its first tokens + EOS where it is longer, then PAD. Unshifted at L = 340
+  it is MiniMind's `PretrainDataset(max_length=340)`, id for id.
+- `pack`: whole documents that together fill a window, then PAD; `pack_plan.py` says which. A document that alone is longer
+  than a window is `cut` as in `pad`, goes on in other windows (`fragment`), or is left out (`drop`).
+
+A sample is `input_ids` and `targets`, both int64 [L]: `targets[t]` is what follows `input_ids[t]`, -100 where nothing is to
+be learned. For loops that shift inside the model (Hugging Face, MiniMind) a sample is `input_ids` and `labels`, both cut
+from L tokens, unshifted. A shifted window is cut from L + 1 tokens, the last of which is only a target. Which windows come when is
+decided elsewhere.
+
+Where documents are kept apart, the step from one into the next is no target: the first token of a document that follows
+another in a window is -100. That is always so in `pack`, whose documents are neighbours by length alone, and in all layouts with
+`documents_apart`, which also gives `position_ids`, int64 [L], beginning again from 0 with each document: all that attention
+inside documents needs.
+
+In a dataset of conversations (`sft`) every target that its mask does not mark is -100, in all layouts, and a conversation that is
+cut has no EOS put at its end: unshifted `pad` at L is MiniMind's `SFTDataset(max_length=L)`, id for id and label for label. In a
+dataset of pairs (`dpo`) a window is a pair, padded; a sample is `chosen_input_ids`, `chosen_targets`, `rejected_input_ids` and
+`rejected_targets` (or `…_labels`), each int64 [L].
 """
 
-from typing import Literal
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,17 +36,51 @@ from minimind_data.windows.segments import Segments
 
 Layout = Literal["concat", "pad", "pack"]
 
-"""The target of a position at which nothing is learned; PyTorch's default `ignore_index`."""
-
 _COUNTED_WINDOWS = 1024
+"""How many windows' masks are read at a time while they are counted."""
 
-"""Windows whose masks are looked at a time."""
+
+class WindowSource(Protocol):
+    """What a loader reads batches from: the windows of one dataset, or of several as if they were one."""
+
+    @property
+    def labels(self) -> bool:
+        """Whether samples are unshifted (`input_ids`, `labels`) rather than shifted (`input_ids`, `targets`)."""
+        ...
+
+    @property
+    def shard_sets(self) -> tuple[ShardSet, ...]:
+        """The datasets that windows are cut from."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of windows."""
+        ...
+
+    def fetch(self, windows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+        """Return a batch, each array int64 [len(windows), seq_len]."""
+        ...
+
+    def will_need(self, windows: NDArray[np.int64]) -> None:
+        """Tell the system that a batch is read soon, so that it reads ahead; see `ReadAhead`."""
+        ...
 
 
-class WindowsBase:
-    """What all layouts share: they cut `width` tokens and make a sample of them."""
+class Windows(ABC):
+    """The windows of one dataset in one layout, a `WindowSource`; `open_windows` makes them.
 
-    layout: Layout
+    A layout says which tokens a window has; how they become a sample is the same for all.
+
+    Attributes:
+        layout: the layout's name.
+        shards: the dataset.
+        seq_len: L, tokens of `input_ids` in a window.
+        labels: whether samples are unshifted (`input_ids`, `labels`) rather than shifted (`input_ids`, `targets`).
+        documents_apart: whether samples have `position_ids`, and no target that is the first token of another document.
+        width: tokens that a window is cut from: L + 1, or L where samples are unshifted.
+    """
+
+    layout: ClassVar[Layout]
 
     def __init__(self, shards: ShardSet, seq_len: int, *, labels: bool, documents_apart: bool) -> None:
         self.shards = shards
@@ -38,14 +94,76 @@ class WindowsBase:
         # must be learned.
         self._ignored_id = info.pad_id if info.pad_id not in (info.bos_id, info.eos_id) else None
 
+    @abstractmethod
     def __len__(self) -> int:
         """Return the number of windows."""
-        raise NotImplementedError
+
+    @property
+    @abstractmethod
+    def unused_tokens(self) -> int:
+        """Tokens of the dataset that stand in no window as a target, cut off or left over at the end."""
+
+    @property
+    @abstractmethod
+    def padding(self) -> int:
+        """Input positions, over all windows, that hold PAD."""
+
+    @abstractmethod
+    def fetch(self, windows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+        """Return a batch, each array int64 [len(windows), seq_len].
+
+        Args:
+            windows: int64 [B], their numbers.
+
+        Returns:
+            `input_ids`, `targets` (or `labels`), and `position_ids` where documents are kept apart. Of pairs: `chosen_input_ids`,
+            `chosen_targets`, `rejected_input_ids`, `rejected_targets` (or `…_labels`).
+
+        Raises:
+            IndexError: there is no such window.
+        """
+
+    @abstractmethod
+    def segments(self, windows: NDArray[np.int64]) -> Segments:
+        """Return which documents stand where in a batch of windows, without reading a token."""
+
+    @abstractmethod
+    def window_of(self, shard: str, offset: int) -> int:
+        """Return the window that holds this token of this shard.
+
+        Raises:
+            UserError: there is no such token, or it stands in no window.
+        """
+
+    @abstractmethod
+    def _mask(self, windows: NDArray[np.int64]) -> MaskArray:
+        """Return the loss mask of a batch, uint8 [B, width]; 0 where there is PAD."""
 
     @property
     def num_places(self) -> int:
         """Input positions of all windows."""
         return len(self) * self.seq_len
+
+    @property
+    def shard_sets(self) -> tuple[ShardSet, ...]:
+        """The datasets that windows are cut from: this one."""
+        return (self.shards,)
+
+    def will_need(self, windows: NDArray[np.int64]) -> None:
+        """Tell the system that a batch is read soon, so that it reads ahead; see `ReadAhead`."""
+        segments = self.segments(windows)
+        there = segments.lengths > 0
+        starts = segments.starts[there]
+        self.shards.will_need(starts, starts + segments.lengths[there])
+
+    def document_ids(self, window: int) -> NDArray[np.int64]:
+        """Return, for each input position of a window, the number of its document, -1 for PAD: int64 [seq_len]."""
+        ids: NDArray[np.int64] = self.segments(np.array([window])).document_ids(self.seq_len)[0]
+        return ids
+
+    def locate(self, window: int) -> tuple[str, int]:
+        """Return (shard name, token offset) of the first token of a window."""
+        return self.shards.name_and_offset(int(self.segments(np.array([window])).starts[0]))
 
     def count_unlearned(self) -> int:
         """Count the windows in which nothing is learned, reading all masks; without masks there are none."""
@@ -53,41 +171,12 @@ class WindowsBase:
             return 0
         batches = range(0, len(self), _COUNTED_WINDOWS)
         numbers = (np.arange(first, min(first + _COUNTED_WINDOWS, len(self))) for first in batches)
-        return sum(int(np.count_nonzero(~self._learns(batch))) for batch in numbers)
+        return sum(int(np.count_nonzero(~self._have_targets(batch))) for batch in numbers)
 
-    def _learns(self, windows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Tell which windows of a masked dataset have a target, bool [B]."""
-        learns: NDArray[np.bool_] = (self._mask(windows)[:, 1:] != 0).any(axis=1)
-        return learns
-
-    def _mask(self, windows: NDArray[np.int64]) -> MaskArray:
-        """Return the mask of a batch, uint8 [B, width]; 0 where there is PAD."""
-        raise NotImplementedError
-
-    def segments(self, windows: NDArray[np.int64]) -> Segments:
-        """Return the documents of a batch; see `Windows.segments`."""
-        raise NotImplementedError
-
-    @property
-    def shard_sets(self) -> tuple[ShardSet, ...]:
-        """The dataset, as one of one."""
-        return (self.shards,)
-
-    def will_need(self, windows: NDArray[np.int64]) -> None:
-        """Tell the system that windows are read soon; see `Windows.will_need`."""
-        segments = self.segments(windows)
-        there = segments.lengths > 0
-        starts = segments.starts[there]
-        self.shards.will_need(starts, starts + segments.lengths[there])
-
-    def document_ids(self, window: int) -> NDArray[np.int64]:
-        """Return the document of each input position; see `Windows.document_ids`."""
-        found: NDArray[np.int64] = self.segments(np.array([window])).document_ids(self.seq_len)[0]
-        return found
-
-    def locate(self, window: int) -> tuple[str, int]:
-        """Return where a window begins; see `Windows.locate`."""
-        return self.shards.name_and_offset(int(self.segments(np.array([window])).starts[0]))
+    def _have_targets(self, windows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which windows of a masked dataset have a target, bool [B]."""
+        have: NDArray[np.bool_] = (self._mask(windows)[:, 1:] != 0).any(axis=1)
+        return have
 
     def _sample(
         self, tokens: TokenArray, ignored: NDArray[np.bool_] | None, segments: Segments | None

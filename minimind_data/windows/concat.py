@@ -5,11 +5,11 @@ from numpy.typing import NDArray
 
 from minimind_data.dataset.format import MaskArray, TokenArray
 from minimind_data.errors import UserError
-from minimind_data.windows.base import WindowsBase, mark_steps
+from minimind_data.windows.base import Windows, mark_steps
 from minimind_data.windows.segments import Segments, spread
 
 
-class ConcatWindows(WindowsBase):
+class ConcatWindows(Windows):
     """The token stream cut every L tokens; texts run on from window to window."""
 
     layout = "concat"
@@ -30,13 +30,13 @@ class ConcatWindows(WindowsBase):
         return self.shards.rows(windows * self.seq_len, self.width)
 
     def will_need(self, windows: NDArray[np.int64]) -> None:
-        """Tell the system that windows are read soon; see `Windows.will_need`."""
+        """Tell the system which stretches of the stream a batch is; no index is read."""
         self._check(windows, len(self))
         starts = windows * self.seq_len
         self.shards.will_need(starts, starts + self.width)
 
     def fetch(self, windows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
-        """Return a batch; see `Windows.fetch`."""
+        """Return a batch, one row of the stream each."""
         rows = self.rows(windows)
         ignored = self._mask(windows) == 0 if self._masked else None
         if not self.documents_apart:
@@ -51,7 +51,7 @@ class ConcatWindows(WindowsBase):
         return self.shards.mask_rows(windows * self.seq_len, self.width)
 
     def segments(self, windows: NDArray[np.int64]) -> Segments:
-        """Return the documents of a batch; see `Windows.segments`. Those that begin or end outside are cut off there."""
+        """Return the documents of a batch; those that begin or end outside of a window are cut off there."""
         self._check(windows, len(self))
         begins = windows * self.seq_len
         ends = begins + self.width
@@ -74,14 +74,14 @@ class ConcatWindows(WindowsBase):
         )
 
     def locate(self, window: int) -> tuple[str, int]:
-        """Return where a window begins; see `Windows.locate`."""
+        """Return (shard name, token offset) of the first token of a window; no index is read."""
         return self.shards.name_and_offset(window * self.seq_len)
 
     def window_of(self, shard: str, offset: int) -> int:
-        """Return the window that holds a token; see `Windows.window_of`.
+        """Return the window in which a token is an input.
 
         Raises:
-            UserError: no such token, or it lies in the tail that fills no window.
+            UserError: there is no such token, or it lies in the tail that fills no window.
         """
         window = self.shards.token_at(shard, offset) // self.seq_len
         if window >= len(self):

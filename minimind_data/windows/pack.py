@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from minimind_data.dataset.format import MaskArray
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
-from minimind_data.windows.base import WindowsBase, mark_steps
+from minimind_data.windows.base import Windows, mark_steps
 from minimind_data.windows.pack_plan import PackPlan
 from minimind_data.windows.segments import Segments, spread
 
@@ -18,7 +18,7 @@ _COPIED_TOKENS = (64, 8, 1)
 """A segment is copied in blocks of the greatest of these that it is not shorter than."""
 
 
-class PackWindows(WindowsBase):
+class PackWindows(Windows):
     """Whole documents that together fill a window."""
 
     layout = "pack"
@@ -46,7 +46,7 @@ class PackWindows(WindowsBase):
         return len(self) * self.seq_len - (self.plan.num_tokens - in_last_column)
 
     def fetch(self, windows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
-        """Return a batch; see `Windows.fetch`."""
+        """Return a batch, as many documents each as share a window."""
         segments, cut = self._segments(windows)
         info = self.shards.manifest.tokenizer
         rows = np.full(segments.shape, info.pad_id, self.shards.dtype)
@@ -68,14 +68,14 @@ class PackWindows(WindowsBase):
         return self._copied_mask(self.segments(windows))
 
     def segments(self, windows: NDArray[np.int64]) -> Segments:
-        """Return the documents of a batch; see `Windows.segments`."""
+        """Return the documents of a batch, as the plan has them."""
         return self._segments(windows)[0]
 
     def window_of(self, shard: str, offset: int) -> int:
-        """Return the window that holds a token; see `Windows.window_of`.
+        """Return the window that holds a token; the whole plan is searched for its document.
 
         Raises:
-            UserError: no such token, or its document is left out.
+            UserError: there is no such token, or its document is left out.
         """
         token = self.shards.token_at(shard, offset)
         (owner,), (sequence,) = self.shards.sequences_at(np.array([token]))

@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 
 from minimind_data.dataset.format import MaskArray, TokenArray
 from minimind_data.dataset.shard_set import ShardSet
-from minimind_data.windows.base import WindowsBase
+from minimind_data.windows.base import Windows
 from minimind_data.windows.segments import Segments
 
 SIDES = ("chosen", "rejected")
 
 
-class PadWindows(WindowsBase):
+class PadWindows(Windows):
     """One document a window, cut or padded to length."""
 
     layout = "pad"
@@ -48,7 +48,7 @@ class PadWindows(WindowsBase):
         return self._counted
 
     def fetch(self, windows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
-        """Return a batch; see `Windows.fetch`."""
+        """Return a batch, a document each."""
         self._check(windows, len(self))
         starts, lengths = self._spans(windows)
         segments = self._segments(windows, starts, lengths) if self.documents_apart else None
@@ -97,7 +97,7 @@ class PadWindows(WindowsBase):
         return self._cut_mask(*self._spans(windows))
 
     def segments(self, windows: NDArray[np.int64]) -> Segments:
-        """Return the documents of a batch; see `Windows.segments`."""
+        """Return the documents of a batch, each cut off where its window ends."""
         self._check(windows, len(self))
         return self._segments(windows, *self._spans(windows))
 
@@ -115,12 +115,12 @@ class PadWindows(WindowsBase):
         )
 
     def locate(self, window: int) -> tuple[str, int]:
-        """Return where a window begins; see `Windows.locate`."""
+        """Return (shard name, token offset) of the document's first token."""
         starts, _ = self._spans(np.array([window]))
         return self.shards.name_and_offset(int(starts[0]))
 
     def window_of(self, shard: str, offset: int) -> int:
-        """Return the document that holds a token; see `Windows.window_of`."""
+        """Return the document that holds a token, also one that is cut off."""
         self.shards.token_at(shard, offset)
         index = self.shards.index_of(shard)
         return int(self.shards.document_starts[index]) + self.shards.shard(index).sequence_of(offset)
@@ -142,40 +142,40 @@ class PairWindows(PadWindows):
         return len(SIDES) * super().num_places
 
     def fetch(self, windows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
-        """Return a batch, each array [B, L]; see `Windows.fetch`."""
+        """Return a batch, both sides of a pair each."""
         self._check(windows, len(self))
         sample: dict[str, Any] = {}
         for place, side in enumerate(SIDES):
-            made = self._sample(*self._padded(*self._spans(len(SIDES) * windows + place)), None)
-            sample |= {f"{side}_{name}": array for name, array in made.items()}
+            one_side = self._sample(*self._padded(*self._spans(len(SIDES) * windows + place)), None)
+            sample |= {f"{side}_{name}": array for name, array in one_side.items()}
         return sample
 
     def segments(self, windows: NDArray[np.int64]) -> Segments:
-        """Return the chosen sequences of a batch; see `Windows.segments`."""
+        """Return the chosen sequences of a batch."""
         self._check(windows, len(self))
         return self._segments(windows, *self._spans(len(SIDES) * windows))
 
     def will_need(self, windows: NDArray[np.int64]) -> None:
-        """Tell the system that windows are read soon; see `Windows.will_need`."""
+        """Tell the system that both sides of these pairs are read soon."""
         self._check(windows, len(self))
         starts, lengths = self._spans((len(SIDES) * windows[:, None] + np.arange(len(SIDES))).ravel())
         self.shards.will_need(starts, starts + lengths)
 
     def locate(self, window: int) -> tuple[str, int]:
-        """Return where the chosen sequence begins; see `Windows.locate`."""
+        """Return (shard name, token offset) of the chosen sequence's first token."""
         starts, _ = self._spans(np.array([len(SIDES) * window]))
         return self.shards.name_and_offset(int(starts[0]))
 
     def window_of(self, shard: str, offset: int) -> int:
-        """Return the pair that holds a token; see `Windows.window_of`."""
+        """Return the pair that holds a token on either side."""
         self.shards.token_at(shard, offset)
         index = self.shards.index_of(shard)
         sequence = int(self.shards.sequence_starts[index]) + self.shards.shard(index).sequence_of(offset)
         return sequence // len(SIDES)
 
-    def _learns(self, windows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Tell in which pairs both sides have a target: the loss compares them."""
-        learns = np.ones(len(windows), np.bool_)
+    def _have_targets(self, windows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return in which pairs both sides have a target, as the loss compares them: bool [B]."""
+        both = np.ones(len(windows), np.bool_)
         for place in range(len(SIDES)):
-            learns &= (self._cut_mask(*self._spans(len(SIDES) * windows + place))[:, 1:] != 0).any(axis=1)
-        return learns
+            both &= (self._cut_mask(*self._spans(len(SIDES) * windows + place))[:, 1:] != 0).any(axis=1)
+        return both

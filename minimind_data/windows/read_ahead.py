@@ -15,13 +15,14 @@ import itertools
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minimind_data.dataset.shard import Shard
 from minimind_data.dataset.shard_set import ShardSet
+from minimind_data.windows.base import WindowSource
 
 _CHUNK_BYTES = 2**20
 _WINDOWS_PER_CHUNK = 32
@@ -30,27 +31,10 @@ _NEAR_WINDOWS = 64
 _THREAD = getattr(resource, "RUSAGE_THREAD", None)
 
 
-class ReadableWindows(Protocol):
-    """What is read ahead."""
-
-    @property
-    def shard_sets(self) -> tuple[ShardSet, ...]:
-        """The datasets that the windows are cut from."""
-        ...
-
-    def will_need(self, windows: NDArray[np.int64]) -> None:
-        """Tell the system that a batch is read soon."""
-        ...
-
-    def fetch(self, windows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
-        """Return a batch."""
-        ...
-
-
 class ReadAhead:
     """Fetches batches, all by one thread, and asks for them beforehand while they come from a disk."""
 
-    def __init__(self, windows: ReadableWindows) -> None:
+    def __init__(self, windows: WindowSource) -> None:
         self._windows = windows
         self._waits = _THREAD is not None
         self._begun = False
@@ -63,7 +47,7 @@ class ReadAhead:
     def fetch(
         self, windows: NDArray[np.int64], later: Callable[[], NDArray[np.int64]] | None = None
     ) -> dict[str, NDArray[np.int64]]:
-        """Return a batch; see `Windows.fetch`.
+        """Return a batch, as `WindowSource.fetch` does.
 
         Args:
             windows: int64 [B], the batch.

@@ -18,7 +18,8 @@ from minimind_data.dataset.format import TokenizerInfo
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.reporting import Announce
-from minimind_data.windows.opening import Windows, open_windows
+from minimind_data.windows.base import Windows
+from minimind_data.windows.opening import open_windows
 from minimind_train.batches.samples import MixedWindows
 from minimind_train.order.mixture import MAX_PARTS, MixtureOrder, MixtureStage, Order, shares_of
 from minimind_train.order.sample_order import OrderKind, SampleOrder

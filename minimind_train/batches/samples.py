@@ -1,44 +1,17 @@
-"""Where the samples of a run are read: windows of one dataset, or of several as one (`MixedWindows`)."""
+"""MixedWindows: the windows of several datasets as if they were those of one; and counting the targets of a batch."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minimind_data.dataset.format import IGNORED
 from minimind_data.dataset.shard_set import ShardSet
-from minimind_data.windows.opening import Windows
-
-
-class Samples(Protocol):
-    """What a loader needs of windows, those of one dataset or of a mixture."""
-
-    @property
-    def labels(self) -> bool:
-        """Whether samples are unshifted."""
-        ...
-
-    def __len__(self) -> int:
-        """Return the number of windows."""
-        ...
-
-    def fetch(self, windows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
-        """Return a batch; see `Windows.fetch`."""
-        ...
-
-    @property
-    def shard_sets(self) -> tuple[ShardSet, ...]:
-        """The datasets that the windows are cut from."""
-        ...
-
-    def will_need(self, windows: NDArray[np.int64]) -> None:
-        """Tell the system that a batch is read soon; see `Windows.will_need`."""
-        ...
+from minimind_data.windows.base import Windows
 
 
 class MixedWindows:
-    """The windows of all parts as one list, numbered part after part as in `MixtureOrder`."""
+    """The windows of all parts as one list, a `WindowSource`, numbered part after part as in `MixtureOrder`."""
 
     def __init__(self, names: Sequence[str], parts: Sequence[Windows]) -> None:
         self.names = tuple(names)
@@ -52,7 +25,7 @@ class MixedWindows:
         return int(self._starts[-1])
 
     def fetch(self, windows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
-        """Return a batch, one gather for each part that is in it; see `Windows.fetch`."""
+        """Return a batch, with one gather for each part that is in it."""
         if len(windows) and (windows.min() < 0 or windows.max() >= len(self)):
             raise IndexError(f"windows {windows.min()}…{windows.max()} asked for, there are {len(self)}")
         owners = np.searchsorted(self._starts, windows, side="right") - 1
@@ -72,7 +45,7 @@ class MixedWindows:
         return tuple(part.shards for part in self.parts)
 
     def will_need(self, windows: NDArray[np.int64]) -> None:
-        """Tell the system that a batch is read soon; see `Windows.will_need`."""
+        """Tell the system that a batch is read soon, each part for itself."""
         owners = np.searchsorted(self._starts, windows, side="right") - 1
         for part in np.unique(owners).tolist():
             self.parts[part].will_need(windows[owners == part] - self._starts[part])

@@ -21,8 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from minimind_data.windows.base import WindowSource
 from minimind_data.windows.read_ahead import ReadAhead
-from minimind_train.batches.samples import Samples, num_targets
+from minimind_train.batches.samples import num_targets
 from minimind_train.batches.trimming import alike, trimmed
 from minimind_train.order.mixture import Order
 from minimind_train.order.sample_order import check_range, check_shares, rank_positions
@@ -106,7 +107,7 @@ class StepLoader:
 
     def __init__(
         self,
-        windows: Samples,
+        windows: WindowSource,
         order: Order,
         *,
         start: int,

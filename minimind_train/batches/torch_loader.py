@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from minimind_data.errors import UserError
+from minimind_data.windows.base import WindowSource
 from minimind_data.windows.read_ahead import ReadAhead
-from minimind_train.batches.samples import Samples
 from minimind_train.order.mixture import Order
 from minimind_train.order.sample_order import check_range, check_shares, rank_positions
 from minimind_train.order.skips import NO_SKIPS, Skips
@@ -32,7 +32,7 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
     A `ShardSet` pickles as its folder's name, so a worker started by `spawn` maps the files for itself.
     """
 
-    def __init__(self, windows: Samples) -> None:
+    def __init__(self, windows: WindowSource) -> None:
         self.windows = windows
         self._ahead = ReadAhead(windows)
 

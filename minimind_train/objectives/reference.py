@@ -32,8 +32,7 @@ from minimind_data.files import (
     user_error_on_full_disk,
     write_atomic,
 )
-from minimind_data.windows.opening import Windows
-from minimind_train.batches.samples import Samples
+from minimind_data.windows.base import Windows, WindowSource
 from minimind_train.batches.trimming import alike
 from minimind_train.model.precision import autocast
 from minimind_train.model.transformer import MiniMind
@@ -70,7 +69,7 @@ class ReferencedWindows:
         log_probs: float32 [len(windows), 2].
     """
 
-    def __init__(self, windows: Samples, log_probs: LogProbs) -> None:
+    def __init__(self, windows: WindowSource, log_probs: LogProbs) -> None:
         assert log_probs.shape == (len(windows), 2)
         self._windows = windows
         self._log_probs = log_probs
@@ -86,7 +85,7 @@ class ReferencedWindows:
         return self._windows.shard_sets
 
     def will_need(self, windows: NDArray[np.int64]) -> None:
-        """Tell the system that a batch is read soon; see `Windows.will_need`."""
+        """Tell the system that a batch is read soon; the log-probabilities are in memory."""
         self._windows.will_need(windows)
 
     def fetch(self, windows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:

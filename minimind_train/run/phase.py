@@ -11,8 +11,8 @@ import torch
 
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
-from minimind_data.windows.opening import Windows
-from minimind_train.batches.samples import MixedWindows, Samples
+from minimind_data.windows.base import Windows, WindowSource
+from minimind_train.batches.samples import MixedWindows
 from minimind_train.model.transformer import MiniMind
 from minimind_train.objectives.objective import NextToken, Objective
 from minimind_train.progress import Say
@@ -26,7 +26,7 @@ def _next_token(model: MiniMind, *_: object) -> Objective:
     return NextToken(model)
 
 
-def _windows_alone(windows: Samples, *_: object) -> Samples:
+def _windows_alone(windows: WindowSource, *_: object) -> WindowSource:
     return windows
 
 
@@ -42,7 +42,7 @@ class Phase(Generic[ConfigT]):
     """Its options; made without arguments, they are its defaults."""
     objective: Callable[[MiniMind, ConfigT, InitialWeights], Objective] = _next_token
     """Returns the objective over a model, by resolved options; by default the cross-entropy of the next token."""
-    samples: Callable[[Windows | MixedWindows, ConfigT, InitialWeights, torch.device, Say], Samples] = (
+    samples: Callable[[Windows | MixedWindows, ConfigT, InitialWeights, torch.device, Say], WindowSource] = (
         _windows_alone
     )
     """Returns where samples are read; by default the windows, else what adds to them."""

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minimind_data.windows.opening import Windows
-from minimind_train.batches.samples import MixedWindows, Samples
+from minimind_data.windows.base import Windows, WindowSource
+from minimind_train.batches.samples import MixedWindows
 from minimind_train.model.config import ModelConfig
 from minimind_train.model.lora import LoraConfig
 from minimind_train.model.transformer import MiniMind
@@ -80,7 +80,7 @@ def _objective(model: MiniMind, config: DpoConfig, origin: InitialWeights) -> Pr
 
 def _samples(
     windows: Windows | MixedWindows, config: DpoConfig, origin: InitialWeights, device: torch.device, say: Say
-) -> Samples:
+) -> WindowSource:
     """Put the reference's log-probabilities beside each pair."""
     if config.reference.reference == "online":
         return windows

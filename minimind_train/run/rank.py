@@ -14,9 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from minimind_data.errors import UserError
-from minimind_data.windows.opening import Windows
+from minimind_data.windows.base import Windows, WindowSource
 from minimind_train.batches.datasets import Datasets
-from minimind_train.batches.samples import MixedWindows, Samples
+from minimind_train.batches.samples import MixedWindows
 from minimind_train.batches.steps import StepLoader
 from minimind_train.model.compiling import compile_layers, recompute_activations, user_error_on_failed_compile
 from minimind_train.model.config import parameter_line
@@ -215,7 +215,7 @@ class RankJob(Generic[ConfigT]):
         scale = LossScale(**(found and found.state.loss_scale) or {}) if training.dtype == "fp16" else None
         return _Learner(model=model, objective=objective, wrapped=wrapped, optimizer=optimizer, scale=scale)
 
-    def _batches(self, samples: Samples, objective: Objective, *, start: int, stop: int) -> StepLoader:
+    def _batches(self, samples: WindowSource, objective: Objective, *, start: int, stop: int) -> StepLoader:
         training = self.config.training
         return StepLoader(
             samples,
@@ -246,7 +246,7 @@ class RankJob(Generic[ConfigT]):
                 "training goes on the same without them; to have them again, put them back from a backup while the run is stopped"
             )
 
-    def _samples(self, windows: Windows | MixedWindows) -> Samples:
+    def _samples(self, windows: Windows | MixedWindows) -> WindowSource:
         return self.phase.samples(windows, self.config, self.origin, self.device, self.say)
 
     def _trackers(self, metrics: MetricsLog | NoMetrics, step: int) -> Trackers:

@@ -23,8 +23,8 @@ from minimind_data.options import check_limits
 from minimind_data.reporting import Announce
 from minimind_data.tokenizer.loading import Tokenizer, cached_tokenizer
 from minimind_data.tokenizer.pieces import pieces_of
-from minimind_data.windows.opening import Windows, open_windows
-from minimind_train.batches.samples import Samples
+from minimind_data.windows.base import Windows, WindowSource
+from minimind_data.windows.opening import open_windows
 from minimind_train.batches.trimming import trimmed
 from minimind_train.model.precision import Dtype, autocast
 from minimind_train.objectives.objective import Objective
@@ -120,7 +120,7 @@ class Evaluator:
         world: World = ALONE,
     ) -> None:
         self.windows = windows
-        self.samples: Samples = windows
+        self.samples: WindowSource = windows
         self._count = min(num_windows or len(windows), len(windows))
         self._batch = batch
         self._device = device
