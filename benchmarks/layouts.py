@@ -34,7 +34,8 @@ from minimind_train.model.config import ModelConfig
 from minimind_train.model.precision import autocast
 from minimind_train.model.transformer import MiniMind
 from minimind_train.objectives.losses import summed_cross_entropy
-from minimind_train.run.phases import PretrainConfig, pretrain
+from minimind_train.run import entry
+from minimind_train.run.options import PretrainOptions
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.metrics import FILE_NAME
 
@@ -54,7 +55,7 @@ class Result:
 
 
 def train(run: Path, dataset: Path, held_out: Path, options: dict[str, object]) -> Result:
-    outcome = pretrain(build(PretrainConfig, {**options, "run": run, "shards": dataset}), lambda _: None)
+    outcome = entry.begin(build(PretrainOptions, {**options, "run": run, "shards": dataset}), lambda _: None)
     steps = [json.loads(line) for line in (run / FILE_NAME).read_text(encoding="utf-8").splitlines()]
     found = checkpoint.load_latest(run, print)
     assert found is not None

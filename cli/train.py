@@ -22,8 +22,7 @@ from .options import Given, as_defaults, command, is_typed, make_app, plain, ref
 from .talk import talk
 
 if TYPE_CHECKING:
-    from minimind_train.run.options import DataConfig
-    from minimind_train.run.phase import Phase
+    from minimind_train.run.options import DataConfig, RunOptions
 
 _FIRST = (
     *("shards", "run", "go_on", "allow_change", "_preset", "_config", "from_weight", "from_step"),
@@ -35,9 +34,9 @@ _FIRST = (
 
 def _pretrain(app: typer.Typer) -> None:
     """Train a model, or go on with a stopped run."""
-    from minimind_train.run.phases import PRETRAIN
+    from minimind_train.run.options import PretrainOptions
 
-    _register_phase(app, PRETRAIN, _pretrain.__doc__)
+    _register_phase(app, PretrainOptions, _pretrain.__doc__)
 
 
 def _use_preset(context: typer.Context, name: str | None) -> str | None:
@@ -49,17 +48,17 @@ def _use_preset(context: typer.Context, name: str | None) -> str | None:
     return name
 
 
-def _config_option(phase: "Phase[Any]") -> Any:
+def _config_option(kind: "type[RunOptions]") -> Any:
     """Return the option whose file's options are the defaults of the command line, and count as given."""
     from minimind_data.options import leaves
     from minimind_train.run.toml import read_description
 
-    names = [name for name, _, _ in leaves(phase.config)]
+    names = [name for name, _, _ in leaves(kind)]
 
     def use(context: typer.Context, path: Path | None) -> Path | None:
         if path is not None:
             try:
-                options = read_description(path, phase.command, names)
+                options = read_description(path, kind.command, names)
             except ValueError as error:
                 raise typer.BadParameter(str(error)) from None
             for flag, other in (("--steps", "epochs"), ("--epochs", "steps")):  # two words for one thing
@@ -82,9 +81,9 @@ def _sft(app: typer.Typer) -> None:
 
     Supervised fine-tuning; with --resume, go on with a stopped run.
     """
-    from minimind_train.run.phases import SFT
+    from minimind_train.run.options import SftOptions
 
-    _register_phase(app, SFT, _sft.__doc__)
+    _register_phase(app, SftOptions, _sft.__doc__)
 
 
 def _dpo(app: typer.Typer) -> None:
@@ -92,12 +91,12 @@ def _dpo(app: typer.Typer) -> None:
 
     Direct preference optimization; with --resume, go on with a stopped run.
     """
-    from minimind_train.run.phases import DPO
+    from minimind_train.run.options import DpoOptions
 
-    _register_phase(app, DPO, _dpo.__doc__)
+    _register_phase(app, DpoOptions, _dpo.__doc__)
 
 
-def _register_phase(app: typer.Typer, phase: "Phase[Any]", help_text: str | None) -> None:
+def _register_phase(app: typer.Typer, kind: "type[RunOptions]", help_text: str | None) -> None:
     """Make the command of a kind of training: its options as flags, and what goes with `--resume`."""
     from minimind_data.options import flatten
     from minimind_train.run.entry import begin, resume
@@ -123,7 +122,7 @@ def _register_phase(app: typer.Typer, phase: "Phase[Any]", help_text: str | None
                 help="With --resume and --shards: the parts of the mixture have new weights from here on; each goes on where it is.",
             ),
         ] = False,
-        _config: Annotated[Path | None, _config_option(phase)] = None,
+        _config: Annotated[Path | None, _config_option(kind)] = None,
         _preset: Annotated[
             str | None,
             typer.Option(
@@ -140,24 +139,26 @@ def _register_phase(app: typer.Typer, phase: "Phase[Any]", help_text: str | None
             raise typer.BadParameter(
                 "--reweight-at-resume goes with --resume and every part of the mixture as --shards NAME=DIR:WEIGHT"
             )
-        if unknown := allowed - changeable(phase.config):
+        if unknown := allowed - changeable(kind):
             raise typer.BadParameter(
-                f"--allow-change {min(unknown)}: no option that may change, of which one stands behind each --allow-change; there are {', '.join(sorted(changeable(phase.config)))}"
+                f"--allow-change {min(unknown)}: no option that may change, of which one stands behind each --allow-change; there are {', '.join(sorted(changeable(kind)))}"
             )
         if not go_on:
             _refuse_in_a_new_run(config.data, allowed, given)
         run = config.training.run
         if go_on:
             values = {name: value for name, value in flatten(config).items() if name in given}
-            outcome = resume(phase, run, values, allow_change=allowed | ({WEIGHTS} if reweight else set()))
+            outcome = resume(
+                run, values, command=kind.command, allow_change=allowed | ({WEIGHTS} if reweight else set())
+            )
         else:
-            outcome = begin(phase, config, given=given)
+            outcome = begin(config, names_given=given)
         if outcome.rank:  # of several processes that torchrun started, the first says it for all
             raise typer.Exit(outcome.stopped_by or 0)
         if outcome.stopped_by:
             print(
                 f"stopped by {outcome.stopped_by.what} after step {outcome.step} of {outcome.total_steps}, which is saved; "
-                f"go on with: mm-train {phase.command} --run {shlex.quote(str(run))} --resume",
+                f"go on with: mm-train {kind.command} --run {shlex.quote(str(run))} --resume",
                 file=sys.stderr,
             )
             raise typer.Exit(outcome.stopped_by)
@@ -166,9 +167,9 @@ def _register_phase(app: typer.Typer, phase: "Phase[Any]", help_text: str | None
                 f"{run}: done, {counted(outcome.step, 'step')}, last loss {outcome.loss:.4f}", file=sys.stderr
             )
 
-    run_command.__annotations__["config"] = phase.config
+    run_command.__annotations__["config"] = kind
     run_command.__doc__ = help_text
-    command(app, phase.command, first=_FIRST)(run_command)
+    command(app, kind.command, first=_FIRST)(run_command)
 
 
 def _refuse_in_a_new_run(data: "DataConfig", allowed: set[str], given: Given) -> None:

@@ -23,7 +23,7 @@ from torch.nn import functional
 from minimind_data.dataset.format import IGNORED
 from minimind_train.model.transformer import MiniMind
 from minimind_train.objectives.losses import summed_log_probs
-from minimind_train.objectives.objective import MicroLoss, Objective
+from minimind_train.objectives.objective import MicroLoss, Objective, ObjectiveOptions
 
 __all__ = ["REFERENCE", "Preference", "PreferenceOptions", "log_probs_of_pairs"]
 
@@ -34,8 +34,8 @@ LossType = Literal["sigmoid", "hinge", "ipo"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferenceOptions:
-    """How a preference is learned; beta is MiniMind's."""
+class PreferenceOptions(ObjectiveOptions):
+    """How a preference is learned, and measured against the reference; beta is MiniMind's."""
 
     beta: Annotated[float, "How dear it is to leave the reference: the scale of rewards."] = 0.15
     loss_type: Annotated[LossType, "sigmoid, the published loss; hinge and ipo as in SLiC and IPO."] = (
@@ -47,6 +47,10 @@ class PreferenceOptions:
     length_normalised: Annotated[
         bool, "Log-probabilities are means over an answer's tokens and not their sum."
     ] = False
+    reference: Annotated[
+        Literal["cached", "online"],
+        "cached: computed once and kept beside the shards; online: in every step, by a frozen copy of the model.",
+    ] = "cached"
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < float("inf"):

@@ -18,7 +18,7 @@ from minimind_train.order.mixture import MixtureOrder, MixtureStage
 from minimind_train.order.skips import Skips
 from minimind_train.parallel.world import World
 from minimind_train.progress import Say
-from minimind_train.run.options import NEEDS_SEQUENTIAL, PhaseConfig, window_options
+from minimind_train.run.options import NEEDS_SEQUENTIAL, RunOptions, window_options
 from minimind_train.training.evaluate import Evaluator, open_evaluator
 
 __all__ = ["RunData"]
@@ -28,7 +28,7 @@ class RunData:
     """The windows of a run, their order, and its begin and end in them.
 
     Args:
-        config: the run's resolved options.
+        options: the run's resolved options.
         datasets: the opened dataset, or those of a mixture.
         say: takes lines for the user.
 
@@ -41,19 +41,19 @@ class RunData:
         UserError: the dataset, or a part of the mixture, has no window.
     """
 
-    def __init__(self, config: PhaseConfig, datasets: Datasets, say: Say) -> None:
+    def __init__(self, options: RunOptions, datasets: Datasets, say: Say) -> None:
         self._datasets = datasets
         self._say = say
-        self._data, self._training = config.data, config.training
-        self.skips = Skips.of(config.data.skip_positions)
-        self._validation = config.validation
-        self.windows = datasets.windows(**window_options(config.data), announce=say)
+        self._data, self._training = options.data, options.training
+        self.skips = Skips.of(options.data.skip_positions)
+        self._validation = options.validation
+        self.windows = datasets.windows(**window_options(options.data), announce=say)
         self.order = datasets.order(
             self.windows,
-            seed=config.training.seed,
-            kind=config.data.order,
-            block=config.data.shuffle_block,
-            stages=config.data.mixture_stages,
+            seed=options.training.seed,
+            kind=options.data.order,
+            block=options.data.shuffle_block,
+            stages=options.data.mixture_stages,
         )
 
     @property

@@ -21,9 +21,9 @@ from minimind_train.objectives.objective import NextToken, Objective
 from minimind_train.parallel.devices import resolve_device
 from minimind_train.progress import Say, WindowProgress, say_on_stderr
 from minimind_train.run.initial import InitialWeights
-from minimind_train.run.options import DataConfig, window_options
-from minimind_train.run.phases import DPO, DpoConfig
-from minimind_train.run.reconcile import from_options
+from minimind_train.run.options import DataConfig, DpoOptions, window_options
+from minimind_train.run.phases import PHASES
+from minimind_train.run.reconcile import options_of
 from minimind_train.run_folder.choice import CheckpointChoice
 from minimind_train.run_folder.record import RunRecord
 from minimind_train.training.evaluate import Evaluation, open_evaluator
@@ -114,12 +114,13 @@ def _refuse_other_tokenizer(run: Path, opened: Opened, shards: ShardSet) -> None
 
 def _of_pairs(model: MiniMind, run: Path, record: RunRecord | None, dataset: Path, say: Say) -> Objective:
     """Return the objective of a run of dpo, compared with the model that it began from."""
-    if record is None or record.command != DPO.command:
+    if record is None or record.command != DpoOptions.command:
         what = "no run" if record is None else f"a run of {record.command}"
         raise UserError(
             f"{dataset}: a dataset of pairs, and {run} is {what}; pairs say how far a run of `mm-train dpo` has "
             "come from the model that it began from"
         )
-    config = from_options(DpoConfig, record.options, run)
-    online = replace(config, reference=replace(config.reference, reference="online"))
-    return DPO.objective(model, online, InitialWeights(config, say))
+    options = options_of(record, run)
+    assert isinstance(options, DpoOptions)
+    online = replace(options, objective=replace(options.objective, reference="online"))
+    return PHASES[options.command].objective(model, online, InitialWeights(options, say))

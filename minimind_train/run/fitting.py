@@ -9,38 +9,38 @@ from minimind_data.errors import UserError
 from minimind_train.batches.datasets import Datasets
 from minimind_train.parallel.devices import refuse_too_large
 from minimind_train.parallel.world import World
-from minimind_train.run.options import PhaseConfig
+from minimind_train.run.options import RunOptions
 
 __all__ = ["refuse_unfit"]
 
 
-def refuse_unfit(config: PhaseConfig, shards: Datasets, device: torch.device, world: World) -> None:
+def refuse_unfit(options: RunOptions, shards: Datasets, device: torch.device, world: World) -> None:
     """Refuse a run that cannot be trained here.
 
     Raises:
         UserError: a step has too few samples, the vocabularies or lengths do not fit, or the memory is too small.
     """
-    if config.training.global_batch < world.size:
+    if options.training.global_batch < world.size:
         raise UserError(
-            f"--global-batch {config.training.global_batch} has no sample for some of {world.size} processes; take a larger one, "
+            f"--global-batch {options.training.global_batch} has no sample for some of {world.size} processes; take a larger one, "
             "or fewer processes"
         )
-    vocab_size, room = shards.tokenizer.vocab_size, config.model.vocab_size
+    vocab_size, room = shards.tokenizer.vocab_size, options.model.vocab_size
     if vocab_size > room:
         raise UserError(
             f"{shards.folder}: a vocabulary of {vocab_size} entries does not fit a model of {room}; start a new run"
         )
-    if config.data.seq_len > config.model.longest_sequence:
+    if options.data.seq_len > options.model.longest_sequence:
         raise UserError(
-            f"--seq-len {config.data.seq_len} is longer than the model's --max-position-embeddings "
-            f"{config.model.longest_sequence}; change one of them"
+            f"--seq-len {options.data.seq_len} is longer than the model's --max-position-embeddings "
+            f"{options.model.longest_sequence}; change one of them"
         )
-    size = config.model.num_parameters
+    size = options.model.num_parameters
     what = f"{size / 1e6:,.1f} M parameters, their gradients and the optimizer's averages"
-    least = 12 if config.optim.optimizer == "muon" else 16
-    if config.lora.lora_rank:
+    least = 12 if options.optim.optimizer == "muon" else 16
+    if options.lora.lora_rank:
         least, what = 4, f"{size / 1e6:,.1f} M parameters"
-    share = world.size if config.training.parallel == "fsdp" else 1
+    share = world.size if options.training.parallel == "fsdp" else 1
     on_one_device = world.place.local_size if device.type == "cpu" else 1
     refuse_too_large(
         what,
@@ -49,5 +49,7 @@ def refuse_unfit(config: PhaseConfig, shards: Datasets, device: torch.device, wo
         "take a smaller --hidden-size or --num-hidden-layers, or more devices with --parallel fsdp",
     )
     # Two int64 a token, and its position where documents are kept apart.
-    samples = (24 if config.data.document_mask else 16) * config.training.global_batch * config.data.seq_len
+    samples = (
+        (24 if options.data.document_mask else 16) * options.training.global_batch * options.data.seq_len
+    )
     refuse_too_large("the samples of a step", samples, torch.device("cpu"), "take a smaller --global-batch")

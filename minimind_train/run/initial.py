@@ -17,7 +17,7 @@ from minimind_train.batches.datasets import Datasets
 from minimind_train.model.config import NO_SHAPES, ModelConfig
 from minimind_train.model.transformer import MiniMind
 from minimind_train.progress import Say
-from minimind_train.run.options import ConfigT, PhaseConfig
+from minimind_train.run.options import RunOptions
 from minimind_train.weights.load import Weights, checksum_of_tensors, load_weights, same_weights
 
 __all__ = ["InitialWeights", "with_initial_weights"]
@@ -27,33 +27,33 @@ _OF_TRAINING = frozenset({"dropout"})
 
 
 def with_initial_weights(
-    config: ConfigT, shards: Datasets, given: Collection[str] | None, say: Say
-) -> tuple[ConfigT, Weights | None]:
+    options: RunOptions, shards: Datasets, names_given: Collection[str] | None, say: Say
+) -> tuple[RunOptions, Weights | None]:
     """Return the options of a new run with the model's taken from its weights, and these; None where it begins from none.
 
     Args:
-        config: the options as the user gave them.
+        options: as the user gave them.
         shards: what the run reads.
-        given: which of the options the user wrote; by default those that are not as without a word.
+        names_given: which of the options the user wrote; by default, those that differ from their defaults.
         say: is told of damaged checkpoints.
 
     Raises:
         UserError: there are no weights, they have another shape than the user says, or another tokenizer than the dataset.
     """
-    origin = config.start.from_weight
+    origin = options.start.from_weight
     if origin is None:
-        if config.lora.lora_rank:
+        if options.lora.lora_rank:
             raise UserError(
                 "--lora-rank puts adapters beside weights that are there; pass them by --from-weight"
             )
-        return config, None
-    weights = load_weights(Path(origin), step=config.start.from_step, shape=config.model, say=say)
+        return options, None
+    weights = load_weights(Path(origin), step=options.start.from_step, shape=options.model, say=say)
     _refuse_other_tokenizer(origin, weights, shards, say)
-    here, there = flatten(config.model), flatten(weights.config)
-    if given is None:
-        usual = flatten(type(config)().model)
-        given = [name for name, value in here.items() if value != usual[name]]
-    said = here.keys() & set(given)
+    here, there = flatten(options.model), flatten(weights.config)
+    if names_given is None:
+        usual = flatten(type(options)().model)
+        names_given = [name for name, value in here.items() if value != usual[name]]
+    said = here.keys() & set(names_given)
     for name in sorted(said - NO_SHAPES):
         if here[name] != there[name]:
             flag = f"--{name.replace('_', '-')}"
@@ -64,36 +64,36 @@ def with_initial_weights(
     chosen = {name: here[name] for name in _OF_TRAINING | said}
     try:
         model = build(ModelConfig, {**there, **chosen})
-        config.lora.refuse_unfit(model)
+        options.lora.refuse_unfit(model)
     except ValueError as error:
         raise UserError(f"{origin}: its model cannot be changed like that: {error}") from None
     start = replace(
-        config.start,
+        options.start,
         from_weight=str(Path(origin).resolve()),
         from_step=weights.step,
         from_sha256=checksum_of_tensors(weights.tensors),
     )
-    return replace(config, model=model, start=start), weights
+    return replace(options, model=model, start=start), weights
 
 
 class InitialWeights:
     """The weights that a run began from, loaded when they are first asked for.
 
     Args:
-        config: the run's options, which say which weights these are.
+        options: the run's, which say which weights these are.
         say: is told of damaged checkpoints.
         weights: the same, where they have just been loaded.
     """
 
-    def __init__(self, config: PhaseConfig, say: Say, weights: Weights | None = None) -> None:
-        self._config = config
+    def __init__(self, options: RunOptions, say: Say, weights: Weights | None = None) -> None:
+        self._options = options
         self._say = say
         self._weights = weights
 
     @property
     def checksum(self) -> str | None:
         """Of the weights; None where the run began from none."""
-        return self._config.start.from_sha256
+        return self._options.start.from_sha256
 
     def weights(self, why: str) -> Weights | None:
         """Return them, or None where the run began from none.
@@ -104,11 +104,11 @@ class InitialWeights:
         Raises:
             UserError: they are gone, or others.
         """
-        start = self._config.start
+        start = self._options.start
         if self._weights is None and start.from_weight is not None:
             if start.from_sha256 is None:
                 raise UserError("the run began from no weights, so leave --from-weight out")
-            self._weights = same_weights(flatten(self._config), why, self._say)
+            self._weights = same_weights(flatten(self._options), why, self._say)
         return self._weights
 
     def model(self, why: str) -> MiniMind:

@@ -1,16 +1,22 @@
-"""What a run can be told: the options that all phases share.
+"""What a run can be told: the options that all phases share, and what each phase makes of them.
 
 They are resolved once, when a run begins, and from then on they are what its `config.json` says.
 """
 
-from dataclasses import Field, dataclass, field
-from typing import Annotated, Any, ClassVar, Protocol, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
+from minimind_data.dataset.format import Kind
 from minimind_data.windows.base import Layout
 from minimind_data.windows.best_fit import LongDocuments
 from minimind_train.batches.datasets import read_sources, source_texts
 from minimind_train.model.config import ModelConfig
 from minimind_train.model.lora import LoraConfig
+from minimind_train.objectives.objective import ObjectiveOptions
+from minimind_train.objectives.preference import PreferenceOptions
 from minimind_train.order.mixture import MixtureStage
 from minimind_train.order.sample_order import OrderKind
 from minimind_train.order.skips import Skips
@@ -95,53 +101,81 @@ class StartConfig:
             raise ValueError("from_step says which checkpoint of --from-weight; pass both or neither")
 
 
-class PhaseConfig(Protocol):
-    """What the options of every phase have; a phase composes them with its own."""
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What a run of every phase can be told. A phase has other defaults, and options of its objective."""
 
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    command: ClassVar[str]
+    """What `mm-train` calls the phase, and what the run's record says."""
+    dataset_kind: ClassVar[Kind]
+    """The kind of dataset that it learns."""
+    default_epochs: ClassVar[int] = 2
+    """Times through the dataset where nobody says how long."""
 
-    @property
-    def default_epochs(self) -> int:
-        """Times through the dataset where nobody says how long."""
-        ...
-
-    @property
-    def start(self) -> StartConfig:
-        """From which weights it begins."""
-        ...
-
-    @property
-    def lora(self) -> LoraConfig:
-        """Whether adapters are learned in place of them."""
-        ...
-
-    @property
-    def data(self) -> DataConfig:
-        """What is learned."""
-        ...
-
-    @property
-    def model(self) -> ModelConfig:
-        """The shape of the model."""
-        ...
-
-    @property
-    def optim(self) -> OptimConfig:
-        """How the weights move."""
-        ...
-
-    @property
-    def training(self) -> loop.RunConfig:
-        """How long, how large, how often."""
-        ...
-
-    @property
-    def validation(self) -> ValidationConfig:
-        """On what the run is measured."""
-        ...
+    start: StartConfig = field(default_factory=StartConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    training: loop.RunConfig = field(default_factory=loop.RunConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
 
-ConfigT = TypeVar("ConfigT", bound=PhaseConfig)
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions(RunOptions):
+    """Everything that a pre-training run can be told."""
+
+    command: ClassVar[str] = "pretrain"
+    dataset_kind: ClassVar[Kind] = "pretrain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftOptions(RunOptions):
+    """Everything that a run of supervised fine-tuning can be told; the defaults are MiniMind's."""
+
+    command: ClassVar[str] = "sft"
+    dataset_kind: ClassVar[Kind] = "sft"
+
+    start: StartConfig = field(default_factory=partial(StartConfig, from_weight="runs/pretrain"))
+    data: DataConfig = field(default_factory=partial(DataConfig, layout="pad", seq_len=768))
+    optim: OptimConfig = field(default_factory=partial(OptimConfig, learning_rate=1e-5))
+    training: loop.RunConfig = field(
+        default_factory=partial(loop.RunConfig, run=Path("runs/sft"), global_batch=16, micro_batch=16)
+    )
+
+    def __post_init__(self) -> None:
+        if self.data.layout == "concat":
+            raise ValueError(
+                "layout concat cuts conversations apart, and an answer without its question teaches nothing; take pad or pack"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoOptions(RunOptions):
+    """Everything that a run of direct preference optimization can be told; the defaults are MiniMind's."""
+
+    command: ClassVar[str] = "dpo"
+    dataset_kind: ClassVar[Kind] = "dpo"
+    default_epochs: ClassVar[int] = 1
+
+    start: StartConfig = field(default_factory=partial(StartConfig, from_weight="runs/sft"))
+    data: DataConfig = field(default_factory=partial(DataConfig, layout="pad", seq_len=1024))
+    objective: PreferenceOptions = field(default_factory=PreferenceOptions)
+    optim: OptimConfig = field(default_factory=partial(OptimConfig, learning_rate=4e-8))
+    training: loop.RunConfig = field(
+        default_factory=partial(loop.RunConfig, run=Path("runs/dpo"), global_batch=4, micro_batch=4)
+    )
+
+    def __post_init__(self) -> None:
+        if self.data.layout != "pad":
+            raise ValueError(f"layout must be pad, a pair a window, not {self.data.layout}")
+
+
+PHASE_OPTIONS: Mapping[str, type[RunOptions]] = {
+    options.command: options for options in (PretrainOptions, SftOptions, DpoOptions)
+}
+"""The options of each phase, by what `mm-train` calls it."""
 
 NEEDS_SEQUENTIAL = (
     "--resume-from needs --order sequential: in a shuffled order no place of a shard is a place of the run"

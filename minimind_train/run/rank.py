@@ -1,13 +1,13 @@
 """One rank of a run: build the model, restore what the run begins from, and run the loop.
 
-With one process there is one rank. Where a run begins, and by which options, is decided in `job`.
+With one process there is one rank. Where a run begins, and by which options, is decided in `entry`.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,8 +31,8 @@ from minimind_train.progress import Say
 from minimind_train.run.data import RunData
 from minimind_train.run.fitting import refuse_unfit
 from minimind_train.run.initial import InitialWeights
-from minimind_train.run.options import ConfigT
-from minimind_train.run.phase import Phase
+from minimind_train.run.options import RunOptions
+from minimind_train.run.phases import PHASES
 from minimind_train.run.reconcile import recorded, with_stages
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.checkpoint import Checkpoint, CheckpointState
@@ -52,10 +52,10 @@ __all__ = ["RankJob", "Start"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start(Generic[ConfigT]):
+class Start:
     """From where on a run trains, and by which options: what rank 0 finds out, and all ranks go by."""
 
-    config: ConfigT
+    options: RunOptions
     """With nothing left to be resolved."""
     found: Checkpoint | None
     step: int
@@ -76,12 +76,11 @@ class _Learner:
     """The loss scale; None except in fp16."""
 
 
-class RankJob(Generic[ConfigT]):
+class RankJob:
     """One rank of a run, with resolved options and opened data, before its model is built.
 
     Args:
-        phase: what kind of training.
-        config: the options, resolved.
+        options: the run's, resolved.
         shards: the datasets.
         origin: the weights that the run began from.
         say: takes lines for the user.
@@ -93,52 +92,53 @@ class RankJob(Generic[ConfigT]):
 
     def __init__(
         self,
-        phase: Phase[ConfigT],
-        config: ConfigT,
+        options: RunOptions,
         shards: Datasets,
         origin: InitialWeights,
         *,
         say: Say,
         world: World,
     ) -> None:
-        self.device = world.device(config.training.device)
-        refuse_unfit(config, shards, self.device, world)
-        self.phase = phase
+        self.device = world.device(options.training.device)
+        refuse_unfit(options, shards, self.device, world)
+        self.phase = PHASES[options.command]
         self.world = world
-        self.sharded = world.size > 1 and config.training.parallel == "fsdp"
-        self.run = config.training.run
+        self.sharded = world.size > 1 and options.training.parallel == "fsdp"
+        self.run = options.training.run
         self.shards = shards
         self.origin = origin
         self.say = say
-        self.data = RunData(config, shards, say)
-        self.config = with_stages(config, self.data.stages)
+        self.data = RunData(options, shards, say)
+        self.options = with_stages(options, self.data.stages)
         self.evaluator = self.data.evaluator(self.device, world)
-        if config.training.saving.save_best and not self.evaluator:
+        if options.training.saving.save_best and not self.evaluator:
             raise UserError("--save-best needs something to measure on; pass --val-shards, or leave it out")
         self._measured_on = self.evaluator.measures_on if self.evaluator else None
 
     def reweight(self, cursor: int) -> None:
         """Let other weights of a mixture hold from the cursor on."""
         self.data.reweight(cursor)
-        self.config = with_stages(self.config, self.data.stages)
+        self.options = with_stages(self.options, self.data.stages)
 
     @user_error_on_failed_compile()
     @user_error_on_out_of_memory(
         "go on with --resume and a smaller --micro-batch, or free some memory; earlier checkpoints are intact"
     )
-    def train(self, start: Start[ConfigT], before_steps: Callable[[], None] = lambda: None) -> loop.Outcome:
+    def train(self, start: Start, before_steps: Callable[[], None] = lambda: None) -> loop.RunOutcome:
         """Build what learns, put what it begins from into it, and run the loop.
 
         Args:
             start: where it goes on.
             before_steps: runs once all of that fits.
         """
-        training, world = self.config.training, self.world
+        training, world = self.options.training, self.world
         found, step, cursor = start.found, start.step, start.cursor
         end, total_steps = self.data.end(step, cursor)
         if step >= total_steps:
             self.say(f"{self.run}: finished already, {step} steps; nothing to do")
-            return loop.Outcome(step=step, total_steps=total_steps, cursor=cursor, loss=None, rank=world.rank)
+            return loop.RunOutcome(
+                step=step, total_steps=total_steps, cursor=cursor, loss=None, rank=world.rank
+            )
         torch.set_num_threads(training.threads)
         allow_tf32(self.device, allowed=training.tf32)
         learner = self._learner(found)
@@ -156,7 +156,7 @@ class RankJob(Generic[ConfigT]):
             learner.objective,
             training.on_nonfinite,
             run=self.run,
-            command=self.phase.command,
+            command=self.options.command,
             skipped=found.state.skipped_steps if found else 0,
             say=self.say,
             world=world,
@@ -178,7 +178,7 @@ class RankJob(Generic[ConfigT]):
                 cursor=SampleCursor(cursor),
                 total_steps=total_steps,
                 config=training,
-                optim=self.config.optim,
+                optim=self.options.optim,
                 device=self.device,
                 metrics=trackers,
                 on_step=self._excerpts(learner, trackers),
@@ -193,9 +193,9 @@ class RankJob(Generic[ConfigT]):
 
     def _learner(self, found: Checkpoint | None) -> _Learner:
         """Build the model, its objective and its optimizer, in the state of a checkpoint where there is one."""
-        training, world = self.config.training, self.world
-        model = MiniMind(self.config.model)
-        lora = self.config.lora
+        training, world = self.options.training, self.world
+        model = MiniMind(self.options.model)
+        lora = self.options.lora
         why = f"{self.run} learns adapters alone" if found else f"{self.run} has no checkpoint yet"
         # Rank 0's weights become those of all ranks in `parallelize`.
         weights = self.origin.weights(why) if world.is_main and (found is None or lora.lora_rank) else None
@@ -207,16 +207,16 @@ class RankJob(Generic[ConfigT]):
             add_adapters(model, lora, training.seed)
         if not self.sharded:
             model.to(self.device)
-        objective = self.phase.objective(model, self.config, self.origin)
+        objective = self.phase.objective(model, self.options, self.origin)
         wrapped = parallelize(objective, world, self.device, parallel=training.parallel, dtype=training.dtype)
-        optimizer = make_optimizer(model, self.config.optim)
+        optimizer = make_optimizer(model, self.options.optim)
         if found:
             found.restore(model, optimizer)
         scale = LossScale(**(found and found.state.loss_scale) or {}) if training.dtype == "fp16" else None
         return _Learner(model=model, objective=objective, wrapped=wrapped, optimizer=optimizer, scale=scale)
 
     def _batches(self, samples: WindowSource, objective: Objective, *, start: int, stop: int) -> StepLoader:
-        training = self.config.training
+        training = self.options.training
         return StepLoader(
             samples,
             self.data.order,
@@ -229,14 +229,14 @@ class RankJob(Generic[ConfigT]):
             device=self.device,
             skips=self.data.skips,
             num_terms=objective.num_terms,
-            trim=not self.config.model.balances_experts,
+            trim=not self.options.model.balances_experts,
         )
 
     def _validation(self, objective: Objective, total_steps: int) -> Callable[[int], dict[str, Any]]:
         if not self.evaluator:
             return lambda _: {}
         self.evaluator.samples = self._samples(self.evaluator.windows)
-        every = self.config.validation.val_every
+        every = self.options.validation.val_every
         return validation(self.evaluator, objective, every=every, total_steps=total_steps)
 
     def _say_what_metrics_lost(self, state: CheckpointState, num_lines: int) -> None:
@@ -247,12 +247,12 @@ class RankJob(Generic[ConfigT]):
             )
 
     def _samples(self, windows: Windows | MixedWindows) -> WindowSource:
-        return self.phase.samples(windows, self.config, self.origin, self.device, self.say)
+        return self.phase.samples(windows, self.options, self.origin, self.device, self.say)
 
     def _trackers(self, metrics: MetricsLog | NoMetrics, step: int) -> Trackers:
-        config = self.config.training.tracking
+        config = self.options.training.tracking
         run = TrackedRun(
-            folder=self.run, project=config.track_project, options=recorded(self.config), step=step
+            folder=self.run, project=config.track_project, options=recorded(self.options), step=step
         )
         return Trackers(metrics, config.track if self.world.is_main else (), run, self.say)
 
@@ -261,11 +261,11 @@ class RankJob(Generic[ConfigT]):
             self.say(f"step {step}  after {prompt!r}: {text!r}")
             trackers.text(step, name, prompt + text)
 
-        config, info = self.config.training.excerpts, self.shards.tokenizer
+        config, info = self.options.training.excerpts, self.shards.tokenizer
         if not config.sample_every:
             return lambda _: None
         tokenizer = load_run_tokenizer(self.run, info).reference
-        forward = autocast(self.config.training.dtype, self.device)
+        forward = autocast(self.options.training.dtype, self.device)
         around = partial(unsharded, learner.objective, forward)
         return Excerpts(
             learner.model, config, tokenizer=tokenizer, info=info, tell=tell, around=around
@@ -279,7 +279,7 @@ class RankJob(Generic[ConfigT]):
         *,
         best: CheckpointState | None,
     ) -> Saver:
-        options, scale = recorded(self.config), learner.scale
+        options, scale = recorded(self.options), learner.scale
 
         def state(record: Mapping[str, Any]) -> CheckpointState:
             return CheckpointState(
@@ -296,7 +296,7 @@ class RankJob(Generic[ConfigT]):
 
         return Saver(
             self.run,
-            self.config.training.saving,
+            self.options.training.saving,
             tensors=partial(tensors_of, learner.model, learner.optimizer),
             state=state,
             before=metrics.sync,
@@ -312,14 +312,14 @@ class RankJob(Generic[ConfigT]):
         return ALONE if self.world.is_main else None
 
     def _introduce(self, model: MiniMind, step: int, total_steps: int, cursor: int) -> None:
-        training, processes = self.config.training, self.world.size
+        training, processes = self.options.training, self.world.size
         where = (
             self.device.type
             if processes == 1
             else f"{self.device.type}, {processes} processes by {training.parallel},"
         )
-        self.say(parameter_line(self.config.model))
-        if self.config.lora.lora_rank:
+        self.say(parameter_line(self.options.model))
+        if self.options.lora.lora_rank:
             learned = sum(each.numel() for each in model.parameters() if each.requires_grad)
             self.say(
                 f"{learned / 1e6:.2f}M parameters of adapters are learned, in {len(adapters_of(model))} matrices"

@@ -20,7 +20,7 @@ from minimind_train.model.precision import resolve_dtype
 from minimind_train.order.mixture import MixtureStage
 from minimind_train.order.skips import Skips
 from minimind_train.parallel.devices import resolve_device
-from minimind_train.run.options import ConfigT, PhaseConfig
+from minimind_train.run.options import PHASE_OPTIONS, RunOptions
 from minimind_train.run_folder import record as runs
 from minimind_train.run_folder.record import Change, RunRecord
 from minimind_train.run_folder.saver import SaveConfig
@@ -80,35 +80,37 @@ _DEFAULTS_OF_OLD_RECORDS = (
 _SHAPES = frozenset(flatten(ModelConfig())) - NO_SHAPES | frozenset(flatten(LoraConfig()))
 
 
-def changeable(kind: type[PhaseConfig]) -> frozenset[str]:
+def changeable(kind: type[RunOptions]) -> frozenset[str]:
     """Return the names that `--allow-change` takes in a phase with these options."""
     names = frozenset({"dataset", "tokenizer", *flatten(kind())})
     return names - (_HARMLESS - _MICRO_BATCH) - _UNRECORDED - _SHAPES - _DERIVED - _ACTIONS - _ORIGIN
 
 
-def with_stages(config: ConfigT, stages: tuple[MixtureStage, ...]) -> ConfigT:
+def with_stages(options: RunOptions, stages: tuple[MixtureStage, ...]) -> RunOptions:
     """Return the options with the shares of a mixture that hold, and from where on."""
-    return replace(config, data=replace(config.data, mixture_stages=stages))
+    return replace(options, data=replace(options.data, mixture_stages=stages))
 
 
-def resolved(config: ConfigT, shards: Datasets) -> ConfigT:
+def resolved(options: RunOptions, shards: Datasets) -> RunOptions:
     """Return the options with nothing left to this machine, to the dataset or to a default."""
-    training = config.training
-    epochs = config.default_epochs if training.epochs is None and training.steps is None else training.epochs
+    training = options.training
+    epochs = options.default_epochs if training.epochs is None and training.steps is None else training.epochs
     measured_on, origin = (
         path and str(Path(path).resolve())
-        for path in (config.validation.val_shards, config.start.from_weight)
+        for path in (options.validation.val_shards, options.start.from_weight)
     )
     # Neighbours in pack have nothing in common but that their lengths fit; concat is the plain token stream that others train on.
-    masked = config.data.layout == "pack" if config.data.document_mask is None else config.data.document_mask
+    masked = (
+        options.data.layout == "pack" if options.data.document_mask is None else options.data.document_mask
+    )
     # Weights that were trained before bring their own room for entries, which may be more than the tokenizer has.
-    entries = config.model.vocab_size if config.start.from_sha256 else shards.tokenizer.vocab_size
+    entries = options.model.vocab_size if options.start.from_sha256 else shards.tokenizer.vocab_size
     return replace(
-        config,
-        data=replace(config.data, shards=shards.resolved(), document_mask=masked),
-        start=replace(config.start, from_weight=origin),
-        validation=replace(config.validation, val_shards=measured_on),
-        model=replace(config.model, vocab_size=entries).resolved(),
+        options,
+        data=replace(options.data, shards=shards.resolved(), document_mask=masked),
+        start=replace(options.start, from_weight=origin),
+        validation=replace(options.validation, val_shards=measured_on),
+        model=replace(options.model, vocab_size=entries).resolved(),
         training=replace(
             training,
             epochs=epochs,
@@ -119,60 +121,59 @@ def resolved(config: ConfigT, shards: Datasets) -> ConfigT:
     )
 
 
-def recorded(config: PhaseConfig) -> dict[str, Any]:
+def recorded(options: RunOptions) -> dict[str, Any]:
     """Return the options as `config.json` holds them."""
     flat = {
         name: list(value) if isinstance(value, tuple) else value
-        for name, value in flatten(config).items()
+        for name, value in flatten(options).items()
         if name not in _UNRECORDED
     }
-    shards, stages = config.data.shards, config.data.mixture_stages
+    shards, stages = options.data.shards, options.data.mixture_stages
     mixed = {"shards": list(shards), "mixture_stages": [stage.as_dict() for stage in stages]}
     return flat | (mixed if stages else {"shards": shards[0], "mixture_stages": []})
 
 
-def record_of(command: str, config: PhaseConfig, shards: Datasets) -> RunRecord:
+def record_of(options: RunOptions, shards: Datasets) -> RunRecord:
     """Return what `config.json` says of a run that begins with these options, resolved, on this dataset."""
     return RunRecord(
-        command=command,
-        options=recorded(config),
+        command=options.command,
+        options=recorded(options),
         dataset=shards.fingerprint,
         tokenizer=shards.tokenizer,
     )
 
 
 def reconciled(
-    kind: type[ConfigT],
     run: Path,
     record: RunRecord,
-    given: Mapping[str, Any],
+    options_given: Mapping[str, Any],
     shards: Datasets,
     *,
     step: int,
     allow_change: Collection[str],
-) -> tuple[ConfigT, RunRecord]:
-    """Hold what the user wrote against what the run, of this kind of options, is; return the options that hold from here on, and their record.
+) -> tuple[RunOptions, RunRecord]:
+    """Hold what the user wrote against what the run is; return the options that hold from here on, and their record.
 
     Raises:
         UserError: something differs that must not.
     """
-    skipped = Skips.of((*record.options.get(_SKIPS, ()), *given.get(_SKIPS, ()))).as_texts()
-    given = {name: value for name, value in given.items() if name not in _ACTIONS | _UNRECORDED}
+    skipped = Skips.of((*record.options.get(_SKIPS, ()), *options_given.get(_SKIPS, ()))).as_texts()
+    given = {name: value for name, value in options_given.items() if name not in _ACTIONS | _UNRECORDED}
     begun = _DEFAULTS_OF_OLD_RECORDS | record.options
-    options = begun | given | {_SKIPS: skipped}
+    values = begun | given | {_SKIPS: skipped}
     if "nproc" in given and "threads" not in given:
-        options["threads"] = 0  # the share of a core's threads is another one now
+        values["threads"] = 0  # the share of a core's threads is another one now
     if given.keys() & runs.ENDS:  # either one says alone when the run ends
-        options |= {name: given.get(name) for name in runs.ENDS}
+        values |= {name: given.get(name) for name in runs.ENDS}
     try:
-        config = from_options(kind, options, run)
+        options = options_of(replace(record, options=values), run)
     except ValueError as error:
         raise UserError(f"{run}: with these options the run cannot go on: {error}") from None
-    model = config.model
-    config = resolved(config, shards)
-    config = replace(config, model=replace(config.model, vocab_size=model.vocab_size))
-    new = replace(record_of(record.command, config, shards), changes=record.changes)
-    harmless = _HARMLESS - _MICRO_BATCH if config.model.balances_micro_batches else _HARMLESS
+    model = options.model
+    options = resolved(options, shards)
+    options = replace(options, model=replace(options.model, vocab_size=model.vocab_size))
+    new = replace(record_of(options, shards), changes=record.changes)
+    harmless = _HARMLESS - _MICRO_BATCH if options.model.balances_micro_batches else _HARMLESS
     sides = {
         name: (begun.get(name), new.options[name])
         for name in sorted(given.keys() | runs.ENDS if given.keys() & runs.ENDS else given)
@@ -191,14 +192,24 @@ def reconciled(
     changes = runs.agreed_changes(run, sides, step=step, fixed=_SHAPES, allowed=allow_change)
     if (before := record.options.get(_SKIPS, [])) != list(skipped):
         changes.append(Change(step=step, name=_SKIPS, old=before, new=list(skipped)))
-    return config, new.changed(changes)
+    return options, new.changed(changes)
 
 
-def from_options(kind: type[ConfigT], options: Mapping[str, Any], run: Path) -> ConfigT:
-    """Return the options of a run from its record."""
-    stages = tuple(map(MixtureStage.of, options.get("mixture_stages", ())))
-    made = {"shards": source_texts(options["shards"]), "mixture_stages": stages, "run": run}
-    return build(kind, {**options, **made})
+def options_of(record: RunRecord, run: Path) -> RunOptions:
+    """Return the options of a run from its record.
+
+    Raises:
+        UserError: the run is of a phase that this program does not know.
+        ValueError: an option has a value that it may not have.
+    """
+    kind = PHASE_OPTIONS.get(record.command)
+    if kind is None:
+        raise UserError(
+            f"{run}: a run of `mm-train {record.command}`, which this program does not have; resume it with the program that began it"
+        )
+    stages = tuple(map(MixtureStage.of, record.options.get("mixture_stages", ())))
+    values = {"shards": source_texts(record.options["shards"]), "mixture_stages": stages, "run": run}
+    return build(kind, {**record.options, **values})
 
 
 def _names(sources: Sequence[Source]) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_train.model.presets import PRESETS
-from minimind_train.run.options import PhaseConfig
+from minimind_train.run.options import RunOptions
 from minimind_train.run.reconcile import recorded
 from minimind_train.run_folder.record import Change
 
@@ -69,34 +69,34 @@ def _unknown(key: str, name: str, value: Any, names: Collection[str]) -> str:
     )
 
 
-def describe(command: str, config: PhaseConfig, changes: Sequence[Change] = ()) -> str:
+def describe(options: RunOptions, changes: Sequence[Change] = ()) -> str:
     """Return the TOML that repeats a run with these options, resolved; `changes` on the way are told as comments."""
-    options = recorded(config)
-    if options["layout"] != "pack":
-        del options["long_documents"]  # would do nothing, and is refused as that
+    values = recorded(options)
+    if values["layout"] != "pack":
+        del values["long_documents"]  # would do nothing, and is refused as that
     lines = [
-        f"# Repeats this run: mm-train {command} --config run.toml --run NEW_FOLDER",
+        f"# Repeats this run: mm-train {options.command} --config run.toml --run NEW_FOLDER",
         *(
             f"# Not so from the beginning: {change.name} was {_shown(change.old)} up to step {change.step}."
             for change in changes
         ),
-        f"{_COMMAND} = {_toml(command)}",
+        f"{_COMMAND} = {_toml(options.command)}",
     ]
-    for field in fields(config):
-        lines += _section(getattr(config, field.name), options)
+    for field in fields(options):
+        lines += _section(getattr(options, field.name), values)
     return "\n".join(lines) + "\n"
 
 
-def _section(part: Any, options: dict[str, Any]) -> list[str]:
+def _section(part: Any, values: dict[str, Any]) -> list[str]:
     """Return the lines of one dataclass of options, under what its docstring says; those of what it is composed of follow."""
     flags = [
         field.name
         for field in fields(part)
-        if field.metadata.get("flag", True) and options.get(field.name) is not None
+        if field.metadata.get("flag", True) and values.get(field.name) is not None
     ]
-    lines = [f"{name} = {_toml(options[name])}" for name in flags]
+    lines = [f"{name} = {_toml(values[name])}" for name in flags]
     inner = (getattr(part, field.name) for field in fields(part))
-    below = [line for each in inner if is_dataclass(each) for line in _section(each, options)]
+    below = [line for each in inner if is_dataclass(each) for line in _section(each, values)]
     title = (part.__doc__ or "").partition("\n")[0]
     return (["", f"# {title}", *lines] if lines else []) + below
 

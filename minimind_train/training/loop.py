@@ -97,7 +97,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class RunOutcome:
     """How a run ended."""
 
     step: int
@@ -138,7 +138,7 @@ def run(
     scale: LossScale | None = None,
     say: Say,
     world: World = ALONE,
-) -> Outcome:
+) -> RunOutcome:
     """Train until the batches end or something asks to stop.
 
     Args:
@@ -231,7 +231,7 @@ def run(
             if stopping:
                 break
     stopped_by = stopping if step < total_steps else None
-    return Outcome(
+    return RunOutcome(
         step=step,
         total_steps=total_steps,
         cursor=cursor.position,

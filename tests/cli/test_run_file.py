@@ -6,7 +6,7 @@ import tomllib
 import pytest
 
 from minimind_data.options import build, flatten, leaves
-from minimind_train.run.phases import DpoConfig, PretrainConfig, SftConfig
+from minimind_train.run.options import DpoOptions, PretrainOptions, SftOptions
 from minimind_train.run.toml import describe, read_description
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import Change, RunRecord
@@ -149,15 +149,13 @@ def test_a_file_that_cannot_be_read_is_wrong_usage(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "kind"), [("pretrain", PretrainConfig), ("sft", SftConfig), ("dpo", DpoConfig)]
+    ("command", "kind"), [("pretrain", PretrainOptions), ("sft", SftOptions), ("dpo", DpoOptions)]
 )
 def test_what_is_described_is_read_again_whatever_the_phase(tmp_path, command, kind):
     odd = 'a "b"\\c\nd\te\x7f 北京'
     config = build(kind, {"shards": (odd,), "learning_rate": 1e-30, "weight_decay": 0.0, "seed": 2**64 - 1})
     file = tmp_path / "run.toml"
-    file.write_text(
-        describe(command, config, [Change(step=3, name="x", old="a\nb = 1", new=1)]), encoding="utf-8"
-    )
+    file.write_text(describe(config, [Change(step=3, name="x", old="a\nb = 1", new=1)]), encoding="utf-8")
     names = {name for name, _, _ in leaves(kind)}
     told = read_description(file, command, names)
     here = flatten(config)

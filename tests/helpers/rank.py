@@ -11,18 +11,17 @@ import torch.distributed as dist
 from minimind_data.options import build
 from minimind_train.parallel.world import Place, World, process_group
 from minimind_train.run import entry
-from minimind_train.run.phases import DPO, PRETRAIN, SFT
+from minimind_train.run.options import PHASE_OPTIONS
 from minimind_train.training import loop
 
 
 def train(world, options, *, command="pretrain", given=None):
     """Begin a run of these options as one of its ranks; with `given`, resume the one in their folder, what is given changed."""
-    phase = {"pretrain": PRETRAIN, "sft": SFT, "dpo": DPO}[command]
     if given is None:
-        prepare = partial(entry._prepare_new, phase, build(phase.config, options), _say, given=None)
+        prepare = partial(entry._prepare_new, build(PHASE_OPTIONS[command], options), _say, names_given=None)
     else:
-        prepare = partial(entry._prepare_resumed, phase, options["run"], given, _say, allow_change=())
-    return entry._train_as_rank(phase, prepare, world)
+        prepare = partial(entry._prepare_resumed, options["run"], given, _say)
+    return entry._train_as_rank(prepare, world)
 
 
 def before_each_step(call, patch=setattr):

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 _PRELOADED = [
-    "minimind_train.run.phases",
+    "minimind_train.run.entry",
     "torch._dynamo",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",

@@ -10,7 +10,8 @@ import torch
 
 from minimind_data.options import build
 from minimind_train.model.config import ModelConfig
-from minimind_train.run.phases import PretrainConfig, pretrain
+from minimind_train.run import entry
+from minimind_train.run.options import PretrainOptions
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.metrics import FILE_NAME
 from minimind_train.run_folder.record import RunRecord
@@ -57,7 +58,7 @@ class Said(list):
 
 def config_of(run, dataset, **changes):
     """The options of a run in this folder: `OPTIONS`, but for these."""
-    return build(PretrainConfig, {**OPTIONS, "run": run, "shards": dataset, **changes})
+    return build(PretrainOptions, {**OPTIONS, "run": run, "shards": dataset, **changes})
 
 
 def run_maker(tmp_path_factory, dataset, **defaults):
@@ -68,7 +69,7 @@ def run_maker(tmp_path_factory, dataset, **defaults):
         key = json.dumps(options)
         if key not in runs:
             runs[key] = tmp_path_factory.mktemp("runs") / "run"
-            pretrain(config_of(runs[key], dataset, **(defaults | options)), Said())
+            entry.begin(config_of(runs[key], dataset, **(defaults | options)), Said())
         return runs[key]
 
     return make

@@ -8,7 +8,7 @@ import torch
 
 from minimind_data.build.pipeline import tokenize
 from minimind_data.build.plan import TokenizeOptions
-from minimind_train.run.phases import pretrain
+from minimind_train.run import entry
 from tests.helpers.datasets import chat_dataset, text_dataset
 from tests.helpers.runs import Said, config_of, stop_after
 
@@ -40,7 +40,7 @@ def begin(tmp_path, small_dataset):
 
     def begin(**changes):
         said = Said()
-        outcome = pretrain(config_of(tmp_path / "run", small_dataset, **changes), said)
+        outcome = entry.begin(config_of(tmp_path / "run", small_dataset, **changes), said)
         return outcome, said
 
     return begin
@@ -50,7 +50,7 @@ def begin(tmp_path, small_dataset):
 def whole_run(tmp_path_factory, small_dataset):
     """A run that was never stopped, all of whose checkpoints were kept; read only."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    pretrain(config_of(run, small_dataset, keep=0, dropout=0.1), Said())
+    entry.begin(config_of(run, small_dataset, keep=0, dropout=0.1), Said())
     return run
 
 
@@ -81,5 +81,5 @@ def chat_base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chat-base")
     (folder / "text.txt").write_text("That is what 4 + 4 is. Yes. I do not know.\n" * 40)
     tokenize([folder / "text.txt"], TokenizeOptions(out=folder / "data", workers=1))
-    pretrain(config_of(folder / "run", folder / "data", steps=3, learning_rate=3e-3), Said())
+    entry.begin(config_of(folder / "run", folder / "data", steps=3, learning_rate=3e-3), Said())
     return folder / "run"

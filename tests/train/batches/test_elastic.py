@@ -19,7 +19,8 @@ from minimind_train.batches.torch_loader import ResumableBatchSampler, WindowDat
 from minimind_train.order.mixture import MixtureOrder, MixtureStage
 from minimind_train.order.sample_order import SampleOrder
 from minimind_train.order.skips import Skips
-from minimind_train.run.phases import pretrain, resume
+from minimind_train.run import entry
+from minimind_train.run.entry import resume
 from minimind_train.training import loop
 from tests.helpers.runs import Said, config_of, stop_after
 
@@ -253,7 +254,7 @@ def test_a_real_run_stopped_and_changed_on_the_way_sees_the_same_list(
     order = MixtureOrder.of(sizes, seed=42, stages=[MixtureStage(start=0, shares=(3, 1), taken=(0, 0))])
     steps = {"allow_change": {"steps", "global_batch", "weights"}, "say": Said()}
 
-    pretrain(config_of(run_folder, parts(3, 1), steps=4, save_every=1, keep=0), Said())
+    entry.begin(config_of(run_folder, parts(3, 1), steps=4, save_every=1, keep=0), Said())
     stop_after(run_folder, 3)
     del seen_by_loop[3 * 8 :]
     resume(run_folder, {"steps": 5, "micro_batch": 3}, **steps)  # more steps are wanted than at first
@@ -271,6 +272,6 @@ def test_how_many_steps_are_wanted_changes_no_sample(tmp_path, small_dataset, se
     order = SampleOrder(num_windows=size, seed=42)
     for number, wanted in enumerate(({"steps": 3}, {"steps": 20}, {"steps": None, "epochs": 1})):
         seen_by_loop.clear()
-        pretrain(config_of(tmp_path / str(number), small_dataset, save_every=0, **wanted), Said())
+        entry.begin(config_of(tmp_path / str(number), small_dataset, save_every=0, **wanted), Said())
         windows = [window for _, _, window in seen_by_loop]
         assert windows == order.windows(np.arange(len(windows))).tolist()

@@ -17,9 +17,9 @@ from minimind_train.model.transformer import MiniMind, initialize
 from minimind_train.objectives.objective import NextToken
 from minimind_train.objectives.preference import REFERENCE, Preference, PreferenceOptions
 from minimind_train.order.sample_order import SampleOrder
-from minimind_train.run import entry as job
+from minimind_train.run import entry
 from minimind_train.run import rank as rank_job
-from minimind_train.run.phases import DPO, DpoConfig
+from minimind_train.run.options import DpoOptions
 from minimind_train.training.evaluate import Evaluator
 from minimind_train.training.nonfinite import NonfiniteGuard
 from minimind_train.training.optim import OptimConfig, make_optimizer
@@ -231,10 +231,9 @@ def spied(monkeypatch, **always):
     ],
 )
 def test_runs_trim_unless_a_loss_counts_pad(tmp_path, small_dataset, monkeypatch, shape, expected):
-    from minimind_train.run.phases import pretrain
 
     made = spied(monkeypatch)
-    pretrain(config_of(tmp_path / "run", small_dataset, layout="pad", steps=1, **shape), Said())
+    entry.begin(config_of(tmp_path / "run", small_dataset, layout="pad", steps=1, **shape), Said())
     assert made == [expected]
 
 
@@ -246,8 +245,8 @@ def test_a_run_of_pairs_learns_the_same(tmp_path, dpo_dataset, chat_base, monkey
     found = []
     for name, always, micro_batch in (("trimmed", {}, 3), ("whole", {"trim": False}, 8)):
         spied(monkeypatch, **always)
-        config = build(DpoConfig, {**options, "run": tmp_path / name, "micro_batch": micro_batch})
-        job.begin(DPO, config, Said())
+        config = build(DpoOptions, {**options, "run": tmp_path / name, "micro_batch": micro_batch})
+        entry.begin(config, Said())
         found.append(metrics(tmp_path / name))
     for one, other in zip(*found, strict=True):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-5)

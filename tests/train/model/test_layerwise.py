@@ -12,7 +12,7 @@ from minimind_train.model.compiling import compile_layers, recompute_activations
 from minimind_train.model.config import ModelConfig
 from minimind_train.model.transformer import MiniMind, initialize
 from minimind_train.objectives.objective import NextToken
-from minimind_train.run.phases import resume
+from minimind_train.run.entry import resume
 from minimind_train.run_folder import checkpoint
 from tests.helpers.runs import Said, metrics, stop_after, weights
 

@@ -11,7 +11,9 @@ from minimind_data.errors import UserError
 from minimind_train.model.config import ModelConfig
 from minimind_train.model.lora import LoraConfig, adapters_of, add_adapters, merge_adapters
 from minimind_train.model.transformer import MiniMind, initialize
-from minimind_train.run.phases import PretrainConfig, pretrain, resume
+from minimind_train.run import entry
+from minimind_train.run.entry import resume
+from minimind_train.run.options import PretrainOptions
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import RunRecord
 from minimind_train.weights.exporting import export
@@ -100,7 +102,7 @@ def adapt(tmp_path, whole_run, other_dataset):
     """Begin a run of adapters from the whole run's weights."""
 
     def adapt(name="adapted", **changes):
-        usual = PretrainConfig().model
+        usual = PretrainOptions().model
         shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
         options = {option: getattr(usual, option) for option in shape}
         options |= {
@@ -111,7 +113,7 @@ def adapt(tmp_path, whole_run, other_dataset):
             "dropout": 0.1,
         }
         said = Said()
-        pretrain(config_of(tmp_path / name, other_dataset, **{**options, **changes}), said)
+        entry.begin(config_of(tmp_path / name, other_dataset, **{**options, **changes}), said)
         return tmp_path / name, said
 
     return adapt

@@ -16,7 +16,7 @@ from minimind_data.options import build
 from minimind_train.model.config import ModelConfig
 from minimind_train.model.transformer import MiniMind, initialize
 from minimind_train.order.sample_order import SampleOrder
-from minimind_train.run.phases import pretrain
+from minimind_train.run import entry
 from tests.helpers.runs import Said, config_of, metrics
 
 BOS, EOS, PAD = 1, 2, 0
@@ -189,7 +189,7 @@ def both(folder, run, *, max_length, accumulation, weigh=alike, shape=None):
         "learning_rate": PEAK,
         "save_every": 0,
     }
-    pretrain(config_of(run, folder, **chosen), Said())
+    entry.begin(config_of(run, folder, **chosen), Said())
     ours = [(line["loss"], line.get("auxiliary_loss", 0.0), line["grad_norm"]) for line in metrics(run)]
     assert len(ours) == STEPS
     assert ours[-1][0] < ours[0][0] - 0.05, "something is learned"

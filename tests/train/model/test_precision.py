@@ -12,7 +12,7 @@ from minimind_train.model.precision import LossScale, allow_tf32, autocast, reso
 from minimind_train.model.transformer import MiniMind, initialize
 from minimind_train.objectives.objective import NextToken
 from minimind_train.run import rank as rank_job
-from minimind_train.run.phases import resume
+from minimind_train.run.entry import resume
 from minimind_train.run_folder import checkpoint
 from minimind_train.training.optim import OptimConfig, make_optimizer
 from minimind_train.training.step import NotFiniteError, take_step

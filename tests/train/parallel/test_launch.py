@@ -13,7 +13,9 @@ import pytest
 from minimind_data.errors import UserError
 from minimind_data.options import build
 from minimind_train.parallel.launch import launch_ranks
-from minimind_train.run.phases import PretrainConfig, pretrain, resume
+from minimind_train.run import entry
+from minimind_train.run.entry import resume
+from minimind_train.run.options import PretrainOptions
 from minimind_train.run_folder import checkpoint
 from tests.helpers.commands import STARTED, flags, start, wait_for_step
 from tests.helpers.runs import Said, assert_alike, steps
@@ -67,7 +69,7 @@ def test_a_run_goes_on_in_other_numbers_whoever_was_killed(tmp_path, small_datas
     assert_gone(ranks)
 
     resume(run, {"nproc": 1}, say=Said())
-    pretrain(build(PretrainConfig, {**options, "shards": small_dataset, "run": alone}), Said())
+    entry.begin(build(PretrainOptions, {**options, "shards": small_dataset, "run": alone}), Said())
     assert_alike(run, alone, 150, rel=1e-4)
 
 

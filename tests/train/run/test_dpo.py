@@ -10,9 +10,9 @@ import pytest
 from minimind_data.errors import UserError
 from minimind_data.options import build
 from minimind_train.objectives.reference import FOLDER_NAME
-from minimind_train.run import entry as job
+from minimind_train.run import entry
 from minimind_train.run.evaluation import evaluate_run
-from minimind_train.run.phases import DPO, DpoConfig
+from minimind_train.run.options import DpoOptions
 from tests.helpers.datasets import chat_dataset
 from tests.helpers.runs import Said, metrics, stop_after, weights
 
@@ -27,8 +27,8 @@ def begin(tmp_path, dpo_dataset, chat_base):
     def begin(name="run", **changes):
         said = Said()
         options = {**OPTIONS, "shards": (str(dpo_dataset),), "from_weight": str(chat_base)}
-        config = build(DpoConfig, {**options, "run": tmp_path / name, **changes})
-        job.begin(DPO, config, said)
+        config = build(DpoOptions, {**options, "run": tmp_path / name, **changes})
+        entry.begin(config, said)
         return tmp_path / name, said
 
     return begin
@@ -73,7 +73,7 @@ def test_a_resume_is_exact(begin, changes):
     whole, _ = begin("whole", **changes)
     run, _ = begin(**changes)
     stop_after(run, 2)
-    job.resume(DPO, run, {}, say=Said())
+    entry.resume(run, {}, say=Said())
     assert weights(run, 6) == weights(whole, 6)
     assert metrics(run) == metrics(whole)
 
@@ -85,13 +85,13 @@ def test_a_resume_needs_the_base_only_where_its_numbers_are_gone(begin, tmp_path
     end = weights(run, 6)
     base.rename(tmp_path / "moved")
     stop_after(run, 4)
-    job.resume(DPO, run, {}, say=Said())
+    entry.resume(run, {}, say=Said())
     assert weights(run, 6) == end
     stop_after(run, 4)
     shutil.rmtree(shards / FOLDER_NAME)
     with pytest.raises(UserError, match=r"not beside the dataset, so it needs the weights .* gone"):
-        job.resume(DPO, run, {}, say=Said())
-    job.resume(DPO, run, {"from_weight": str(tmp_path / "moved")}, say=Said())
+        entry.resume(run, {}, say=Said())
+    entry.resume(run, {"from_weight": str(tmp_path / "moved")}, say=Said())
     assert weights(run, 6) == end
 
 
@@ -125,7 +125,7 @@ def test_a_mixture_of_pairs(begin, tmp_path, dpo_dataset):
 
 def test_other_layouts_are_none_for_pairs():
     with pytest.raises(ValueError, match="layout must be pad, a pair a window, not pack"):
-        build(DpoConfig, {"layout": "pack"})
+        build(DpoOptions, {"layout": "pack"})
 
 
 def test_datasets_of_other_kinds_are_refused_by_name(begin, sft_dataset, chat_base):

@@ -10,7 +10,8 @@ from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.options import build
 from minimind_data.windows.opening import open_windows
 from minimind_train.parallel.interrupt import Stop
-from minimind_train.run.phases import PretrainConfig, pretrain
+from minimind_train.run import entry
+from minimind_train.run.options import PretrainOptions
 from minimind_train.run_folder import checkpoint
 from tests.helpers.rank import before_each_step
 from tests.helpers.ranks import run_ranks
@@ -39,7 +40,7 @@ def watching(batch):
 
 before_each_step(watching)
 given = None if first else {name: options[name] for name in ("micro_batch", "parallel")}
-report["outcome"] = train(world, options, given=given)
+report["outcome"] = train(world, options, names_given=given)
 """
 
 
@@ -56,7 +57,7 @@ def uninterrupted(tmp_path_factory, small_dataset):
 
     with pytest.MonkeyPatch.context() as patch:
         before_each_step(watching, patch.setattr)
-        pretrain(build(PretrainConfig, {**SMALL, **OPTIONS, "run": run, "shards": small_dataset}), Said())
+        entry.begin(build(PretrainOptions, {**SMALL, **OPTIONS, "run": run, "shards": small_dataset}), Said())
     return run, seen
 
 

@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from minimind_data.errors import UserError
-from minimind_train.run.phases import pretrain, resume
+from minimind_train.run import entry
+from minimind_train.run.entry import resume
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import Change, RunRecord
 from tests.helpers.runs import Said, config_of, metrics, steps, stop_after
@@ -65,7 +66,7 @@ def test_new_weights_of_a_mixture_too(tmp_path, small_dataset, other_dataset):
         return (f"a={small_dataset}:{a}", f"b={other_dataset}:{b}")
 
     run = tmp_path / "run"
-    pretrain(config_of(run, parts(1, 1), steps=2), Said())
+    entry.begin(config_of(run, parts(1, 1), steps=2), Said())
     before = files_of(run)
     with pytest.raises(UserError, match="nothing that --reweight-at-resume could change"):
         resume(run, {"shards": parts(1, 3)}, allow_change={"weights"}, say=Said())

@@ -14,7 +14,8 @@ from minimind_train.batches.datasets import Datasets, read_sources
 from minimind_train.batches.places import place_of
 from minimind_train.batches.samples import MixedWindows
 from minimind_train.order.mixture import MixtureStage
-from minimind_train.run.phases import pretrain, resume
+from minimind_train.run import entry
+from minimind_train.run.entry import resume
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import Change, RunRecord
 from tests.helpers.datasets import retokenized, text_dataset
@@ -30,7 +31,7 @@ def parts(tmp_path_factory, small_dataset, other_dataset):
 @pytest.fixture(scope="module")
 def mixed_run(tmp_path_factory, parts):
     run = tmp_path_factory.mktemp("mixed") / "run"
-    pretrain(config_of(run, parts, keep=0, dropout=0.1), Said())
+    entry.begin(config_of(run, parts, keep=0, dropout=0.1), Said())
     return run
 
 
@@ -38,7 +39,7 @@ def mixed_run(tmp_path_factory, parts):
 def begin_mixed(tmp_path, parts):
     def begin(**changes):
         said = Said()
-        return pretrain(config_of(tmp_path / "run", parts, **{"keep": 0, **changes}), said), said
+        return entry.begin(config_of(tmp_path / "run", parts, **{"keep": 0, **changes}), said), said
 
     return begin
 
@@ -132,7 +133,7 @@ def test_new_weights_hold_from_the_cursor_on_and_in_every_later_resume(begin_mix
 
 def test_a_part_may_wait(tmp_path, parts):
     waiting = [part.replace("0.25", "0") for part in parts]
-    pretrain(config_of(tmp_path / "run", waiting, steps=3), Said())
+    entry.begin(config_of(tmp_path / "run", waiting, steps=3), Said())
     assert metrics(tmp_path / "run")[-1]["epochs"]["b"] == 0
 
 
@@ -161,7 +162,7 @@ def test_a_run_over_a_mixture_in_any_layout_keeps_documents_apart(tmp_path, smal
     copies = [shutil.copytree(d, tmp_path / d.name) for d in (small_dataset, other_dataset)]
     words = [f"p{number}={copy}:1" for number, copy in enumerate(copies)]
     options = {"layout": "pack", "seq_len": 64, "steps": 6, "keep": 0, "val_shards": str(copies[1])}
-    pretrain(config_of(tmp_path / "run", words, **options), Said())
+    entry.begin(config_of(tmp_path / "run", words, **options), Said())
     last, there = weights(tmp_path / "run", 6), metrics(tmp_path / "run")
     assert RunRecord.read(tmp_path / "run").options["document_mask"] is True
     stop_after(tmp_path / "run", 3)

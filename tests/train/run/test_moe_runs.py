@@ -10,9 +10,9 @@ from minimind_train.generation.completion import complete
 from minimind_train.generation.sampling import GenerateOptions
 from minimind_train.model.config import ModelConfig, parameter_line
 from minimind_train.model.presets import PRESETS
+from minimind_train.run import entry
 from minimind_train.run.entry import resume
 from minimind_train.run.evaluation import evaluate_run
-from minimind_train.run.phases import PRETRAIN, pretrain
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import RunRecord
 from tests.helpers.runs import Said, config_of, metrics, stop_after, weights
@@ -32,7 +32,7 @@ MIXTURE = {
 def whole_mixture(tmp_path_factory, small_dataset):
     run = tmp_path_factory.mktemp("mixture") / "run"
     said = Said()
-    pretrain(config_of(run, small_dataset, keep=0, **MIXTURE), said)
+    entry.begin(config_of(run, small_dataset, keep=0, **MIXTURE), said)
     return run, said
 
 
@@ -49,7 +49,7 @@ def test_the_balance_is_learned_and_shown_beside_the_loss(whole_mixture, small_d
     shown = [record["auxiliary_loss"] for record in metrics(run)]
     assert all(value > 0.9 * MIXTURE["router_aux_loss_coef"] for value in shown)
     unbalanced = {**MIXTURE, "router_aux_loss_coef": 0.0}
-    pretrain(config_of(tmp_path / "run", small_dataset, **unbalanced), Said())
+    entry.begin(config_of(tmp_path / "run", small_dataset, **unbalanced), Said())
     others = metrics(tmp_path / "run")
     assert "auxiliary_loss" not in others[0]
     assert others[0]["loss"] == metrics(run)[0]["loss"]  # the same weights, before they move
@@ -61,7 +61,7 @@ def test_a_resumed_mixture_ends_as_if_it_had_never_been_stopped(whole_mixture, t
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     stop_after(run, 6)
-    resume(PRETRAIN, run, {}, say=Said())
+    resume(run, {}, say=Said())
     assert weights(run, 12) == weights(whole, 12)
     assert metrics(run) == metrics(whole)
 
@@ -71,7 +71,7 @@ def test_cutting_a_batch_of_a_mixture_changes_nothing_but_rounding(small_dataset
     runs = []
     for micro_batch in (8, 2):
         runs.append(tmp_path / f"by-{micro_batch}")
-        pretrain(config_of(runs[-1], small_dataset, micro_batch=micro_batch, **still), Said())
+        entry.begin(config_of(runs[-1], small_dataset, micro_batch=micro_batch, **still), Said())
     for one, other in zip(*map(metrics, runs), strict=True):
         for name in ("loss", "auxiliary_loss", "grad_norm"):
             assert one[name] == pytest.approx(other[name], rel=1e-4), name
@@ -79,11 +79,11 @@ def test_cutting_a_batch_of_a_mixture_changes_nothing_but_rounding(small_dataset
 
 def test_a_micro_batch_that_has_a_say_is_part_of_the_run(small_dataset, tmp_path):
     run = tmp_path / "run"
-    pretrain(config_of(run, small_dataset, seq_aux=False, **MIXTURE), Said())
+    entry.begin(config_of(run, small_dataset, seq_aux=False, **MIXTURE), Said())
     stop_after(run, 6)
     with pytest.raises(UserError, match=r"micro_batch \(in the run: 4, on the command line: 2\)"):
-        resume(PRETRAIN, run, {"micro_batch": 2}, say=Said())
-    resume(PRETRAIN, run, {"micro_batch": 2}, allow_change={"micro_batch"}, say=Said())
+        resume(run, {"micro_batch": 2}, say=Said())
+    resume(run, {"micro_batch": 2}, allow_change={"micro_batch"}, say=Said())
     assert RunRecord.read(run).options["micro_batch"] == 2
 
 
@@ -94,11 +94,11 @@ def test_experts_are_part_of_what_a_run_is(whole_mixture, tmp_path):
     with pytest.raises(
         UserError, match=r"num_experts \(in the run: 3, on the command line: 4\) decides the shape"
     ):
-        resume(PRETRAIN, run, {"num_experts": 4}, say=Said())
+        resume(run, {"num_experts": 4}, say=Said())
     with pytest.raises(
         UserError, match=r"num_experts_per_tok \(in the run: 2, .*--allow-change num_experts_per_tok"
     ):
-        resume(PRETRAIN, run, {"num_experts_per_tok": 1}, say=Said())
+        resume(run, {"num_experts_per_tok": 1}, say=Said())
 
 
 def test_a_run_from_before_mixtures_goes_on_dense(stopped_run):
@@ -109,8 +109,8 @@ def test_a_run_from_before_mixtures_goes_on_dense(stopped_run):
         del record.options[name]
     record.write(stopped_run)
     with pytest.raises(UserError, match=r"use_moe \(in the run: False, on the command line: True\)"):
-        resume(PRETRAIN, stopped_run, {"use_moe": True}, say=Said())
-    resume(PRETRAIN, stopped_run, {"seq_len": 16}, say=Said())
+        resume(stopped_run, {"use_moe": True}, say=Said())
+    resume(stopped_run, {"seq_len": 16}, say=Said())
     assert checkpoint.steps_of(stopped_run)[-1] == 12
 
 
@@ -125,7 +125,7 @@ def test_a_mixture_is_measured_without_its_balance_and_writes(whole_mixture, sma
 
 def test_positions_can_be_stretched_where_a_run_is_asked(tmp_path, small_dataset):
     run = tmp_path / "run"
-    pretrain(config_of(run, small_dataset, max_position_embeddings=16), Said())
+    entry.begin(config_of(run, small_dataset, max_position_embeddings=16), Said())
     options = GenerateOptions(max_new_tokens=40, temperature=0)
     prompt = "a" * 14
 

@@ -14,7 +14,8 @@ from minimind_data.errors import UserError
 from minimind_data.windows.opening import open_windows
 from minimind_train.order.sample_order import SampleOrder
 from minimind_train.parallel import devices
-from minimind_train.run.phases import pretrain, resume
+from minimind_train.run import entry
+from minimind_train.run.entry import resume
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import RunRecord
 from tests.helpers.runs import Said, config_of, metrics, steps
@@ -78,7 +79,7 @@ def test_the_document_mask(tmp_path, small_dataset, layout):
     for document_mask in (None, True, False):
         run = tmp_path / f"{document_mask}"
         chosen = {"layout": layout, "seq_len": 40, "steps": 2, "document_mask": document_mask}
-        pretrain(config_of(run, shards, **chosen), Said())
+        entry.begin(config_of(run, shards, **chosen), Said())
         assert RunRecord.read(run).options["document_mask"] is (
             layout == "pack" if document_mask is None else document_mask
         )

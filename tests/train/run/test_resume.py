@@ -8,7 +8,8 @@ import pytest
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.windows.opening import open_windows
-from minimind_train.run.phases import PretrainConfig, resume
+from minimind_train.run.entry import resume
+from minimind_train.run.options import PretrainOptions
 from minimind_train.run.reconcile import changeable
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import Change, RunRecord
@@ -104,7 +105,7 @@ def test_what_would_make_another_run_is_refused_with_both_sides(stopped_run, nam
     remedy = "start a new run in another --run" if name == "hidden_size" else f"--allow-change {name}"
     assert remedy in str(error.value)
     assert (stopped_run / "config.json").read_bytes() == before
-    assert (name in changeable(PretrainConfig)) is (name != "hidden_size")
+    assert (name in changeable(PretrainOptions)) is (name != "hidden_size")
 
 
 @pytest.fixture

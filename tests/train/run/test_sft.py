@@ -10,9 +10,9 @@ from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.options import build, flatten, leaves
 from minimind_data.windows.opening import open_windows
-from minimind_train.run import entry as job
+from minimind_train.run import entry
 from minimind_train.run.evaluation import evaluate_run
-from minimind_train.run.phases import SFT, DpoConfig, SftConfig
+from minimind_train.run.options import DpoOptions, SftOptions
 from minimind_train.run_folder.record import RunRecord
 from tests.helpers.datasets import chat_dataset
 from tests.helpers.runs import Said, metrics, stop_after, weights
@@ -28,29 +28,29 @@ def begin(tmp_path, sft_dataset, chat_base):
     def begin(name="run", **changes):
         said = Said()
         options = {**OPTIONS, "shards": (str(sft_dataset),), "from_weight": str(chat_base)}
-        config = build(SftConfig, {**options, "run": tmp_path / name, **changes})
-        job.begin(SFT, config, said)
+        config = build(SftOptions, {**options, "run": tmp_path / name, **changes})
+        entry.begin(config, said)
         return tmp_path / name, said
 
     return begin
 
 
 def test_the_defaults_are_minimind_s():
-    defaults = {name: default for name, _, default in leaves(SftConfig)}
-    told = flatten(SftConfig())
+    defaults = {name: default for name, _, default in leaves(SftOptions)}
+    told = flatten(SftOptions())
     expected = {
         "layout": "pad", "seq_len": 768, "learning_rate": 1e-5, "global_batch": 16, "grad_clip": 1.0, "dtype": "auto",
         "from_weight": "runs/pretrain",
     }  # fmt: skip
     assert {name: defaults[name] for name in expected} == expected
     assert {name: told[name] for name in expected} == expected
-    assert SftConfig.default_epochs == 2
-    dpo = flatten(DpoConfig())
+    assert SftOptions.default_epochs == 2
+    dpo = flatten(DpoOptions())
     expected |= {
         "seq_len": 1024, "learning_rate": 4e-8, "global_batch": 4, "beta": 0.15, "from_weight": "runs/sft",
     }  # fmt: skip
     assert {name: dpo[name] for name in expected} == expected
-    assert DpoConfig.default_epochs == 1
+    assert DpoOptions.default_epochs == 1
 
 
 @pytest.mark.parametrize("layout", ["pad", "pack"])
@@ -74,7 +74,7 @@ def test_a_resume_is_exact_and_needs_no_base(begin, tmp_path, chat_base, layout)
     run, _ = begin(layout=layout, from_weight=str(base))
     shutil.rmtree(base)
     stop_after(run, 2)
-    job.resume(SFT, run, {}, say=Said())
+    entry.resume(run, {}, say=Said())
     assert weights(run, 6) == weights(whole, 6)
     assert metrics(run) == metrics(whole)
 
@@ -118,12 +118,12 @@ def test_pairs_are_not_measured_like_text(begin, tmp_path, dpo_dataset):
 
 def test_the_stream_of_all_conversations_is_no_layout():
     with pytest.raises(ValueError, match="layout concat cuts conversations apart"):
-        build(SftConfig, {"layout": "concat"})
+        build(SftOptions, {"layout": "concat"})
 
 
 def test_adapters_learn_to_answer_too(begin, chat_base):
     run, _ = begin(lora_rank=2, lora_targets="all", steps=4)
     again, _ = begin("again", lora_rank=2, lora_targets="all", steps=4)
     stop_after(again, 2)
-    job.resume(SFT, again, {}, say=Said())
+    entry.resume(again, {}, say=Said())
     assert weights(again, 4) == weights(run, 4)

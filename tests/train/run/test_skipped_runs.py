@@ -15,7 +15,7 @@ from minimind_train.batches.steps import StepLoader
 from minimind_train.batches.torch_loader import ResumableBatchSampler
 from minimind_train.order.sample_order import SampleOrder
 from minimind_train.order.skips import Skips
-from minimind_train.run.phases import resume
+from minimind_train.run.entry import resume
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import Change, RunRecord
 from tests.helpers.runs import Said, metrics, stop_after, weights

@@ -3,8 +3,8 @@
 import pytest
 
 from minimind_data.options import build
-from minimind_train.run import entry as job
-from minimind_train.run.phases import DPO, SFT
+from minimind_train.run import entry
+from minimind_train.run.options import PHASE_OPTIONS
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import Said, metrics
 
@@ -33,8 +33,7 @@ def test_two_ranks_learn_what_one_learns(
     shards = sft_dataset if command == "sft" else dpo_dataset
     options = {**OPTIONS, **changes, "shards": (str(shards),), "val_shards": str(shards), "val_batches": 1}
     options |= {"from_weight": str(chat_base), "parallel": parallel}
-    phase = {"sft": SFT, "dpo": DPO}[command]
-    job.begin(phase, build(phase.config, {**options, "run": tmp_path / "one"}), Said())
+    entry.begin(build(PHASE_OPTIONS[command], {**options, "run": tmp_path / "one"}), Said())
     reports = run_ranks(LEG, 2, options={**options, "run": tmp_path / "two"}, command=command)
     assert [each["step"] for each in reports] == [4, 4]
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
@@ -43,8 +42,8 @@ def test_two_ranks_learn_what_one_learns(
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
     # Whoever goes on alone goes on from what two have written.
     more = {"steps": 5}
-    job.resume(phase, tmp_path / "two", more, allow_change=("steps",), say=Said())
-    job.resume(phase, tmp_path / "one", more, allow_change=("steps",), say=Said())
+    entry.resume(tmp_path / "two", more, allow_change=("steps",), say=Said())
+    entry.resume(tmp_path / "one", more, allow_change=("steps",), say=Said())
     assert metrics(tmp_path / "two")[-1]["loss"] == pytest.approx(
         metrics(tmp_path / "one")[-1]["loss"], rel=1e-3
     )

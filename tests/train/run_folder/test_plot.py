@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from minimind_data.errors import UserError
-from minimind_train.run.phases import pretrain
+from minimind_train.run import entry
 from minimind_train.run_folder import plot
 from minimind_train.run_folder.plot import draw, panels_of, read_curves
 from tests.helpers.pages import BROWSER, Browser, Reader
@@ -17,11 +17,11 @@ from tests.helpers.runs import Said, config_of, records
 def runs(tmp_path_factory, small_dataset, other_dataset):
     """Two runs, of which the first one is measured; its name wants to be a script."""
     folder = tmp_path_factory.mktemp("runs")
-    pretrain(
+    entry.begin(
         config_of(folder / "<b>one", small_dataset, val_shards=str(other_dataset), val_every=5, log_every=1),
         Said(),
     )
-    pretrain(config_of(folder / "二", small_dataset, steps=7, log_every=2, learning_rate=0.01), Said())
+    entry.begin(config_of(folder / "二", small_dataset, steps=7, log_every=2, learning_rate=0.01), Said())
     return [folder / "<b>one", folder / "二"]
 
 

@@ -9,7 +9,8 @@ from minimind_data.errors import UserError
 from minimind_data.files import FolderLock
 from minimind_train.generation.completion import complete
 from minimind_train.generation.sampling import GenerateOptions
-from minimind_train.run.phases import pretrain, resume
+from minimind_train.run import entry
+from minimind_train.run.entry import resume
 from minimind_train.run_folder import record as runs
 from minimind_train.run_folder.record import RunRecord
 from tests.helpers.runs import Said, config_of
@@ -128,5 +129,5 @@ def test_a_record_of_another_version_is_refused(whole_run, tmp_path, version):
 def test_a_run_is_not_begun_inside_a_dataset(small_dataset):
     before = sorted(small_dataset.iterdir())
     with pytest.raises(UserError, match="is a dataset; take another --run"):
-        pretrain(config_of(small_dataset, small_dataset), say=Said())
+        entry.begin(config_of(small_dataset, small_dataset), say=Said())
     assert sorted(small_dataset.iterdir()) == before

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minimind_data.errors import UserError
-from minimind_train.run.phases import resume
+from minimind_train.run.entry import resume
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.checkpoint import CheckpointState
 from minimind_train.run_folder.saver import Retention, SaveConfig, Saver

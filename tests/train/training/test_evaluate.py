@@ -17,8 +17,9 @@ from minimind_data.errors import UserError
 from minimind_data.tokenizer.loading import cached_tokenizer
 from minimind_data.windows.opening import open_windows
 from minimind_train.objectives.objective import MicroLoss, NextToken
+from minimind_train.run import entry
+from minimind_train.run.entry import resume
 from minimind_train.run.evaluation import evaluate_run
-from minimind_train.run.phases import pretrain, resume
 from minimind_train.run_folder.record import RunRecord
 from minimind_train.training.evaluate import Evaluator, _byte_counter, open_evaluator
 from minimind_train.weights.load import model_of
@@ -178,7 +179,7 @@ def measured_run(tmp_path, small_dataset, other_dataset):
     run = tmp_path / "run"
     said = Said()
     options = {"val_shards": str(other_dataset), "val_every": 5, "val_batches": 2, "log_every": 4}
-    pretrain(config_of(run, small_dataset, keep=0, dropout=0.1, **options), said)
+    entry.begin(config_of(run, small_dataset, keep=0, dropout=0.1, **options), said)
     return run, said
 
 
@@ -230,13 +231,13 @@ def test_what_cannot_be_measured_on_is_refused_before_a_run_begins(tmp_path, sma
         (str(other), "have different tokenizers"),
     ):
         with pytest.raises(UserError, match=complaint):
-            pretrain(config_of(tmp_path / "run", small_dataset, val_shards=words), Said())
+            entry.begin(config_of(tmp_path / "run", small_dataset, val_shards=words), Said())
         assert not (tmp_path / "run").exists()
 
 
 def test_to_be_measured_on_what_is_learned_is_said(tmp_path, small_dataset):
     said = Said()
-    pretrain(config_of(tmp_path / "run", small_dataset, steps=1, val_shards=str(small_dataset)), said)
+    entry.begin(config_of(tmp_path / "run", small_dataset, steps=1, val_shards=str(small_dataset)), said)
     assert "what --val-shards measures is memory" in said.text
 
 

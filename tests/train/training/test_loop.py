@@ -32,7 +32,7 @@ def test_a_step_is_adamw_on_the_mean_over_all_targets(tmp_path):
     outcome = run.go()
     for ours, theirs in zip(run.weights, expected.weights, strict=True):
         torch.testing.assert_close(ours, theirs)
-    assert outcome == loop.Outcome(step=1, total_steps=1, cursor=8, loss=outcome.loss)
+    assert outcome == loop.RunOutcome(step=1, total_steps=1, cursor=8, loss=outcome.loss)
     assert outcome.loss == pytest.approx(loss.item())
     record = run.metrics[0]
     assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from minimind_train.run.phases import pretrain, resume
+from minimind_train.run import entry
+from minimind_train.run.entry import resume
 from minimind_train.run_folder import checkpoint
 from minimind_train.training.tracking import _OPEN, TrackConfig, _numbers
 from tests.helpers.runs import Said, config_of, metrics, records, stop_after
@@ -124,7 +125,7 @@ def test_a_tracker_has_every_number_once_also_after_a_resume(tmp_path, small_dat
     options = {"track": (name,), "val_shards": str(other_dataset), "val_every": 4, "dropout": 0.1}
     looks = {"sample_every": 3, "sample_prompt": ("北京",), "sample_tokens": 5}
     said = Said()
-    pretrain(config_of(run, small_dataset, steps=12, **options, **looks), said)
+    entry.begin(config_of(run, small_dataset, steps=12, **options, **looks), said)
     assert "--track" not in said.text
     stop_after(run, 6)  # as after a kill: metrics and trackers are ahead of the checkpoint
     before = metrics(run)
@@ -147,7 +148,7 @@ def test_a_tracker_has_every_number_once_also_after_a_resume(tmp_path, small_dat
 
 def test_a_tracker_that_begins_at_a_resume_has_all_from_there_on(tmp_path, small_dataset):
     run = tmp_path / "run"
-    pretrain(config_of(run, small_dataset), Said())
+    entry.begin(config_of(run, small_dataset), Said())
     stop_after(run, 6)
     resume(run, {"track": ("wandb",)}, say=Said())
     scalars, _, _ = wandb(run)
@@ -175,7 +176,7 @@ def test_what_a_tracker_does_ends_no_run(tmp_path, small_dataset, whole_run, mon
     monkeypatch.setitem(_OPEN, "wandb", Fragile)
     monkeypatch.setitem(_OPEN, "swanlab", refuse)
     run, said = tmp_path / "run", Said()
-    pretrain(config_of(run, small_dataset, track=("wandb", "swanlab"), dropout=0.1), said)
+    entry.begin(config_of(run, small_dataset, track=("wandb", "swanlab"), dropout=0.1), said)
     told = [line for line in said if "--track" in line]
     assert len(told) == 2
     assert told[0].startswith("--track swanlab: no space for it; the run goes on without it")
@@ -188,7 +189,7 @@ def test_a_package_that_is_missing_is_told_at_the_start(tmp_path, small_dataset,
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     said = Said()
-    outcome = pretrain(config_of(tmp_path / "run", small_dataset, track=(name,), steps=2), said)
+    outcome = entry.begin(config_of(tmp_path / "run", small_dataset, track=(name,), steps=2), said)
     assert outcome.step == 2
     (line,) = [line for line in said if "--track" in line]
     assert f"--track {name}: " in line
@@ -212,7 +213,7 @@ def test_a_file_of_ids_that_is_broken_begins_anew(tmp_path, small_dataset, monke
 
     monkeypatch.setitem(_OPEN, "wandb", Noting)
     run = tmp_path / "run"
-    pretrain(config_of(run, small_dataset, track=("wandb",)), Said())
+    entry.begin(config_of(run, small_dataset, track=("wandb",)), Said())
     for damage in (None, "nonsense"):
         stop_after(run, 6)
         if damage:
@@ -226,7 +227,7 @@ def test_excerpts_leave_no_trace_in_the_run(tmp_path, small_dataset, whole_run):
     config = config_of(
         run, small_dataset, keep=0, dropout=0.1, sample_every=5, sample_prompt=("a", "b"), sample_tokens=4
     )
-    pretrain(config, said)
+    entry.begin(config, said)
     for step in checkpoint.steps_of(whole_run):
         ours, theirs = (checkpoint.folder_of(each, step) / "model.safetensors" for each in (run, whole_run))
         assert ours.read_bytes() == theirs.read_bytes()

@@ -14,7 +14,7 @@ from minimind_data.errors import UserError
 from minimind_data.options import build
 from minimind_train.model.config import ModelConfig, RopeScaling
 from minimind_train.model.transformer import MiniMind
-from minimind_train.run.phases import pretrain
+from minimind_train.run import entry
 from minimind_train.weights.exporting import export
 from minimind_train.weights.foreign import is_hf_folder, read_hf_folder, read_tensors
 from minimind_train.weights.hf_config import from_hf, to_hf
@@ -165,7 +165,7 @@ def test_a_chat_template_goes_from_the_dataset_through_the_run_into_the_folder(t
     template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
     told = json.dumps({"chat_template": template, "bos_token": "<|im_start|>"})
     (shards / "tokenizer_config.json").write_text(told)
-    pretrain(config_of(run, shards, steps=1), Said())
+    entry.begin(config_of(run, shards, steps=1), Said())
     assert (run / "tokenizer_config.json").read_text() == told
     export(run, tmp_path / "out", to="hf", say=Said())
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -189,7 +189,7 @@ def test_weights_can_be_stored_short(make_run, tmp_path, dtype, torch_dtype):
 
 def test_an_earlier_checkpoint_can_be_exported(tmp_path, small_dataset):
     run = tmp_path / "run"
-    pretrain(config_of(run, small_dataset, **(BRISK | {"save_every": 1, "keep": 0})), Said())
+    entry.begin(config_of(run, small_dataset, **(BRISK | {"save_every": 1, "keep": 0})), Said())
     export(run, tmp_path / "first", to="hf", step=1, say=Said())
     _, weights = read_hf_folder(tmp_path / "first")
     name = "model.norm.weight"

@@ -15,9 +15,10 @@ from minimind_train.generation.completion import complete
 from minimind_train.generation.sampling import GenerateOptions
 from minimind_train.model.config import ModelConfig
 from minimind_train.model.transformer import MiniMind
-from minimind_train.run import entry as job
+from minimind_train.run import entry
+from minimind_train.run.entry import resume
 from minimind_train.run.evaluation import evaluate_run
-from minimind_train.run.phases import PRETRAIN, PretrainConfig, pretrain, resume
+from minimind_train.run.options import PretrainOptions
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import RunRecord
 from minimind_train.run_folder.tensors import MODEL_NAME
@@ -52,10 +53,10 @@ def begin_from(tmp_path, small_dataset):
     """Begin a run in tmp_path/begun from weights, with nothing said of the model but `options`."""
 
     def begin(origin, *, shards=small_dataset, **options):
-        usual = {name: getattr(PretrainConfig().model, name) for name in SHAPE}
+        usual = {name: getattr(PretrainOptions().model, name) for name in SHAPE}
         config = config_of(tmp_path / "begun", shards, **{**usual, "from_weight": str(origin), **options})
         said = Said()
-        job.begin(PRETRAIN, config, said)
+        entry.begin(config, said)
         return tmp_path / "begun", said
 
     return begin
@@ -229,7 +230,7 @@ def test_a_folder_is_measured_and_asked_as_its_run_is(kind, make_run, tmp_path, 
 
 def test_windows_may_be_cut_otherwise_than_in_the_run(make_run, tmp_path, small_dataset):
     run, shards = make_run(), shutil.copytree(small_dataset, tmp_path / "data")
-    pretrain(config_of(tmp_path / "packed", shards, steps=1, layout="pack", seq_len=40), Said())
+    entry.begin(config_of(tmp_path / "packed", shards, steps=1, layout="pack", seq_len=40), Said())
     for cut in ({"seq_len": 8}, {"layout": "pad"}, {"layout": "pack", "seq_len": 40}):
         evaluate_run(run, shards, device="cpu", cut=cut, say=Said())
     streams = evaluate_run(tmp_path / "packed", shards, device="cpu", cut={"layout": "concat"}, say=Said())

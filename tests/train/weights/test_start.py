@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 from minimind_data.dataset.format import Manifest
 from minimind_data.errors import UserError
-from minimind_train.run import entry as job
-from minimind_train.run.phases import PRETRAIN, PretrainConfig, pretrain, resume
+from minimind_train.run import entry
+from minimind_train.run.entry import resume
+from minimind_train.run.options import PretrainOptions
 from minimind_train.run.reconcile import changeable
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import RunRecord
@@ -31,12 +32,12 @@ SHAPE = (
 def tuned(tmp_path, whole_run, other_dataset):
     """Begin a run from the whole run's weights, and say nothing of the model's shape."""
 
-    def tuned(name="tuned", given=None, **changes):
-        plain = PretrainConfig().model
+    def tuned(name="tuned", names_given=None, **changes):
+        plain = PretrainOptions().model
         usual = {option: getattr(plain, option) for option in SHAPE}
         options = {**usual, "from_weight": str(whole_run), "keep": 0, "dropout": 0.1, **changes}
         config = config_of(tmp_path / name, options.pop("shards", other_dataset), **options)
-        return job.begin(PRETRAIN, config, Said(), given=given)
+        return entry.begin(config, Said(), names_given=names_given)
 
     return tuned
 
@@ -74,9 +75,9 @@ def test_a_flag_that_contradicts_the_weights_is_refused_with_both_sides(tuned, t
         tuned(hidden_size=32)
     # Written is written, though it is what stands there without a word.
     with pytest.raises(UserError, match=r"its hidden_size is 16, and --hidden-size says 768"):
-        tuned(given={"hidden_size"})
+        tuned(names_given={"hidden_size"})
     assert not (tmp_path / "tuned").exists()
-    tuned(given={"hidden_size", "rope_theta", "steps"}, hidden_size=16, rope_theta=5e5, steps=1)
+    tuned(names_given={"hidden_size", "rope_theta", "steps"}, hidden_size=16, rope_theta=5e5, steps=1)
     options = RunRecord.read(tmp_path / "tuned").options
     assert (options["rope_theta"], options["dropout"], options["hidden_size"]) == (5e5, 0.1, 16)
 
@@ -135,7 +136,7 @@ def test_before_its_first_checkpoint_a_run_needs_them_again(tuned, tmp_path, who
 
 
 def test_what_a_run_began_from_cannot_be_changed():
-    assert not changeable(PretrainConfig) & {"from_weight", "from_step", "from_sha256"}
+    assert not changeable(PretrainOptions) & {"from_weight", "from_step", "from_sha256"}
 
 
 def test_a_run_begun_from_nothing_has_no_origin(whole_run, tmp_path):
@@ -167,4 +168,4 @@ def test_a_dataset_of_another_kind_is_refused_by_name(tmp_path):
     manifest = shards / "manifest.json"
     manifest.write_text(replace(Manifest.read(shards), kind="sft").to_json())
     with pytest.raises(UserError, match=r"data: a dataset of kind sft, and `mm-train pretrain` learns kind"):
-        pretrain(config_of(tmp_path / "run", shards), Said())
+        entry.begin(config_of(tmp_path / "run", shards), Said())
