@@ -35,14 +35,14 @@ from .options import Given, command, make_app, refuse_idle
 from .stats import stats
 from .window import window
 
-app = make_app("Turn text into memory-mapped shards, and look into them.")
+app = make_app("Turn text into memory-mapped shards, and inspect them.")
 _PROBLEMS_SHOWN = 10
 _MAX_INT64 = 2**63 - 1
 
 _Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the dataset.", readable=False)]
 _Layout = Annotated[Layout, typer.Option(help="How windows are cut.")]
 _LongDocuments = Annotated[
-    LongDocuments, typer.Option(help="In layout pack, what becomes of a document longer than a window.")
+    LongDocuments, typer.Option(help="In layout pack, what happens to a document longer than a window.")
 ]
 _Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
@@ -62,7 +62,7 @@ def tokenize(
 ) -> None:
     """Turn text into a dataset.
 
-    Interrupted at any moment, it makes only what is missing when the same command runs again; with more inputs, only their shards.
+    After an interruption, run the same command again: it makes only what is missing. With more inputs, it makes only their shards.
     """
     try:
         summary = build_dataset(inputs, options, announce=_say, progress=_tokenize_bar)
@@ -142,15 +142,15 @@ def _print_doubts(manifest: Manifest) -> None:
 @command(app, "train-tokenizer")
 def train_tokenizer(
     inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT", help="As for tokenize, without standard input.")
+        list[str], typer.Argument(metavar="INPUT", help="Inputs as for tokenize, but not standard input.")
     ],
     out: Annotated[Path, typer.Option(help="The tokenizer.json to write, or a folder for it.")],
     records: RecordSpec,
-    vocab_size: Annotated[int, typer.Option(help="Entries, the 36 special tokens included.")] = 6400,
+    vocab_size: Annotated[int, typer.Option(help="Vocabulary size, including the 36 special tokens.")] = 6400,
 ) -> None:
     """Train a tokenizer on text.
 
-    Byte pairs, with MiniMind's special tokens and chat template.
+    Byte-pair encoding, with MiniMind's special tokens and chat template.
     """
     size = run_training(texts_of(inputs, records), out, vocab_size=vocab_size)
     print(f"{out}: {size:,} entries")
@@ -158,7 +158,7 @@ def train_tokenizer(
 
 @command(app)
 def info(folder: _Folder, as_json: _Json = False) -> None:
-    """Say what a dataset holds."""
+    """Show what a dataset holds."""
     manifest = ShardSet.open(folder).manifest
     num_bytes = sum(entry.bytes for entry in manifest.shards)
     facts = {
@@ -208,7 +208,7 @@ def info(folder: _Folder, as_json: _Json = False) -> None:
 
 @command(app)
 def verify(folder: _Folder, as_json: _Json = False) -> None:
-    """Recompute every checksum; find any flipped byte."""
+    """Recompute every checksum, to find any flipped byte."""
     with ByteProgress("verify", dataset_bytes(folder)) as bar:
         verdict = verify_dataset(folder, bar.add)
     if as_json:
@@ -240,22 +240,23 @@ def locate(
     run: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a run, in place of DIR and all else: what it reads there, with all that changed on the way."
+            help="Folder of a run, in place of DIR and the options of the order: what the run reads there, "
+            "with all its changes."
         ),
     ] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens of input_ids in a window.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Sequence length: tokens in a window.")] = None,
     layout: _Layout = "concat",
     long_documents: _LongDocuments = "cut",
     order: Annotated[
         Literal["shuffled", "sequential"], typer.Option(help="The order of the windows.")
     ] = "shuffled",
     shuffle_block: Annotated[
-        int, typer.Option(min=1, help="Neighbouring windows that stay together in the shuffle.")
+        int, typer.Option(min=1, help="Number of neighbouring windows that stay together in the shuffle.")
     ] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the order.")] = 42,
     as_json: _Json = False,
 ) -> None:
-    """Say which window is read at a position, and its place."""
+    """Show which window is at a position, and where."""
     if not 0 <= position <= _MAX_INT64:
         raise UserError(f"--position counts samples, from 0 to 2^63 - 1, not {position}")
     if not 0 <= seed <= MAX_SEED:

@@ -36,13 +36,14 @@ def convert(
     ],
     options: ConvertOptions,
     source_format: Annotated[
-        str, typer.Option("--from", metavar="FORMAT", help="Its format; auto looks at what is in it.")
+        str,
+        typer.Option("--from", metavar="FORMAT", help="Format of SOURCE; auto detects it from the content."),
     ] = "auto",
     target_format: Annotated[
-        str, typer.Option("--to", metavar="FORMAT", help=f"What to make: {_FORMATS}.")
+        str, typer.Option("--to", metavar="FORMAT", help=f"Format to write: {_FORMATS}.")
     ] = SHARDS,
 ) -> None:
-    """Turn other projects' token files into a dataset, or back."""
+    """Convert a dataset from or to another project's format."""
     with _Bar("convert") as bar:
         summary = convert_dataset(
             source, options, source_format=source_format, target_format=target_format, progress=bar.start
@@ -54,14 +55,16 @@ def merge(
     folders: Annotated[
         list[Path],
         typer.Argument(
-            metavar="DIR", help="Datasets of one tokenizer, in the order of the result.", readable=False
+            metavar="DIR",
+            help="Datasets with the same tokenizer, in the order of the result.",
+            readable=False,
         ),
     ],
     options: MergeOptions,
 ) -> None:
-    """Put datasets together.
+    """Merge datasets.
 
-    Shards are linked where they can be.
+    Shards are hard-linked where possible.
     """
     with _Bar("merge") as bar:
         manifest = merge_datasets(folders, options, progress=bar.start)

@@ -24,14 +24,14 @@ def stats(
     seq_len: Annotated[
         list[int] | None,
         typer.Option(
-            help=f"Window length to lay over it; repeat for several.  [default: {' '.join(map(str, DEFAULT_SEQ_LENS))}]",
+            help=f"Sequence length of the windows to count; repeat for several.  [default: {' '.join(map(str, DEFAULT_SEQ_LENS))}]",
             show_default=False,
         ),
     ] = None,
     html: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Write a page that opens anywhere: plots, and windows to leaf through."
+            metavar="FILE", help="Write a self-contained HTML page with plots, and windows to browse."
         ),
     ] = None,
     windows: Annotated[
@@ -41,9 +41,9 @@ def stats(
         bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
     ] = False,
 ) -> None:
-    """Say how long documents are, and what each layout wastes.
+    """Show lengths of documents, and what each layout wastes.
 
-    With --html also on a page, which shows windows.
+    With --html also write a page with windows to browse.
     """
     if html is not None:
         check_page_place(html)

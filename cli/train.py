@@ -33,7 +33,7 @@ _FIRST = (
 
 
 def _pretrain(app: typer.Typer) -> None:
-    """Train a model, or go on with a stopped run."""
+    """Pre-train a model, or resume a run."""
     from minimind_train.run.options import PretrainOptions
 
     _register_phase(app, PretrainOptions, _pretrain.__doc__)
@@ -72,14 +72,14 @@ def _config_option(kind: "type[RunOptions]") -> Any:
         metavar="TOML",
         is_eager=True,
         callback=use,
-        help="A file that describes the run, such as the run.toml in a run's folder. What else is passed wins over it.",
+        help="TOML file with options, such as the run.toml in a run folder. Other options override it.",
     )
 
 
 def _sft(app: typer.Typer) -> None:
-    """Teach a trained model to answer, from conversations.
+    """Fine-tune a model on conversations.
 
-    Supervised fine-tuning; with --resume, go on with a stopped run.
+    Supervised fine-tuning (SFT). With --resume, continue a run.
     """
     from minimind_train.run.options import SftOptions
 
@@ -87,9 +87,9 @@ def _sft(app: typer.Typer) -> None:
 
 
 def _dpo(app: typer.Typer) -> None:
-    """Teach a model to prefer one answer to another.
+    """Train a model on pairs of better and worse answers.
 
-    Direct preference optimization; with --resume, go on with a stopped run.
+    Direct preference optimization (DPO). With --resume, continue a run.
     """
     from minimind_train.run.options import DpoOptions
 
@@ -107,19 +107,21 @@ def _register_phase(app: typer.Typer, kind: "type[RunOptions]", help_text: str |
         given: Given,
         go_on: Annotated[
             bool,
-            typer.Option("--resume", help="Go on with the run in the folder --run, with its own options."),
+            typer.Option("--resume", help="Resume the run in the folder --run, with its own options."),
         ] = False,
         allow_change: Annotated[
             list[str] | None,
             typer.Option(
-                metavar="NAME", help="With --resume: an option that may differ from here on. Repeatable."
+                metavar="NAME",
+                help="With --resume: name of an option that may change from here on. Repeatable.",
             ),
         ] = None,
         reweight: Annotated[
             bool,
             typer.Option(
                 "--reweight-at-resume",
-                help="With --resume and --shards: the parts of the mixture have new weights from here on; each goes on where it is.",
+                help="With --resume and --shards: new weights for the parts of the mixture from here on; each "
+                "part continues where it is.",
             ),
         ] = False,
         _config: Annotated[Path | None, _config_option(kind)] = None,
@@ -130,7 +132,7 @@ def _register_phase(app: typer.Typer, kind: "type[RunOptions]", help_text: str |
                 metavar="NAME",
                 is_eager=True,
                 callback=_use_preset,
-                help=f"A published size: {', '.join(PRESETS)}. What else is passed wins over it.",
+                help=f"A published model size: {', '.join(PRESETS)}. Other options override it.",
             ),
         ] = None,
     ) -> None:
@@ -191,12 +193,13 @@ def _checkpoint_option(parse: Callable[[str], Any]) -> Any:
     return typer.Option(
         metavar="STEP|best",
         parser=plain(parse),
-        help="Step of the checkpoint, or the one of the lowest validation loss; the newest by default.",
+        help="Step of the checkpoint, or best, the one with the lowest validation loss; by default the "
+        "newest.",
     )
 
 
 def _generate(app: typer.Typer) -> None:
-    """Print what a trained model writes, or talk with it."""
+    """Generate text with a model, or chat with it."""
     from minimind_train.generation.completion import complete
     from minimind_train.generation.conversation import Conversation
     from minimind_train.generation.sampling import GenerateOptions
@@ -209,17 +212,18 @@ def _generate(app: typer.Typer) -> None:
         scaling: RopeScaling,
         given: Given,
         prompt: Annotated[
-            str | None, typer.Option(help="Text to go on from; with --chat the one question to answer.")
+            str | None, typer.Option(help="Text to continue; with --chat, a single question to answer.")
         ] = None,
         chat: Annotated[
             bool,
             typer.Option(
                 "--chat",
-                help="Talk in the terminal, or with each line of standard input, by the chat template in the folder.",
+                help="Chat in the terminal, or answer each line of standard input, with the chat template in the"
+                " folder.",
             ),
         ] = False,
         system: Annotated[
-            str | None, typer.Option(metavar="TEXT", help="With --chat: what the model is told before all.")
+            str | None, typer.Option(metavar="TEXT", help="With --chat: system prompt.")
         ] = None,
         checkpoint: Annotated[Any, _checkpoint_option(parse_step)] = None,
         device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
@@ -244,7 +248,7 @@ def _generate(app: typer.Typer) -> None:
 
 
 def _eval(app: typer.Typer) -> None:
-    """Measure a model on a dataset: loss, perplexity, bits a byte."""
+    """Evaluate a model on a dataset: loss, perplexity, bits per byte."""
     from minimind_data.windows.base import Layout
     from minimind_train.model.config import RopeScaling
     from minimind_train.model.precision import Dtype
@@ -253,26 +257,28 @@ def _eval(app: typer.Typer) -> None:
 
     def run_command(
         run: Annotated[Path, typer.Option(help="Folder of the run, or a Hugging Face folder.")],
-        shards: Annotated[list[Path], typer.Option(metavar="DIR", help="Dataset of the same tokenizer.")],
+        shards: Annotated[list[Path], typer.Option(metavar="DIR", help="Dataset with the same tokenizer.")],
         scaling: RopeScaling,
         given: Given,
         seq_len: Annotated[
-            int | None, typer.Option(min=1, help="Tokens in a window, where not as in the run.")
+            int | None, typer.Option(min=1, help="Sequence length; by default that of the run.")
         ] = None,
         layout: Annotated[
-            Layout | None, typer.Option(help="How windows are cut, where not as in the run.")
+            Layout | None, typer.Option(help="How windows are cut; by default as in the run.")
         ] = None,
         windows: Annotated[
             int | None,
-            typer.Option(min=1, metavar="N", help="Windows of it, spread evenly over it; all by default."),
+            typer.Option(
+                min=1, metavar="N", help="Number of windows, spread evenly over the dataset; by default all."
+            ),
         ] = None,
         micro_batch: Annotated[
-            int, typer.Option(min=1, max=2**20, help="Windows that go through the model at once.")
+            int, typer.Option(min=1, max=2**20, help="Micro-batch size: windows in one pass.")
         ] = 32,
         checkpoint: Annotated[Any, _checkpoint_option(parse_step)] = None,
         device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
         dtype: Annotated[
-            Dtype | None, typer.Option(help="Of the matrix products, where not as in the run.")
+            Dtype | None, typer.Option(help="Dtype of matrix products; by default that of the run.")
         ] = None,
         as_json: Annotated[
             bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
@@ -305,7 +311,7 @@ def _eval(app: typer.Typer) -> None:
 
 
 def _export(app: typer.Typer) -> None:
-    """Write a model as transformers, peft or MiniMind open it."""
+    """Export a model for transformers, peft or MiniMind."""
     from minimind_train.run_folder.choice import parse_step
     from minimind_train.weights.exporting import Target, WeightDtype, export
 
@@ -314,14 +320,14 @@ def _export(app: typer.Typer) -> None:
         to: Annotated[
             Target,
             typer.Option(
-                help="hf: a folder that transformers opens as Qwen3, Qwen3-MoE or Llama; minimind: a .pth that MiniMind's code opens; "
-                "peft: the adapters of a run with --lora-rank, alone."
+                help="hf: a folder that transformers opens as Qwen3, Qwen3-MoE or Llama; minimind: a .pth that "
+                "MiniMind's code opens; peft: only the adapters of a run with --lora-rank."
             ),
         ],
         out: Annotated[Path, typer.Option(help="A new folder; for minimind any folder, or the .pth itself.")],
         dtype: Annotated[
             WeightDtype | None,
-            typer.Option(help="Of the weights; fp32 for hf, and fp16 for minimind, as it stores them."),
+            typer.Option(help="Dtype of the weights; by default fp16 for minimind, else fp32."),
         ] = None,
         checkpoint: Annotated[Any, _checkpoint_option(parse_step)] = None,
     ) -> None:
@@ -332,21 +338,22 @@ def _export(app: typer.Typer) -> None:
 
 
 def _plot(app: typer.Typer) -> None:
-    """Draw the curves of runs: a page of HTML, or a picture."""
+    """Plot the metrics of runs, as an HTML page or a picture."""
     from minimind_train.run_folder.plot import Axis, draw
 
     def run_command(
         runs: Annotated[
-            list[Path], typer.Argument(metavar="RUN", help="Folders of runs; they may be training.")
+            list[Path], typer.Argument(metavar="RUN", help="Folders of runs, which may still be training.")
         ],
         out: Annotated[
             list[Path] | None,
             typer.Option(
                 metavar="FILE",
-                help="Where to: .html for a page, .png, .svg or .pdf for a picture, which needs matplotlib. Repeatable; plot.html by default.",
+                help="File to write: .html for a page; .png, .svg or .pdf for a picture, which needs matplotlib."
+                " Repeatable; by default plot.html.",
             ),
         ] = None,
-        x: Annotated[Axis, typer.Option(help="What the curves are drawn over.")] = "step",
+        x: Annotated[Axis, typer.Option(help="Horizontal axis of the curves.")] = "step",
     ) -> None:
         for file in out or [Path("plot.html")]:
             draw(runs, file, axis=x)

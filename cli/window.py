@@ -31,7 +31,7 @@ def window(
     given: Given,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the dataset.", readable=False)],
     number: Annotated[int, typer.Argument(metavar="K", help="Number of the window, from 0.")],
-    seq_len: Annotated[int, typer.Option(help="Tokens of input_ids in a window.")],
+    seq_len: Annotated[int, typer.Option(help="Sequence length: tokens in a window.")],
     layout: Annotated[
         Layout | None,
         typer.Option(
@@ -40,10 +40,10 @@ def window(
         ),
     ] = None,
     long_documents: Annotated[
-        LongDocuments, typer.Option(help="In layout pack, what becomes of a document longer than a window.")
+        LongDocuments, typer.Option(help="In layout pack, what happens to a document longer than a window.")
     ] = "cut",
     labels: Annotated[
-        bool, typer.Option("--labels", help="Unshifted labels in place of shifted targets.")
+        bool, typer.Option("--labels", help="Show unshifted labels instead of shifted targets.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
@@ -51,7 +51,7 @@ def window(
 ) -> None:
     """Show one window: its ids, its targets and its text.
 
-    On a terminal, what is learned is in colour.
+    On a terminal, targets are in colour.
     """
     shards = ShardSet.open(folder)
     layout = layout or ("pad" if shards.manifest.has_masks else "concat")

@@ -83,34 +83,38 @@ class TokenizeOptions:
         Kind,
         "What the records are: texts (pretrain), conversations (sft), or pairs of them, chosen and rejected (dpo).",
     ] = "pretrain"
-    format: Annotated[FormChoice, "Form of the inputs; auto tells it by content and name."] = AUTO
+    format: Annotated[FormChoice, "Format of the inputs; auto detects it from content and name."] = AUTO
     records: RecordSpec = field(default_factory=RecordSpec)
     chat: ChatOptions = field(default_factory=ChatOptions)
     val_fraction: Annotated[
-        float, "Share of the documents, chosen by a hash of their text, that goes to DIR/val.", parse_fraction
+        float,
+        "Share of the documents, chosen by a hash of their text, that goes to DIR/val for validation.",
+        parse_fraction,
     ] = 0.0
-    dedup: Annotated[Literal["none", "exact"], "Keep only the first of documents with the same text."] = (
-        "none"
-    )
-    workers: Annotated[int, "Cores to keep busy, of the whole cluster with --engine ray; 0 takes all."] = 0
-    split_bytes: Annotated[int, "Bytes of input that make one shard.", parse_size] = 64 * 2**20
+    dedup: Annotated[
+        Literal["none", "exact"], "exact keeps only the first of several documents with the same text."
+    ] = "none"
+    workers: Annotated[int, "CPU cores to use, with --engine ray in the whole cluster; 0 uses all."] = 0
+    split_bytes: Annotated[int, "Bytes of input for one shard.", parse_size] = 64 * 2**20
     engine: Annotated[
-        Literal["local", "ray"], "Where the work runs: here, or on the Ray cluster of RAY_ADDRESS."
+        Literal["local", "ray"], "Where to tokenize: on this machine, or on the Ray cluster of RAY_ADDRESS."
     ] = "local"
     task: Annotated[
-        tuple[int, int] | None, "Make only the I-th of N slices; `mm-data commit` joins them.", parse_slice
+        tuple[int, int] | None, "I/N: make only slice I of N; `mm-data commit` joins them.", parse_slice
     ] = None
     on_bad_record: Annotated[
-        Literal["stop", "set-aside"], "Stop at a bad record, or put it into a file and go on."
+        Literal["stop", "set-aside"], "Stop at a bad record, or write it to set-aside.jsonl and continue."
     ] = "stop"
     on_removed_input: Annotated[
         Literal["stop", "drop"],
-        "Stop where a dataset has inputs that are not named now, or drop their documents.",
+        "Stop if the dataset has inputs that are no longer named, or drop their documents.",
     ] = "stop"
-    backend: Annotated[Backend, "Encoder; auto takes the fastest that proves exact."] = "auto"
-    bos_token: Annotated[str | None, "Token before each text, if tokenizer_config.json does not say."] = None
-    eos_token: Annotated[str | None, "Token behind each text, likewise."] = None
-    pad_token: Annotated[str | None, "Token that fills windows, likewise."] = None
+    backend: Annotated[Backend, "Encoder; auto uses the fastest one that proves exact."] = "auto"
+    bos_token: Annotated[
+        str | None, "BOS, the token before each text, if tokenizer_config.json does not name it."
+    ] = None
+    eos_token: Annotated[str | None, "EOS, the token after each text, likewise."] = None
+    pad_token: Annotated[str | None, "PAD, the token that fills windows, likewise."] = None
 
     def __post_init__(self) -> None:
         if self.workers < 0:

@@ -80,11 +80,11 @@ def parse_date(text: str) -> str:
 class ChatOptions:
     """How conversations become texts."""
 
-    chat_template: Annotated[
-        Path | None, "File with the chat template, where it is not to be the tokenizer's own."
-    ] = None
+    chat_template: Annotated[Path | None, "File with the chat template, in place of the tokenizer's own."] = (
+        None
+    )
     allow_special_in_content: Annotated[
-        bool, "Let special tokens in what people wrote open and close turns, as MiniMind does."
+        bool, "Let special tokens in messages open and close turns, as MiniMind does."
     ] = False
     empty_think_ratio: Annotated[
         float,
@@ -92,7 +92,7 @@ class ChatOptions:
         parse_share,
     ] = 1.0
     chat_date: Annotated[
-        str | None, "Date, YYYY-MM-DD, that a chat template writes which writes today's.", parse_date
+        str | None, "Date (YYYY-MM-DD) for a chat template that writes today's date.", parse_date
     ] = None
 
     def __post_init__(self) -> None:

@@ -23,8 +23,8 @@ from minimind_data.reporting import Report
 class MergeOptions:
     """How datasets become one."""
 
-    out: Annotated[Path, "Folder to make; it must not hold anything."]
-    copy: Annotated[bool, "Copy the shards; by default they are linked where they can be."] = False
+    out: Annotated[Path, "Folder to write, new or empty."]
+    copy: Annotated[bool, "Copy the shards; by default they are hard-linked where possible."] = False
 
 
 def merge(

@@ -49,9 +49,9 @@ _LONG_DOCUMENT = 2**12
 class ShuffleOptions:
     """How documents are shuffled."""
 
-    out: Annotated[Path, "Folder to make; it must not hold anything."]
+    out: Annotated[Path, "Folder to write, new or empty."]
     seed: Annotated[int, "Seed of the order."] = 42
-    shard_bytes: Annotated[int, "Bytes of tokens that make one shard.", parse_size] = 64 * 2**20
+    shard_bytes: Annotated[int, "Bytes of tokens in one shard.", parse_size] = 64 * 2**20
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed <= MAX_SEED:

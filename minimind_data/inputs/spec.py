@@ -19,14 +19,20 @@ _WORD = re.compile(r"[^\W\d_]+|\d+|\s+|[^\w\s]+|_+")
 class RecordSpec:
     """What makes a document out of a record, or out of plain text."""
 
-    field: Annotated[str, "Field of the record that holds the text; a.b is the field b inside a."] = "text"
+    field: Annotated[str, "Field of a record that holds the text; a.b is field b inside a."] = "text"
     template: Annotated[
-        str | None, "Joins several fields instead: '{question} {answer.text}'. Doubled braces are braces."
+        str | None,
+        "Join several fields instead, such as '{question} {answer.text}'; a doubled brace stands "
+        "for a brace.",
     ] = None
     separator: Annotated[
-        str | None, r"In plain text, what stands between documents (\n is a line feed); else a file is one."
+        str | None,
+        "Text between two documents of a plain text file (\\n is a line feed); without it, a file is"
+        " one document.",
     ] = None
-    max_word_chars: Annotated[int, "Longest run without a break that a text may hold."] = 1_000_000
+    max_word_chars: Annotated[
+        int, "Maximum characters without a word break in a text; a text with more is a bad record."
+    ] = 1_000_000
 
     def __post_init__(self) -> None:
         if self.max_word_chars < 1:

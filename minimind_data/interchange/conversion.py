@@ -63,20 +63,22 @@ FORMAT_NAMES = (SHARDS, *FOREIGN_FORMATS, *_ALIASES)
 class ConvertOptions:
     """How token files become a dataset, or a dataset token files."""
 
-    out: Annotated[Path, "Folder to make; it must not hold anything."]
+    out: Annotated[Path, "Folder to write, new or empty."]
     tokenizer: Annotated[
-        Path | None, "Coming in: the tokenizer.json, or its folder, that made the ids; needed."
+        Path | None, "The tokenizer.json, or its folder, that made the ids; needed to make shards."
     ] = None
     separator_id: Annotated[
-        int | None, "Coming in from nanogpt (EOS by default) or llmc (BOS): the id that divides documents."
+        int | None, "From nanogpt and llmc: id between documents; by default EOS in nanogpt, BOS in llmc."
     ] = None
     column: Annotated[str, "Column of the ids in hf and parquet."] = "input_ids"
-    shard_bytes: Annotated[int, "Coming in: bytes of tokens that make one shard.", parse_size] = 64 * 2**20
-    one_file: Annotated[bool, "Going out: one file for all shards, not one for each."] = False
-    copy: Annotated[bool, "Going out to megatron: copy the shards, do not link them."] = False
-    bos_token: Annotated[str | None, "Token before each text, if tokenizer_config.json does not say."] = None
-    eos_token: Annotated[str | None, "Token behind each text, likewise."] = None
-    pad_token: Annotated[str | None, "Token that fills windows, likewise."] = None
+    shard_bytes: Annotated[int, "To shards: bytes of tokens in one shard.", parse_size] = 64 * 2**20
+    one_file: Annotated[bool, "From shards: write one file for all shards instead of one for each."] = False
+    copy: Annotated[bool, "To megatron: copy the shards instead of hard-linking them."] = False
+    bos_token: Annotated[
+        str | None, "BOS, the token before each text, if tokenizer_config.json does not name it."
+    ] = None
+    eos_token: Annotated[str | None, "EOS, the token after each text, likewise."] = None
+    pad_token: Annotated[str | None, "PAD, the token that fills windows, likewise."] = None
 
     def __post_init__(self) -> None:
         if self.shard_bytes < 1:

@@ -36,7 +36,7 @@ class Packing:
     """Windows by pattern. A pattern is a list of runs: so many segments of one length."""
 
     width: int
-    """Tokens in a window."""
+    "Sequence length: tokens in a window."
     windows: NDArray[np.int64]
     """How many windows each pattern has: int64 [P]."""
     run_starts: NDArray[np.int64]

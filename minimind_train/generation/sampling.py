@@ -20,13 +20,17 @@ from minimind_train.model.transformer import KVCache, MiniMind
 class GenerateOptions:
     """How the next token is chosen; the defaults are MiniMind's, but for the length."""
 
-    max_new_tokens: Annotated[int, "Most tokens to generate; the text may end before."] = 512
+    max_new_tokens: Annotated[int, "Maximum new tokens; the text may end earlier."] = 512
     temperature: Annotated[
-        float, "Above 1 more surprising, below 1 less; 0 always takes the likeliest token."
+        float, "Sampling temperature; higher is more varied, 0 always takes the most likely token."
     ] = 0.85
-    top_p: Annotated[float, "Choose among the likeliest tokens that together reach this chance."] = 0.85
-    top_k: Annotated[int, "Choose among at most so many of the likeliest tokens; 0 for no limit."] = 50
-    seed: Annotated[int, "The same seed gives the same text."] = 42
+    top_p: Annotated[
+        float, "Top-p: sample from the most likely tokens that together reach this probability."
+    ] = 0.85
+    top_k: Annotated[
+        int, "Top-k: sample from at most this many of the most likely tokens; 0 for no limit."
+    ] = 50
+    seed: Annotated[int, "Random seed; the same seed gives the same text."] = 42
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

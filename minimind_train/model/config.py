@@ -49,18 +49,20 @@ class RopeScaling:
     """YaRN (https://arxiv.org/abs/2309.00071): longer contexts than a model was trained on; the defaults are MiniMind's."""
 
     inference_rope_scaling: Annotated[
-        bool, "Stretch the rotary positions by YaRN, for contexts longer than the model was trained on."
+        bool, "Scale the rotary positions by YaRN, for contexts longer than in training."
     ] = False
-    yarn_factor: Annotated[float, "How many times longer a context YaRN makes room for."] = 16.0
-    yarn_original_max_position_embeddings: Annotated[
-        int, "Tokens in the longest context before the stretching."
-    ] = 2048
-    yarn_beta_fast: Annotated[float, "Wavelengths that turn more often in that context stay as they are."] = (
-        32.0
+    yarn_factor: Annotated[float, "YaRN: factor by which the context grows."] = 16.0
+    yarn_original_max_position_embeddings: Annotated[int, "YaRN: maximum sequence length before scaling."] = (
+        2048
     )
-    yarn_beta_slow: Annotated[float, "Wavelengths that turn less often in it are stretched in full."] = 1.0
+    yarn_beta_fast: Annotated[
+        float, "YaRN: wavelengths with more rotations than this in the original context are not scaled."
+    ] = 32.0
+    yarn_beta_slow: Annotated[
+        float, "YaRN: wavelengths with fewer rotations than this in the original context are scaled in full."
+    ] = 1.0
     yarn_attention_factor: Annotated[
-        float, "Scales the rotated queries and keys; 1 as in MiniMind, 0.1 ln(factor) + 1 in the paper."
+        float, "YaRN: factor on the rotated queries and keys; 1 in MiniMind, 0.1 ln(factor) + 1 in the paper."
     ] = 1.0
 
     def __post_init__(self) -> None:
@@ -85,44 +87,48 @@ class RopeScaling:
 class ModelConfig:
     """The shape of the model, under MiniMind's names; the defaults are minimind-3 (64 million parameters)."""
 
-    hidden_size: Annotated[int, "Width of the residual stream."] = 768
-    num_hidden_layers: Annotated[int, "Transformer layers."] = 8
-    num_attention_heads: Annotated[int, "Query heads in each layer."] = 8
-    num_key_value_heads: Annotated[int, "Key and value heads; each serves an equal group of query heads."] = 4
-    head_dim: Annotated[int | None, "Size of one head; by default hidden_size / num_attention_heads."] = None
+    hidden_size: Annotated[int, "Hidden size: width of the residual stream."] = 768
+    num_hidden_layers: Annotated[int, "Number of transformer layers."] = 8
+    num_attention_heads: Annotated[int, "Number of attention heads (of queries) in each layer."] = 8
+    num_key_value_heads: Annotated[
+        int, "Number of key and value heads; each serves a group of query heads of the same size."
+    ] = 4
+    head_dim: Annotated[int | None, "Dimension of a head; by default hidden_size / num_attention_heads."] = (
+        None
+    )
     intermediate_size: Annotated[
-        int | None, "Width inside the MLP; by default hidden_size times pi, rounded up to a multiple of 64."
+        int | None, "MLP width; by default hidden_size times pi, rounded up to a multiple of 64."
     ] = None
     vocab_size: Annotated[int, "Entries of the vocabulary; the dataset sets it."] = field(
         default=6400, metadata={"flag": False}
     )
-    max_position_embeddings: Annotated[int, "Longest sequence that the model may be given, in tokens."] = (
-        32768
-    )
-    rms_norm_eps: Annotated[float, "Added to the mean square in every norm."] = 1e-6
-    rope_theta: Annotated[float, "Base of the rotary wavelengths."] = 1e6
-    tie_word_embeddings: Annotated[bool, "Use the embedding matrix as the output matrix too."] = True
-    dropout: Annotated[float, "Chance of dropping an activation in training."] = 0.0
-    qk_norm: Annotated[bool, "Norm queries and keys before their rotation, as minimind-3 does."] = True
-    use_moe: Annotated[bool, "Give each layer a mixture of experts in place of its MLP."] = False
-    num_experts: Annotated[int, "Experts in each layer, of which the router chooses (n_routed_experts)."] = 4
-    num_experts_per_tok: Annotated[int, "Experts that each token goes through."] = 1
-    n_shared_experts: Annotated[int, "Experts beside them that every token goes through."] = 0
+    max_position_embeddings: Annotated[int, "Maximum sequence length of the model, in tokens."] = 32768
+    rms_norm_eps: Annotated[float, "Epsilon of RMSNorm."] = 1e-6
+    rope_theta: Annotated[float, "Theta, the base of the rotary position embedding."] = 1e6
+    tie_word_embeddings: Annotated[bool, "Tie the output matrix to the embedding matrix."] = True
+    dropout: Annotated[float, "Dropout probability in training."] = 0.0
+    qk_norm: Annotated[
+        bool, "Normalize queries and keys before the rotary embedding, as minimind-3 does."
+    ] = True
+    use_moe: Annotated[bool, "Replace the MLP of each layer by a mixture of experts."] = False
+    num_experts: Annotated[int, "Number of routed experts in each layer (n_routed_experts)."] = 4
+    num_experts_per_tok: Annotated[int, "Number of routed experts for each token (top-k)."] = 1
+    n_shared_experts: Annotated[int, "Number of shared experts, which every token goes through."] = 0
     moe_intermediate_size: Annotated[
-        int | None, "Width inside an expert, a shared one too; by default that of the MLP, intermediate_size."
+        int | None, "Width of an expert, routed or shared; by default intermediate_size."
     ] = None
     scoring_func: Annotated[
         Literal["softmax", "sigmoid"],
-        "How the router scores: softmax over the experts, or sigmoid for each, as in DeepSeek-V3.",
+        "Scores of the router: softmax over the experts, or sigmoid for each, as in DeepSeek-V3.",
     ] = "softmax"
-    norm_topk_prob: Annotated[bool, "Let the weights of a token's experts add up to 1."] = True
+    norm_topk_prob: Annotated[bool, "Normalize the weights of a token's experts to a sum of 1."] = True
     router_aux_loss_coef: Annotated[
-        float, "Weight of the loss that balances the experts (aux_loss_alpha); 0 leaves it out."
+        float, "Weight of the load-balancing loss of the experts (aux_loss_alpha); 0 turns it off."
     ] = 5e-4
     seq_aux: Annotated[
         bool,
-        "Balance the experts within each window, so that the micro-batch has no say, as in DeepSeek-V2; else over the whole "
-        "micro-batch, as minimind-3 does.",
+        "Balance the experts within each window, as in DeepSeek-V2, so that the micro-batch makes no "
+        "difference; else over the micro-batch, as in minimind-3.",
     ] = True
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
 

@@ -31,11 +31,11 @@ class LoraConfig:
 
     lora_rank: Annotated[
         int,
-        "Learn adapters of this rank (LoRA) beside frozen weights of --from-weight; 0 learns all weights. MiniMind takes 16, with "
-        "--learning-rate 1e-4.",
+        "LoRA rank: train adapters beside the frozen weights of --from-weight; 0 trains all weights. "
+        "MiniMind uses 16, with --learning-rate 1e-4.",
     ] = 0
     lora_alpha: Annotated[
-        float | None, "Adapters are scaled by it over the rank; the rank itself by default."
+        float | None, "LoRA alpha: adapters are scaled by alpha / rank; by default the rank."
     ] = None
     lora_targets: Annotated[
         str,

@@ -57,12 +57,13 @@ _LIMITS = {"save_every": (0, 10**12), "keep": (0, 10**12), "keep_every": (0, 10*
 class SaveConfig:
     """When a run saves, and what stays."""
 
-    save_every: Annotated[int, "Steps from checkpoint to checkpoint; 0 saves only when the run ends."] = 1000
-    keep: Annotated[int, "Newest checkpoints that stay; 0 keeps all."] = 3
-    keep_every: Annotated[int, "A checkpoint every so many steps that --keep never deletes; 0 for none."] = 0
+    save_every: Annotated[int, "Steps between checkpoints; 0 saves only when the run ends."] = 1000
+    keep: Annotated[int, "Number of newest checkpoints to keep; 0 keeps all."] = 3
+    keep_every: Annotated[int, "Steps between checkpoints that --keep never deletes; 0 for none."] = 0
     save_best: Annotated[
         bool,
-        "Save also where the validation loss is lower than ever before, and keep that checkpoint: --checkpoint best elsewhere.",
+        "Also save when the validation loss is the lowest so far, and keep that checkpoint; other "
+        "commands open it by --checkpoint best.",
     ] = False
 
     def __post_init__(self) -> None:
