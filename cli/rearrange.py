@@ -11,9 +11,9 @@ from minimind_data.dataset.merging import MergeOptions
 from minimind_data.dataset.merging import merge as merge_datasets
 from minimind_data.dataset.shuffling import ShuffleOptions
 from minimind_data.dataset.shuffling import shuffle as shuffle_dataset
-from minimind_data.interchange.conversion import FORMAT_NAMES, ConvertOptions, ConvertSummary
+from minimind_data.interchange.conversion import ConvertOptions, ConvertSummary
 from minimind_data.interchange.conversion import convert as convert_dataset
-from minimind_data.interchange.formats import SHARDS
+from minimind_data.interchange.formats import FORMAT_NAMES, SHARDS
 from minimind_data.reporting import ByteProgress, counted
 
 from .options import command

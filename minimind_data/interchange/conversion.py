@@ -1,25 +1,17 @@
-"""convert(): a dataset of ours out of another project's token files, and the other way round. `foreign.py` has the formats.
+"""convert(): a dataset of ours out of another project's token files, and the other way round. `formats` has the formats.
 
 Coming in, every document gets the frame of ours: a BOS and an EOS that it has already are kept, those that it lacks are
 added and counted. A stream without document borders is cut at a separator. Ids are not looked into, so the tokenizer that
 made them must be named; an id beyond its vocabulary ends the conversion.
 
-Going out:
+Going out, the class of each format says what it leaves out of a document, which is BOS + ids + EOS. Conversations and pairs go out to
+tables alone (hf and parquet), with `labels` beside the ids.
 
-    megatron                 the documents as they are: our shards have that layout, so they are linked
-    datatrove, hf, parquet   the documents as they are
-    nanogpt                  without BOS: ids + EOS, one file train.bin
-    llmc, llmc-llama3        without EOS: BOS + ids
-
-Conversations and pairs go out to hf and parquet alone, with `labels` beside the ids: the id where it is learned, else -100.
-
-Where a format tells documents apart, coming back gives the same documents. nanogpt and llmc do not: their readers take a
-document with an EOS, or BOS, inside for several, which the summary counts, and coming back, a text that itself ends with EOS
-(begins with BOS) has it taken for the frame.
+Where a format tells documents apart, coming back gives the same documents. Streams (nanogpt and llmc) do not; see `streams`.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,24 +31,12 @@ from minimind_data.dataset.writer import ShardWriter
 from minimind_data.errors import UserError
 from minimind_data.files import sha256_of_stream
 from minimind_data.inputs.hashes import InputHashes
-from minimind_data.inputs.sources import Source as InputSource
-from minimind_data.interchange.batch import ForeignFormat, Part, ReadOptions, Source, columns_of
-from minimind_data.interchange.formats import (
-    FOREIGN_FORMATS,
-    SHARDS,
-    TABLES,
-    detect,
-    open_source,
-    read,
-    write_part,
-)
-from minimind_data.interchange.streams import STREAM_HEADERS, STREAMS
+from minimind_data.inputs.sources import Source
+from minimind_data.interchange.base import Part, ReadOptions, TokenFiles, TokenFormat, WriteOptions
+from minimind_data.interchange.formats import ALIASES, FORMAT_NAMES, FORMATS, SHARDS, detect
 from minimind_data.options import parse_size
 from minimind_data.reporting import Report
 from minimind_data.tokenizer.loading import SpecialTokens, Tokenizer, load_tokenizer
-
-_ALIASES = {"modded-nanogpt": "llmc"}
-FORMAT_NAMES = (SHARDS, *FOREIGN_FORMATS, *_ALIASES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,51 +109,46 @@ def convert(
     Raises:
         UserError: the source is not what it should be, the formats do not go together, or `out` cannot be made.
     """
-    found = detect(source) if source_format == "auto" else _ALIASES.get(source_format, source_format)
-    target = _ALIASES.get(target_format, target_format)
-    for name in (found, target):
-        if name not in FORMAT_NAMES:
+    origin = detect(source) if source_format == "auto" else ALIASES.get(source_format, source_format)
+    target = ALIASES.get(target_format, target_format)
+    for name in (origin, target):
+        if name != SHARDS and name not in FORMATS:
             raise UserError(f"{name!r} is no format; known are {', '.join(FORMAT_NAMES)}")
-    if found == SHARDS and target != SHARDS:
-        return _export(ShardSet.open(source), _foreign(target), options, progress)
-    if found != SHARDS and target == SHARDS:
-        return _import(open_source(source, _foreign(found)), options, progress)
-    if found == SHARDS:
+    if origin == SHARDS and target != SHARDS:
+        return _export(ShardSet.open(source), FORMATS[target], options, progress)
+    if origin != SHARDS and target == SHARDS:
+        return _import(FORMATS[origin].open(source), options, progress)
+    if origin == SHARDS:
         raise UserError(
-            f"{source}: is a dataset of this program already; say with --to what it should become"
+            f"{source}: is a dataset of this program already; say with `target_format` what it should become"
         )
     raise UserError(
-        f"{source}: is {found}, and one side must be shards; convert it into shards, and these into {target}"
+        f"{source}: is {origin}, and one side must be shards; convert it into shards, and these into {target}"
     )
 
 
-def _foreign(name: str) -> ForeignFormat:
-    return next(known for known in FOREIGN_FORMATS if known == name)
-
-
-def _import(source: Source, options: ConvertOptions, progress: Callable[[int], Report]) -> ConvertSummary:
+def _import(files: TokenFiles, options: ConvertOptions, progress: Callable[[int], Report]) -> ConvertSummary:
+    origin = FORMATS[files.format]
     if options.tokenizer is None:
         raise UserError(
-            f"{source.token_files[0]}: which vocabulary its ids belong to stands nowhere in it; name the tokenizer.json "
-            "with --tokenizer"
+            f"{files.token_files[0]}: which vocabulary its ids belong to stands nowhere in it; name the tokenizer.json "
+            "with `tokenizer`"
         )
     tokenizer = load_tokenizer(
         options.tokenizer, SpecialTokens(bos=options.bos_token, eos=options.eos_token, pad=options.pad_token)
     )
-    info = tokenizer.info
-    separator_id = None
-    if source.format in STREAMS:
-        usual = info.bos_id if source.format in STREAM_HEADERS else info.eos_id
-        separator_id = usual if options.separator_id is None else options.separator_id
-    elif options.separator_id is not None:
-        raise UserError(f"{source.format} tells documents apart by itself; leave out --separator-id")
+    separator_id = options.separator_id
+    if separator_id is not None and "separator_id" not in origin.options:
+        raise UserError(f"{origin.name} tells documents apart by itself; leave out `separator_id`")
+    if separator_id is None and origin.divider is not None:
+        separator_id = tokenizer.info.bos_id if origin.divider == "bos" else tokenizer.info.eos_id
     with new_folder(options.out) as folder:
-        files = [*source.token_files, *source.side_files]
-        hashes = InputHashes([InputSource(name=str(path), location=str(path), form="text") for path in files])
+        paths = [*files.token_files, *files.index_files]
+        hashes = InputHashes([Source(name=str(path), location=str(path), form=origin.name) for path in paths])
         hashes.begin()
-        made = _Import(source, tokenizer, options, folder, separator_id)
-        made.run(progress(sum(path.stat().st_size for path in source.token_files)))
-        return made.commit(tuple(replace(entry, form=source.format) for entry in hashes.entries()))
+        dataset = _Import(files, tokenizer, options, folder, separator_id)
+        dataset.run(progress(sum(path.stat().st_size for path in files.token_files)))
+        return dataset.commit(hashes.entries())
 
 
 class _Import:
@@ -181,17 +156,18 @@ class _Import:
 
     def __init__(
         self,
-        source: Source,
+        files: TokenFiles,
         tokenizer: Tokenizer,
         options: ConvertOptions,
         folder: Path,
         separator_id: int | None,
     ) -> None:
-        self._source, self._tokenizer, self._options, self._folder = source, tokenizer, options, folder
+        self._origin, self._files = FORMATS[files.format], files
+        self._tokenizer, self._options, self._folder = tokenizer, options, folder
         self._separator_id = separator_id
         self._dtype = dtype_for(tokenizer.info.vocab_size)
-        self._names = unique_names([path.stem for path in source.token_files])
-        self._made = [0] * len(source.token_files)
+        self._names = unique_names([path.stem for path in files.token_files])
+        self._num_shards = [0] * len(files.token_files)
         self._entries: list[ShardEntry] = []
         self._bos_added = self._eos_added = self._empty = 0
 
@@ -205,14 +181,14 @@ class _Import:
         )
         shard: _OpenShard | None = None
         try:
-            for batch in read(self._source, wanted):
+            for batch in self._origin.read(self._files, wanted):
                 framed = frame_documents(batch.tokens, batch.lengths, info, self._dtype)
                 self._count(framed)
                 if shard and (
                     shard.input != batch.input
                     or shard.num_tokens * item + framed.tokens.nbytes > self._options.shard_bytes
                 ):
-                    self._entries.append(shard.commit(self._source))
+                    self._entries.append(shard.commit(self._files))
                     shard = None
                 if len(framed.lengths):
                     shard = shard or _OpenShard(
@@ -221,7 +197,7 @@ class _Import:
                     shard.append(framed, batch.stop)
                 report(batch.num_bytes, len(framed.tokens))
             if shard:
-                self._entries.append(shard.commit(self._source))
+                self._entries.append(shard.commit(self._files))
         finally:
             if shard:
                 shard.writer.__exit__(None, None, None)
@@ -230,33 +206,33 @@ class _Import:
         """Write the manifest, last of all."""
         if not self._entries:
             raise UserError(
-                f"{self._source.token_files[0]}: no document with any token in it; nothing to convert"
+                f"{self._files.token_files[0]}: no document with any token in it; nothing to convert"
             )
         # A shard of a whole file has that file's checksum, which was taken once
         shards = tuple(
             ShardEntry(**{**asdict(entry), "input_sha256": entry.input_sha256 or inputs[entry.input].sha256})
             for entry in self._entries
         )
-        told: dict[str, Any] = {
-            "converted_from": self._source.format,
+        options: dict[str, Any] = {
+            "converted_from": self._origin.name,
             "shard_bytes": self._options.shard_bytes,
         }
-        if self._separator_id is not None:
-            told["separator_id"] = self._separator_id
-        if self._source.format in {"hf", "parquet"}:
-            told["column"] = self._options.column
+        if "separator_id" in self._origin.options:
+            options["separator_id"] = self._separator_id
+        if "column" in self._origin.options:
+            options["column"] = self._options.column
         manifest = Manifest(
             kind="pretrain",
             dtype=self._dtype,
             tokenizer=self._tokenizer.info,
-            options=told,
+            options=options,
             inputs=inputs,
             shards=shards,
             empty_texts=self._empty,
         )
         write_metadata(self._folder, manifest, self._tokenizer.json.encode())
         return ConvertSummary(
-            source_format=self._source.format,
+            source_format=self._origin.name,
             target_format=SHARDS,
             documents=manifest.num_documents,
             tokens=manifest.num_tokens,
@@ -276,8 +252,8 @@ class _Import:
         self._bos_added += 0 if only_bos else framed.bos_added
 
     def _next_name(self, number: int) -> str:
-        name = f"{self._names[number]}-{self._made[number]:05d}"
-        self._made[number] += 1
+        name = f"{self._names[number]}-{self._num_shards[number]:05d}"
+        self._num_shards[number] += 1
         return name
 
 
@@ -295,9 +271,9 @@ class _OpenShard:
         self.num_tokens += len(framed.tokens)
         self._stop = stop
 
-    def commit(self, source: Source) -> ShardEntry:
+    def commit(self, files: TokenFiles) -> ShardEntry:
         written = self.writer.commit()
-        path = source.token_files[self.input]
+        path = files.token_files[self.input]
         whole = (self._start, self._stop) == (0, path.stat().st_size)
         return ShardEntry(
             name=self._name,
@@ -315,29 +291,26 @@ def _sha256_of_part(path: Path, start: int, stop: int) -> str:
 
 
 def _export(
-    shards: ShardSet, target: ForeignFormat, options: ConvertOptions, progress: Callable[[int], Report]
+    shards: ShardSet, target: TokenFormat, options: ConvertOptions, progress: Callable[[int], Report]
 ) -> ConvertSummary:
     manifest = shards.manifest
-    if target not in TABLES:
-        check_kind(shards, target)
+    if not target.takes_conversations:
+        check_kind(shards, target.name)
+    write_options = WriteOptions(column=options.column, copy=options.copy)
     files: list[str] = []
     divided = 0
     with new_folder(options.out) as folder:
         report = progress(sum(entry.bytes for entry in manifest.shards))
         for name, members in _parts(manifest, target, one_file=options.one_file):
             part = Part(name=name, shards=shards, members=members, report=report)
-            written, cut_documents = write_part(target, folder, part, options.column, copy=options.copy)
-            files.append(written)
-            divided += cut_documents
-        if target == "hf":
-            from minimind_data.interchange.tables import write_hf_state  # noqa: PLC0415 - pyarrow takes a while to load
-
-            write_hf_state(folder, columns_of(manifest.kind, options.column), files, manifest.fingerprint)
+            divided += target.write(folder, part, write_options)
+            files.append(f"{name}{target.suffix}")
+        target.finish(folder, manifest, files, write_options)
         with durable_file(folder / TOKENIZER_NAME) as file:
             file.write((shards.folder / TOKENIZER_NAME).read_bytes())
     return ConvertSummary(
         source_format=SHARDS,
-        target_format=target,
+        target_format=target.name,
         documents=manifest.num_documents,
         tokens=manifest.num_tokens,
         files=len(files),
@@ -345,13 +318,11 @@ def _export(
     )
 
 
-def _parts(manifest: Manifest, target: ForeignFormat, *, one_file: bool) -> list[tuple[str, range]]:
+def _parts(manifest: Manifest, target: TokenFormat, *, one_file: bool) -> list[tuple[str, range]]:
     """Say which shards go into which file: the names under which the target's own tools look for them."""
     number = len(manifest.shards)
-    if one_file or target == "nanogpt":
+    if one_file or target.is_one_file:
         groups, names = [range(number)], ["train"]
     else:
         groups, names = [range(i, i + 1) for i in range(number)], [entry.name for entry in manifest.shards]
-    if target == "hf":
-        names = [f"data-{i:05d}-of-{len(groups):05d}" for i in range(len(groups))]
-    return list(zip(names, groups, strict=True))
+    return list(zip(target.names(names), groups, strict=True))

@@ -1,4 +1,10 @@
-"""Megatron-LM's IndexedDataset, read with all its dtypes and written as our shards are, which have its layout. `formats` has the layout."""
+"""`megatron`: Megatron-LM's IndexedDataset, a pair NAME.bin and NAME.idx, little-endian.
+
+`dataset.format` has the layout, which is that of our shards. Theirs also has the dtype codes 1 uint8, 2 int8, 3 int16, 5 int64 (6 and 7 are
+floating point), several sequences in a document, and, where it is multimodal, one more byte for each sequence at the end of the index.
+
+Source: Megatron-LM megatron/core/datasets/indexed_dataset.py (`DType`, `_IndexWriter`, `_IndexReader`).
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,84 +16,120 @@ from numpy.typing import NDArray
 from minimind_data.dataset.format import INDEX_HEADER_BYTES, INDEX_MAGIC, INDEX_VERSION, IndexHeader
 from minimind_data.dataset.staging import durable_file, place_file
 from minimind_data.errors import UserError
-from minimind_data.interchange.batch import (
+from minimind_data.interchange.base import (
     INDEX_BLOCK,
     Batch,
     Part,
     ReadOptions,
-    Source,
+    TokenFiles,
+    TokenFormat,
+    WriteOptions,
     documents,
     read_array,
 )
 
-_MEGATRON_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+_FLOATS = {6: "float64", 7: "float32"}
 
-_MEGATRON_FLOATS = {6: "float64", 7: "float32"}
 
+class Megatron(TokenFormat):
+    """Our shards as they are, with nothing left out: where one file for each is wanted, they are linked."""
 
-def read_megatron(source: Source, options: ReadOptions) -> Iterator[Batch]:
-    """Yield the documents of a source in batches.
+    name = "megatron"
+    suffix = ".bin"
+    index_needed = ", an .idx beside every .bin"
+    options = frozenset({"copy"})
 
-    Raises:
-        UserError: a file is damaged or incomplete.
-    """
-    for number, (path, index_path) in enumerate(zip(source.token_files, source.side_files, strict=True)):
-        with index_path.open("rb") as index:
-            dtype, num_sequences, num_documents = _megatron_header(index, index_path)
-            item = np.dtype(dtype).itemsize
-            size = path.stat().st_size
-            following = 0  # the byte and the sequence that the next document must begin with
-            sequence = 0
-            for first in range(0, num_documents, INDEX_BLOCK):
-                count = min(INDEX_BLOCK, num_documents - first)
-                at = INDEX_HEADER_BYTES + 12 * num_sequences + 8 * first
-                starts = read_array(index, index_path, "<i8", at, count + 1)
-                last_sequence = num_sequences if first + count == num_documents else int(starts[-1])
-                if (
-                    int(starts[0]) != sequence
-                    or int(starts[-1]) != last_sequence
-                    or (np.diff(starts) < 0).any()
-                    or last_sequence > num_sequences
-                ):
-                    raise UserError(
-                        f"{index_path}: its documents {first:,} to {first + count:,} do not follow one another from sequence {sequence:,} "
-                        f"to {last_sequence:,} of {num_sequences:,}; it is damaged, or was not finalized: make it again"
+    def recognizes(self, path: Path, start: bytes) -> bool:
+        """See `TokenFormat.recognizes`: the index does, or a .bin beside one."""
+        return start.startswith(INDEX_MAGIC) or (
+            path.suffix == self.suffix and _starts_with_magic(path.with_suffix(".idx"))
+        )
+
+    def file_of(self, source: Path) -> Path:
+        """Take the .bin, the .idx, or the common start of both, as Megatron's own tools want it."""
+        stem = source.with_suffix("") if source.suffix in {".bin", ".idx"} else source
+        return stem.with_name(f"{stem.name}.bin")
+
+    def index_of(self, path: Path) -> Path:
+        """Return the .idx."""
+        return path.with_suffix(".idx")
+
+    def read(self, files: TokenFiles, options: ReadOptions) -> Iterator[Batch]:
+        """See `TokenFormat.read`."""
+        for number, (path, index_path) in enumerate(zip(files.token_files, files.index_files, strict=True)):
+            with index_path.open("rb") as index:
+                dtype, num_sequences, num_documents = _header(index, index_path)
+                item = np.dtype(dtype).itemsize
+                size = path.stat().st_size
+                following = 0  # the byte and the sequence that the next document must begin with
+                sequence = 0
+                for first in range(0, num_documents, INDEX_BLOCK):
+                    count = min(INDEX_BLOCK, num_documents - first)
+                    at = INDEX_HEADER_BYTES + 12 * num_sequences + 8 * first
+                    starts = read_array(index, index_path, "<i8", at, count + 1)
+                    last_sequence = num_sequences if first + count == num_documents else int(starts[-1])
+                    if (
+                        int(starts[0]) != sequence
+                        or int(starts[-1]) != last_sequence
+                        or (np.diff(starts) < 0).any()
+                        or last_sequence > num_sequences
+                    ):
+                        raise UserError(
+                            f"{index_path}: its documents {first:,} to {first + count:,} do not follow one another from sequence {sequence:,} "
+                            f"to {last_sequence:,} of {num_sequences:,}; it is damaged, or was not finalized: make it again"
+                        )
+                    ends, following = _ends(
+                        index, index_path, starts, num_sequences=num_sequences, following=following, item=item
                     )
-                ends, following = _megatron_ends(
-                    index, index_path, starts, num_sequences=num_sequences, following=following, item=item
-                )
-                yield from documents(
-                    path,
-                    number,
-                    options,
-                    dtype=dtype,
-                    stops=ends[1:] // item,
-                    first_token=int(ends[0]) // item,
-                )
-                sequence = last_sequence
-            if following != size:
-                raise UserError(
-                    f"{path}: {size:,} bytes, where its index speaks of {following:,}; copy both files again"
-                )
+                    yield from documents(
+                        path,
+                        number,
+                        options,
+                        dtype=dtype,
+                        stops=ends[1:] // item,
+                        first_token=int(ends[0]) // item,
+                    )
+                    sequence = last_sequence
+                if following != size:
+                    raise UserError(
+                        f"{path}: {size:,} bytes, where its index speaks of {following:,}; copy both files again"
+                    )
+
+    def write(self, folder: Path, part: Part, options: WriteOptions) -> int:
+        """See `TokenFormat.write`."""
+        if len(part.members) == 1:
+            _place_shard(folder, part, copy=options.copy)
+        else:
+            _write_pair(folder, part)
+        return 0
 
 
-def _megatron_header(index: BinaryIO, path: Path) -> tuple[str, int, int]:
+def _starts_with_magic(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(INDEX_MAGIC)) == INDEX_MAGIC
+    except FileNotFoundError:
+        return False
+
+
+def _header(index: BinaryIO, path: Path) -> tuple[str, int, int]:
     """Return (numpy dtype, sequences, documents), after checking the size of the file."""
     header = index.read(INDEX_HEADER_BYTES)
     if len(header) < INDEX_HEADER_BYTES or not header.startswith(INDEX_MAGIC):
         raise UserError(
-            f"{path}: no Megatron index (it should begin with {INDEX_MAGIC!r}); name another --from"
+            f"{path}: no Megatron index (it should begin with {INDEX_MAGIC!r}); name another `source_format`"
         )
     version, num_sequences, num_starts = (
         int.from_bytes(header[start:stop], "little") for start, stop in ((9, 17), (18, 26), (26, 34))
     )
     code = header[17]
-    if code in _MEGATRON_FLOATS:
-        raise UserError(f"{path}: its numbers are {_MEGATRON_FLOATS[code]}, which are no token ids")
-    if version != INDEX_VERSION or code not in _MEGATRON_DTYPES or num_starts < 1:
+    if code in _FLOATS:
+        raise UserError(f"{path}: its numbers are {_FLOATS[code]}, which are no token ids")
+    if version != INDEX_VERSION or code not in _DTYPES or num_starts < 1:
         raise UserError(
             f"{path}: version {version}, dtype code {code}, {num_starts} document starts; "
-            f"known are version {INDEX_VERSION} and dtype codes {sorted(_MEGATRON_DTYPES)}"
+            f"known are version {INDEX_VERSION} and dtype codes {sorted(_DTYPES)}"
         )
     wanted = INDEX_HEADER_BYTES + 12 * num_sequences + 8 * num_starts
     size = path.stat().st_size
@@ -98,10 +140,10 @@ def _megatron_header(index: BinaryIO, path: Path) -> tuple[str, int, int]:
         )
     if size != wanted:
         raise UserError(f"{path}: {size:,} bytes, where its header wants {wanted:,}; copy it again")
-    return _MEGATRON_DTYPES[code], num_sequences, num_starts - 1
+    return _DTYPES[code], num_sequences, num_starts - 1
 
 
-def _megatron_ends(
+def _ends(
     index: BinaryIO, path: Path, starts: NDArray[np.int64], *, num_sequences: int, following: int, item: int
 ) -> tuple[NDArray[np.int64], int]:
     """Find the bytes between documents.
@@ -137,8 +179,8 @@ def _megatron_ends(
     return ends, following
 
 
-def place_pair(folder: Path, part: Part, *, copy: bool) -> None:
-    """Link or copy a shard, after reading all of it: documents are Megatron's as they are."""
+def _place_shard(folder: Path, part: Part, *, copy: bool) -> None:
+    """Link or copy a shard, after reading all of it."""
     for _ in part.documents():
         pass
     for suffix in (".bin", ".idx"):
@@ -146,7 +188,7 @@ def place_pair(folder: Path, part: Part, *, copy: bool) -> None:
         place_file(source, folder / f"{part.name}{suffix}", copy=copy)
 
 
-def write_megatron(folder: Path, part: Part) -> None:
+def _write_pair(folder: Path, part: Part) -> None:
     """Write one pair for several shards; the three tables of the index grow in their places at once."""
     header = IndexHeader(
         dtype=part.shards.manifest.dtype, num_sequences=part.num_documents, num_documents=part.num_documents

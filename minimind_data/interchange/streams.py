@@ -1,10 +1,22 @@
-"""Streams of ids with a separator between documents: nanoGPT's .bin, llm.c's and modded-nanogpt's with a header. `formats` has the layouts."""
+"""`nanogpt`, `llmc` and `llmc-llama3`: streams of ids, one of which divides documents; little-endian.
+
+nanogpt      A .bin of uint16 ids, nothing else; the end-of-text id (GPT-2's <|endoftext|>) stands behind each document.
+llmc         llm.c's .bin: 256 int32, of which [0] is 20240520, [1] is 1 and [2] the number of tokens; then uint16 ids. The end-of-text id
+             stands before each document, and a document may go on in the next file. modded-nanogpt's files are the same.
+llmc-llama3  The same with 20240801, 7, and uint32 ids.
+
+A reader takes a document with the dividing id inside for several. Coming back, a text that itself ends with EOS (begins with BOS)
+has it taken for the frame.
+
+Sources: nanoGPT data/openwebtext/prepare.py; llm.c dev/data/data_common.py (`write_datafile`), dev/data/fineweb.py and
+llmc/dataloader.h; modded-nanogpt data/fineweb.py and train_gpt.py (`_load_data_shard`).
+"""
 
 import struct
+from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,90 +24,190 @@ from numpy.typing import NDArray
 from minimind_data.dataset.framing import check_ids, check_lengths
 from minimind_data.dataset.staging import durable_file
 from minimind_data.errors import UserError
-from minimind_data.interchange.batch import Batch, ForeignFormat, Part, ReadOptions, Source, place, read_array
+from minimind_data.interchange.base import (
+    Batch,
+    Part,
+    ReadOptions,
+    TokenFiles,
+    TokenFormat,
+    WriteOptions,
+    place,
+    read_array,
+)
+
+_HEADER_BYTES = 1024
 
 
-@dataclass(frozen=True, kw_only=True)
-class StreamHeader:
-    """The header of a stream of tokens; nanoGPT has none."""
+class Stream(TokenFormat):
+    """Ids of one size, with one that divides documents."""
 
-    magic: int
-    version: int
-    token_bytes: int
+    suffix = ".bin"
+    options = frozenset({"separator_id"})
+    token_bytes: ClassVar[int] = 2
     """Bytes of an id, an unsigned integer."""
+    max_tokens: ClassVar[int | None] = None
+    """Most tokens of a file; None where there is no such limit."""
 
-    NUM_BYTES = 1024
+    @abstractmethod
+    def extent(self, path: Path) -> tuple[int, int]:
+        """Return (byte of the first token, number of tokens) of a file, after checking its size."""
 
-    def pack(self, num_tokens: int) -> bytes:
-        """Return the header of a file that holds this many tokens."""
-        return struct.pack("<3i", self.magic, self.version, num_tokens).ljust(self.NUM_BYTES, b"\0")
+    @abstractmethod
+    def write_header(self, file: BinaryIO, num_tokens: int) -> None:
+        """Write what stands before the ids."""
 
+    def read(self, files: TokenFiles, options: ReadOptions) -> Iterator[Batch]:
+        """Cut the files, one stream of tokens, at the separator; it may stand before, behind or between documents.
 
-STREAM_HEADERS: dict[str, StreamHeader] = {
-    "llmc": StreamHeader(magic=20240520, version=1, token_bytes=2),
-    "llmc-llama3": StreamHeader(magic=20240801, version=7, token_bytes=4),
-}
+        A document that goes on in the next file belongs to the file in which it begins. Nothing between two separators is no
+        document: it may be the end of one and the beginning of the next.
+        """
+        dtype = f"<u{self.token_bytes}"
+        item = np.dtype(dtype).itemsize
+        open_document = _OpenDocument(files)
+        for number, path in enumerate(files.token_files):
+            offset, num_tokens = self.extent(path)
+            num_cuts = 0
+            with path.open("rb") as file:
+                for first in range(0, num_tokens, options.block_tokens):
+                    count = min(options.block_tokens, num_tokens - first)
+                    block = read_array(file, path, dtype, offset + first * item, count)
+                    check_ids(block, options.vocab_size, place(path, first))
+                    cuts = np.flatnonzero(block == options.separator_id)
+                    num_cuts += len(cuts)
+                    byte = offset + first * item
+                    if len(cuts) and open_document.is_of_a_file_before(number):
+                        yield open_document.end(block[: cuts[0]])
+                        block, byte = block[cuts[0] + 1 :], byte + (int(cuts[0]) + 1) * item
+                        cuts = cuts[1:] - cuts[0] - 1
+                    if len(cuts):
+                        last = int(cuts[-1]) + 1
+                        start, tokens = open_document.take(number, byte, block[:last])
+                        is_separator = tokens == options.separator_id
+                        lengths = np.diff(np.flatnonzero(is_separator), prepend=-1) - 1
+                        stop = byte + last * item
+                        yield Batch(
+                            input=number,
+                            start=start,
+                            stop=stop,
+                            num_bytes=stop - start,
+                            tokens=tokens[~is_separator],
+                            lengths=lengths[lengths > 0],
+                        )
+                        block, byte = block[last:], stop
+                    open_document.add(number, byte, block)
+            if number == 0 and not num_cuts and num_tokens:
+                raise UserError(
+                    f"{path}: the id {options.separator_id}, at which documents are cut, stands nowhere in it; "
+                    "say with `separator_id` which id does that here"
+                )
+        if open_document.num_tokens:
+            yield open_document.end(np.empty(0, dtype))
 
-MAX_STREAM_TOKENS = 2**31 - 1
-
-STREAMS = ("nanogpt", *STREAM_HEADERS)
-
-
-def read_stream(source: Source, options: ReadOptions) -> Iterator[Batch]:
-    """Cut the files, one stream of tokens, at the separator; it may stand before, behind or between documents.
-
-    A document that goes on in the next file belongs to the file in which it begins. Nothing between two separators is no
-    document: it may be the end of one and the beginning of the next.
-    """
-    header = STREAM_HEADERS.get(source.format)
-    dtype = f"<u{header.token_bytes if header else 2}"
-    item = np.dtype(dtype).itemsize
-    open_document = _OpenDocument(source)
-    for number, path in enumerate(source.token_files):
-        offset, num_tokens = _stream_extent(path, header, item)
-        found = 0
-        with path.open("rb") as file:
-            for first in range(0, num_tokens, options.block_tokens):
-                count = min(options.block_tokens, num_tokens - first)
-                block = read_array(file, path, dtype, offset + first * item, count)
-                check_ids(block, options.vocab_size, place(path, first))
-                cuts = np.flatnonzero(block == options.separator_id)
-                found += len(cuts)
-                byte = offset + first * item
-                if len(cuts) and open_document.is_of_a_file_before(number):
-                    yield open_document.end(block[: cuts[0]])
-                    block, byte = block[cuts[0] + 1 :], byte + (int(cuts[0]) + 1) * item
-                    cuts = cuts[1:] - cuts[0] - 1
-                if len(cuts):
-                    last = int(cuts[-1]) + 1
-                    start, tokens = open_document.take(number, byte, block[:last])
-                    is_separator = tokens == options.separator_id
-                    lengths = np.diff(np.flatnonzero(is_separator), prepend=-1) - 1
-                    stop = byte + last * item
-                    yield Batch(
-                        input=number,
-                        start=start,
-                        stop=stop,
-                        num_bytes=stop - start,
-                        tokens=tokens[~is_separator],
-                        lengths=lengths[lengths > 0],
-                    )
-                    block, byte = block[last:], stop
-                open_document.add(number, byte, block)
-        if number == 0 and not found and num_tokens:
+    def write(self, folder: Path, part: Part, options: WriteOptions) -> int:  # noqa: ARG002 - it has none
+        """See `TokenFormat.write`; a document with the dividing id inside will be cut there."""
+        path = folder / f"{part.name}{self.suffix}"
+        info = part.shards.manifest.tokenizer
+        if self.token_bytes < part.shards.dtype.itemsize:
             raise UserError(
-                f"{path}: the id {options.separator_id}, at which documents are cut, stands nowhere in it; "
-                "say with --separator-id which id does that here"
+                f"{part.shards.folder}: its vocabulary of {info.vocab_size:,} entries does not fit the {self.token_bytes}-byte ids of {self.name}; "
+                "take `target_format` llmc-llama3 or another"
             )
-    if open_document.num_tokens:
-        yield open_document.end(np.empty(0, dtype))
+        num_tokens = part.num_tokens - part.num_documents
+        if self.max_tokens is not None and num_tokens > self.max_tokens:
+            raise UserError(
+                f"{path.name}: {num_tokens:,} tokens, where a file of this format can say {self.max_tokens:,}; leave out `one_file`"
+            )
+        has_bos = self.divider == "bos"
+        divider = info.bos_id if has_bos else info.eos_id
+        divided = 0
+        with durable_file(path) as file:
+            self.write_header(file, num_tokens)
+            for tokens, lengths in part.documents():
+                stops = np.cumsum(lengths)
+                kept = np.ones(len(tokens), bool)
+                kept[stops - 1 if has_bos else stops - lengths] = False
+                left = tokens[kept]
+                # Count the dividers in each document: one is its own, more are inside
+                documents = np.searchsorted(
+                    stops - np.arange(1, len(stops) + 1), np.flatnonzero(left == divider), "right"
+                )
+                divided += int((np.bincount(documents, minlength=len(lengths)) > 1).sum())
+                file.write(left.astype(f"<u{self.token_bytes}").tobytes())
+        return divided
+
+
+class NanoGPT(Stream):
+    """Goes out without BOS, as one file: ids + EOS, so that EOS divides."""
+
+    name = "nanogpt"
+    divider = "eos"
+    is_one_file = True
+
+    def extent(self, path: Path) -> tuple[int, int]:
+        """See `Stream.extent`."""
+        size = path.stat().st_size
+        if size % self.token_bytes:
+            raise UserError(
+                f"{path}: {size:,} bytes are no whole number of {self.token_bytes}-byte ids; name another `source_format`"
+            )
+        return 0, size // self.token_bytes
+
+    def write_header(self, file: BinaryIO, num_tokens: int) -> None:
+        """Write nothing: there is none."""
+
+
+class LLMC(Stream):
+    """Goes out without EOS: BOS + ids, so that BOS, which stands before each document, divides."""
+
+    name = "llmc"
+    divider = "bos"
+    magic: ClassVar[int] = 20240520
+    version: ClassVar[int] = 1
+    max_tokens = 2**31 - 1  # what the count in the header can say
+
+    def recognizes(self, path: Path, start: bytes) -> bool:  # noqa: ARG002 - whatever it is called
+        """See `TokenFormat.recognizes`."""
+        return start.startswith(struct.pack("<2i", self.magic, self.version))
+
+    def extent(self, path: Path) -> tuple[int, int]:
+        """See `Stream.extent`."""
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            magic, version, num_tokens = (
+                int(number) for number in read_array(file, path, "<i4", 0, _HEADER_BYTES // 4)[:3]
+            )
+        if (magic, version) != (self.magic, self.version):
+            raise UserError(
+                f"{path}: begins with {magic}, {version}, where this format has {self.magic}, {self.version}; "
+                "name another `source_format`"
+            )
+        whole = _HEADER_BYTES + num_tokens * self.token_bytes
+        if size != whole:
+            raise UserError(
+                f"{path}: {size:,} bytes, where its header speaks of {num_tokens:,} tokens, {whole:,} bytes; copy it again"
+            )
+        return _HEADER_BYTES, num_tokens
+
+    def write_header(self, file: BinaryIO, num_tokens: int) -> None:
+        """See `Stream.write_header`."""
+        file.write(struct.pack("<3i", self.magic, self.version, num_tokens).ljust(_HEADER_BYTES, b"\0"))
+
+
+class LLMCLlama3(LLMC):
+    """The same with ids of four bytes."""
+
+    name = "llmc-llama3"
+    token_bytes = 4
+    magic = 20240801
+    version = 7
 
 
 class _OpenDocument:
     """The tokens since the last separator: a document whose end has not come yet."""
 
-    def __init__(self, source: Source) -> None:
-        self._files = source.token_files
+    def __init__(self, files: TokenFiles) -> None:
+        self._files = files.token_files
         self._pieces: list[NDArray[Any]] = []
         self._input = self._start = 0
         self.num_tokens = 0
@@ -132,66 +244,3 @@ class _OpenDocument:
             tokens=document,
             lengths=np.array([len(document)]),
         )
-
-
-def _stream_extent(path: Path, header: StreamHeader | None, item: int) -> tuple[int, int]:
-    """Return (byte of the first token, number of tokens)."""
-    size = path.stat().st_size
-    if header is None:
-        if size % item:
-            raise UserError(
-                f"{path}: {size:,} bytes are no whole number of {item}-byte ids; name another --from"
-            )
-        return 0, size // item
-    with path.open("rb") as file:
-        magic, version, num_tokens = (
-            int(number) for number in read_array(file, path, "<i4", 0, header.NUM_BYTES // 4)[:3]
-        )
-    if (magic, version) != (header.magic, header.version):
-        raise UserError(
-            f"{path}: begins with {magic}, {version}, where this format has {header.magic}, {header.version}; name another --from"
-        )
-    wanted = header.NUM_BYTES + num_tokens * item
-    if size != wanted:
-        raise UserError(
-            f"{path}: {size:,} bytes, where its header speaks of {num_tokens:,} tokens, {wanted:,} bytes; copy it again"
-        )
-    return header.NUM_BYTES, num_tokens
-
-
-def write_stream(kind: ForeignFormat, path: Path, part: Part) -> int:
-    """Write a stream; nanoGPT's goes without BOS, so EOS divides; llm.c's without EOS, so BOS stands before each document.
-
-    Returns:
-        How many documents hold the dividing id inside, and will be cut there.
-    """
-    header = STREAM_HEADERS.get(kind)
-    token_bytes = header.token_bytes if header else 2
-    info = part.shards.manifest.tokenizer
-    if token_bytes < part.shards.dtype.itemsize:
-        raise UserError(
-            f"{part.shards.folder}: its vocabulary of {info.vocab_size:,} entries does not fit the {token_bytes}-byte ids of {kind}; "
-            "take --to llmc-llama3 or another format"
-        )
-    num_tokens = part.num_tokens - part.num_documents
-    if header and num_tokens > MAX_STREAM_TOKENS:
-        raise UserError(
-            f"{path.name}: {num_tokens:,} tokens, where a file of this format can say {MAX_STREAM_TOKENS:,}; leave out --one-file"
-        )
-    divider = info.bos_id if header else info.eos_id
-    divided = 0
-    with durable_file(path) as file:
-        if header:
-            file.write(header.pack(num_tokens))
-        for tokens, lengths in part.documents():
-            stops = np.cumsum(lengths)
-            kept = np.ones(len(tokens), bool)
-            kept[stops - 1 if header else stops - lengths] = False
-            left = tokens[kept]
-            # Count the dividers in each document: one is its own, more are inside
-            documents = np.searchsorted(
-                stops - np.arange(1, len(stops) + 1), np.flatnonzero(left == divider), "right"
-            )
-            divided += int((np.bincount(documents, minlength=len(lengths)) > 1).sum())
-            file.write(left.astype(f"<u{token_bytes}").tobytes())
-    return divided

@@ -1,208 +1,163 @@
-"""Documents in and out of tables: Arrow files as Hugging Face datasets saves them, and Parquet. `foreign.py` has the layouts.
+"""`hf` and `parquet`: tables in which a row is a document, its ids in a list column. Pairs and conversations have `labels` too.
 
-A row is a document: a list of integers in one column. Tables are read and written a record batch at a time.
+hf       The folder that `Dataset.save_to_disk` of Hugging Face datasets makes: data-*.arrow, each an Arrow IPC stream, in the order of
+         `_data_files` in state.json, and dataset_info.json.
+parquet  Parquet files.
+
+Sources: datasets src/datasets/arrow_dataset.py (`save_to_disk`, `load_from_disk`); the Arrow IPC and Parquet formats.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from minimind_data.dataset.framing import check_ids, check_lengths, document_ranges
+from minimind_data.dataset.checked import Documents, checked_sequences
+from minimind_data.dataset.format import IGNORED, Kind, Manifest
 from minimind_data.dataset.staging import durable_file
 from minimind_data.errors import UserError
+from minimind_data.interchange.base import Batch, Part, ReadOptions, TokenFiles, TokenFormat, WriteOptions
 
-_ROWS_PER_BATCH = 1000
-
-_ARROW_FILE_MAGIC = b"ARROW1"
-
-_ID_TYPE = pa.int32()
-
-Table = tuple[int, int, NDArray[Any], NDArray[np.int64]]
+_INFO_NAME, _STATE_NAME, _SPLITS_NAME = "dataset_info.json", "state.json", "dataset_dict.json"
+_PARQUET_MAGIC = b"PAR1"
 
 
-def read_tables(files: tuple[Path, ...], column: str, vocab_size: int, block_tokens: int) -> Iterator[Table]:
-    """Read the rows of some files.
+class Table(TokenFormat):
+    """The documents as they are, with nothing left out; where not all is learned, `labels` beside the ids, -100 where it is not."""
 
-    Args:
-        files: Arrow IPC streams or files, or Parquet; each is told by its content.
-        column: the list column that holds the ids.
-        vocab_size: the largest id plus one.
-        block_tokens: of a batch, about.
+    options = frozenset({"column"})
+    takes_conversations = True
 
-    Yields:
-        (number of the file, bytes that this batch went on in it, tokens [sum(lengths)], lengths int64 [rows]).
+    def read(self, files: TokenFiles, options: ReadOptions) -> Iterator[Batch]:
+        """See `TokenFormat.read`."""
+        from minimind_data.interchange.arrow import read_tables  # noqa: PLC0415 - pyarrow takes a while to load
 
-    Raises:
-        UserError: a file is damaged, has no such column, or holds what is no id of the vocabulary.
-    """
-    for number, path in enumerate(files):
-        row = 0
-        try:
-            for num_bytes, array in _open(path, column):
-                lengths, tokens = _ids_of(path, column, row, array)
-                check_ids(tokens, vocab_size, _place(path, column, row, lengths))
-                check_lengths(lengths, str(path))
-                stops = np.cumsum(lengths)
-                for first, last in document_ranges(lengths, block_tokens):
-                    part = tokens[stops[first] - lengths[first] : stops[last - 1]]
-                    yield number, num_bytes, part, lengths[first:last]
-                    num_bytes = 0  # noqa: PLW2901 - told once for the whole record batch
-                row += len(array)
-        except (pa.ArrowException, OSError) as error:
-            if getattr(error, "errno", None):  # the system's, not the format's
-                raise
-            raise UserError(f"{path}: damaged or not of this format ({error}); make it again") from None
-
-
-def _open(path: Path, column: str) -> Iterator[tuple[int, pa.Array]]:
-    """Yield (bytes gone on in the file, the column) for every record batch."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        magic = file.read(8)
-    if magic.startswith(b"PAR1"):
-        with pq.ParquetFile(path, pre_buffer=False) as table:
-            _check_column(path, column, table.schema_arrow)
-            for batch in table.iter_batches(_ROWS_PER_BATCH, columns=[column], use_threads=False):
-                yield size * len(batch) // table.metadata.num_rows, batch.column(column)
-        return
-    with pa.OSFile(str(path)) as source:
-        if magic.startswith(_ARROW_FILE_MAGIC):
-            reader = pa.ipc.open_file(source)
-            _check_column(path, column, reader.schema)
-            for index in range(reader.num_record_batches):
-                yield size // reader.num_record_batches, reader.get_batch(index).column(column)
-            return
-        stream = pa.ipc.open_stream(source)
-        _check_column(path, column, stream.schema)
-        before = 0
-        for batch in stream:
-            here = source.tell()
-            yield here - before, batch.column(column)
-            before = here
-        if before == size:  # pyarrow takes a stream that was cut off between two batches for a finished one
-            raise UserError(
-                f"{path}: ends without the mark that ends an Arrow stream; it was cut off, copy it again"
+        for number, num_bytes, tokens, lengths in read_tables(
+            files.token_files, options.column, options.vocab_size, options.block_tokens
+        ):
+            yield Batch(
+                input=number,
+                start=0,
+                stop=files.token_files[number].stat().st_size,
+                num_bytes=num_bytes,
+                tokens=tokens,
+                lengths=lengths,
             )
 
 
-def _check_column(path: Path, column: str, schema: pa.Schema) -> None:
-    if column not in schema.names:
-        raise UserError(
-            f"{path}: no column {column!r}; it has {', '.join(schema.names)}, so pass the one that holds ids with --column"
-        )
-    kind = schema.field(column).type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    if not is_list or not pa.types.is_integer(kind.value_type):
-        raise UserError(f"{path}: column {column!r} is of type {kind}, where lists of integers are wanted")
+class HuggingFace(Table):
+    """A saved dataset."""
+
+    name = "hf"
+    suffix = ".arrow"
+
+    def recognizes_folder(self, folder: Path) -> bool:
+        """See `TokenFormat.recognizes_folder`."""
+        return (folder / _STATE_NAME).exists() or (folder / _SPLITS_NAME).exists()
+
+    def open(self, source: Path) -> TokenFiles:
+        """Take the Arrow files in the order of the saved dataset, or one that was named."""
+        files = (source,) if source.is_file() else _saved_files(source)
+        return TokenFiles(format=self.name, token_files=files)
+
+    def names(self, names: Sequence[str]) -> list[str]:
+        """Number the files, as datasets does."""
+        return [f"data-{number:05d}-of-{len(names):05d}" for number in range(len(names))]
+
+    def write(self, folder: Path, part: Part, options: WriteOptions) -> int:
+        """See `TokenFormat.write`."""
+        from minimind_data.interchange.arrow import write_arrow  # noqa: PLC0415 - pyarrow takes a while to load
+
+        columns = _columns_of(part.shards.manifest.kind, options.column)
+        write_arrow(folder / f"{part.name}{self.suffix}", columns, _rows_of(part), _metadata_of(columns))
+        return 0
+
+    def finish(self, folder: Path, manifest: Manifest, files: Sequence[str], options: WriteOptions) -> None:
+        """Write state.json and dataset_info.json, which make the folder a saved dataset."""
+        columns = _columns_of(manifest.kind, options.column)
+        state: dict[str, Any] = {
+            "_data_files": [{"filename": name} for name in files],
+            "_fingerprint": manifest.fingerprint[:16],
+            "_format_columns": None,
+            "_format_kwargs": {},
+            "_format_type": None,
+            "_output_all_columns": False,
+            "_split": None,
+        }
+        info = {
+            "citation": "",
+            "description": "",
+            "features": _features_of(columns),
+            "homepage": "",
+            "license": "",
+        }
+        for name, content in ((_STATE_NAME, state), (_INFO_NAME, info)):
+            with durable_file(folder / name) as file:
+                file.write(json.dumps(content, indent=2, sort_keys=True).encode())
 
 
-def _ids_of(path: Path, column: str, row: int, array: pa.Array) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """Return (lengths int64 [rows], tokens [sum(lengths)])."""
-    if array.null_count:
-        first = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
-        raise UserError(f"{path}: row {row + first:,} has no {column!r}; take such rows out")
-    values = array.flatten()
-    if pa.types.is_fixed_size_list(array.type):
-        lengths = np.full(len(array), array.type.list_size, np.int64)
-    else:
-        lengths = np.diff(array.offsets.to_numpy(zero_copy_only=False)).astype(np.int64)
-    if values.null_count:
-        token = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
-        raise UserError(f"{_place(path, column, row, lengths)(token)} is null; take it out")
-    return lengths, values.to_numpy(zero_copy_only=False)
+class Parquet(Table):
+    """Files of rows."""
+
+    name = "parquet"
+    suffix = ".parquet"
+
+    def recognizes(self, path: Path, start: bytes) -> bool:  # noqa: ARG002 - whatever it is called
+        """See `TokenFormat.recognizes`."""
+        return start.startswith(_PARQUET_MAGIC)
+
+    def write(self, folder: Path, part: Part, options: WriteOptions) -> int:
+        """See `TokenFormat.write`."""
+        from minimind_data.interchange.arrow import write_parquet  # noqa: PLC0415 - pyarrow takes a while to load
+
+        columns = _columns_of(part.shards.manifest.kind, options.column)
+        write_parquet(folder / f"{part.name}{self.suffix}", columns, _rows_of(part), _metadata_of(columns))
+        return 0
 
 
-def _place(path: Path, column: str, row: int, lengths: NDArray[np.int64]) -> Callable[[int], str]:
-    """Return what says, of a token of a batch, in which row and place it stands."""
-    stops = np.cumsum(lengths)
-
-    def place(index: int) -> str:
-        inside = int(np.searchsorted(stops, index, side="right"))
-        return f"{path}: {column!r} of row {row + inside:,}, token {index - int(stops[inside] - lengths[inside]):,}"
-
-    return place
+def _columns_of(kind: Kind, column: str) -> list[str]:
+    """Return the columns of a table with documents of this kind, the ids being called `column`."""
+    if kind == "dpo":
+        return [f"{side}_{name}" for side in ("chosen", "rejected") for name in (column, "labels")]
+    return [column] if kind == "pretrain" else [column, "labels"]
 
 
-Columns = list[tuple[NDArray[Any], NDArray[np.int64]]]
-
-"""Of each column the lists of some rows end to end, and the length of each."""
-
-
-def write_arrow(path: Path, columns: list[str], blocks: Iterable[Columns]) -> None:
-    """Write documents as the Arrow IPC stream that Hugging Face datasets reads: in each column one list of int32 a row."""
-    schema = _schema(columns)
-    with durable_file(path) as file, pa.ipc.new_stream(file, schema) as writer:
-        for batch in _record_batches(schema, blocks):
-            writer.write_batch(batch)
-
-
-def write_parquet(path: Path, columns: list[str], blocks: Iterable[Columns]) -> None:
-    """Write documents as Parquet, zstd-compressed: in each column one list of int32 a row."""
-    schema = _schema(columns)
-    with durable_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
-        for block in blocks:
-            writer.write_table(pa.Table.from_batches(list(_record_batches(schema, [block])), schema))
+def _rows_of(part: Part) -> Iterator[list[Documents]]:
+    """Read all documents of a part in order, in blocks of bounded size, each of the columns of `_columns_of` by itself."""
+    each = part.shards.manifest.sequences_per_document
+    for index in part.members:
+        for tokens, lengths, mask in checked_sequences(part.shards, index, part.report):
+            columns: list[Documents] = []
+            for side in range(each):
+                here = np.repeat(np.arange(len(lengths)) % each == side, lengths) if each > 1 else slice(None)
+                columns.append((tokens[here], lengths[side::each]))
+                if mask is not None:
+                    labels = np.where(mask[here], tokens[here].astype(np.int32), IGNORED)
+                    columns.append((labels, lengths[side::each]))
+            yield columns
 
 
-def write_hf_state(folder: Path, columns: list[str], files: list[str], fingerprint: str) -> None:
-    """Write state.json and dataset_info.json beside the Arrow files, which makes the folder a saved dataset."""
-    state: dict[str, Any] = {
-        "_data_files": [{"filename": name} for name in files],
-        "_fingerprint": fingerprint[:16],
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": None,
-    }
-    info = {"citation": "", "description": "", "features": _features(columns), "homepage": "", "license": ""}
-    for name, content in ((HF_STATE_NAME, state), (HF_INFO_NAME, info)):
-        with durable_file(folder / name) as file:
-            file.write(json.dumps(content, indent=2, sort_keys=True).encode())
-
-
-def _features(columns: list[str]) -> dict[str, Any]:
+def _features_of(columns: Sequence[str]) -> dict[str, Any]:
+    """Return what datasets calls the features of a table with these columns, all of them lists of int32."""
     # `Sequence` is what versions before 4 call the type; later ones still read it
-    feature = {"feature": {"dtype": str(_ID_TYPE), "_type": "Value"}, "_type": "Sequence"}
+    feature = {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "Sequence"}
     return dict.fromkeys(columns, feature)
 
 
-def _schema(columns: list[str]) -> pa.Schema:
-    content = json.dumps({"info": {"features": _features(columns)}})
-    return pa.schema([(name, pa.list_(_ID_TYPE)) for name in columns], metadata={"huggingface": content})
+def _metadata_of(columns: Sequence[str]) -> dict[str, str]:
+    """Return the metadata of a schema from which datasets knows the features."""
+    return {"huggingface": json.dumps({"info": {"features": _features_of(columns)}})}
 
 
-def _record_batches(schema: pa.Schema, blocks: Iterable[Columns]) -> Iterator[pa.RecordBatch]:
-    """Turn blocks of documents into record batches of at most a thousand rows."""
-    for columns in blocks:
-        offsets = [np.concatenate([[0], np.cumsum(lengths)]) for _, lengths in columns]
-        for first in range(0, len(columns[0][1]), _ROWS_PER_BATCH):
-            lists = []
-            for (values, _), borders in zip(columns, offsets, strict=True):
-                here = borders[first : first + _ROWS_PER_BATCH + 1]
-                ids = pa.array(values[here[0] : here[-1]].astype(np.int32))
-                lists.append(pa.ListArray.from_arrays(pa.array((here - here[0]).astype(np.int32)), ids))
-            yield pa.RecordBatch.from_arrays(lists, schema=schema)
-
-
-HF_INFO_NAME, HF_STATE_NAME, HF_SPLITS_NAME = "dataset_info.json", "state.json", "dataset_dict.json"
-
-
-def hf_files(source: Path) -> tuple[Path, ...]:
-    """Return the Arrow files of a saved dataset, or one that was named."""
-    if source.is_file():
-        return (source,)
-    if (source / HF_SPLITS_NAME).is_file():
-        splits = _read_json(source / HF_SPLITS_NAME).get("splits", [])
+def _saved_files(source: Path) -> tuple[Path, ...]:
+    """Return the Arrow files of a saved dataset, in its order."""
+    if (source / _SPLITS_NAME).is_file():
+        splits = _read_json(source / _SPLITS_NAME).get("splits", [])
         some = ", ".join(str(source / name) for name in splits)
         raise UserError(f"{source}: holds several splits; name one of them: {some}")
-    state = _read_json(source / HF_STATE_NAME)
+    state = _read_json(source / _STATE_NAME)
     if state.get("_indices_data_files"):
         raise UserError(
             f"{source}: its rows are chosen by an index of their own; in datasets, call flatten_indices() and save it again"
@@ -211,10 +166,10 @@ def hf_files(source: Path) -> tuple[Path, ...]:
         files = tuple(source / str(entry["filename"]) for entry in state["_data_files"])
     except (KeyError, TypeError):
         raise UserError(
-            f"{source / HF_STATE_NAME}: does not name the data files; save the dataset again"
+            f"{source / _STATE_NAME}: does not name the data files; save the dataset again"
         ) from None
     if missing := [path for path in files if not path.is_file()]:
-        raise UserError(f"{missing[0]}: missing, though {HF_STATE_NAME} names it; save the dataset again")
+        raise UserError(f"{missing[0]}: missing, though {_STATE_NAME} names it; save the dataset again")
     return files
 
 

@@ -110,7 +110,9 @@ def test_megatron_shards_are_linked_unless_copies_are_asked_for(dataset, tmp_pat
 def test_a_vocabulary_too_large_for_a_format_is_refused(make_dataset, tmp_path):
     folder = make_dataset([[5, 6]], vocab_size=70_000).folder
     for kind in ("nanogpt", "llmc"):
-        with pytest.raises(UserError, match=f"does not fit the 2-byte ids of {kind}; take --to llmc-llama3"):
+        with pytest.raises(
+            UserError, match=f"does not fit the 2-byte ids of {kind}; take `target_format` llmc-llama3"
+        ):
             convert(folder, ConvertOptions(out=tmp_path / "o"), target_format=kind)
     convert(folder, ConvertOptions(out=tmp_path / "o"), target_format="llmc-llama3")
     ids = np.fromfile(tmp_path / "o" / "text-00000.bin", "<u4", offset=1024)
@@ -184,7 +186,7 @@ def test_formats_that_do_not_go_together(dataset, bring, tmp_path, write_megatro
     refused("is a dataset of this program already", dataset)
     refused("is megatron, and one side must be shards", stem, target_format="hf")
     refused("'hff' is no format; known are shards, megatron", dataset, target_format="hff")
-    refused("name the tokenizer.json with --tokenizer", stem)
+    refused("name the tokenizer.json with `tokenizer`", stem)
     refused("no such file", tmp_path / "nowhere")
     with pytest.raises(UserError, match="no document with any token in it"):
         bring(write_megatron(tmp_path / "e", [[], [BOS], [BOS, EOS]]))
@@ -196,7 +198,9 @@ def test_the_format_is_told_by_content(dataset, tmp_path):
         convert(dataset, ConvertOptions(out=tmp_path / kind), target_format=kind)
         assert detect(tmp_path / kind) == kind
     shutil.copy(next((tmp_path / "llmc").glob("*.bin")), tmp_path / "parquet" / "x.bin")
-    with pytest.raises(UserError, match=r"files of several formats \(llmc, parquet\); say which with --from"):
+    with pytest.raises(
+        UserError, match=r"files of several formats \(llmc, parquet\); say which with `source_format`"
+    ):
         detect(tmp_path / "parquet")
 
 

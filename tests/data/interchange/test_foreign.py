@@ -138,7 +138,7 @@ def test_what_a_stream_cannot_mean(bring, tmp_path, write_megatron):
         bring(path)
     with pytest.raises(UserError, match="no whole number of 2-byte ids"):
         bring(path, kind="nanogpt")
-    with pytest.raises(UserError, match="leave out --separator-id"):
+    with pytest.raises(UserError, match="leave out `separator_id`"):
         bring(write_megatron(tmp_path / "x", DOCUMENTS), separator_id=3)
 
 

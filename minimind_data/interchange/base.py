@@ -1,0 +1,246 @@
+"""What every format of other projects' token files has in common.
+
+`TokenFormat` is what a format must provide: it recognizes its files, finds them, reads documents out of them in batches, and writes parts
+of a dataset. `formats` has the table of those that there are.
+
+Files are read from front to back in blocks of bounded size, so memory does not grow with them. Ids are held against the vocabulary as
+they come; the documents keep whatever frame they have. What is written is read through `checked_documents`, which holds the bytes
+against the manifest's checksums on the way: damage is never passed on.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minimind_data.dataset.checked import Documents, checked_documents
+from minimind_data.dataset.format import Manifest
+from minimind_data.dataset.framing import BLOCK_TOKENS, check_ids, check_lengths, document_ranges
+from minimind_data.dataset.shard_set import ShardSet
+from minimind_data.errors import UserError
+from minimind_data.reporting import Report
+
+INDEX_BLOCK = 2**17
+"""Documents whose index entries are read at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Some whole documents of one file."""
+
+    input: int
+    """Which of the token files they begin in."""
+    start: int
+    """First byte of that file that they were made of."""
+    stop: int
+    """The byte after the last."""
+    num_bytes: int
+    """How far this batch went on in the file, for progress."""
+    tokens: NDArray[Any]
+    """[sum(lengths)] integers of the files' own dtype, ids checked."""
+    lengths: NDArray[np.int64]
+    """[documents]"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """What a reader must know beside the files."""
+
+    vocab_size: int
+    separator_id: int
+    """The id at which streams are cut into documents."""
+    column: str
+    """Name of the column of ids in Arrow and Parquet tables."""
+    block_tokens: int = BLOCK_TOKENS
+    """Tokens of a batch, about; a document is never divided."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteOptions:
+    """What a writer must know beside the dataset."""
+
+    column: str
+    """Name of the column of ids in Arrow and Parquet tables."""
+    copy: bool
+    """Copy shards that could be linked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFiles:
+    """The files of a dataset of another project."""
+
+    format: str
+    """A name in `formats.FORMATS`."""
+    token_files: tuple[Path, ...]
+    """In the order of the dataset: by name, or as the format says."""
+    index_files: tuple[Path, ...] = ()
+    """What tells where documents begin and so decides the tokens too: one for each of them, or none at all."""
+
+
+def read_array(file: BinaryIO, path: Path, dtype: str, offset: int, count: int) -> NDArray[Any]:
+    """Read `count` numbers from the byte `offset` on."""
+    file.seek(offset)
+    array = np.fromfile(file, dtype, count)
+    if len(array) != count:
+        raise UserError(
+            f"{path}: ends at byte {offset + array.nbytes:,} in the middle of its data; copy it again"
+        )
+    return array
+
+
+def documents(
+    path: Path, number: int, options: ReadOptions, *, dtype: str, stops: NDArray[np.int64], first_token: int
+) -> Iterator[Batch]:
+    """Read consecutive documents that end at the tokens `stops` of a file without a header."""
+    item = np.dtype(dtype).itemsize
+    lengths = np.diff(stops, prepend=first_token)
+    check_lengths(lengths, str(path))
+    with path.open("rb") as file:
+        for first, last in document_ranges(lengths, options.block_tokens):
+            start = int(stops[first] - lengths[first])
+            stop = int(stops[last - 1])
+            tokens = read_array(file, path, dtype, start * item, stop - start)
+            check_ids(tokens, options.vocab_size, place(path, start))
+            yield Batch(
+                input=number,
+                start=start * item,
+                stop=stop * item,
+                num_bytes=(stop - start) * item,
+                tokens=tokens,
+                lengths=lengths[first:last],
+            )
+
+
+def place(path: Path, first_token: int) -> Callable[[int], str]:
+    """Return what says, of a token of a block, where in the file it stands."""
+    return lambda index: f"{path}: token {first_token + index:,}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The shards that become one file (or one pair), and its name without suffix."""
+
+    name: str
+    shards: ShardSet
+    members: range
+    """Places in the manifest."""
+    report: Report
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all members."""
+        starts = self.shards.token_starts
+        return int(starts[self.members.stop] - starts[self.members.start])
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of all members."""
+        starts = self.shards.document_starts
+        return int(starts[self.members.stop] - starts[self.members.start])
+
+    def documents(self) -> Iterator[Documents]:
+        """Read all documents in order, in blocks of bounded size."""
+        for index in self.members:
+            yield from checked_documents(self.shards, index, self.report)
+
+
+class TokenFormat(ABC):
+    """A format of token files: what it looks like, how it is read, and what becomes of a dataset in it.
+
+    A document of a dataset is BOS + ids + EOS; the class that writes it says what it leaves out of that.
+    """
+
+    name: ClassVar[str]
+    """What the command line and manifests call it."""
+    suffix: ClassVar[str]
+    """Of the files that hold the tokens."""
+    index_needed: ClassVar[str] = ""
+    """Where an index lies beside each of them: what a message says of that."""
+    options: ClassVar[frozenset[str]] = frozenset()
+    """Those options of a conversion that are about this format."""
+    divider: ClassVar[Literal["bos", "eos"] | None] = None
+    """What divides documents, where nothing but an id does; other formats know where each ends."""
+    takes_conversations: ClassVar[bool] = False
+    """Whether there is a place for what of a document is to be learned, and for pairs."""
+    is_one_file: ClassVar[bool] = False
+    """Whether its own tools look for one file of all documents."""
+
+    def recognizes(self, path: Path, start: bytes) -> bool:  # noqa: ARG002 - for those that can
+        """Tell from a file and its first bytes, 16 where it has as many, that it has this format for certain."""
+        return False
+
+    def recognizes_folder(self, folder: Path) -> bool:  # noqa: ARG002 - for those that can
+        """Tell from what lies in a folder, other than its token files, that it has this format for certain."""
+        return False
+
+    def open(self, source: Path) -> TokenFiles:
+        """Find the files of a dataset.
+
+        Args:
+            source: a folder, or one file of it.
+
+        Raises:
+            UserError: there are none, or one of a pair is missing.
+        """
+        if source.is_dir():
+            files = sorted(path for path in source.iterdir() if path.suffix == self.suffix and path.is_file())
+            if not files:
+                raise UserError(
+                    f"no {self.suffix} file in it, which format {self.name} has",
+                    where=source,
+                    remedy="name another `source_format`",
+                    option="source_format",
+                )
+        else:
+            files = [self.file_of(source)]
+        indexes = [index for path in files if (index := self.index_of(path)) is not None]
+        for path in (*files, *indexes):
+            if not path.is_file():
+                raise UserError(f"{path}: no such file; {self.name} needs it{self.index_needed}")
+        return TokenFiles(format=self.name, token_files=tuple(files), index_files=tuple(indexes))
+
+    def file_of(self, source: Path) -> Path:
+        """Return the file with the tokens that is meant by a path that is no folder."""
+        return source
+
+    def index_of(self, path: Path) -> Path | None:  # noqa: ARG002 - for those that have one
+        """Return the file that tells where the documents of a file with tokens begin; None where there is none."""
+        return None
+
+    @abstractmethod
+    def read(self, files: TokenFiles, options: ReadOptions) -> Iterator[Batch]:
+        """Yield all documents in order, in batches.
+
+        Raises:
+            UserError: a file is damaged or not of this format, or an id is not in the vocabulary.
+        """
+
+    def names(self, names: Sequence[str]) -> list[str]:
+        """Return what files are to be called, without their suffix, that would have these names."""
+        return list(names)
+
+    @abstractmethod
+    def write(self, folder: Path, part: Part, options: WriteOptions) -> int:
+        """Write one part.
+
+        Returns:
+            How many of its documents a reader will take for several.
+
+        Raises:
+            FormatError: a shard is damaged.
+            UserError: the format cannot hold it.
+        """
+
+    def finish(self, folder: Path, manifest: Manifest, files: Sequence[str], options: WriteOptions) -> None:  # noqa: B027 - for those that have such files
+        """Write what stands beside the token files, after them.
+
+        Args:
+            folder: where they are.
+            manifest: of the dataset that they were made of.
+            files: their names, in order.
+            options: as for `write`.
+        """
