@@ -189,6 +189,11 @@ class TokenizerInfo:
     eos_id: int
     pad_id: int
 
+    @property
+    def special_ids(self) -> tuple[int, int, int]:
+        """(BOS, EOS, PAD)."""
+        return self.bos_id, self.eos_id, self.pad_id
+
 
 @dataclass(frozen=True, kw_only=True)
 class InputEntry:

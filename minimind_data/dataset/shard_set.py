@@ -99,6 +99,11 @@ class ShardSet:
         """Documents of all shards."""
         return int(self.document_starts[-1])
 
+    @property
+    def tokenizer_json(self) -> str:
+        """The text of its tokenizer.json."""
+        return (self.folder / TOKENIZER_NAME).read_bytes().decode()
+
     def __len__(self) -> int:
         """Return the number of shards."""
         return len(self.manifest.shards)

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all, for what is made in one go: conversions, merges, shuffles.
+"""A folder that appears whole or not at all, for what is made in one go: conversions, merges, shuffles, exports of weights.
 
 Everything is written into a folder beside its place and that folder is renamed at the end. What a killed run leaves is
 called `NAME.mm-data.partial`; the next run for the same place removes it.

@@ -9,7 +9,7 @@ Source of the file format: https://huggingface.co/docs/tokenizers (tokenizer.jso
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,41 @@ def same_encoding(one: str, other: str) -> bool:
     return _decisive_parts(one) == _decisive_parts(other)
 
 
+def refuse_other_tokenizer(
+    one: tuple[Path | str, TokenizerInfo | None],
+    other: tuple[Path | str, TokenizerInfo | None],
+    *,
+    why: str,
+    remedy: str = "tokenize one of them again with the other's, by mm-data tokenize --tokenizer DIR",
+    same: Callable[[], bool] = lambda: False,
+) -> None:
+    """Refuse two things that do not have the same tokenizer.
+
+    Args:
+        one: the name of the first, and what is known of its tokenizer.
+        other: the same of the second.
+        why: why they must have the same, as a clause.
+        remedy: what to do.
+        same: asked where what is known differs; tells whether the tokenizers make the same ids for all that.
+
+    Raises:
+        UserError: they are different; the message shows both.
+    """
+    if one[1] == other[1] or same():
+        return
+    shown = [f"{name}{_in_brackets(info)}" for name, info in (one, other)]
+    raise UserError(f"{shown[0]} and {shown[1]} have different tokenizers, and {why}", remedy=remedy)
+
+
+def _in_brackets(info: TokenizerInfo | None) -> str:
+    if info is None:
+        return ""
+    checksum = f", {info.sha256[:12]}…" if info.sha256 else ""
+    return (
+        f" ({info.vocab_size:,} entries, BOS {info.bos_id}, EOS {info.eos_id}, PAD {info.pad_id}{checksum})"
+    )
+
+
 def _decisive_parts(json_text: str) -> dict[str, Any]:
     content = json.loads(_parse(json_text, Path(TOKENIZER_NAME)).to_str())
     parts = {name: content[name] for name in ("normalizer", "pre_tokenizer", "model")}
@@ -178,9 +213,7 @@ def _decisive_parts(json_text: str) -> dict[str, Any]:
 @functools.lru_cache(maxsize=2)
 def cached_tokenizer(json_text: str, info: TokenizerInfo) -> Tokenizer:
     """Return a tokenizer from its JSON text, made once per process."""
-    return Tokenizer(
-        json_text, _parse(json_text, Path(TOKENIZER_NAME)), (info.bos_id, info.eos_id, info.pad_id)
-    )
+    return Tokenizer(json_text, _parse(json_text, Path(TOKENIZER_NAME)), info.special_ids)
 
 
 DEFAULT_TOKENIZER = Path(__file__).with_name("default_tokenizer")

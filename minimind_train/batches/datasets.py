@@ -16,8 +16,8 @@ from typing import Any, Self
 
 from minimind_data.dataset.format import TokenizerInfo
 from minimind_data.dataset.shard_set import ShardSet
-from minimind_data.errors import UserError
 from minimind_data.reporting import Announce
+from minimind_data.tokenizer.loading import refuse_other_tokenizer
 from minimind_data.windows.base import Windows
 from minimind_data.windows.opening import open_windows
 from minimind_train.batches.samples import MixedWindows
@@ -114,7 +114,11 @@ class Datasets:
         made = cls(sources, [ShardSet.open(source.folder) for source in sources])
         first = made.sets[0]
         for other in made.sets[1:]:
-            refuse_other_tokenizer(first, other, "the parts of a mixture share one")
+            refuse_other_tokenizer(
+                (first.folder, first.manifest.tokenizer),
+                (other.folder, other.manifest.tokenizer),
+                why="the parts of a mixture share one",
+            )
         return made
 
     @property
@@ -194,25 +198,6 @@ def shown_weights(sources: Sequence[Source]) -> str:
     """Return the weights, each as its share of all of them, so that 7 and 3 are 0.7 and 0.3."""
     total = sum(source.weight for source in sources)
     return " ".join(f"{source.name}={float(source.weight / total):.6g}" for source in sources)
-
-
-def refuse_other_tokenizer(one: ShardSet, other: ShardSet, why: str) -> None:
-    """Refuse two datasets of different tokenizers.
-
-    Raises:
-        UserError: they differ; the message shows both sides.
-    """
-    sides = [shards.manifest.tokenizer for shards in (one, other)]
-    if sides[0] != sides[1]:
-        shown = [
-            f"{shards.folder} ({info.vocab_size:,} entries, BOS {info.bos_id}, EOS {info.eos_id}, PAD {info.pad_id}, "
-            f"{info.sha256[:12]}…)"
-            for shards, info in zip((one, other), sides, strict=True)
-        ]
-        raise UserError(
-            f"{shown[0]} and {shown[1]} have different tokenizers, and {why}; tokenize one of them again with the other's "
-            "by mm-data tokenize --tokenizer DIR"
-        )
 
 
 def data_of_run(

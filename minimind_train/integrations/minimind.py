@@ -28,11 +28,11 @@ from torch.utils.data import Dataset, Sampler
 
 from minimind_data.build.pipeline import tokenize
 from minimind_data.build.plan import TokenizeOptions
-from minimind_data.dataset.format import TOKENIZER_NAME
+from minimind_data.dataset.format import TOKENIZER_NAME, TokenizerInfo
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.files import FolderLock
-from minimind_data.tokenizer.loading import cached_tokenizer
+from minimind_data.tokenizer.loading import cached_tokenizer, refuse_other_tokenizer
 from minimind_data.windows.opening import open_windows
 from minimind_train.batches.torch_loader import WindowDataset
 from minimind_train.order.sample_order import OrderKind, SampleOrder
@@ -69,7 +69,25 @@ class PretrainDataset(Dataset[tuple[Tensor, Tensor]]):
             raise UserError(
                 f"{folder}: a dataset of kind {shards.manifest.kind}; this takes one of kind pretrain"
             )
-        _refuse_other_tokenizer(shards, tokenizer)
+        info = shards.manifest.tokenizer
+        its_own = TokenizerInfo(
+            sha256="",  # nobody asks for the file that it came from
+            vocab_size=len(tokenizer),
+            bos_id=tokenizer.bos_token_id,
+            eos_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+        )
+        refuse_other_tokenizer(
+            (shards.folder, info),
+            ("the tokenizer that was passed", its_own),
+            why="samples must have the ids of the one that the loop knows",
+            remedy="tokenize the text again with this tokenizer, or pass the dataset's",
+            same=lambda: (
+                info.special_ids == its_own.special_ids
+                and cached_tokenizer(shards.tokenizer_json, info).reference.get_vocab(with_added_tokens=True)
+                == tokenizer.get_vocab()
+            ),
+        )
         self.tokenizer = tokenizer
         self.max_length = max_length
         self._windows = WindowDataset(open_windows(shards, layout="pad", seq_len=max_length, labels=True))
@@ -252,27 +270,3 @@ def _tokenized(text: Path, tokenizer: Any, say: Say) -> Path:
     if not summary.already_done:
         say(f"{text}: tokenized into {folder}")
     return folder
-
-
-def _refuse_other_tokenizer(shards: ShardSet, tokenizer: Any) -> None:
-    """Refuse a tokenizer other than the dataset's.
-
-    Raises:
-        UserError: its special ids or its vocabulary are others.
-    """
-    info = shards.manifest.tokenizer
-    sides = [
-        (info.bos_id, info.eos_id, info.pad_id),
-        (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id),
-    ]
-    if sides[0] != sides[1]:
-        shown = " and ".join("BOS {}, EOS {}, PAD {}".format(*side) for side in sides)
-        raise UserError(
-            f"{shards.folder}: its special ids are not those of this tokenizer ({shown}); tokenize the text again with this tokenizer"
-        )
-    text = (shards.folder / TOKENIZER_NAME).read_bytes().decode()
-    if cached_tokenizer(text, info).reference.get_vocab(with_added_tokens=True) != tokenizer.get_vocab():
-        raise UserError(
-            f"{shards.folder}: was made with another tokenizer than this ({info.vocab_size:,} entries against "
-            f"{len(tokenizer):,}); tokenize the text again with this tokenizer, or pass the dataset's"
-        )

@@ -11,7 +11,8 @@ import torch
 
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
-from minimind_train.batches.datasets import Datasets, refuse_other_tokenizer, shown_weights
+from minimind_data.tokenizer.loading import refuse_other_tokenizer
+from minimind_train.batches.datasets import Datasets, shown_weights
 from minimind_train.batches.places import epochs_of, introduce
 from minimind_train.batches.samples import MixedWindows
 from minimind_train.order.mixture import MixtureOrder, MixtureStage
@@ -134,7 +135,11 @@ class RunData:
             raise UserError(
                 f"{shards.folder}: a dataset of kind {kinds[1]}, and the run learns kind {kinds[0]}; pairs and texts are not measured alike"
             )
-        refuse_other_tokenizer(self._datasets.sets[0], shards, "a model is measured with its own")
+        refuse_other_tokenizer(
+            (self._datasets.folder, self._datasets.tokenizer),
+            (shards.folder, shards.manifest.tokenizer),
+            why="a model is measured with its own",
+        )
         if shards.manifest.fingerprint in {each.manifest.fingerprint for each in self._datasets.sets}:
             self._say(f"{shards.folder}: is learned too, so what --val-shards measures is memory")
         training = self._training

@@ -9,11 +9,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from minimind_data.dataset.format import TOKENIZER_NAME
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.options import build
-from minimind_data.tokenizer.loading import same_encoding
+from minimind_data.tokenizer.loading import refuse_other_tokenizer, same_encoding
 from minimind_train.batches.datasets import source_texts
 from minimind_train.model.precision import Dtype, resolve_dtype
 from minimind_train.model.transformer import MiniMind
@@ -28,7 +27,7 @@ from minimind_train.run_folder.choice import CheckpointChoice
 from minimind_train.run_folder.record import RunRecord
 from minimind_train.training.evaluate import Evaluation, open_evaluator
 from minimind_train.training.loop import RunConfig
-from minimind_train.weights.load import Opened, open_trained
+from minimind_train.weights.load import open_trained
 
 
 def evaluate_run(
@@ -63,7 +62,14 @@ def evaluate_run(
     """
     opened = open_trained(run, step=step, say=say, changes=changes)
     shards = ShardSet.open(dataset)
-    _refuse_other_tokenizer(run, opened, shards)
+    refuse_other_tokenizer(
+        (shards.folder, shards.manifest.tokenizer),
+        (run, opened.tokenizer.info),
+        why="a model knows the ids of its own alone",
+        remedy=f"tokenize the text again with --tokenizer {run}",
+        # A run's is a copy of its dataset's; other programs write the same one in their own way.
+        same=lambda: opened.record is None and same_encoding(opened.tokenizer.json, shards.tokenizer_json),
+    )
     options = dict(opened.record.options) if opened.record else {}
     if "layout" in cut:
         options["document_mask"] = cut["layout"] == "pack"
@@ -96,20 +102,6 @@ def evaluate_run(
         objective = NextToken(model)
     with WindowProgress(evaluator.num_windows) as progress:
         return evaluator.measure(objective, report=progress.add)
-
-
-def _refuse_other_tokenizer(run: Path, opened: Opened, shards: ShardSet) -> None:
-    there, here = opened.tokenizer.info, shards.manifest.tokenizer
-    if there == here:
-        return
-    # A run's is a copy of its dataset's; other programs write the same one in their own way.
-    text = (shards.folder / TOKENIZER_NAME).read_bytes().decode()
-    if opened.record is None and same_encoding(opened.tokenizer.json, text):
-        return
-    raise UserError(
-        f"{shards.folder}: its tokenizer ({here.vocab_size:,} entries, {here.sha256[:12]}…) is not that of {run} "
-        f"({there.vocab_size:,} entries, {there.sha256[:12]}…); tokenize its text again with --tokenizer {run}"
-    )
 
 
 def _of_pairs(model: MiniMind, run: Path, record: RunRecord | None, dataset: Path, say: Say) -> Objective:

@@ -9,10 +9,9 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from minimind_data.dataset.format import TOKENIZER_NAME
 from minimind_data.errors import UserError
 from minimind_data.options import build, flatten
-from minimind_data.tokenizer.loading import same_encoding
+from minimind_data.tokenizer.loading import refuse_other_tokenizer, same_encoding
 from minimind_train.batches.datasets import Datasets
 from minimind_train.model.config import NO_SHAPES, ModelConfig
 from minimind_train.model.transformer import MiniMind
@@ -48,7 +47,7 @@ def with_initial_weights(
             )
         return options, None
     weights = load_weights(Path(origin), step=options.start.from_step, shape=options.model, say=say)
-    _refuse_other_tokenizer(origin, weights, shards, say)
+    _check_tokenizer(origin, weights, shards, say)
     here, there = flatten(options.model), flatten(weights.config)
     if names_given is None:
         usual = flatten(type(options)().model)
@@ -124,20 +123,19 @@ class InitialWeights:
         self._weights = None
 
 
-def _refuse_other_tokenizer(origin: str, weights: Weights, shards: Datasets, say: Say) -> None:
-    """Refuse weights whose ids mean other texts than the dataset's; of a file that says nothing, tell that nobody knows."""
-    there, here = weights.tokenizer, shards.tokenizer
-    if there == here:
-        return
-    if weights.tokenizer_json is None:
+def _check_tokenizer(origin: str, weights: Weights, shards: Datasets, say: Say) -> None:
+    """Refuse weights whose ids mean other texts than the dataset's; a file that says nothing of its tokenizer is believed."""
+    text = weights.tokenizer_json
+    if text is None and weights.tokenizer != shards.tokenizer:
         say(f"{origin}: says nothing of its tokenizer; it must be that of {shards.folder}")
         return
-    text = (shards.folder / TOKENIZER_NAME).read_bytes().decode()
-    # A run's is a copy of its dataset's; other programs write the same one in their own way.
-    if weights.step is None and same_encoding(weights.tokenizer_json, text):
-        return
-    named = f" ({there.vocab_size:,} entries, {there.sha256[:12]}…)" if there else ""
-    raise UserError(
-        f"{origin}: its tokenizer{named} is not that of {shards.folder} "
-        f"({here.vocab_size:,} entries, {here.sha256[:12]}…); tokenize the text again with --tokenizer {origin}"
+    refuse_other_tokenizer(
+        (origin, weights.tokenizer),
+        (shards.folder, shards.tokenizer),
+        why="the weights know the ids of theirs alone",
+        remedy=f"tokenize the text again with --tokenizer {origin}",
+        # A run's is a copy of its dataset's; other programs write the same one in their own way.
+        same=lambda: (
+            weights.step is None and text is not None and same_encoding(text, shards.sets[0].tokenizer_json)
+        ),
     )

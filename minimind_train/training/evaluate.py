@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minimind_data.dataset.format import IGNORED, TOKENIZER_NAME
+from minimind_data.dataset.format import IGNORED
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.options import check_limits
@@ -240,7 +240,7 @@ def open_evaluator(
     windows = open_windows(shards, announce=announce, **options)
     tokenizer = None
     if shards.manifest.kind != "dpo":
-        text = (shards.folder / TOKENIZER_NAME).read_bytes().decode()
+        text = shards.tokenizer_json
         tokenizer = cached_tokenizer(text, shards.manifest.tokenizer)
     return Evaluator(
         windows, tokenizer, num_windows=num_windows, batch=batch, device=device, dtype=dtype, world=world

@@ -7,7 +7,7 @@ into the matrices that they stand beside, but for peft.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from minimind_data.dataset.format import CONFIG_NAME as TOKENIZER_CONFIG_NAME
 from minimind_data.dataset.format import TOKENIZER_NAME, TokenizerInfo
+from minimind_data.dataset.staging import new_folder
 from minimind_data.errors import UserError
-from minimind_data.files import fsync_folder, partial_name, user_error_on_full_disk
+from minimind_data.files import user_error_on_full_disk, whole_file
 from minimind_data.tokenizer.loading import Tokenizer
 from minimind_train.model.config import ModelConfig, parameter_line
 from minimind_train.model.lora import adapters_of
@@ -102,9 +103,10 @@ def _to_minimind(out: Path, record: RunRecord, model: MiniMind, weights: dict[st
     path = out if out.suffix == ".pth" else out / file_name(record.command, model.config)
     if model.config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    with _whole(path, Path.unlink) as partial:
-        torch.save(weights, partial)
-        _flush(partial)
+    with _sentence_on_failure(path), user_error_on_full_disk(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            torch.save(weights, file)
     say(f"{path}: {parameter_line(model.config)}, for the code of {form.generation}: {form.call}")
     return path
 
@@ -121,16 +123,17 @@ def _to_hf(
     tokenizer = load_run_tokenizer(run, record.tokenizer)
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     hf_config = to_hf(config, record.tokenizer, dtype)
-    with _whole_folder(out, "config.json") as partial:
-        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        (partial / TOKENIZER_NAME).write_text(tokenizer.json, encoding="utf-8")
+    with _sentence_on_failure(out), new_folder(out) as folder:
+        (folder / TOKENIZER_NAME).write_text(tokenizer.json, encoding="utf-8")
         special = {name: hf_config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         for name, content in (
             ("config.json", hf_config),
             ("generation_config.json", special),
             (TOKENIZER_CONFIG_NAME, _tokenizer_config(run, tokenizer, record.tokenizer, config)),
         ):
-            _write_json(partial / name, content)
+            _write_json(folder / name, content)
+        _save_weights(weights, folder / "model.safetensors", rights_of=folder / "config.json")
+        _flush(folder)
     say(f"{out}: {parameter_line(config)} as {hf_config['architectures'][0]} in {dtype}")
     row_bytes = [
         size * next(iter(weights.values())).element_size()
@@ -149,9 +152,10 @@ def _to_peft(
 ) -> Path:
     model, lora = adapted_model(run, step=step, say=say)
     weights = _cast(adapter_tensors(model), dtype, run)
-    with _whole_folder(out, ADAPTER_CONFIG_NAME) as partial:
-        save_file(weights, partial / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
-        _write_json(partial / ADAPTER_CONFIG_NAME, adapter_config(lora, str(base)))
+    with _sentence_on_failure(out), new_folder(out) as folder:
+        _write_json(folder / ADAPTER_CONFIG_NAME, adapter_config(lora, str(base)))
+        _save_weights(weights, folder / ADAPTER_WEIGHTS_NAME, rights_of=folder / ADAPTER_CONFIG_NAME)
+        _flush(folder)
     say(
         f"{out}: adapters of rank {lora.lora_rank} for {len(adapters_of(model))} matrices; they belong to {base}, which `mm-train "
         "export --to hf` makes a model that peft puts them on"
@@ -187,41 +191,25 @@ def _tokenizer_config(
     }
 
 
-@contextmanager
-def _whole_folder(out: Path, usual: str) -> Iterator[Path]:
-    """Give a folder beside `out` to write to, and rename it when all is done; its files get the rights of the one named `usual`."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is there already; take another --out, or remove it")
-    with _whole(out, shutil.rmtree) as partial:
-        partial.mkdir()
-        yield partial
-        for file in partial.iterdir():
-            shutil.copymode(partial / usual, file)  # safetensors lets nobody else read what it writes
-            _flush(file)
-        if out.exists():
-            out.rmdir()
+def _save_weights(weights: dict[str, Tensor], path: Path, *, rights_of: Path) -> None:
+    """Write tensors; the file gets the access rights of a usual one, as safetensors lets nobody else read what it writes."""
+    save_file(weights, path, metadata={"format": "pt"})
+    shutil.copymode(rights_of, path)
+
+
+def _flush(folder: Path) -> None:
+    """Flush every file of a folder to the disk."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 @contextmanager
-def _whole(path: Path, remove: Callable[[Path], object]) -> Iterator[Path]:
-    """Give a name beside `path` to write to, and rename it when all is done; what failed is removed."""
-    with user_error_on_full_disk(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = partial_name(path)
-        try:
-            yield partial
-            partial.replace(path)
-        except BaseException as error:
-            if partial.exists():
-                remove(partial)
-            if isinstance(error, SafetensorError | RuntimeError):  # how these libraries tell of a full disk
-                raise UserError(
-                    f"{path}: could not be written ({str(error).partition(chr(10))[0]}); make room on the disk, or take another --out"
-                ) from None
-            raise
-        fsync_folder(path.parent)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _sentence_on_failure(out: Path) -> Iterator[None]:
+    """Turn the errors by which torch and safetensors report a full disk into a sentence about `out`."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(
+            f"{out}: could not be written ({str(error).partition(chr(10))[0]}); make room on the disk, or take another --out"
+        ) from None

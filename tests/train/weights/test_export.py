@@ -301,7 +301,7 @@ def test_an_export_leaves_nothing_half_done(make_run, tmp_path, monkeypatch):
     run = make_run()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(UserError, match="full: is there already"):
+    with pytest.raises(UserError, match="full: not empty"):
         export(run, tmp_path / "full", to="hf", say=Said())
 
     def fail(*_, **__):
@@ -317,6 +317,14 @@ def test_an_export_leaves_nothing_half_done(make_run, tmp_path, monkeypatch):
         export(run, tmp_path / "hf", to="hf", say=Said())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "out"]
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(make_run, tmp_path):
+    (tmp_path / "hf.mm-data.partial").mkdir()
+    (tmp_path / "hf.mm-data.partial" / "model.safetensors").write_bytes(b"half")
+    export(make_run(), tmp_path / "hf", to="hf", say=Said())
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith((".", "hf"))) == ["hf"]
+    assert len({path.stat().st_mode for path in (tmp_path / "hf").iterdir()}) == 1
 
 
 def test_numbers_that_a_dtype_cannot_hold_are_refused(make_run, tmp_path, monkeypatch):
