@@ -1,10 +1,8 @@
 """mm-data: text to shards, and a look into them. Parses arguments, calls one function, prints what it returns."""
 
-import contextlib
 import json
 import shlex
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,13 +15,12 @@ from minimind_data.build.plan import TokenizeOptions
 from minimind_data.build.publish import Summary
 from minimind_data.dataset.format import SET_ASIDE_NAME, VALIDATION_NAME, Manifest
 from minimind_data.dataset.shard_set import ShardSet
-from minimind_data.dataset.verification import dataset_bytes
 from minimind_data.dataset.verification import verify as verify_dataset
 from minimind_data.errors import UserError
 from minimind_data.inputs.spec import RecordSpec
 from minimind_data.inputs.splits import texts_of
 from minimind_data.permutation import MAX_SEED
-from minimind_data.reporting import ByteProgress, Report, counted
+from minimind_data.reporting import ByteProgress, counted
 from minimind_data.tokenizer.training import train_tokenizer as run_training
 from minimind_data.windows.base import Layout
 from minimind_data.windows.best_fit import LongDocuments
@@ -65,7 +62,7 @@ def tokenize(
     After an interruption, run the same command again: it makes only what is missing. With more inputs, it makes only their shards.
     """
     try:
-        summary = build_dataset(inputs, options, announce=_say, progress=_tokenize_bar)
+        summary = build_dataset(inputs, options, say=_say, progress=ByteProgress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             "interrupted; finished shards stay, the same command makes the rest"
@@ -76,13 +73,7 @@ def tokenize(
 @command(app)
 def commit(folder: _Folder) -> None:
     """Join the slices that `tokenize --task` made."""
-    _print_summary(folder, commit_slices(folder, announce=_say, progress=_tokenize_bar))
-
-
-@contextlib.contextmanager
-def _tokenize_bar(title: str, num_bytes: int) -> Iterator[Report]:
-    with ByteProgress(title, num_bytes, "tokens" if title == "tokenize" else "") as bar:
-        yield bar.add
+    _print_summary(folder, commit_slices(folder, say=_say, progress=ByteProgress))
 
 
 def _print_summary(out: Path, summary: Summary) -> None:
@@ -209,8 +200,7 @@ def info(folder: _Folder, as_json: _Json = False) -> None:
 @command(app)
 def verify(folder: _Folder, as_json: _Json = False) -> None:
     """Recompute every checksum, to find any flipped byte."""
-    with ByteProgress("verify", dataset_bytes(folder)) as bar:
-        verdict = verify_dataset(folder, bar.add)
+    verdict = verify_dataset(folder, progress=ByteProgress)
     if as_json:
         _print_json({"ok": not verdict.problems, **asdict(verdict)})
     elif not verdict.problems:

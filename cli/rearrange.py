@@ -1,8 +1,7 @@
 """The commands of mm-data that make datasets out of datasets: convert, merge, shuffle."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated
 
 import typer
 
@@ -44,10 +43,9 @@ def convert(
     ] = SHARDS,
 ) -> None:
     """Convert a dataset from or to another project's format."""
-    with _Bar("convert") as bar:
-        summary = convert_dataset(
-            source, options, source_format=source_format, target_format=target_format, progress=bar.start
-        )
+    summary = convert_dataset(
+        source, options, source_format=source_format, target_format=target_format, progress=ByteProgress
+    )
     _print_summary(options.out, summary)
 
 
@@ -66,9 +64,7 @@ def merge(
 
     Shards are hard-linked where possible.
     """
-    with _Bar("merge") as bar:
-        manifest = merge_datasets(folders, options, progress=bar.start)
-    _print_made(options.out, manifest)
+    _print_manifest(options.out, merge_datasets(folders, options, progress=ByteProgress))
 
 
 def shuffle(
@@ -76,31 +72,10 @@ def shuffle(
     options: ShuffleOptions,
 ) -> None:
     """Put documents into a random order, decided by a seed."""
-    with _Bar("shuffle") as bar:
-        manifest = shuffle_dataset(folder, options, progress=bar.start)
-    _print_made(options.out, manifest)
+    _print_manifest(options.out, shuffle_dataset(folder, options, progress=ByteProgress))
 
 
-class _Bar:
-    """A progress bar that begins when the work knows its size."""
-
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self._bar: ByteProgress | None = None
-
-    def start(self, num_bytes: int) -> Callable[[int, int], None]:
-        self._bar = ByteProgress(self._title, num_bytes, "tokens")
-        return self._bar.add
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def _print_made(out: Path, manifest: Manifest) -> None:
+def _print_manifest(out: Path, manifest: Manifest) -> None:
     print(
         f"{out}: {counted(manifest.num_documents, 'document')}, {counted(manifest.num_tokens, 'token')} in "
         f"{counted(len(manifest.shards), 'shard')} ({manifest.dtype})"

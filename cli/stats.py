@@ -50,9 +50,7 @@ def stats(
     shards = ShardSet.open(folder)
     tokenizer = load_tokenizer(folder)
     seq_lens = tuple(dict.fromkeys(seq_len or DEFAULT_SEQ_LENS))
-    with ByteProgress("count", sum(entry.bytes for entry in shards.manifest.shards)) as bar:
-        found = describe(shards, tokenizer, seq_lens, bar.add)
-    numbers = found.as_dict()
+    numbers = describe(shards, tokenizer, seq_lens, ByteProgress).as_dict()
     if as_json:
         print(json.dumps(numbers, ensure_ascii=False))
     else:

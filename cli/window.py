@@ -62,7 +62,7 @@ def window(
         seq_len=seq_len,
         labels=labels,
         long_documents=long_documents,
-        announce=lambda sentence: print(sentence, file=sys.stderr),
+        say=lambda sentence: print(sentence, file=sys.stderr),
     )
     if not 0 <= number < len(windows):
         raise UserError(

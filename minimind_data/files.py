@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from minimind_data.errors import UserError
-from minimind_data.reporting import Announce
+from minimind_data.reporting import Say
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -149,7 +149,7 @@ class FolderLock:
         UserError: another process holds the lock (at once, unless `wait` is given).
     """
 
-    def __init__(self, path: Path, busy: str, *, shared: bool = False, wait: Announce | None = None) -> None:
+    def __init__(self, path: Path, busy: str, *, shared: bool = False, wait: Say | None = None) -> None:
         self._path = path
         self._busy = busy
         self._kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
@@ -189,7 +189,7 @@ class FolderLock:
         os.close(self._descriptor)
         self._descriptor = None
 
-    def _wait_for(self, descriptor: int, tell: Announce) -> None:
+    def _wait_for(self, descriptor: int, tell: Say) -> None:
         try:
             tell(self._busy)
             fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -7,13 +7,14 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
 from tqdm import tqdm
 
-Say = Callable[[str], None]
+from minimind_data.reporting import Say
+
+__all__ = ["Progress", "Say", "WindowProgress", "say_on_stderr"]
 
 _MAX_COLUMNS = 80
 _SPARE_COLUMNS = 3

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from minimind_data.build.split import HashResult, Job, SplitResult, SplitTask, run_task
 from minimind_data.build.workers import CORES_PER_PROCESS, Tries
 from minimind_data.errors import UserError
-from minimind_data.reporting import Announce, Report
+from minimind_data.reporting import Report, Say
 from minimind_data.system import num_cores
 
 
@@ -28,7 +28,7 @@ def run_tasks(
     tasks: list[SplitTask],
     workers: int,
     report: Report,
-    announce: Announce,
+    say: Say,
     *,
     engine: Literal["local", "ray"],
 ) -> Iterator[SplitResult | HashResult]:
@@ -38,7 +38,7 @@ def run_tasks(
         UserError: as `run_local` and `ray_engine.run_ray` say, or Ray is not installed.
     """
     if engine == "local":
-        return run_local(job, tasks, workers or num_cores(), report, announce)
+        return run_local(job, tasks, workers or num_cores(), report, say)
     try:
         from minimind_data.build.ray import run_ray  # noqa: PLC0415 - Ray is optional, and slow to import
     except ModuleNotFoundError as error:
@@ -47,11 +47,11 @@ def run_tasks(
         raise UserError(
             "--engine ray: Ray is not installed; pip install 'minimind-pipeline[ray]', or take --engine local"
         ) from None
-    return run_ray(job, tasks, workers, report, announce)
+    return run_ray(job, tasks, workers, report, say)
 
 
 def run_local(
-    job: Job, tasks: list[SplitTask], workers: int, report: Report, announce: Announce
+    job: Job, tasks: list[SplitTask], workers: int, report: Report, say: Say
 ) -> Iterator[SplitResult | HashResult]:
     """Run tasks on this machine with at most `workers` cores busy.
 
@@ -67,7 +67,7 @@ def run_local(
         for task in tasks:
             yield run_task(job, task, report)
     else:
-        yield from _Pool(job, tasks, num_processes, report, announce).run()
+        yield from _Pool(job, tasks, num_processes, report, say).run()
 
 
 def _num_processes(workers: int, num_tasks: int) -> int:
@@ -136,13 +136,13 @@ class _Pool:
         tasks: list[SplitTask],
         num_workers: int,
         report: Report,
-        announce: Announce,
+        say: Say,
     ) -> None:
         self._job = job
         self._waiting = deque(tasks)
         self._num_workers = num_workers
         self._report = report
-        self._tries = Tries(announce)
+        self._tries = Tries(say)
         self._workers: list[_Worker] = []
 
     def run(self) -> Iterator[SplitResult | HashResult]:

@@ -49,7 +49,7 @@ from minimind_data.inputs.discovery import find_sources
 from minimind_data.inputs.hashes import InputHashes
 from minimind_data.inputs.sources import STDIN, Source
 from minimind_data.options import build, differences
-from minimind_data.reporting import Announce, Progress, Report, no_progress
+from minimind_data.reporting import Progress, Report, Say, no_progress, say_nothing
 from minimind_data.tokenizer.backends import Choice, choose_backend
 from minimind_data.tokenizer.loading import SpecialTokens, Tokenizer, cached_tokenizer, load_tokenizer
 
@@ -58,7 +58,7 @@ def tokenize(
     inputs: Sequence[Path | str],
     options: TokenizeOptions,
     *,
-    announce: Announce = lambda _: None,
+    say: Say = say_nothing,
     progress: Progress = no_progress,
 ) -> Summary:
     """Turn text into a dataset; see this module's docstring for what an interruption leaves.
@@ -66,9 +66,8 @@ def tokenize(
     Args:
         inputs: files, folders, globs, URIs of object stores, or `-` for standard input, in the order of the dataset.
         options: how.
-        announce: is told, in a sentence, what the user should know before the work is done.
-        progress: called with the name of a step and the bytes to be read; inside the `with` of what it returns, bytes and
-            tokens are told as they are done.
+        say: takes sentences that the user should know before the work is done.
+        progress: shows the bytes that are read and the tokens that are made, step by step.
 
     Raises:
         UserError: an input, a record, the tokenizer, the folder, the disk or the settings are not as they must be.
@@ -86,15 +85,15 @@ def tokenize(
     sources, notes = find_sources(before, options.format)
     more, more_notes = find_sources(after, options.format)
     for note in notes + more_notes:
-        announce(note)
+        say(note)
     work = WorkFolder(options.out)
 
     def plan() -> _Build:
         piped = [spooled(work, options, progress)] if STDIN in given else []
         planned = [*sources, *piped, *more]
         for note in idle_options(planned, options.records):
-            announce(note)
-        return _Build(planned, options, tokenizer, chat, work, announce=announce, progress=progress)
+            say(note)
+        return _Build(planned, options, tokenizer, chat, work, say=say, progress=progress)
 
     begun = None if STDIN in given else plan()
     try:
@@ -106,7 +105,7 @@ def tokenize(
         return summary
 
 
-def commit(out: Path, *, announce: Announce = lambda _: None, progress: Progress = no_progress) -> Summary:
+def commit(out: Path, *, say: Say = say_nothing, progress: Progress = no_progress) -> Summary:
     """Join the slices that runs with `task` made into one dataset.
 
     Raises:
@@ -132,7 +131,7 @@ def commit(out: Path, *, announce: Announce = lambda _: None, progress: Progress
             f"{gone[0]}: an input of this build, not there any more; put it back, then commit again"
         )
     with user_error_on_full_disk(out), work.locked():
-        joined = _Build(sources, options, tokenizer, chat, work, announce=announce, progress=progress)
+        joined = _Build(sources, options, tokenizer, chat, work, say=say, progress=progress)
         return joined.run(only_join=True)
 
 
@@ -147,7 +146,7 @@ class _Build:
         chat: Chat,
         work: WorkFolder,
         *,
-        announce: Announce,
+        say: Say,
         progress: Progress,
     ) -> None:
         check_forms(sources, options)
@@ -158,7 +157,7 @@ class _Build:
         self._config_json = None if chat.template is None else chat.template.config_json
         self._tasks = plan_tasks(sources, options)
         self._work = work
-        self._announce = announce
+        self._say = say
         self._progress = progress
         self._settings = settings_of(options, tokenizer, chat)
         self._start = time.monotonic()
@@ -176,27 +175,25 @@ class _Build:
             self._refuse_other(previous)
             same_inputs = self._compare_inputs(previous, hashes.entries())
             if same_inputs and self._is_whole(previous):
-                restore(work, previous, self._tokenizer.json, self._config_json, self._announce)
+                restore(work, previous, self._tokenizer.json, self._config_json, self._say)
                 return self._summary(previous.manifest, previous.validation, already_done=True)
         self._begin(previous)
         inputs = hashes.entries() if previous else ()
-        kept, changed = reusable(
-            work, self._tasks, options, previous, previous_inputs=inputs, announce=self._announce
-        )
+        kept, changed = reusable(work, self._tasks, options, previous, previous_inputs=inputs, say=self._say)
         missing = [task for task in slice_of(self._tasks, options.task) if task.name not in kept]
         if only_join and missing:
             raise UserError(
                 f"{options.out}: {len(missing)} of {len(self._tasks)} splits are not made ({missing[0].name}, …); run the slices "
                 "that hold them, then commit again"
             )
-        self._announce_missing(kept, missing)
+        self._say_what_is_missing(kept, missing)
         if changed:
             work.retire()
         made, choice = self._make(missing) if missing else ({}, None)
         self._refuse_changed_shards(previous, [one for name, one in made.items() if name not in changed])
         manifest = validation = None
         if options.task is None and previous is not None and same_inputs and not changed:
-            restore(work, previous, self._tokenizer.json, self._config_json, self._announce)
+            restore(work, previous, self._tokenizer.json, self._config_json, self._say)
             manifest, validation = previous.manifest, previous.validation
         elif options.task is None:
             splits = [(task, made.get(task.name) or kept[task.name]) for task in self._tasks]
@@ -209,7 +206,7 @@ class _Build:
                 config_json=self._config_json,
                 previous=previous,
             )
-            self._announce_empty_validation(outcome)
+            self._say_that_validation_is_empty(outcome)
             publish(work, outcome, self._tokenizer.json, self._config_json)
             manifest, validation = outcome.manifest, outcome.validation
         return self._summary(manifest, validation, made=made, kept=len(kept), choice=choice)
@@ -235,9 +232,9 @@ class _Build:
                 f"{self._options.out}: {unlike[0]} came out otherwise than the manifest says; tokenize into another --out"
             )
 
-    def _announce_empty_validation(self, outcome: Outcome) -> None:
+    def _say_that_validation_is_empty(self, outcome: Outcome) -> None:
         if self._options.val_fraction and outcome.validation is None:
-            self._announce(
+            self._say(
                 f"no document fell to the validation part: --val-fraction {self._options.val_fraction} is small for it"
             )
 
@@ -287,15 +284,13 @@ class _Build:
             )
         return here == there
 
-    def _announce_missing(self, kept: dict[str, SplitResult], missing: list[SplitTask]) -> None:
+    def _say_what_is_missing(self, kept: dict[str, SplitResult], missing: list[SplitTask]) -> None:
         if dtype_for(self._tokenizer.info.vocab_size) == "int32":
-            self._announce(
+            self._say(
                 f"the vocabulary has {self._tokenizer.info.vocab_size:,} entries, over 65,536: tokens take 4 bytes (int32)"
             )
         if kept and missing:
-            self._announce(
-                f"{len(kept)} of {len(self._tasks)} splits were done before; making {len(missing)}"
-            )
+            self._say(f"{len(kept)} of {len(self._tasks)} splits were done before; making {len(missing)}")
 
     def _find_duplicates(self) -> None:
         """Note for every split which of its documents stood before."""
@@ -313,7 +308,7 @@ class _Build:
         with encoders_in_our_threads():
             sample = sample_texts(missing, self._options, self._chat.spec)
             choice = choose_backend(self._tokenizer, self._options.backend, sample)
-            self._announce(f"encoding with {choice.name}: {choice.note}")
+            self._say(f"encoding with {choice.name}: {choice.note}")
             job = self._job(choice.name)
             with self._progress("tokenize", _num_bytes(missing)) as report:
                 made = self._make_with(job, missing, report)
@@ -323,7 +318,7 @@ class _Build:
         return made, choice
 
     def _make_with(self, job: Job, tasks: list[SplitTask], report: Report) -> dict[str, SplitResult]:
-        """Run splits, write down the result of each, and announce the first in which the fast backend differs from the reference."""
+        """Run splits, write down the result of each, and say the first in which the fast backend differs from the reference."""
         made: dict[str, SplitResult] = {}
         differs = False
         for result in self._run(job, tasks, report):
@@ -332,15 +327,13 @@ class _Build:
             made[result.name] = result
             if result.difference is not None and not differs:
                 differs = True
-                self._announce(
+                self._say(
                     f"{job.backend} differs from tokenizers ({result.name}, {result.difference}); tokenizers does the work"
                 )
         return made
 
     def _run(self, job: Job, tasks: list[SplitTask], report: Report) -> Iterator[SplitResult | HashResult]:
-        return run_tasks(
-            job, tasks, self._options.workers, report, self._announce, engine=self._options.engine
-        )
+        return run_tasks(job, tasks, self._options.workers, report, self._say, engine=self._options.engine)
 
     def _job(self, backend: str) -> Job:
         return Job(

@@ -25,7 +25,7 @@ from minimind_data.dataset.format import (
 )
 from minimind_data.errors import UserError
 from minimind_data.files import sha256_of, sha256_of_bytes, write_atomic
-from minimind_data.reporting import Announce
+from minimind_data.reporting import Say
 from minimind_data.tokenizer.backends import Choice
 from minimind_data.tokenizer.loading import Tokenizer
 
@@ -155,7 +155,7 @@ def restore(
     previous: FinishedDataset,
     tokenizer_json: str,
     config_json: str | None,
-    announce: Announce,
+    say: Say,
 ) -> None:
     """Leave a finished dataset as its manifest says it is, all its shards being there."""
     for folder, manifest in ((work.out, previous.manifest), (work.val, previous.validation)):
@@ -171,10 +171,10 @@ def restore(
             path = folder / name
             if not path.is_file() or path.read_bytes() != wanted.encode():
                 write_atomic(path, wanted)
-                announce(f"{path}: was missing or changed; it is restored")
+                say(f"{path}: was missing or changed; it is restored")
     path, wanted_sha256 = work.out / SET_ASIDE_NAME, previous.manifest.set_aside_sha256
     if wanted_sha256 is not None and not (path.is_file() and sha256_of(path) == wanted_sha256):
-        announce(f"{path}: missing or changed; {REMAKE_ALL}")
+        say(f"{path}: missing or changed; {REMAKE_ALL}")
     _tidy(work, previous.manifest, previous.validation)
 
 

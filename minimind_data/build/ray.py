@@ -36,7 +36,7 @@ from minimind_data.build.workers import CORES_PER_PROCESS, ENCODER_ENVIRONMENT, 
 from minimind_data.errors import UserError
 from minimind_data.files import partial_name, remove_partials
 from minimind_data.inputs.sources import Source
-from minimind_data.reporting import Announce, Report
+from minimind_data.reporting import Report, Say
 
 _CONNECT_SECONDS = 10.0
 _POLL_SECONDS = 5.0
@@ -78,7 +78,7 @@ class _Made:
 
 
 def run_ray(
-    job: Job, tasks: list[SplitTask], workers: int, report: Report, announce: Announce
+    job: Job, tasks: list[SplitTask], workers: int, report: Report, say: Say
 ) -> Iterator[SplitResult | HashResult]:
     """Run tasks on a Ray cluster, in any order, with at most `workers` of its cores reserved; 0 takes all.
 
@@ -99,7 +99,7 @@ def run_ray(
             inputs={source.location: _stamp(source) for source in sources},
             versions=_versions(),
         )
-        yield from _Run(shared, tasks, report, announce, num_cores=num_cores, workers=workers).run()
+        yield from _Run(shared, tasks, report, say, num_cores=num_cores, workers=workers).run()
 
 
 def cores_per_task(cores_of_nodes: Sequence[int], workers: int) -> int:
@@ -127,7 +127,7 @@ class _Run:
         shared: _Shared,
         tasks: list[SplitTask],
         report: Report,
-        announce: Announce,
+        say: Say,
         *,
         num_cores: int,
         workers: int,
@@ -138,8 +138,8 @@ class _Run:
         self._num_cores = num_cores
         self._workers = workers
         self._report = report
-        self._announce = announce
-        self._tries = Tries(announce)
+        self._say = say
+        self._tries = Tries(say)
         self._waiting = deque(tasks)
         self._busy: dict[Any, SplitTask] = {}
         self._has_said_stuck = False
@@ -151,7 +151,7 @@ class _Run:
     def run(self) -> Iterator[SplitResult | HashResult]:
         """Yield results as they come."""
         cores = _cores_of_nodes()
-        self._announce(
+        self._say(
             f"on a Ray cluster with {sum(cores)} cores on {len(cores)} node{'s' * (len(cores) != 1)}, {self._num_cores} for each split"
         )
         try:
@@ -210,7 +210,7 @@ class _Run:
     def _say_if_stuck(self) -> None:
         is_stuck = max(_cores_of_nodes(), default=0) < self._num_cores
         if is_stuck and not self._has_said_stuck:
-            self._announce(
+            self._say(
                 f"no node of the Ray cluster has {self._num_cores} cores now; waiting for one (Ctrl-C and the same command again go "
                 "on with what is there)"
             )

@@ -26,7 +26,7 @@ from minimind_data.dataset.format import (
 )
 from minimind_data.dataset.writer import WrittenShard
 from minimind_data.inputs.forms import form_of
-from minimind_data.reporting import Announce
+from minimind_data.reporting import Say
 
 _WRITTEN = tuple(one.name for one in fields(WrittenShard))
 
@@ -173,7 +173,7 @@ def reusable(
     previous: FinishedDataset | None,
     *,
     previous_inputs: Sequence[InputEntry],
-    announce: Announce,
+    say: Say,
 ) -> tuple[dict[str, SplitResult], set[str]]:
     """Find the results that still hold, of an interrupted build and of a finished dataset.
 
@@ -183,7 +183,7 @@ def reusable(
         options: of the build.
         previous: the finished dataset, if there is one.
         previous_inputs: the inputs as they are now, where there is one.
-        announce: told of inputs that changed.
+        say: takes a sentence about every input that changed.
 
     Returns:
         (results by the names of their splits, names of the finished dataset's shards that do not hold).
@@ -203,7 +203,7 @@ def reusable(
             if previous is not None and task.name in previous.names:
                 changed.add(task.name)
             if task.split.path not in announced:
-                announce(f"{task.split.path}: changed since {task.name} was made; such splits are made again")
+                say(f"{task.split.path}: changed since {task.name} was made; such splits are made again")
                 announced.add(task.split.path)
         elif is_there(work.out, task.name, result.shard) and is_there(work.val, task.name, result.val_shard):
             kept[task.name] = replace(result, input=task.input)

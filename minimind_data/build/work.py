@@ -258,7 +258,7 @@ def spooled(work: WorkFolder, options: TokenizeOptions, progress: Progress) -> S
     path = work.path / STDIN_NAME
     try:
         with progress("reading standard input", 0) as report:
-            spool(sys.stdin.buffer, path, lambda num_bytes: report(num_bytes, 0))
+            spool(sys.stdin.buffer, path, report)
         return source_of(str(path), options.format, name=STDIN)
     except BaseException:
         path.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from minimind_data.build.split import SplitTask
 from minimind_data.errors import UserError
-from minimind_data.reporting import Announce
+from minimind_data.reporting import Say
 
 MAX_TRIES = 3
 
@@ -16,11 +16,11 @@ class Tries:
     """Counts how often the worker of each split has died.
 
     Args:
-        announce: is told of every split that is tried again.
+        say: takes a sentence about every split that is tried again.
     """
 
-    def __init__(self, announce: Announce) -> None:
-        self._announce = announce
+    def __init__(self, say: Say) -> None:
+        self._say = say
         self._deaths: Counter[str] = Counter()
 
     def again(self, task: SplitTask, cause: str) -> None:
@@ -37,7 +37,7 @@ class Tries:
                 f"{where}, {MAX_TRIES} times; run the same command again, with fewer --workers or a smaller --split-bytes if "
                 "memory was short"
             )
-        self._announce(f"{where}; that split is tried again")
+        self._say(f"{where}; that split is tried again")
 
 
 CORES_PER_PROCESS = 4

@@ -5,7 +5,7 @@ looked at. Documents stand in the order in which the datasets are named. The inp
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +16,7 @@ from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.dataset.staging import new_folder, place_file, unique_names, write_metadata
 from minimind_data.errors import UserError
 from minimind_data.options import differences
-from minimind_data.reporting import Report
+from minimind_data.reporting import Progress, no_progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +31,14 @@ def merge(
     folders: Sequence[Path],
     options: MergeOptions,
     *,
-    progress: Callable[[int], Report] = lambda _: lambda _bytes, _tokens: None,
+    progress: Progress = no_progress,
 ) -> Manifest:
     """Put datasets one behind the other; a dataset that is named twice is in it twice.
 
     Args:
         folders: the datasets, in the order of the result.
         options: where to, and how.
-        progress: called with the bytes of all shards; what it returns is told of bytes and tokens as they are done.
+        progress: shows the bytes and the tokens of the shards that are in place.
 
     Raises:
         UserError: the datasets do not go together, or `out` cannot be made.
@@ -53,14 +53,14 @@ def merge(
             _check_sizes(dataset.folder, entry, dataset.manifest)
     manifest = _merged([dataset.manifest for dataset in datasets])
     with new_folder(options.out) as folder:
-        report = progress(sum(entry.bytes for entry in manifest.shards))
-        old = ((dataset.folder, entry) for dataset in datasets for entry in dataset.manifest.shards)
-        for (source, entry), new in zip(old, manifest.shards, strict=True):
-            for suffix in (".bin", ".mask", ".idx") if manifest.has_masks else (".bin", ".idx"):
-                place_file(
-                    source / f"{entry.name}{suffix}", folder / f"{new.name}{suffix}", copy=options.copy
-                )
-            report(entry.bytes, entry.tokens)
+        with progress("merge", sum(entry.bytes for entry in manifest.shards)) as report:
+            old = ((dataset.folder, entry) for dataset in datasets for entry in dataset.manifest.shards)
+            for (source, entry), new in zip(old, manifest.shards, strict=True):
+                for suffix in (".bin", ".mask", ".idx") if manifest.has_masks else (".bin", ".idx"):
+                    place_file(
+                        source / f"{entry.name}{suffix}", folder / f"{new.name}{suffix}", copy=options.copy
+                    )
+                report(entry.bytes, entry.tokens)
         manifest = dataclasses.replace(manifest, set_aside_sha256=carry_set_aside(datasets, folder))
         write_metadata(folder, manifest, datasets[0].folder)
     return manifest

@@ -32,7 +32,7 @@ from minimind_data.dataset.writer import ShardWriter
 from minimind_data.errors import UserError
 from minimind_data.options import parse_size
 from minimind_data.permutation import MAX_SEED, Permutation
-from minimind_data.reporting import Report
+from minimind_data.reporting import Progress, no_progress
 from minimind_data.system import allow_open_files
 
 ORDER_VERSION = 2
@@ -64,7 +64,7 @@ def shuffle(
     source: Path,
     options: ShuffleOptions,
     *,
-    progress: Callable[[int], Report] = lambda _: lambda _bytes, _tokens: None,
+    progress: Progress = no_progress,
 ) -> Manifest:
     """Write the documents of a dataset in another order; every document stands in the result exactly once.
 
@@ -73,7 +73,7 @@ def shuffle(
     Args:
         source: the dataset.
         options: the seed, and where to.
-        progress: called with the bytes to be read; what it returns is told of bytes and tokens as they are done.
+        progress: shows the bytes that are read, each twice, and the tokens that are written.
 
     Raises:
         UserError: `out` cannot be made, or the dataset cannot be shuffled.
@@ -85,8 +85,7 @@ def shuffle(
     allow_open_files(2 * len(shards))
     manifest = shards.manifest
     num_bytes = sum(entry.bytes for entry in manifest.shards)
-    with new_folder(options.out) as folder:
-        report = progress(2 * num_bytes)
+    with new_folder(options.out) as folder, progress("shuffle", 2 * num_bytes) as report:
         digest = hashlib.sha256()
         for index in range(len(shards)):
             for tokens, _, _ in checked_sequences(shards, index, lambda done, _: report(done, 0)):

@@ -4,7 +4,6 @@ Opening a dataset checks names, sizes and headers and costs nothing; this reads 
 """
 
 import hashlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from minimind_data.dataset.format import (
     TOKENIZER_NAME,
     Manifest,
 )
+from minimind_data.reporting import Progress, Report, no_progress
 from minimind_data.system import num_cores
 
 _BLOCK_BYTES = 2**20
@@ -37,19 +37,12 @@ class Verdict:
     """What to do about them, each once."""
 
 
-def dataset_bytes(folder: Path) -> int:
-    """Return how many bytes `verify` will read."""
-    return sum(
-        file.path.stat().st_size for file in _files(folder, Manifest.read(folder)) if file.path.is_file()
-    )
-
-
-def verify(folder: Path, report: Callable[[int], None] = lambda _: None) -> Verdict:
+def verify(folder: Path, *, progress: Progress = no_progress) -> Verdict:
     """Hold every file of a dataset against its checksum, several files at a time.
 
     Args:
         folder: the dataset.
-        report: told of bytes as they are read, by several threads.
+        progress: shows the bytes that are read.
 
     Raises:
         FormatError: there is no readable manifest to hold anything against.
@@ -58,7 +51,11 @@ def verify(folder: Path, report: Callable[[int], None] = lambda _: None) -> Verd
     problems: list[str] = []
     remedies: dict[str, None] = {}
     num_bytes = 0
-    with ThreadPoolExecutor(num_cores()) as pool:  # hashing holds no lock of the interpreter
+    expected_bytes = sum(file.path.stat().st_size for file in files if file.path.is_file())
+    with (
+        progress("verify", expected_bytes) as report,
+        ThreadPoolExecutor(num_cores()) as pool,  # hashing holds no lock of the interpreter
+    ):
         for file, (problem, size) in zip(
             files, pool.map(lambda file: _check(file, report), files), strict=True
         ):
@@ -69,7 +66,7 @@ def verify(folder: Path, report: Callable[[int], None] = lambda _: None) -> Verd
     return Verdict(files=len(files), bytes=num_bytes, problems=tuple(problems), remedies=tuple(remedies))
 
 
-def _check(file: "_File", report: Callable[[int], None]) -> tuple[str, int]:
+def _check(file: "_File", report: Report) -> tuple[str, int]:
     """Return (what is wrong with a file, the bytes that were read)."""
     digest = hashlib.sha256()
     size = 0
@@ -78,7 +75,7 @@ def _check(file: "_File", report: Callable[[int], None]) -> tuple[str, int]:
             while block := opened.read(_BLOCK_BYTES):
                 digest.update(block)
                 size += len(block)
-                report(len(block))
+                report(len(block), 0)
     except FileNotFoundError:
         return f"{file.path}: missing", 0
     except OSError as error:

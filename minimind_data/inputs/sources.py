@@ -4,13 +4,14 @@ What object stores hold (see `stores`) is read in ranges, never fetched whole.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
 from minimind_data.errors import UserError
 from minimind_data.inputs import stores
+from minimind_data.reporting import Report
 
 Compression = Literal["gzip", "zstd"]
 STDIN = "-"
@@ -108,13 +109,13 @@ def _decompressed(raw: BinaryIO, compression: Compression) -> BinaryIO:
     return cast("BinaryIO", pa.CompressedInputStream(file, compression))
 
 
-def spool(stream: BinaryIO, path: Path, report: Callable[[int], None] = lambda _: None) -> None:
+def spool(stream: BinaryIO, path: Path, report: Report) -> None:
     """Copy a stream that can be read only once into a file, which can be read again.
 
     Args:
         stream: standard input.
         path: the file, made anew.
-        report: called with the number of bytes of each block.
+        report: takes the bytes of each block.
 
     Raises:
         UserError: the stream cannot be read.
@@ -130,4 +131,4 @@ def spool(stream: BinaryIO, path: Path, report: Callable[[int], None] = lambda _
             if not block:
                 return
             file.write(block)
-            report(len(block))
+            report(len(block), 0)

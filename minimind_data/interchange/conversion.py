@@ -10,7 +10,6 @@ tables alone (hf and parquet), with `labels` beside the ids.
 Where a format tells documents apart, coming back gives the same documents. Streams (nanogpt and llmc) do not; see `streams`.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,7 +34,7 @@ from minimind_data.inputs.sources import Source
 from minimind_data.interchange.base import Part, ReadOptions, TokenFiles, TokenFormat, WriteOptions
 from minimind_data.interchange.formats import ALIASES, FORMAT_NAMES, FORMATS, SHARDS, detect
 from minimind_data.options import parse_size
-from minimind_data.reporting import Report
+from minimind_data.reporting import Progress, Report, no_progress
 from minimind_data.tokenizer.loading import SpecialTokens, Tokenizer, load_tokenizer
 
 
@@ -95,7 +94,7 @@ def convert(
     *,
     source_format: str = "auto",
     target_format: str = SHARDS,
-    progress: Callable[[int], Report] = lambda _: lambda _bytes, _tokens: None,
+    progress: Progress = no_progress,
 ) -> ConvertSummary:
     """Convert from or to our format.
 
@@ -104,7 +103,7 @@ def convert(
         options: how, and where to.
         source_format: one of `FORMAT_NAMES`, or `auto` to look at the content.
         target_format: one of `FORMAT_NAMES`; one of the two formats is `shards`.
-        progress: called with the bytes to be read; what it returns is told of bytes and tokens as they are done.
+        progress: shows the bytes that are read and the tokens that are done.
 
     Raises:
         UserError: the source is not what it should be, the formats do not go together, or `out` cannot be made.
@@ -127,7 +126,7 @@ def convert(
     )
 
 
-def _import(files: TokenFiles, options: ConvertOptions, progress: Callable[[int], Report]) -> ConvertSummary:
+def _import(files: TokenFiles, options: ConvertOptions, progress: Progress) -> ConvertSummary:
     origin = FORMATS[files.format]
     if options.tokenizer is None:
         raise UserError(
@@ -147,7 +146,8 @@ def _import(files: TokenFiles, options: ConvertOptions, progress: Callable[[int]
         hashes = InputHashes([Source(name=str(path), location=str(path), form=origin.name) for path in paths])
         hashes.begin()
         dataset = _Import(files, tokenizer, options, folder, separator_id)
-        dataset.run(progress(sum(path.stat().st_size for path in files.token_files)))
+        with progress("convert", sum(path.stat().st_size for path in files.token_files)) as report:
+            dataset.run(report)
         return dataset.commit(hashes.entries())
 
 
@@ -291,7 +291,7 @@ def _sha256_of_part(path: Path, start: int, stop: int) -> str:
 
 
 def _export(
-    shards: ShardSet, target: TokenFormat, options: ConvertOptions, progress: Callable[[int], Report]
+    shards: ShardSet, target: TokenFormat, options: ConvertOptions, progress: Progress
 ) -> ConvertSummary:
     manifest = shards.manifest
     if not target.takes_conversations:
@@ -300,11 +300,11 @@ def _export(
     files: list[str] = []
     divided = 0
     with new_folder(options.out) as folder:
-        report = progress(sum(entry.bytes for entry in manifest.shards))
-        for name, members in _parts(manifest, target, one_file=options.one_file):
-            part = Part(name=name, shards=shards, members=members, report=report)
-            divided += target.write(folder, part, write_options)
-            files.append(f"{name}{target.suffix}")
+        with progress("convert", sum(entry.bytes for entry in manifest.shards)) as report:
+            for name, members in _parts(manifest, target, one_file=options.one_file):
+                part = Part(name=name, shards=shards, members=members, report=report)
+                divided += target.write(folder, part, write_options)
+                files.append(f"{name}{target.suffix}")
         target.finish(folder, manifest, files, write_options)
         with durable_file(folder / TOKENIZER_NAME) as file:
             file.write((shards.folder / TOKENIZER_NAME).read_bytes())

@@ -17,6 +17,7 @@ from minimind_data.dataset.format import FormatError
 from minimind_data.dataset.shard import Shard
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
+from minimind_data.reporting import Progress, no_progress
 from minimind_data.tokenizer.loading import Tokenizer
 from minimind_data.tokenizer.pieces import pieces_of
 from minimind_data.windows.base import Layout
@@ -156,7 +157,7 @@ def stats(
     shards: ShardSet,
     tokenizer: Tokenizer,
     seq_lens: Sequence[int] = DEFAULT_SEQ_LENS,
-    report: Callable[[int], None] = lambda _: None,
+    progress: Progress = no_progress,
 ) -> Stats:
     """Describe a dataset.
 
@@ -164,13 +165,13 @@ def stats(
         shards: the dataset.
         tokenizer: the one that made it.
         seq_lens: window lengths to lay over it, in tokens of `input_ids`.
-        report: told bytes of the `.bin` files as they are read.
+        progress: shows the bytes of the `.bin` files that are read.
 
     Raises:
         UserError: a window length below 2, a dataset without documents, or a token outside the vocabulary.
     """
     lengths, waste = measure_lengths(shards, seq_lens)
-    text = count_text(shards, tokenizer, report)
+    text = count_text(shards, tokenizer, progress)
     return Stats(shards=shards, lengths=lengths, text=text, waste=waste)
 
 
@@ -315,15 +316,13 @@ def _pack(lengths: Lengths, borders: _Borders) -> Waste:
 _LAYOUTS: tuple[Callable[[Lengths, _Borders], Waste], ...] = (_concat, _pad, _pack)
 
 
-def count_text(
-    shards: ShardSet, tokenizer: Tokenizer, report: Callable[[int], None] = lambda _: None
-) -> Text:
+def count_text(shards: ShardSet, tokenizer: Tokenizer, progress: Progress = no_progress) -> Text:
     """Count the characters and bytes behind the tokens of a dataset.
 
     Args:
         shards: the dataset.
         tokenizer: the one that made it.
-        report: told bytes of the `.bin` files as they are read.
+        progress: shows the bytes of the `.bin` files that are read.
 
     Raises:
         FormatError: a token outside the vocabulary.
@@ -331,19 +330,20 @@ def count_text(
     info = tokenizer.info
     counts = np.zeros(info.vocab_size, np.int64)
     frames = np.zeros(info.vocab_size, np.int64)
-    for shard in _each(shards):
-        for start in range(0, len(shard.tokens), _BLOCK):
-            block = shard.tokens[start : start + _BLOCK]
-            if int(block.max()) >= info.vocab_size or int(block.min()) < 0:
-                raise FormatError(
-                    f"{shards.folder / shard.entry.name}.bin: holds a token outside of the vocabulary of {info.vocab_size:,}; "
-                    f"run `mm-data verify {shards.folder}`"
-                )
-            counts += np.bincount(block, minlength=info.vocab_size)
-            report(block.nbytes)
-        if not shards.manifest.has_masks:  # conversations have no frame
-            frames[info.bos_id] += _count_at(shard, "first", info.bos_id)
-            frames[info.eos_id] += _count_at(shard, "last", info.eos_id)
+    with progress("count", sum(entry.bytes for entry in shards.manifest.shards)) as report:
+        for shard in _each(shards):
+            for start in range(0, len(shard.tokens), _BLOCK):
+                block = shard.tokens[start : start + _BLOCK]
+                if int(block.max()) >= info.vocab_size or int(block.min()) < 0:
+                    raise FormatError(
+                        f"{shards.folder / shard.entry.name}.bin: holds a token outside of the vocabulary of {info.vocab_size:,}; "
+                        f"run `mm-data verify {shards.folder}`"
+                    )
+                counts += np.bincount(block, minlength=info.vocab_size)
+                report(block.nbytes, 0)
+            if not shards.manifest.has_masks:  # conversations have no frame
+                frames[info.bos_id] += _count_at(shard, "first", info.bos_id)
+                frames[info.eos_id] += _count_at(shard, "last", info.eos_id)
     num_tokens = int((counts - frames).sum())
     pieces = pieces_of(tokenizer)
     sampled = None

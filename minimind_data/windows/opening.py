@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
-from minimind_data.reporting import Announce, counted
+from minimind_data.reporting import Say, counted, say_nothing
 from minimind_data.windows.base import Layout, Windows
 from minimind_data.windows.best_fit import LongDocuments
 from minimind_data.windows.concat import ConcatWindows
@@ -26,7 +26,7 @@ def open_windows(
     labels: bool = False,
     documents_apart: bool = False,
     long_documents: LongDocuments = "cut",
-    announce: Announce | None = None,
+    say: Say | None = None,
 ) -> Windows:
     """Lay windows of `seq_len` tokens over a dataset.
 
@@ -37,14 +37,13 @@ def open_windows(
         labels: give unshifted `labels` in place of shifted `targets`.
         documents_apart: give `position_ids`, and no target that is the first token of another document.
         long_documents: `pack` only: what becomes of a document that alone is longer than a window.
-        announce: told, in a sentence, when windows are planned first, what is cut, left out or padded, and in how many of a masked
-            dataset nothing is learned; these are counted only where this is given.
+        say: takes a sentence when windows are planned for the first time, and sentences on what is cut, left out or padded, and
+            on how many windows of a masked dataset have nothing to learn; these are counted only where this is given.
 
     Raises:
         UserError: the dataset has no such window, or their plan cannot be written.
     """
     _check_length(layout, seq_len)
-    say = announce or _silent
     windows: Windows
     if shards.manifest.kind == "dpo":
         if layout != "pad":
@@ -57,7 +56,7 @@ def open_windows(
     elif layout == "pad":
         windows = PadWindows(shards, seq_len, labels=labels, documents_apart=documents_apart)
     else:
-        plan = open_plan(shards, seq_len if labels else seq_len + 1, long_documents, say)
+        plan = open_plan(shards, seq_len if labels else seq_len + 1, long_documents, say or say_nothing)
         windows = PackWindows(shards, seq_len, plan, labels=labels, documents_apart=documents_apart)
     if not len(windows):
         raise UserError(
@@ -67,9 +66,9 @@ def open_windows(
             else f"{shards.folder}: none of its {shards.num_documents:,} documents fits a window of {seq_len} tokens; take a "
             "longer --seq-len, or --long-documents cut or fragment"
         )
-    if announce is not None:
+    if say is not None:
         for line in _description(windows):
-            announce(line)
+            say(line)
     return windows
 
 
@@ -80,10 +79,6 @@ def _check_length(layout: Layout, seq_len: int) -> None:
         raise UserError(f"seq_len must be at least 1, not {seq_len}")
     if seq_len > MAX_SEQ_LEN:
         raise UserError(f"seq_len must be at most {MAX_SEQ_LEN:,} tokens, not {seq_len:,}")
-
-
-def _silent(_: str) -> None:
-    """Say nothing."""
 
 
 def _description(windows: Windows) -> Iterator[str]:

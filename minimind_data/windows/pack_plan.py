@@ -50,7 +50,7 @@ from minimind_data.files import (
     remove_partials,
     user_error_on_full_disk,
 )
-from minimind_data.reporting import Announce
+from minimind_data.reporting import Say, say_nothing
 from minimind_data.windows.assign import assign_documents, count_segments
 from minimind_data.windows.best_fit import LONG_DOCUMENTS, LongDocuments, best_fit
 
@@ -148,7 +148,7 @@ class PackPlan:
 
 
 def open_plan(
-    shards: ShardSet, width: int, long_documents: LongDocuments, announce: Announce = lambda _: None
+    shards: ShardSet, width: int, long_documents: LongDocuments, say: Say = say_nothing
 ) -> PackPlan:
     """Map the plan for windows of `width` tokens, and make it first where there is none; others who want it wait.
 
@@ -156,7 +156,7 @@ def open_plan(
         shards: the dataset.
         width: tokens in a window, at least 2.
         long_documents: what becomes of longer documents.
-        announce: told, in a sentence, when making a plan takes place, or somewhere unexpected.
+        say: takes a sentence when a plan is being made, or goes somewhere unexpected.
 
     Raises:
         UserError: it can be written neither into the dataset nor into the cache folder, or the disk is full.
@@ -172,13 +172,13 @@ def open_plan(
         if plan := PackPlan.read(folder / name, shards):
             return plan
     if reason := _why_not(inside):
-        announce(f"{shards.folder}: cannot be written ({reason}); the plan of its windows goes to {cache}")
+        say(f"{shards.folder}: cannot be written ({reason}); the plan of its windows goes to {cache}")
         if here := _why_not(cache):
             raise UserError(
                 f"{cache}: cannot be written ({here}), nor can {shards.folder}; set XDG_CACHE_HOME to a folder for the plan of "
                 "the windows"
             )
-    return _made(cache if reason else inside, shards, width, long_documents, announce)
+    return _made(cache if reason else inside, shards, width, long_documents, say)
 
 
 def _cache_folder() -> Path:
@@ -209,19 +209,17 @@ def _reopened(path: Path, shards: ShardSet) -> PackPlan:
     return plan
 
 
-def _made(
-    folder: Path, shards: ShardSet, width: int, long_documents: LongDocuments, announce: Announce
-) -> PackPlan:
+def _made(folder: Path, shards: ShardSet, width: int, long_documents: LongDocuments, say: Say) -> PackPlan:
     """Make a plan under the lock, or find that another process has."""
     name = _name(shards, width, long_documents)
     path = folder / name
     with user_error_on_full_disk(folder):
         waiting = f"{path}: another process is planning these windows; waiting for it"
-        with FolderLock(folder / f"{name}.lock", waiting, wait=announce):
+        with FolderLock(folder / f"{name}.lock", waiting, wait=say):
             if plan := PackPlan.read(path, shards):
                 return plan
             remove_partials(folder, {name})
-            announce(
+            say(
                 f"{shards.folder}: planning which of {shards.num_documents:,} documents share a window of {width:,} tokens"
             )
             try:

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from minimind_data.dataset.format import TokenizerInfo
 from minimind_data.dataset.shard_set import ShardSet
-from minimind_data.reporting import Announce
+from minimind_data.reporting import Say
 from minimind_data.tokenizer.loading import refuse_other_tokenizer
 from minimind_data.windows.base import Windows
 from minimind_data.windows.opening import open_windows
@@ -157,13 +157,13 @@ class Datasets:
         )
         return tuple(map(str, resolved))
 
-    def windows(self, *, announce: Announce, **options: Any) -> Windows | MixedWindows:
+    def windows(self, *, say: Say, **options: Any) -> Windows | MixedWindows:
         """Lay windows over them; `options` are those of `open_windows`.
 
         Raises:
             UserError: one of them has no such window.
         """
-        parts = [open_windows(shards, announce=announce, **options) for shards in self.sets]
+        parts = [open_windows(shards, say=say, **options) for shards in self.sets]
         return MixedWindows(self.names, parts) if self.mixed else parts[0]
 
     def shares(self, windows: MixedWindows) -> tuple[int, ...]:
@@ -200,9 +200,7 @@ def shown_weights(sources: Sequence[Source]) -> str:
     return " ".join(f"{source.name}={float(source.weight / total):.6g}" for source in sources)
 
 
-def data_of_run(
-    options: Mapping[str, Any], announce: Announce
-) -> tuple[Windows | MixedWindows, Order, Skips]:
+def data_of_run(options: Mapping[str, Any], say: Say) -> tuple[Windows | MixedWindows, Order, Skips]:
     """Return what a run reads, in which order, and what it leaves out, from the options in its record.
 
     Raises:
@@ -210,7 +208,7 @@ def data_of_run(
     """
     datasets = Datasets.open(source_texts(options["shards"]))
     cut = {name: options[name] for name in ("layout", "seq_len", "long_documents") if name in options}
-    windows = datasets.windows(announce=announce, **cut)
+    windows = datasets.windows(say=say, **cut)
     order = datasets.order(
         windows,
         seed=options["seed"],

@@ -266,7 +266,7 @@ def _tokenized(text: Path, tokenizer: Any, say: Say) -> Path:
     )
     busy = f"{text}: another process is tokenizing it; waiting for it"
     with FolderLock(text.with_name(f"{folder.name}.lock"), busy, wait=say):
-        summary = tokenize([text], options, announce=say)
+        summary = tokenize([text], options, say=say)
     if not summary.already_done:
         say(f"{text}: tokenized into {folder}")
     return folder

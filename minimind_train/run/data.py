@@ -48,7 +48,7 @@ class RunData:
         self._data, self._training = options.data, options.training
         self.skips = Skips.of(options.data.skip_positions)
         self._validation = options.validation
-        self.windows = datasets.windows(**window_options(options.data), announce=say)
+        self.windows = datasets.windows(**window_options(options.data), say=say)
         self.order = datasets.order(
             self.windows,
             seed=options.training.seed,
@@ -149,7 +149,7 @@ class RunData:
             batch=training.micro_batch,
             device=device,
             dtype=training.dtype,
-            announce=self._say,
+            say=self._say,
             world=world,
             **window_options(self._data),
         )

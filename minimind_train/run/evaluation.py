@@ -92,7 +92,7 @@ def evaluate_run(
         batch=batch,
         device=place,
         dtype=resolve_dtype(dtype or build(RunConfig, options).dtype, place),
-        announce=say,
+        say=say,
         **window_options(data),
     )
     model = opened.model.to(place)

@@ -20,7 +20,7 @@ from minimind_data.dataset.format import IGNORED
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.options import check_limits
-from minimind_data.reporting import Announce
+from minimind_data.reporting import Say
 from minimind_data.tokenizer.loading import Tokenizer, cached_tokenizer
 from minimind_data.tokenizer.pieces import pieces_of
 from minimind_data.windows.base import Windows, WindowSource
@@ -228,7 +228,7 @@ def open_evaluator(
     batch: int,
     device: torch.device,
     dtype: Dtype,
-    announce: Announce,
+    say: Say,
     world: World = ALONE,
     **options: Any,
 ) -> Evaluator:
@@ -237,7 +237,7 @@ def open_evaluator(
     Raises:
         UserError: the dataset has no such window, or there is no text in them.
     """
-    windows = open_windows(shards, announce=announce, **options)
+    windows = open_windows(shards, say=say, **options)
     tokenizer = None
     if shards.manifest.kind != "dpo":
         text = shards.tokenizer_json

@@ -114,7 +114,7 @@ def test_two_runs_at_once_are_refused(source, tmp_path):
             tokenize([source], options(out))
         told.append("refused")
 
-    tokenize([source], options(out), announce=nested)
+    tokenize([source], options(out), say=nested)
     assert told
     assert tokenize([source], options(out)).already_done
 
@@ -289,7 +289,7 @@ def test_a_large_vocabulary_says_so_and_takes_int32(tmp_path, write_jsonl):
     (folder / "tokenizer_config.json").write_text((DEFAULT_TOKENIZER / "tokenizer_config.json").read_text())
     said = []
     source = write_jsonl(["before <|extra59999|> after"])
-    manifest = tokenize([source], options(tmp_path / "out", tokenizer=folder), announce=said.append).manifest
+    manifest = tokenize([source], options(tmp_path / "out", tokenizer=folder), say=said.append).manifest
     assert manifest.dtype == "int32"
     assert any("66,400 entries, over 65,536: tokens take 4 bytes" in one for one in said)
     assert 66_399 in ShardSet.open(tmp_path / "out").shard(0).tokens
@@ -301,7 +301,7 @@ def test_an_input_that_changes_under_the_build_is_noticed(tmp_path, source):
             file.write(b'{"text": "more"}\n')
 
     with pytest.raises(UserError, match="was changed while it was being read"):
-        tokenize([source], options(tmp_path / "out"), announce=change)
+        tokenize([source], options(tmp_path / "out"), say=change)
 
 
 def test_an_input_that_shrank_leaves_no_shard_of_what_is_gone(tmp_path, source):
@@ -334,7 +334,7 @@ def test_the_file_of_bad_records_is_verified_like_the_rest(tmp_path, source):
     path.write_bytes(path.read_bytes().replace(b"bad", b"bat"))
     assert "set-aside.jsonl: SHA-256" in verify(tmp_path / "out").problems[0]
     said = []
-    tokenize([source], options(tmp_path / "out", on_bad_record="set-aside"), announce=said.append)
+    tokenize([source], options(tmp_path / "out", on_bad_record="set-aside"), say=said.append)
     assert "set-aside.jsonl: missing or changed; delete manifest.json and run" in said[0]
 
 

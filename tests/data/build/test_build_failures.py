@@ -20,7 +20,7 @@ from minimind_data.build import workers as tries
 from minimind_data.build.pipeline import tokenize
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
-from minimind_data.tokenizer import loading as tokenizer_module
+from minimind_data.tokenizer import backends
 from minimind_data.tokenizer.backends import ReferenceEncoder
 from minimind_data.tokenizer.loading import load_tokenizer
 from tests.helpers.builds import CRASHING, TEXTS, options, tree
@@ -49,7 +49,7 @@ class _LiesLater(ReferenceEncoder):
 
 def test_a_difference_on_the_way_redoes_the_work_with_the_reference(tmp_path, source, monkeypatch):
     tokenize([source], options(tmp_path / "right"))
-    monkeypatch.setitem(tokenizer_module.FAST_BACKENDS, "fastokens", _LiesLater)
+    monkeypatch.setitem(backends.FAST_BACKENDS, "fastokens", _LiesLater)
     monkeypatch.setattr(split_module, "_COMPARE_ONE_IN", 1)
     split_module._encoder.cache_clear()
     said = []
@@ -57,7 +57,7 @@ def test_a_difference_on_the_way_redoes_the_work_with_the_reference(tmp_path, so
     summary = tokenize(
         [source],
         options(tmp_path / "a"),
-        announce=said.append,
+        say=said.append,
         progress=lambda _, total: reported.append(total) or nullcontext(lambda b, _: reported.append(-b)),
     )
     split_module._encoder.cache_clear()
@@ -84,10 +84,10 @@ class _Panics(ReferenceEncoder):
 
 def test_a_backend_that_falls_over_on_the_way_is_replaced(tmp_path, source, monkeypatch):
     tokenize([source], options(tmp_path / "right"))
-    monkeypatch.setitem(tokenizer_module.FAST_BACKENDS, "fastokens", _Panics)
+    monkeypatch.setitem(backends.FAST_BACKENDS, "fastokens", _Panics)
     split_module._encoder.cache_clear()
     said = []
-    summary = tokenize([source], options(tmp_path / "out"), announce=said.append)
+    summary = tokenize([source], options(tmp_path / "out"), say=said.append)
     split_module._encoder.cache_clear()
     assert "it failed: _Panic: index out of bounds" in summary.differences[0]
     assert any("tokenizers does the work" in sentence for sentence in said)
@@ -113,7 +113,7 @@ def test_a_worker_that_dies_is_named_and_its_split_is_made_by_another(tmp_path, 
         assert sum(seen) == total
 
     tokenize(
-        [source], options(tmp_path / "out", workers=12), announce=said.append, progress=kill_the_first_to_tell
+        [source], options(tmp_path / "out", workers=12), say=said.append, progress=kill_the_first_to_tell
     )
     assert any(
         re.search(r"text.jsonl: the worker on bytes [\d,]+ to [\d,]+ died \(SIGKILL", one) for one in said

@@ -51,7 +51,7 @@ def test_another_file_makes_only_its_shards(tmp_path, a, b):
     first = tokenize([a], options(out))
     before = stamps(out)
     said = []
-    grown = tokenize([a, b], options(out), announce=said.append)
+    grown = tokenize([a, b], options(out), say=said.append)
     assert (grown.kept_shards, grown.already_done) == (first.made_shards, False)
     assert any("splits were done before" in sentence for sentence in said)
     assert {name: stamp for name, stamp in stamps(out).items() if name in before} == before
@@ -67,7 +67,7 @@ def test_a_changed_file_remakes_only_the_splits_that_changed(tmp_path, a, b):
     data = a.read_bytes()
     a.write_bytes(data.replace(b"filler", b"FILLER", 1))  # as long as before, in the first split
     said = []
-    changed = tokenize([a, b], options(out), announce=said.append)
+    changed = tokenize([a, b], options(out), say=said.append)
     assert (changed.made_shards, changed.kept_shards) == (1, made - 1)
     assert any("a.jsonl: changed since a-00000 was made" in sentence for sentence in said)
     after = stamps(out)
@@ -230,7 +230,7 @@ def test_slices_run_side_by_side_and_nothing_else_does(tmp_path, a):
             with pytest.raises(UserError, match="another run is writing there"):
                 commit(out)
 
-    tokenize([a], options(out, task=(1, 2)), announce=while_slicing)
+    tokenize([a], options(out, task=(1, 2)), say=while_slicing)
     commit(out)
     tokenize([a], options(tmp_path / "whole"))
     assert tree(out) == tree(tmp_path / "whole")

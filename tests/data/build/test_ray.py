@@ -191,7 +191,7 @@ class TestOnACluster:
         summary = tokenize(
             [Path(source.name)],
             options(tmp_path / "out", engine="ray"),
-            announce=said.append,
+            say=said.append,
             progress=progress,
         )
         assert tree(tmp_path / "out") == right

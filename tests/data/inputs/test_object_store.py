@@ -105,7 +105,7 @@ def endpoint(monkeypatch, server):
 
 def test_a_prefix_gives_the_shards_of_the_folder(endpoint, bucket, corpus, tmp_path):
     said = []
-    remote = tokenize([f"s3://{bucket}/corpus"], options(tmp_path / "remote"), announce=said.append)
+    remote = tokenize([f"s3://{bucket}/corpus"], options(tmp_path / "remote"), say=said.append)
     local = tokenize([str(corpus)], options(tmp_path / "local"))
     assert remote.made_shards == local.made_shards > len(FILES)
     assert shards(tmp_path / "remote") == shards(tmp_path / "local")
@@ -240,7 +240,7 @@ def test_a_killed_run_goes_on_and_leaves_no_secret(server, bucket, corpus, tmp_p
     assert plan["inputs"][0]["location"].startswith(f"s3://{bucket}/corpus/a.jsonl?endpoint_override=")
     written = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
     said = []
-    resumed = tokenize([uri], options(tmp_path / "out"), announce=said.append)
+    resumed = tokenize([uri], options(tmp_path / "out"), say=said.append)
     assert resumed.kept_shards == 3
     tokenize([str(corpus)], options(tmp_path / "local"))
     assert shards(tmp_path / "out") == shards(tmp_path / "local")

@@ -1,6 +1,7 @@
 """Stats: waste is what the windows themselves show, characters are what decoding gives."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -112,8 +113,12 @@ def test_characters_are_those_of_the_decoded_text(tmp_path, write_jsonl):
     texts = [text for text in hard_strings(tokenizer.added_tokens) if text]
     tokenize([SAMPLE, write_jsonl(texts)], TokenizeOptions(out=tmp_path / "d", workers=1, split_bytes=2**16))
     shards = ShardSet.open(tmp_path / "d")
-    told = []
-    found = count_text(shards, load_tokenizer(tmp_path / "d"), told.append)
+    reports = []
+    found = count_text(
+        shards,
+        load_tokenizer(tmp_path / "d"),
+        lambda _title, _bytes: nullcontext(lambda num_bytes, _tokens: reports.append(num_bytes)),
+    )
     decoded = [
         tokenizer.decode(shard.tokens[offset // 2 + 1 : offset // 2 + length - 1].tolist())
         for shard in shards
@@ -126,7 +131,7 @@ def test_characters_are_those_of_the_decoded_text(tmp_path, write_jsonl):
     assert found.tokens == shards.num_tokens - 2 * shards.num_documents
     assert found.characters_per_token == found.characters / found.tokens
     assert found.ids_used == len(np.unique(np.concatenate([shard.tokens for shard in shards])))
-    assert sum(told) == 2 * shards.num_tokens
+    assert sum(reports) == 2 * shards.num_tokens
 
 
 def test_a_vocabulary_of_another_kind_is_estimated_from_documents(tmp_path, write_jsonl, monkeypatch):

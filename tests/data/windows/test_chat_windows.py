@@ -141,7 +141,7 @@ def test_windows_in_which_nothing_is_learned_are_counted_and_said(tmp_path, kind
     if kind == "dpo" and layout != "pad":
         return
     said = []
-    windows = open_windows(shards, layout=layout, seq_len=8, announce=said.append)
+    windows = open_windows(shards, layout=layout, seq_len=8, say=said.append)
     batch = windows.fetch(np.arange(len(windows)))
     learns = [(array != IGNORED).any(axis=1) for name, array in batch.items() if name.endswith("targets")]
     wanted = int(np.count_nonzero(~np.logical_and.reduce(learns)))

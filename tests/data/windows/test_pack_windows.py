@@ -232,10 +232,10 @@ def test_what_is_lost_is_said(make_dataset, long_documents, account):
     chosen = {"layout": "pack", "long_documents": long_documents}
     for _ in range(2):
         said = []
-        open_windows(shards, seq_len=18, announce=said.append, **chosen)
+        open_windows(shards, seq_len=18, say=said.append, **chosen)
         assert said[-1].endswith(account)
     said = []
-    windows = open_windows(shards, seq_len=39, announce=said.append, **chosen)
+    windows = open_windows(shards, seq_len=39, say=said.append, **chosen)
     padding = sum(int((windows.document_ids(number) == -1).sum()) for number in range(len(windows)))
     share = 1 - padding / (39 * len(windows))
     assert said[-1] == f"{shards.folder}: packed, {share:.2%} of all places filled"

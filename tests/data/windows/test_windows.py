@@ -176,7 +176,7 @@ def test_what_is_cut_padded_or_left_over_is_said_where_somebody_listens(
     lengths = [[5, 33], [17, 2]]
     shards = make_dataset(lengths)
     said = []
-    windows = open_windows(shards, layout=layout, seq_len=seq_len, announce=said.append)
+    windows = open_windows(shards, layout=layout, seq_len=seq_len, say=said.append)
     assert said == ([f"{shards.folder}: {account}"] if account else [])
     learned = sum(
         int((windows.fetch(np.array([number]))["targets"] != IGNORED).sum()) for number in range(len(windows))

@@ -261,7 +261,7 @@ def test_a_resume_at_a_billion_reads_nothing_before_it(tmp_path, windows, whole)
 
 def test_a_mixture_is_an_order_too(tmp_path, small_dataset, other_dataset):
     datasets = Datasets.open([f"a={small_dataset}:3", f"b={other_dataset}:1"])
-    mixed = datasets.windows(announce=Said(), layout="concat", seq_len=SEQ_LEN, labels=True)
+    mixed = datasets.windows(say=Said(), layout="concat", seq_len=SEQ_LEN, labels=True)
     order = datasets.order(mixed, seed=5, kind="shuffled")
     dataset = Recorder(mixed)
     make_trainer(tmp_path, mixed, dataset=dataset, order=order, max_steps=6).train()

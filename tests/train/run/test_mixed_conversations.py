@@ -27,7 +27,7 @@ def test_a_mixture_of_conversations_gives_the_windows_of_its_parts(tmp_path, lay
         tokenize([tmp_path / f"{name}.jsonl"], TokenizeOptions(out=tmp_path / name, kind="sft", workers=1))
     words = [f"zh={tmp_path / 'zh'}:3", f"en={tmp_path / 'en'}:1"]
     datasets = Datasets.open(words)
-    windows = datasets.windows(announce=lambda _: None, layout=layout, seq_len=32)
+    windows = datasets.windows(say=lambda _: None, layout=layout, seq_len=32)
     order = datasets.order(windows, seed=1, kind="shuffled")
     batch = windows.fetch(order.windows(np.arange(64)))
     alone = [part.fetch(np.arange(len(part))) for part in windows.parts]

@@ -73,7 +73,7 @@ def test_a_run_takes_its_parts_by_weight_and_says_so(begin_mixed, tmp_path, part
     assert "  a: 3 of 4 windows (0.7500)" in said.text
     assert "epochs a 0." in said.text
     datasets = Datasets.open(parts)
-    windows = datasets.windows(layout="concat", seq_len=16, announce=Said())
+    windows = datasets.windows(layout="concat", seq_len=16, say=Said())
     last = metrics(tmp_path / "run")[-1]
     assert last["position"] == 96
     assert last["epochs"] == {
@@ -121,7 +121,7 @@ def test_new_weights_hold_from_the_cursor_on_and_in_every_later_resume(begin_mix
     assert there[:6] == before[:6]
     assert there[6]["loss"] != before[6]["loss"]
     sizes = [
-        len(part) for part in Datasets.open(parts).windows(layout="concat", seq_len=16, announce=Said()).parts
+        len(part) for part in Datasets.open(parts).windows(layout="concat", seq_len=16, say=Said()).parts
     ]
     assert there[-1]["epochs"] == {"a": round(48 / sizes[0], 4), "b": round(48 / sizes[1], 4)}
     for stop in (9, 6, 3, 0):  # also back to before the change, which stays where it was in the data
@@ -138,7 +138,7 @@ def test_a_part_may_wait(tmp_path, parts):
 
 
 def test_an_epoch_of_a_mixture_is_as_long_as_its_parts(begin_mixed, parts):
-    total = len(Datasets.open(parts).windows(layout="concat", seq_len=16, announce=Said()))
+    total = len(Datasets.open(parts).windows(layout="concat", seq_len=16, say=Said()))
     outcome, _ = begin_mixed(steps=None, epochs=1, global_batch=64, log_every=100)
     assert outcome.cursor == total
 
@@ -148,7 +148,7 @@ def test_weights_are_in_tokens_whatever_a_window_is(layout, tmp_path):
     short, long = text_dataset(tmp_path / "short"), text_dataset(tmp_path / "long", seed=3)
     datasets = Datasets.open([f"short={short}:1", f"long={long}:1"])
     options = {"layout": layout, "seq_len": 24 if layout != "pack" else 70}
-    windows = datasets.windows(announce=Said(), **options)
+    windows = datasets.windows(say=Said(), **options)
     shares = datasets.shares(windows)
     tokens = [
         Fraction(share * (len(part) * part.seq_len - part.padding), len(part))
@@ -178,7 +178,7 @@ def test_a_run_over_a_mixture_in_any_layout_keeps_documents_apart(tmp_path, smal
 @pytest.mark.parametrize("order", ["shuffled", "sequential"])
 def test_place_of_says_where_a_window_lies(parts, order):
     datasets = Datasets.open(parts)
-    windows = datasets.windows(layout="concat", seq_len=16, announce=Said())
+    windows = datasets.windows(layout="concat", seq_len=16, say=Said())
     ordered = datasets.order(windows, seed=42, kind=order)
     for position in (0, 1, 500, 10**9):
         told = place_of(ordered, windows, position)

@@ -48,7 +48,7 @@ def evaluator_of(folder, *, num_windows=None, batch=8, layout="concat", seq_len=
         batch=batch,
         device=CPU,
         dtype="fp32",
-        announce=Said(),
+        say=Said(),
         layout=layout,
         seq_len=seq_len,
     )
