@@ -1,4 +1,4 @@
-"""Where `mm-data` and `mm-train` begin: nothing is imported before Ctrl-C is one sentence."""
+"""The entry points of `mm-data` and `mm-train`: Ctrl-C during the imports ends with one sentence, not a traceback."""
 
 import importlib
 import sys
@@ -17,6 +17,6 @@ def train() -> None:
 def _run(module: str) -> None:
     try:
         importlib.import_module(f"{__package__}.{module}").main()
-    except KeyboardInterrupt:  # while libraries were still being imported; later, the command itself answers
+    except KeyboardInterrupt:  # during the imports; after them, the command handles it
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)

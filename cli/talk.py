@@ -1,4 +1,4 @@
-"""Talking with a model in the terminal, or through a pipe: one line, one turn.
+"""A chat with a model in the terminal, or through a pipe: a line is a turn.
 
 In a terminal Ctrl-C stops an answer and Ctrl-D leaves; through a pipe each line of standard input is answered on standard output.
 """
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from minimind_train.generation.conversation import Conversation
 
 _PROMPT = "> "
-_COMMANDS = "/clear begins anew, Ctrl-C stops an answer, Ctrl-D or /exit leaves"
+_COMMANDS = "/clear begins a new conversation, Ctrl-C stops an answer, Ctrl-D or /exit leaves"
 
 
 def talk(conversation: "Conversation", prompt: str | None) -> None:
-    """Answer `prompt`, or what comes on standard input until it ends.
+    """Answer `prompt`, or the lines of standard input until it ends.
 
     Raises:
-        UserError: a line of a pipe cannot be asked; a terminal is told and asked again.
+        UserError: a line of a pipe cannot be used as a question; in a terminal the error is printed and the chat continues.
     """
     if prompt is not None:
         _say(conversation, prompt)
@@ -32,12 +32,11 @@ def talk(conversation: "Conversation", prompt: str | None) -> None:
         _in_terminal(conversation)
     else:
         if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(
-                errors="surrogateescape"
-            )  # what is no text is told by the line that it stands in
+            # Invalid bytes must not end the loop here: the error then names their line.
+            sys.stdin.reconfigure(errors="surrogateescape")
         for number, line in enumerate(sys.stdin, 1):
             try:
-                if line.strip() and not _obeyed(conversation, line):
+                if line.strip() and not _cleared(conversation, line):
                     _say(conversation, line.rstrip("\r\n"))
             except UserError as error:
                 raise UserError(str(error), where=f"line {number} of standard input") from None
@@ -45,14 +44,14 @@ def talk(conversation: "Conversation", prompt: str | None) -> None:
 
 def _in_terminal(conversation: "Conversation") -> None:
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401, PLC0415 - to be there is enough: `input` then edits lines and remembers them
+        import readline  # noqa: F401, PLC0415 - with it imported, `input` has line editing and a history
     print(_COMMANDS, file=sys.stderr)
     for line in _lines():
         if not line.strip():
             continue
         if line.strip() == "/exit":
             return
-        if _obeyed(conversation, line):
+        if _cleared(conversation, line):
             print("(a new conversation)", file=sys.stderr)
             continue
         try:
@@ -65,7 +64,7 @@ def _in_terminal(conversation: "Conversation") -> None:
 
 
 def _lines() -> Iterator[str]:
-    """Yield what is typed, line by line; Ctrl-C takes back what was begun."""
+    """Yield the lines that are typed; Ctrl-C discards an unfinished one."""
     while True:
         try:
             yield input(_PROMPT)
@@ -76,7 +75,8 @@ def _lines() -> Iterator[str]:
             return
 
 
-def _obeyed(conversation: "Conversation", line: str) -> bool:
+def _cleared(conversation: "Conversation", line: str) -> bool:
+    """Clear the conversation if the line asks for that; tell whether it does."""
     if line.strip() != "/clear":
         return False
     conversation.clear()

@@ -1,1 +1,1 @@
-"""make demo and make demo-chat: the whole road in a few minutes, by the commands that a user types."""
+"""make demo and make demo-chat: from text to a trained model in a few minutes, by the commands of a user."""

@@ -1,9 +1,9 @@
-"""make demo-chat: three stages in a few minutes. A model reads, learns to answer, and learns which answers are liked.
+"""make demo-chat: pre-training, SFT and DPO in a few minutes, and what each stage changed.
 
-Everything here is done by the commands that a user types; each is printed before it runs. The texts are the samples in data/, so
-nothing is downloaded. They are tiny: what a model of this size can learn from them is to say them again, so the questions that are
-asked after each stage are theirs. What changes from stage to stage can be seen all the same. SFT teaches short and long answers to
-some questions, and the pairs like the short ones, so after DPO those are given; the first question has one answer, which it keeps.
+The demo runs the commands that a user would type, and prints each before it runs. The texts are the samples in data/, so nothing
+is downloaded. They are tiny, so the model can only memorise them, and the questions asked after each stage are among them. The
+effect of each stage shows all the same. SFT teaches short and long answers to some questions; the pairs prefer the short ones, so
+after DPO the model gives those. The first question has only one answer, which stays.
 """
 
 import json
@@ -47,11 +47,9 @@ def main() -> None:
     answers, losses = {}, {}
     for number, stage in enumerate(_STAGES, 1):
         title(f"{number}. {_TITLES[stage]}")
-        begun = [] if stage == "pretrain" else ["--from-weight", str(_run(_STAGES[number - 2]))]
-        run(
-            *("mm-train", stage, "--shards", str(_shards(stage)), "--run", str(_run(stage))),
-            *(*begun, *_OPTIONS[stage].split()),
-        )
+        initial = [] if stage == "pretrain" else ["--from-weight", str(_run(_STAGES[number - 2]))]
+        train = ("mm-train", stage, "--shards", str(_shards(stage)), "--run", str(_run(stage)))
+        run(*train, *initial, *_OPTIONS[stage].split())
         answers[stage] = [_answer(stage, question) for question in _QUESTIONS]
         losses[stage] = _loss_on_answers(stage)
 
@@ -60,21 +58,21 @@ def main() -> None:
         print(f"  {question}")
         for stage in _STAGES:
             print(f"    after {stage:<9} {_one_line(answers[stage][number])}")
-    print("\n  loss on the answers of the conversations, in nats a token")
+    print("\n  loss on the answers of the conversations, in nats per token")
     for stage in _STAGES:
         print(f"    after {stage:<9} {losses[stage]:.4f}")
-    first, last = _metrics("dpo")[0], _metrics("dpo")[-1]  # each over all pairs, which are one batch
-    print("\n  the liked answer and the other one of each pair, before and after dpo")
+    first, last = _metrics("dpo")[0], _metrics("dpo")[-1]  # each is over all pairs: they are one batch
+    print("\n  chosen and rejected answers of the pairs, before and after DPO")
     for name in ("reward_margin", "reward_accuracy", "chosen_log_prob", "rejected_log_prob"):
         print(f"    {name.replace('_', ' '):<18} {first[name]:9.3f} {last[name]:9.3f}")
-    print(f"\n  {time.monotonic() - start:.0f} seconds. Talk with the last one:")
+    print(f"\n  It took {time.monotonic() - start:.0f} seconds. To chat with the last model:")
     print(f"  mm-train generate --run {_run('dpo')} --chat")
 
 
 _TITLES = {
-    "pretrain": "Pre-train: the model reads, and goes on with whatever it is given",
+    "pretrain": "Pre-training: the model learns to continue text",
     "sft": "SFT: from conversations it learns to answer, and to stop",
-    "dpo": "DPO: from pairs of answers it learns which one is liked",
+    "dpo": "DPO: from pairs it learns which of two answers is preferred",
 }
 
 
@@ -87,16 +85,13 @@ def _run(stage: str) -> Path:
 
 
 def _answer(stage: str, question: str) -> str:
-    asked = ("--chat", "--prompt", question, "--temperature", "0", "--max-new-tokens", "48")
-    return output_of("mm-train", "generate", "--run", str(_run(stage)), *asked)
+    options = ("--chat", "--prompt", question, "--temperature", "0", "--max-new-tokens", "48")
+    return output_of("mm-train", "generate", "--run", str(_run(stage)), *options)
 
 
 def _loss_on_answers(stage: str) -> float:
-    cut = ("--seq-len", "160", "--layout", "pad")
-    output = output_of(
-        *("mm-train", "eval", "--run", str(_run(stage)), "--shards", str(_shards("sft")), *cut, "--json")
-    )
-    return float(json.loads(output)["loss"])
+    options = ("--shards", str(_shards("sft")), "--seq-len", "160", "--layout", "pad", "--json")
+    return float(json.loads(output_of("mm-train", "eval", "--run", str(_run(stage)), *options))["loss"])
 
 
 def _metrics(stage: str) -> list[dict[str, Any]]:

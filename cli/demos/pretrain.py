@@ -1,7 +1,7 @@
-"""make demo: the whole road in a few minutes. Text becomes shards, a model learns, is killed, goes on, and writes.
+"""make demo: from text to a model in a few minutes. Training is killed on the way, resumes, and the model writes.
 
-Everything here is done by the commands that a user types; each is printed before it runs. The text is data/sample.jsonl
-and the documentation that ships inside every Python, so nothing is downloaded.
+The demo runs the commands that a user would type, and prints each before it runs. The text is data/sample.jsonl
+and the documentation that is part of every Python, so nothing is downloaded.
 """
 
 import json
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .commands import run, shown, title
+from .commands import run, show, title
 
 _WORK = Path("runs/demo")
 _RUN = _WORK / "model"
@@ -26,38 +26,12 @@ _SEQ_LEN = 128
 _BATCH = 16
 _SAVE_EVERY = 50
 _KILL_AFTER_STEP = 130
-_MODEL = [
-    "--hidden-size",
-    "256",
-    "--num-hidden-layers",
-    "4",
-    "--num-attention-heads",
-    "8",
-    "--num-key-value-heads",
-    "4",
-]
-_TRAIN = [
-    *(
-        "--seq-len",
-        str(_SEQ_LEN),
-        "--global-batch",
-        str(_BATCH),
-        "--micro-batch",
-        str(_BATCH),
-        "--steps",
-        str(_STEPS),
-    ),
-    *(
-        "--learning-rate",
-        "2e-3",
-        "--warmup-steps",
-        "20",
-        "--save-every",
-        str(_SAVE_EVERY),
-        "--log-every",
-        "1",
-    ),
-]
+_MODEL = "--hidden-size 256 --num-hidden-layers 4 --num-attention-heads 8 --num-key-value-heads 4"
+_TRAINING = (
+    f"--seq-len {_SEQ_LEN} --global-batch {_BATCH} --micro-batch {_BATCH} --steps {_STEPS} "
+    f"--learning-rate 2e-3 --warmup-steps 20 --save-every {_SAVE_EVERY} --log-every 1"
+)
+_SAMPLING = "--max-new-tokens 48 --temperature 0.5"
 _PROMPTS = ["What is photosynthesis?", "为什么天空是蓝色的？", "The for statement is used to"]
 
 
@@ -75,58 +49,48 @@ def main() -> None:
     run("mm-data", "verify", str(_SHARDS))
 
     title(f"2. Train, and kill -9 after step {_KILL_AFTER_STEP}")
-    pretrain = ["mm-train", "pretrain", "--shards", str(_SHARDS), "--run", str(_RUN), *_MODEL, *_TRAIN]
-    killed_at = _run_and_kill(pretrain)
-    print(f"killed after step {killed_at}; {_RUN / 'checkpoints'} holds {', '.join(_checkpoints())}")
+    options = f"{_MODEL} {_TRAINING}".split()
+    killed_at = _run_and_kill(
+        ["mm-train", "pretrain", "--shards", str(_SHARDS), "--run", str(_RUN), *options]
+    )
+    checkpoints = _checkpoints()
+    print(f"killed after step {killed_at}; {_RUN / 'checkpoints'} holds {', '.join(checkpoints)}")
 
-    title("3. Resume, as if nothing had happened")
+    title("3. Resume from the newest checkpoint")
     run("mm-train", "pretrain", "--run", str(_RUN), "--resume")
     metrics = _metrics()
     steps = [line["step"] for line in metrics]
     if steps != list(range(1, _STEPS + 1)):
         sys.exit(
-            f"error: {_RUN / 'metrics.jsonl'} should have steps 1 to {_STEPS} once each; please report this"
+            f"error: {_RUN / 'metrics.jsonl'} should have each of the steps 1 to {_STEPS} once; please report this"
         )
 
     title("4. Text from the model")
     for prompt in _PROMPTS:
-        run(
-            "mm-train",
-            "generate",
-            "--run",
-            str(_RUN),
-            "--prompt",
-            prompt,
-            "--max-new-tokens",
-            "48",
-            "--temperature",
-            "0.5",
-        )
+        run("mm-train", "generate", "--run", str(_RUN), "--prompt", prompt, *_SAMPLING.split())
 
     title("What happened")
-    first, last = metrics[0], [line["loss"] for line in metrics[-20:]]
+    first_loss, last_losses = metrics[0]["loss"], [line["loss"] for line in metrics[-20:]]
     speeds = sorted(line["tokens_per_second"] for line in metrics)
     dataset = json.loads((_SHARDS / "manifest.json").read_bytes())
     print(f"  tokens on disk   {sum(shard['tokens'] for shard in dataset['shards']):,}")
     print(
-        f"  tokens trained   {_STEPS * _BATCH * _SEQ_LEN:,} in {_STEPS} steps, {speeds[len(speeds) // 2]:,.0f} a second"
+        f"  tokens trained   {_STEPS * _BATCH * _SEQ_LEN:,} in {_STEPS} steps, {speeds[len(speeds) // 2]:,.0f} tokens a second"
     )
     print(
-        f"  loss             {first['loss']:.2f} at step 1, {sum(last) / len(last):.2f} over the last {len(last)} steps"
+        f"  loss             {first_loss:.2f} at step 1, {sum(last_losses) / len(last_losses):.2f} over the last {len(last_losses)} steps"
     )
-    print(
-        f"  killed           after step {killed_at}; resumed from the checkpoint of step {killed_at // _SAVE_EVERY * _SAVE_EVERY}"
-    )
+    print(f"  killed           after step {killed_at}; resumed from {checkpoints[-1]}")
     print(f"  metrics.jsonl    has every step from 1 to {_STEPS} exactly once")
     print(f"  time             {time.monotonic() - start:.0f} s")
-    title("What to type next")
-    print('  .venv/bin/mm-data tokenize YOUR.jsonl --out data/yours  # {"text": "…"} a line')
-    print("  .venv/bin/mm-train pretrain --shards data/yours         # MiniMind's settings")
+    title("What to try next")
+    print('  .venv/bin/mm-data tokenize YOUR.jsonl --out data/yours  # a line: {"text": "…"}')
+    print("  .venv/bin/mm-train pretrain --shards data/yours         # with MiniMind's settings")
     print('  .venv/bin/mm-train generate --run runs/pretrain --prompt "…"')
 
 
 def _write_documentation() -> Path:
-    """Write pydoc's topics as JSON lines."""
+    """Write the topics of pydoc as JSON lines."""
     path = _WORK / "python_documentation.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for text in pydoc_data.topics.topics.values():
@@ -135,19 +99,19 @@ def _write_documentation() -> Path:
 
 
 def _run_and_kill(command: list[str]) -> int:
-    """Start training, wait for the step, kill the process without warning; return its last finished step."""
-    process = subprocess.Popen(shown(command))
+    """Start training, wait for the step, kill the process; return its last finished step."""
+    process = subprocess.Popen(show(command))
     while process.poll() is None and (not (metrics := _metrics()) or metrics[-1]["step"] < _KILL_AFTER_STEP):
         time.sleep(0.05)
     if process.poll() is not None:
-        sys.exit(f"error: training ended by itself with status {process.returncode}")
+        sys.exit(f"error: training ended with status {process.returncode} before it could be killed")
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     return int(_metrics()[-1]["step"])
 
 
 def _metrics() -> list[dict[str, Any]]:
-    """Return the whole lines of metrics.jsonl; the last may be half-written while training runs."""
+    """Return the complete lines of metrics.jsonl; the last may be half-written while training runs."""
     path = _RUN / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
