@@ -28,6 +28,7 @@ from minimind_train.batches.datasets import data_of_run, read_sources, source_te
 from minimind_train.batches.places import place_of
 
 from . import rearrange
+from .flags import in_flags
 from .options import Given, command, make_app, refuse_idle
 from .stats import stats
 from .window import window
@@ -313,7 +314,7 @@ rearrange.register(app)
 
 
 def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr)
+    print(in_flags(sentence), file=sys.stderr)
 
 
 def _print_json(content: dict[str, Any]) -> None:

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 _ELSEWHERE = {
-    name: f"--{name.replace('_', '-')}" for name in ("kind", "resume", "run", "shards", "to", "tokenizer")
+    name: f"--{name.replace('_', '-')}"
+    for name in ("kind", "layout", "long_documents", "resume", "run", "seq_len", "shards", "to", "tokenizer")
 }
 """Flags of other commands than the running one, of which its sentences may speak too."""
 

@@ -21,6 +21,7 @@ from minimind_data.windows.base import Layout
 from minimind_data.windows.best_fit import LongDocuments
 from minimind_data.windows.opening import open_windows
 
+from .flags import in_flags
 from .options import Given, refuse_idle
 
 _LEARNED, _SEEN, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
@@ -62,7 +63,7 @@ def window(
         seq_len=seq_len,
         labels=labels,
         long_documents=long_documents,
-        say=lambda sentence: print(sentence, file=sys.stderr),
+        say=lambda sentence: print(in_flags(sentence), file=sys.stderr),
     )
     if not 0 <= number < len(windows):
         raise UserError(

@@ -56,7 +56,7 @@ def check_limits(options: object, limits: Mapping[str, tuple[float, float]]) -> 
     for name, (least, most) in limits.items():
         value = getattr(options, name)
         if value is not None and not least <= value <= most:
-            raise ValueError(f"{name} must be from {least} to {most}, not {value}")
+            raise ValueError(f"`{name}` must be from {least} to {most}, not {value}")
 
 
 def leaves(cls: type, defaults: object = None) -> Iterator[tuple[str, Any, Any]]:

@@ -45,7 +45,9 @@ def run_tasks(
         if error.name != "ray":
             raise
         raise UserError(
-            "--engine ray: Ray is not installed; pip install 'minimind-pipeline[ray]', or take --engine local"
+            "`engine` ray: Ray is not installed",
+            remedy="pip install 'minimind-pipeline[ray]', or take `engine` local",
+            option="engine",
         ) from None
     return run_ray(job, tasks, workers, report, say)
 

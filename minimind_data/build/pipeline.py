@@ -116,7 +116,9 @@ def commit(out: Path, *, say: Say = say_nothing, progress: Progress = no_progres
     if plan is None and (out / MANIFEST_NAME).is_file():
         raise UserError(f"{out}: a finished dataset already; there are no slices to join")
     if plan is None:
-        raise UserError(f"{out}: no unfinished build there; begin one with `mm-data tokenize … --task 1/N`")
+        raise UserError(
+            "no unfinished build there", where=out, remedy="begin one by `mm-data tokenize` with `task` 1/N"
+        )
     options = build(TokenizeOptions, {**plan["options"], "out": out, "kind": plan["kind"]})
     tokenizer_path, info = work.path / TOKENIZER_NAME, TokenizerInfo(**plan["tokenizer"])
     if not tokenizer_path.is_file() or sha256_of(tokenizer_path) != info.sha256:
@@ -229,13 +231,16 @@ class _Build:
         unlike = [result.name for result in made if previous is not None and previous.differs(result)]
         if unlike:
             raise UserError(
-                f"{self._options.out}: {unlike[0]} came out otherwise than the manifest says; tokenize into another --out"
+                f"{unlike[0]} came out otherwise than the manifest says",
+                where=self._options.out,
+                remedy="tokenize into another `out`",
+                option="out",
             )
 
     def _say_that_validation_is_empty(self, outcome: Outcome) -> None:
         if self._options.val_fraction and outcome.validation is None:
             self._say(
-                f"no document fell to the validation part: --val-fraction {self._options.val_fraction} is small for it"
+                f"no document fell to the validation part: `val_fraction` {self._options.val_fraction} is small for it"
             )
 
     def finished(self) -> Summary | None:
@@ -263,7 +268,10 @@ class _Build:
         here = flat_settings(self._options.kind, asdict(self._tokenizer.info), self._settings["options"])
         if found := differences(there, here, sorted(there.keys() | here.keys())):
             raise UserError(
-                f"{self._options.out}: holds a dataset made otherwise: {'; '.join(found)}; take another --out, or delete that dataset"
+                f"holds a dataset made otherwise: {'; '.join(found)}",
+                where=self._options.out,
+                remedy="take another `out`, or delete that dataset",
+                option="out",
             )
 
     def _compare_inputs(self, previous: FinishedDataset, inputs: Sequence[InputEntry]) -> bool:
@@ -279,8 +287,10 @@ class _Build:
         if removed and self._options.on_removed_input == "stop":
             some = ", ".join(removed[:3]) + (f" and {len(removed) - 3} more" if len(removed) > 3 else "")
             raise UserError(
-                f"{self._options.out}: holds documents of {some}, not among the inputs now; name all inputs, old and new, or "
-                "--on-removed-input drop leaves those documents out"
+                f"holds documents of {some}, not among the inputs now",
+                where=self._options.out,
+                remedy="name all inputs, old and new, or `on_removed_input` drop leaves those documents out",
+                option="on_removed_input",
             )
         return here == there
 

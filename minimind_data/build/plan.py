@@ -94,7 +94,7 @@ class TokenizeOptions:
     dedup: Annotated[
         Literal["none", "exact"], "exact keeps only the first of several documents with the same text."
     ] = "none"
-    workers: Annotated[int, "CPU cores to use, with --engine ray in the whole cluster; 0 uses all."] = 0
+    workers: Annotated[int, "CPU cores to use, with `engine` ray in the whole cluster; 0 uses all."] = 0
     split_bytes: Annotated[int, "Bytes of input for one shard.", parse_size] = 64 * 2**20
     engine: Annotated[
         Literal["local", "ray"], "Where to tokenize: on this machine, or on the Ray cluster of RAY_ADDRESS."
@@ -118,16 +118,16 @@ class TokenizeOptions:
 
     def __post_init__(self) -> None:
         if self.workers < 0:
-            raise ValueError(f"workers must be 0 (all cores) or more, not {self.workers}")
+            raise ValueError(f"`workers` must be 0 (all cores) or more, not {self.workers}")
         if self.split_bytes < _MIN_SPLIT_BYTES:
-            raise ValueError(f"split_bytes must be at least {_MIN_SPLIT_BYTES}, not {self.split_bytes}")
+            raise ValueError(f"`split_bytes` must be at least {_MIN_SPLIT_BYTES}, not {self.split_bytes}")
         parse_fraction(self.val_fraction)
         if self.format not in (AUTO, *FORMS):
-            raise ValueError(f"format must be {AUTO}, {', '.join(FORMS)}, not {self.format!r}")
+            raise ValueError(f"`format` must be {AUTO}, {', '.join(FORMS)}, not {self.format!r}")
         readable = (AUTO, *(name for name, form in FORMS.items() if "separator" in form.record_options))
         if self.records.separator is not None and self.format not in readable:
             raise ValueError(
-                f"separator is for {_read_with('separator')}, it does nothing with format {self.format}"
+                f"`separator` is for {_read_with('separator')}, it does nothing with `format` {self.format}"
             )
         self._check_kind()
 
@@ -135,17 +135,19 @@ class TokenizeOptions:
         if self.kind == "pretrain":
             if self.chat.shaping != ChatOptions().shaping:
                 raise ValueError(
-                    "allow_special_in_content, empty_think_ratio and chat_date are for conversations; they do nothing with "
-                    "kind pretrain"
+                    "`allow_special_in_content`, `empty_think_ratio` and `chat_date` are for conversations; they do nothing with "
+                    "`kind` pretrain"
                 )
             return
         plain = RecordSpec(max_word_chars=self.records.max_word_chars)
         if self.records != plain:
             raise ValueError(
-                f"field, template and separator are for texts; kind {self.kind} has fields of its own"
+                f"`field`, `template` and `separator` are for texts; `kind` {self.kind} has fields of its own"
             )
         if self.format != AUTO and not FORMS[self.format].holds_conversations:
-            raise ValueError(f"kind {self.kind} reads {_WITH_CONVERSATIONS}, not {FORMS[self.format].title}")
+            raise ValueError(
+                f"`kind` {self.kind} reads {_WITH_CONVERSATIONS}, not {FORMS[self.format].title}"
+            )
 
 
 def plan_tasks(sources: Sequence[Source], options: TokenizeOptions) -> list[SplitTask]:
@@ -166,7 +168,7 @@ def idle_options(sources: Sequence[Source], records: RecordSpec) -> list[str]:
         if getattr(records, name) == getattr(RecordSpec(), name):
             continue
         if not any(name in FORMS[source.form].record_options for source in sources):
-            idle.append(f"--{name} does nothing: it is for {_read_with(name)}, and no input is that")
+            idle.append(f"`{name}` does nothing: it is for {_read_with(name)}, and no input is that")
     return idle
 
 
@@ -196,12 +198,16 @@ def chat_of(options: TokenizeOptions, tokenizer: Tokenizer, template: ChatTempla
         return Chat(template=template)
     if template is None:
         raise UserError(
-            f"{options.tokenizer}: no chat template, neither in chat_template.jinja nor in {CONFIG_NAME}; name a file with one "
-            "by --chat-template"
+            f"no chat template, neither in chat_template.jinja nor in {CONFIG_NAME}",
+            where=options.tokenizer,
+            remedy="name a file with one by `chat_template`",
+            option="chat_template",
         )
     if template.is_dated and options.chat.chat_date is None:
         raise UserError(
-            "the chat template writes today's date, and a dataset must not depend on the day; pass --chat-date YYYY-MM-DD"
+            "the chat template writes today's date, and a dataset must not depend on the day",
+            remedy="pass `chat_date` YYYY-MM-DD",
+            option="chat_date",
         )
     spec = ChatSpec(
         kind=kind,
@@ -224,8 +230,10 @@ def check_forms(sources: Sequence[Source], options: TokenizeOptions) -> None:
         form = FORMS[source.form]
         if options.kind != "pretrain" and not form.holds_conversations:
             raise UserError(
-                f"{source.name}: is {form.title}, where --kind {options.kind} reads {_WITH_CONVERSATIONS}; write its "
-                "conversations as such"
+                f"is {form.title}, where `kind` {options.kind} reads {_WITH_CONVERSATIONS}",
+                where=source.name,
+                remedy="write its conversations as such",
+                option="kind",
             )
 
 

@@ -280,7 +280,10 @@ def _check(shared: _Shared, task: SplitTask, node: str) -> None:
         is_same_folder = False
     if not is_same_folder:
         raise UserError(
-            f"{shared.job.out}: node {node} does not see this folder as it is; --out {shared_by_all}"
+            f"node {node} does not see this folder as it is",
+            where=shared.job.out,
+            remedy=f"`out` {shared_by_all}",
+            option="out",
         )
     for source in task.split.sources:
         try:
@@ -374,7 +377,9 @@ def _cluster_address() -> str:
     except (ConnectionError, ValueError, OSError):
         what = f"RAY_ADDRESS={wanted}: no such cluster" if wanted else "no Ray cluster runs on this machine"
         raise UserError(
-            f"{what}; begin one with `ray start --head`, or set RAY_ADDRESS to HOST:PORT of one that this machine is a node of"
+            what,
+            remedy="begin one with `ray start --head`, or set RAY_ADDRESS to HOST:PORT of one that this "
+            "machine is a node of",
         ) from None
     host, _, port = address.rpartition(":")
     try:

@@ -336,7 +336,11 @@ def hashes_path(work_folder: Path, name: str) -> Path:
 
 def _bad_record_error(job: Job, split: Split, bad: BadRecord) -> UserError:
     where = form_of(split.source, job.records).place(split, bad.line)
-    return UserError(f"{where}: {bad.reason} (or --on-bad-record set-aside goes on without such records)")
+    return UserError(
+        f"{bad.reason} (or `on_bad_record` set-aside goes on without such records)",
+        where=where,
+        option="on_bad_record",
+    )
 
 
 def _set_aside_line(bad: BadRecord) -> bytes:

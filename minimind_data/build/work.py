@@ -84,7 +84,7 @@ class WorkFolder:
             CannotWriteError: they cannot be made.
             UserError: another run holds the lock.
         """
-        busy = f"{self.out}: another run is writing there; wait for it or take another --out"
+        busy = f"{self.out}: another run is writing there; wait for it or take another `out`"
         locks = [FolderLock(self.path / _LOCK_NAME, busy, shared=part is not None)]
         if part is not None:
             locks.append(FolderLock(self.path / f"{_LOCK_NAME}-{part[0]}-of-{part[1]}", busy))
@@ -98,7 +98,10 @@ class WorkFolder:
                 if is_disk_full(error):
                     raise
                 raise CannotWriteError(
-                    f"{self.out}: cannot be written ({error.strerror}); take another folder with --out"
+                    f"cannot be written ({error.strerror})",
+                    where=self.out,
+                    remedy="take another folder with `out`",
+                    option="out",
                 ) from None
             yield
 
@@ -143,8 +146,10 @@ class WorkFolder:
             is_begun = any(self.path.glob(f"*{_RESULT_SUFFIX}"))
             if is_begun and (found := differences(there, here, here)):
                 raise UserError(
-                    f"{self.out}: holds an unfinished build made otherwise: {'; '.join(found)}; finish it as it was begun, "
-                    f"take another --out, or delete {self.path}"
+                    f"holds an unfinished build made otherwise: {'; '.join(found)}",
+                    where=self.out,
+                    remedy=f"finish it as it was begun, take another `out`, or delete {self.path}",
+                    option="out",
                 )
             names = names.union(begun["shards"])
         plan = {**settings, "inputs": list(inputs), "shards": sorted(names)}

@@ -34,8 +34,10 @@ class Tries:
         self._deaths[task.name] += 1
         if self._deaths[task.name] == MAX_TRIES:
             raise UserError(
-                f"{where}, {MAX_TRIES} times; run the same command again, with fewer --workers or a smaller --split-bytes if "
-                "memory was short"
+                f"{where}, {MAX_TRIES} times",
+                remedy="run the same command again, with fewer `workers` or a smaller `split_bytes` if memory "
+                "was short",
+                option="workers",
             )
         self._say(f"{where}; that split is tried again")
 

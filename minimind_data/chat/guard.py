@@ -164,7 +164,7 @@ class Guard:
 
 _CANNOT_GUARD = (
     "a conversation holds special tokens as text, which this tokenizer cannot encode as such ({}); take them out, or pass "
-    "--allow-special-in-content"
+    "`allow_special_in_content`"
 )
 
 

@@ -82,8 +82,8 @@ def find_marks(tokenizer: Tokenizer, template: ChatTemplate) -> TurnMarks | None
 
 
 _REMEDY = (
-    "name with --chat-template a file with a template that has {% generation %} … {% endgeneration %} around what the assistant "
-    "writes, or take another --tokenizer"
+    "name with `chat_template` a file with a template that has {% generation %} … {% endgeneration %} around what the assistant "
+    "writes, or take another `tokenizer`"
 )
 
 

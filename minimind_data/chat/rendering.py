@@ -194,7 +194,7 @@ class Renderer:
         if disguise.show(hidden) != text:
             raise RenderError(
                 "the chat template looks at the signs of special tokens in it, so what is the template's cannot be told from "
-                "what is the text's; take such signs out, or pass --allow-special-in-content"
+                "what is the text's; take such signs out, or pass `allow_special_in_content`"
             )
         own = disguise.places(hidden)
         if own == disguise.places(text) and not self._spec.guards_all:

@@ -125,9 +125,19 @@ def _read_template(path: Path, config: Mapping[str, Any]) -> ChatTemplate:
     try:
         text = path.read_bytes().decode()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; --chat-template takes a file with a chat template") from None
+        raise UserError(
+            "no such file",
+            where=path,
+            remedy="`chat_template` takes a file with a chat template",
+            option="chat_template",
+        ) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); --chat-template takes a file") from None
+        raise UserError(
+            f"cannot be read ({error.strerror})",
+            where=path,
+            remedy="`chat_template` takes a file",
+            option="chat_template",
+        ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: no UTF-8 ({error.reason} at byte {error.start})") from None
     return _checked(text, config, path)

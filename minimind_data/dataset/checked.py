@@ -37,7 +37,10 @@ def check_kind(shards: ShardSet, target: str) -> None:
     kind = shards.manifest.kind
     if kind != "pretrain":
         raise UserError(
-            f"{shards.folder}: a dataset of kind {kind}, and {target} has no place for what of it is learned; take --to hf or parquet"
+            f"a dataset of kind {kind}, and {target} has no place for what of it is learned",
+            where=shards.folder,
+            remedy="take `target_format` hf or parquet",
+            option="target_format",
         )
 
 

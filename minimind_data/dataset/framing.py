@@ -127,8 +127,10 @@ def check_ids(tokens: NDArray[Any], vocab_size: int, where: Callable[[int], str]
         return
     first = int(np.flatnonzero((tokens < 0) | (tokens >= vocab_size))[0])
     raise UserError(
-        f"{where(first)} is {int(tokens[first])}, where the tokenizer has ids 0 to {vocab_size - 1}; "
-        "name with --tokenizer the one that made these ids, and with --from the format that they are in"
+        f"{where(first)} is {int(tokens[first])}, where the tokenizer has ids 0 to {vocab_size - 1}",
+        remedy="name with `tokenizer` the one that made these ids, and with `source_format` the format "
+        "that they are in",
+        option="tokenizer",
     )
 
 

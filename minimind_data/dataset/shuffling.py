@@ -55,9 +55,9 @@ class ShuffleOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed <= MAX_SEED:
-            raise ValueError(f"seed must be from 0 to 2^64 - 1, not {self.seed}")
+            raise ValueError(f"`seed` must be from 0 to 2^64 - 1, not {self.seed}")
         if self.shard_bytes < 1:
-            raise ValueError(f"shard_bytes must be at least 1, not {self.shard_bytes}")
+            raise ValueError(f"`shard_bytes` must be at least 1, not {self.shard_bytes}")
 
 
 def shuffle(

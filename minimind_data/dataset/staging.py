@@ -37,7 +37,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     partial = out.with_name(f"{out.name}.mm-data{PARTIAL_SUFFIX}")  # nobody else's, for it is removed unasked
     lock = FolderLock(
         out.with_name(f".{out.name}.lock"),
-        f"{out}: another run is writing there; wait for it or take another --out",
+        f"{out}: another run is writing there; wait for it or take another `out`",
     )
     with user_error_on_full_disk(out):
         try:
@@ -47,7 +47,10 @@ def new_folder(out: Path) -> Iterator[Path]:
             if is_disk_full(error):
                 raise
             raise UserError(
-                f"{out}: cannot be written ({error.strerror}); take another folder with --out"
+                f"cannot be written ({error.strerror})",
+                where=out,
+                remedy="take another folder with `out`",
+                option="out",
             ) from None
         try:
             _check_free(out)  # another run may have finished it while this one came to the lock
@@ -69,9 +72,11 @@ def _check_free(out: Path) -> None:
         raise UserError(f"{out}: a mount point, which no folder can be renamed to; name a folder inside it")
     if out.is_dir():
         if any(out.iterdir()):
-            raise UserError(f"{out}: not empty; take another --out, or delete that folder")
+            raise UserError(
+                "not empty", where=out, remedy="take another `out`, or delete that folder", option="out"
+            )
     elif out.exists() or out.is_symlink():
-        raise UserError(f"{out}: a file; --out names a folder that is to be made")
+        raise UserError("a file", where=out, remedy="`out` names a folder that is to be made", option="out")
 
 
 @contextlib.contextmanager

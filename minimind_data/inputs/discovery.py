@@ -127,7 +127,9 @@ def _form_in(source: Source, head: bytes, wanted: FormChoice) -> str:
         return by_magic
     form = _form_by_name(name) or _form_by_start(head) if wanted == AUTO else wanted
     if form is None:
-        raise UserError(f"{name}: its form cannot be told; say --format {', '.join(FORMS)}")
+        raise UserError(
+            "its form cannot be told", where=name, remedy=f"say `format` {', '.join(FORMS)}", option="format"
+        )
     entry = FORMS[form]
     if entry.magic:
         magic = entry.magic.decode()

@@ -71,7 +71,7 @@ FORMS: dict[str, FormEntry] = {
         holds_conversations=False,
     ),
 }
-"""By the name that `--format` takes and the manifest has."""
+"""By the name that the option `format` takes and the manifest has."""
 
 AUTO = "auto"
 if TYPE_CHECKING:

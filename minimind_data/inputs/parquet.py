@@ -122,20 +122,29 @@ def _text_columns(schema: Any, source: Source, spec: RecordSpec) -> list[str]:
         if name not in schema.names:
             names = ", ".join(schema.names[:_MAX_NAMES])
             raise UserError(
-                f"{source.name}: no column {field!r} (its columns: {names}); name the column of the text with --field"
+                f"no column {field!r} (its columns: {names})",
+                where=source.name,
+                remedy="name the column of the text with `field`",
+                option="field",
             )
         kind = schema.field(name).type
         for step in steps:
             if not pa.types.is_struct(kind) or kind.get_field_index(step) < 0:
                 raise UserError(
-                    f"{source.name}: no column {field!r} ({name} is {kind}); name the column of the text with --field"
+                    f"no column {field!r} ({name} is {kind})",
+                    where=source.name,
+                    remedy="name the column of the text with `field`",
+                    option="field",
                 )
             kind = kind.field(step).type
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
         if not _is_string(kind):
             raise UserError(
-                f"{source.name}: column {field!r} holds {kind}, not strings; name the column of the text with --field"
+                f"column {field!r} holds {kind}, not strings",
+                where=source.name,
+                remedy="name the column of the text with `field`",
+                option="field",
             )
         columns.append(".".join((name, *steps)))
     return columns

@@ -36,15 +36,15 @@ class RecordSpec:
 
     def __post_init__(self) -> None:
         if self.max_word_chars < 1:
-            raise ValueError(f"max_word_chars must be at least 1, not {self.max_word_chars}")
+            raise ValueError(f"`max_word_chars` must be at least 1, not {self.max_word_chars}")
         if self.separator == "":
-            raise ValueError("separator must not be empty; leave it out where each file is one document")
+            raise ValueError("`separator` must not be empty; leave it out where each file is one document")
         if self.template is not None:
             if self.field != "text":
-                raise ValueError("template and field exclude each other: the template names its fields")
+                raise ValueError("`template` and `field` exclude each other: the template names its fields")
             if not template_fields(self.template):
                 raise ValueError(
-                    f"template {self.template!r} names no field; write one like '{{question}} {{answer}}'"
+                    f"`template` {self.template!r} names no field; write one like '{{question}} {{answer}}'"
                 )
 
     @property
@@ -72,7 +72,9 @@ def template_fields(template: str) -> tuple[str, ...]:
         if name is None:
             continue
         if not name or form or conversion:
-            raise ValueError(f"template {template!r}: between braces stands a field's name and nothing else")
+            raise ValueError(
+                f"`template` {template!r}: between braces stands a field's name and nothing else"
+            )
         names.append(name)
     return tuple(names)
 
@@ -81,7 +83,7 @@ def _parse(template: str) -> list[tuple[str, str | None, str | None, str | None]
     try:
         return list(string.Formatter().parse(template))
     except ValueError as error:
-        raise ValueError(f"template {template!r}: {error}; write literal braces doubled") from None
+        raise ValueError(f"`template` {template!r}: {error}; write literal braces doubled") from None
 
 
 def text_getter(spec: RecordSpec) -> Callable[[Any], Any]:
@@ -124,7 +126,7 @@ def _getter(field: str) -> Callable[[Any], Any]:
 
 
 def reason(
-    record: object, text: object, spec: RecordSpec, remedy: str = "name the field of the text with --field"
+    record: object, text: object, spec: RecordSpec, remedy: str = "name the field of the text with `field`"
 ) -> str | None:
     """Say why a record makes no document and, after a semicolon, what can be done; None where it does make one.
 
@@ -138,7 +140,7 @@ def reason(
         example = json.dumps(spec.fields[0], ensure_ascii=False)
         return f"the record is {kind_of(record)}, not an object; write it as {{{example}: …}}"
     if spec.template is not None:
-        remedy = "mend the record or --template"
+        remedy = "mend the record or `template`"
     for field in spec.fields:
         try:
             value = _getter(field)(record)
@@ -158,7 +160,7 @@ def long_word(text: str, max_word_chars: int) -> str | None:
     longest = max((match.end() - match.start() for match in _WORD.finditer(text)), default=0)
     if longest <= max_word_chars:
         return None
-    return f"one word of {longest:,} characters, the longest allowed has {max_word_chars:,}; break it up, or raise --max-word-chars"
+    return f"one word of {longest:,} characters, the longest allowed has {max_word_chars:,}; break it up, or raise `max_word_chars`"
 
 
 def no_utf8(data: bytes, what: str) -> str | None:

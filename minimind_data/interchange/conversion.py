@@ -61,9 +61,9 @@ class ConvertOptions:
 
     def __post_init__(self) -> None:
         if self.shard_bytes < 1:
-            raise ValueError(f"shard_bytes must be at least 1, not {self.shard_bytes}")
+            raise ValueError(f"`shard_bytes` must be at least 1, not {self.shard_bytes}")
         if self.separator_id is not None and self.separator_id < 0:
-            raise ValueError(f"separator_id is a token id, 0 or more, not {self.separator_id}")
+            raise ValueError(f"`separator_id` is a token id, 0 or more, not {self.separator_id}")
 
 
 @dataclass(frozen=True, kw_only=True)

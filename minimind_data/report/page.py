@@ -39,7 +39,7 @@ def check_page_place(path: Path) -> None:
         UserError: its folder does not exist, or it is a folder itself.
     """
     if path.is_dir():
-        raise UserError(f"{path}: is a folder; --html takes the name of a file to write")
+        raise UserError("is a folder", where=path, remedy="name a file to write")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}; make it, or name another place")
 

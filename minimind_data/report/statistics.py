@@ -183,7 +183,10 @@ def measure_lengths(shards: ShardSet, seq_lens: Sequence[int]) -> tuple[Lengths,
     """
     for seq_len in seq_lens:
         if seq_len < 2:
-            raise UserError(f"--seq-len {seq_len}: a window holds BOS and EOS at least, so take 2 or more")
+            raise UserError(
+                f"`seq_len` {seq_len}: a window holds BOS and EOS at least, so take 2 or more",
+                option="seq_len",
+            )
     if not shards.num_documents:
         raise UserError(f"{shards.folder}: holds no document, so there is nothing to describe")
     counts: dict[int, int] = {}

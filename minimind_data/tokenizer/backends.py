@@ -56,7 +56,9 @@ class ReferenceEncoder:
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # noqa: BLE001 - the library raises plain Exception
             raise UserError(
-                f"the tokenizer cannot encode some text ({error}); give it an unknown token, or take another --tokenizer"
+                f"the tokenizer cannot encode some text ({error})",
+                remedy="give it an unknown token, or take another `tokenizer`",
+                option="tokenizer",
             ) from None
         ids = [np.array(encoding.ids, np.uint32) for encoding in encodings]
         offsets = np.zeros(len(texts) + 1, np.int64)
@@ -129,7 +131,11 @@ def choose_backend(tokenizer: Tokenizer, wanted: Backend, sample: list[str]) -> 
             )
         refusals.append(f"{name} {refusal}")
     if wanted != "auto":
-        raise UserError(f"--backend {wanted}: {'; '.join(refusals)}; take --backend auto or tokenizers")
+        raise UserError(
+            f"`backend` {wanted}: {'; '.join(refusals)}",
+            remedy="take `backend` auto or tokenizers",
+            option="backend",
+        )
     return Choice(name="tokenizers", note=f"the slow reference, because {'; '.join(refusals)}")
 
 

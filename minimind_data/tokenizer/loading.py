@@ -84,7 +84,10 @@ def load_tokenizer(path: Path | None = None, special: SpecialTokens | None = Non
         text = file.read_bytes().decode()
     except FileNotFoundError:
         raise UserError(
-            f"{file}: no such file; --tokenizer takes a tokenizer.json or the folder of one"
+            "no such file",
+            where=file,
+            remedy="`tokenizer` takes a tokenizer.json or the folder of one",
+            option="tokenizer",
         ) from None
     except UnicodeDecodeError as error:
         raise UserError(
@@ -146,16 +149,25 @@ def _special_id(
         text = token.get("content") if isinstance(token, dict) else token
         if text is not None and not isinstance(text, str):
             raise UserError(
-                f"{file.with_name(CONFIG_NAME)}: its {name}_token is {token!r}, not a string; pass --{name}-token TOKEN"
+                f"its {name}_token is {token!r}, not a string",
+                where=file.with_name(CONFIG_NAME),
+                remedy=f"pass `{name}_token` TOKEN",
+                option=f"{name}_token",
             )
     if text is None:
         raise UserError(
-            f"{file}: which token is {name.upper()} is said nowhere ({CONFIG_NAME} is silent); pass --{name}-token TOKEN"
+            f"which token is {name.upper()} is said nowhere ({CONFIG_NAME} is silent)",
+            where=file,
+            remedy=f"pass `{name}_token` TOKEN",
+            option=f"{name}_token",
         )
     token_id: int | None = tokenizer.token_to_id(text)
     if token_id is None:
         raise UserError(
-            f"{file}: {name.upper()} should be {text!r}, which is not in its vocabulary; pass another --{name}-token TOKEN"
+            f"{name.upper()} should be {text!r}, which is not in its vocabulary",
+            where=file,
+            remedy=f"pass another `{name}_token` TOKEN",
+            option=f"{name}_token",
         )
     return token_id
 
@@ -174,7 +186,7 @@ def refuse_other_tokenizer(
     other: tuple[Path | str, TokenizerInfo | None],
     *,
     why: str,
-    remedy: str = "tokenize one of them again with the other's, by mm-data tokenize --tokenizer DIR",
+    remedy: str = "tokenize one of them again with the other's, by mm-data tokenize `tokenizer` DIR",
     same: Callable[[], bool] = lambda: False,
 ) -> None:
     """Refuse two things that do not have the same tokenizer.

@@ -60,8 +60,9 @@ def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int = 6400) 
     """
     if not _MIN_VOCAB_SIZE <= vocab_size <= _MAX_VOCAB_SIZE:
         raise UserError(
-            f"--vocab-size {vocab_size}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens need {_MIN_VOCAB_SIZE}, and "
-            f"over {_MAX_VOCAB_SIZE:,} serve no model"
+            f"`vocab_size` {vocab_size}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens need "
+            f"{_MIN_VOCAB_SIZE}, and over {_MAX_VOCAB_SIZE:,} serve no model",
+            option="vocab_size",
         )
     file = out if out.suffix == ".json" else out / TOKENIZER_NAME
     tokenizer = tokenizers.Tokenizer(models.BPE())

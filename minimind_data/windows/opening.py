@@ -48,7 +48,10 @@ def open_windows(
     if shards.manifest.kind == "dpo":
         if layout != "pad":
             raise UserError(
-                f"{shards.folder}: holds pairs (dpo), a window of which is one pair; take --layout pad, not {layout}"
+                "holds pairs (dpo), a window of which is one pair",
+                where=shards.folder,
+                remedy=f"take `layout` pad, not {layout}",
+                option="layout",
             )
         windows = PairWindows(shards, seq_len, labels=labels)
     elif layout == "concat":
@@ -59,12 +62,18 @@ def open_windows(
         plan = open_plan(shards, seq_len if labels else seq_len + 1, long_documents, say or say_nothing)
         windows = PackWindows(shards, seq_len, plan, labels=labels, documents_apart=documents_apart)
     if not len(windows):
+        if layout == "pack":
+            raise UserError(
+                f"none of its {shards.num_documents:,} documents fits a window of {seq_len} tokens",
+                where=shards.folder,
+                remedy="take a longer `seq_len`, or `long_documents` cut or fragment",
+                option="seq_len",
+            )
         raise UserError(
-            f"{shards.folder}: {shards.num_tokens:,} tokens in {shards.num_documents:,} documents make no {layout} window of "
-            f"{seq_len} tokens; take a shorter --seq-len or more text"
-            if layout != "pack"
-            else f"{shards.folder}: none of its {shards.num_documents:,} documents fits a window of {seq_len} tokens; take a "
-            "longer --seq-len, or --long-documents cut or fragment"
+            f"{shards.num_tokens:,} tokens in {shards.num_documents:,} documents make no {layout} window of {seq_len} tokens",
+            where=shards.folder,
+            remedy="take a shorter `seq_len` or more text",
+            option="seq_len",
         )
     if say is not None:
         for line in _description(windows):
@@ -74,11 +83,11 @@ def open_windows(
 
 def _check_length(layout: Layout, seq_len: int) -> None:
     if layout != "concat" and seq_len < 2:
-        raise UserError(f"seq_len {seq_len} is too short for layout {layout}: BOS and EOS alone take 2")
+        raise UserError(f"`seq_len` {seq_len} is too short for layout {layout}: BOS and EOS alone take 2")
     if seq_len < 1:
-        raise UserError(f"seq_len must be at least 1, not {seq_len}")
+        raise UserError(f"`seq_len` must be at least 1, not {seq_len}")
     if seq_len > MAX_SEQ_LEN:
-        raise UserError(f"seq_len must be at most {MAX_SEQ_LEN:,} tokens, not {seq_len:,}")
+        raise UserError(f"`seq_len` must be at most {MAX_SEQ_LEN:,} tokens, not {seq_len:,}")
 
 
 def _description(windows: Windows) -> Iterator[str]:
@@ -92,7 +101,7 @@ def _description(windows: Windows) -> Iterator[str]:
     if unlearned := windows.count_unlearned():
         yield (
             f"{windows.shards.folder}: in {unlearned:,} of {len(windows):,} windows of {windows.seq_len} tokens nothing is learned, "
-            "because no answer begins before the end; a longer --seq-len reaches such answers"
+            "because no answer begins before the end; a longer `seq_len` reaches such answers"
         )
 
 

@@ -87,8 +87,9 @@ class PackWindows(Windows):
         window = self.plan.window_of(document, fragment)
         if window is None:
             raise UserError(
-                f"{shard}:{offset} is a token of document {document}, which is longer than a window and left out "
-                "(--long-documents drop)"
+                f"{shard}:{offset} is a token of document {document}, which is longer than a window and left "
+                "out (`long_documents` drop)",
+                option="long_documents",
             )
         return window
 

@@ -62,7 +62,7 @@ def test_merge_and_shuffle_make_datasets(dataset, tmp_path):
         (["convert", "DATA", "--out", "o", "--to", "hf", "--shard-bytes", "0"], 2, "at least 1"),
         (["merge", "DATA", "--out", "o"], 1, "two datasets or more"),
         (["shuffle", "DATA", "--out", "DATA"], 1, "not empty; take another --out"),
-        (["shuffle", "DATA", "--out", "o", "--seed", "-1"], 2, "seed must be from 0"),
+        (["shuffle", "DATA", "--out", "o", "--seed", "-1"], 2, "--seed must be from 0"),
     ],
 )
 def test_what_goes_wrong_is_one_sentence(dataset, tmp_path, monkeypatch, arguments, status, match):

@@ -155,7 +155,7 @@ def test_a_bad_record_stops_with_its_line_and_leaves_no_dataset(source, tmp_path
         file.write(b'{"text": 5}\n')
     with pytest.raises(
         UserError,
-        match=rf"text\.jsonl:{len(TEXTS) + 1}: field 'text' is a number, .*--on-bad-record set-aside",
+        match=rf"text\.jsonl:{len(TEXTS) + 1}: field 'text' is a number, .*`on_bad_record` set-aside",
     ):
         tokenize([source], options(tmp_path / "out", workers=workers))
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -259,7 +259,7 @@ def test_an_unfinished_build_goes_on_only_as_it_was_begun(tmp_path, source):
 def test_a_wrong_field_can_be_corrected_at_once(tmp_path):
     source = tmp_path / "x.jsonl"
     source.write_text('{"content": "a"}\n')
-    with pytest.raises(UserError, match="x.jsonl:1: no field 'text' .*--field"):
+    with pytest.raises(UserError, match="x.jsonl:1: no field 'text' .*`field`"):
         tokenize([source], options(tmp_path / "out"))
     assert tokenize([source], options(tmp_path / "out", field="content")).manifest.num_documents == 1
 
@@ -267,7 +267,7 @@ def test_a_wrong_field_can_be_corrected_at_once(tmp_path):
 def test_one_endless_word_is_named(tmp_path, write_jsonl):
     source = write_jsonl(["fine", "x" * 1_000_001])
     with pytest.raises(
-        UserError, match=r"text\.jsonl:2: one word of 1,000,001 characters, .*--max-word-chars"
+        UserError, match=r"text\.jsonl:2: one word of 1,000,001 characters, .*`max_word_chars`"
     ):
         tokenize([source], options(tmp_path / "out", split_bytes=2**26))
     assert (
@@ -370,5 +370,5 @@ def test_a_full_disk_at_the_last_flush_leaves_nothing(tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path, source, place):
     (tmp_path / "file").touch()
     out = tmp_path / "file" if place == "file" else tmp_path / "file" / "out"
-    with pytest.raises(UserError, match="cannot be written .*--out"):
+    with pytest.raises(UserError, match="cannot be written .*`out`"):
         tokenize([source], options(out))

@@ -387,27 +387,27 @@ def test_what_a_build_of_conversations_must_know(tmp_path):
     config = json.loads((bare / "tokenizer_config.json").read_text())
     del config["chat_template"]
     (bare / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"bare: no chat template, .* --chat-template"):
+    with pytest.raises(UserError, match=r"bare: no chat template, .* `chat_template`"):
         tokenize([source], options(tmp_path / "out", tokenizer=bare))
     dated = make_tokenizer(
         tmp_path / "dated", "chatml", "{{ strftime_now('%Y-%m-%d') }}" + TEMPLATES["chatml"]
     )
-    with pytest.raises(UserError, match="pass --chat-date YYYY-MM-DD"):
+    with pytest.raises(UserError, match="pass `chat_date` YYYY-MM-DD"):
         tokenize([source], options(tmp_path / "out", tokenizer=dated))
     tokenize([source], options(tmp_path / "out", tokenizer=dated, chat_date="2025-02-01"))
     assert load_tokenizer().decode(sequences(tmp_path / "out")[0][0]).startswith("2025-02-01<|im_start|>")
     text = tmp_path / "text.txt"
     text.write_text("words")
-    with pytest.raises(UserError, match=r"text\.txt: is text, where --kind sft reads JSON lines and Parquet"):
+    with pytest.raises(UserError, match=r"text\.txt: is text, where `kind` sft reads JSON lines and Parquet"):
         tokenize([text], options(tmp_path / "out2"))
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"kind": "sft", "field": "body"}, "kind sft has fields of its own"),
-        ({"kind": "dpo", "format": "text"}, "kind dpo reads JSON lines and Parquet, not text"),
-        ({"kind": "pretrain", "allow_special_in_content": True}, "they do nothing with kind pretrain"),
+        ({"kind": "sft", "field": "body"}, "`kind` sft has fields of its own"),
+        ({"kind": "dpo", "format": "text"}, "`kind` dpo reads JSON lines and Parquet, not text"),
+        ({"kind": "pretrain", "allow_special_in_content": True}, "they do nothing with `kind` pretrain"),
         ({"kind": "sft", "empty_think_ratio": 2.0}, "is no share"),
         ({"kind": "sft", "chat_date": "tomorrow"}, "is no date"),
     ],
@@ -502,7 +502,8 @@ def test_formats_without_a_place_for_masks_are_refused(source, tmp_path, kind):
     tokenize([source], options(tmp_path / "a", kind))
     for target in ("megatron", "datatrove", "nanogpt", "llmc", "llmc-llama3"):
         with pytest.raises(
-            UserError, match=f"a dataset of kind {kind}, and {target} has no place .* take --to hf or parquet"
+            UserError,
+            match=f"a dataset of kind {kind}, and {target} has no place .* take `target_format` hf or parquet",
         ):
             convert(tmp_path / "a", ConvertOptions(out=tmp_path / "b"), target_format=target)
     assert not (tmp_path / "b").exists()

@@ -86,7 +86,7 @@ def test_a_removed_file_is_noticed(tmp_path, a, b):
     whole = tree(out)
     with pytest.raises(
         UserError,
-        match=r"out: holds documents of a.jsonl, not among the inputs now; .*--on-removed-input drop",
+        match=r"out: holds documents of a.jsonl, not among the inputs now; .*`on_removed_input` drop",
     ):
         tokenize([b], options(out))
     assert tree(out) == whole

@@ -148,7 +148,7 @@ def test_standard_input_is_read_once(tmp_path):
 
 
 def test_a_separator_is_for_text(tmp_path):
-    with pytest.raises(ValueError, match="separator is for text, it does nothing with format jsonl"):
+    with pytest.raises(ValueError, match="`separator` is for text, it does nothing with `format` jsonl"):
         options(tmp_path, format="jsonl", separator="x")
 
 

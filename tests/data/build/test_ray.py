@@ -289,7 +289,7 @@ class TestOnACluster:
     @pytest.mark.parametrize(
         ("spoil", "sentence"),
         [
-            ("out", r"out: node 127\.0\.0\.2 \(.+\) does not see this folder as it is; --out must be on"),
+            ("out", r"out: node 127\.0\.0\.2 \(.+\) does not see this folder as it is; `out` must be on"),
             (
                 "input",
                 r"text\.jsonl: node 127\.0\.0\.2 \(.+\) does not see this file as it is; inputs must be",

@@ -184,7 +184,7 @@ def test_the_template_of_a_folder(tmp_path):
 def test_what_is_no_template_is_named(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer_config\.json: its chat template is no Jinja \(line 2: "):
         chat_template_of(make_tokenizer(tmp_path / "a", "chatml", "a\n{% if %}"))
-    with pytest.raises(UserError, match="no such file; --chat-template takes a file"):
+    with pytest.raises(UserError, match="no such file; `chat_template` takes a file"):
         chat_template_of(None, tmp_path / "none")
     (tmp_path / "latin").write_bytes(b"\xff")
     with pytest.raises(UserError, match="latin: no UTF-8"):

@@ -341,7 +341,7 @@ def test_a_template_that_looks_at_signs_is_refused_not_trusted(tmp_path):
     ],
 )
 def test_a_template_that_does_not_tell_the_answers_is_refused(text):
-    with pytest.raises(UserError, match=r"--chat-template .* \{% generation %\}"):
+    with pytest.raises(UserError, match=r"`chat_template` .* \{% generation %\}"):
         find_marks(load_tokenizer(), ChatTemplate(text=text))
 
 

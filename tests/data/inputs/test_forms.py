@@ -31,7 +31,7 @@ def test_every_form_can_be_chosen_and_made():
     for name, entry in FORMS.items():
         TokenizeOptions(format=name)
         assert isinstance(entry.make(RecordSpec(), "pretrain"), Form)
-    with pytest.raises(ValueError, match="format must be auto, jsonl, parquet, text, not 'letters'"):
+    with pytest.raises(ValueError, match="`format` must be auto, jsonl, parquet, text, not 'letters'"):
         TokenizeOptions(format="letters")
 
 

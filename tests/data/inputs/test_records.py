@@ -45,7 +45,7 @@ def read(path, split_bytes=2**20, form="auto", **spec):
         (b"true", "the record is true or false, not an object"),
         (
             b'{"content": "a", "id": 1}',
-            "no field 'text' (its fields: content, id); name the field of the text with --field",
+            "no field 'text' (its fields: content, id); name the field of the text with `field`",
         ),
         (b"{}", "no field 'text' (its fields: none at all)"),
         (b'{"text": 5}', "field 'text' is a number, not a string"),
@@ -119,12 +119,12 @@ def test_nested_fields_and_templates(tmp_path):
     texts, bad, _ = read(path, field="data.deep.er")
     assert texts == ["深"]
     assert [one.reason for one in bad] == [
-        "no field 'data.deep.er' (its fields: q, data, data.content); name the field of the text with --field",
-        "no field 'data.deep.er' (its fields: q, data); name the field of the text with --field",
+        "no field 'data.deep.er' (its fields: q, data, data.content); name the field of the text with `field`",
+        "no field 'data.deep.er' (its fields: q, data); name the field of the text with `field`",
     ]
     texts, bad, _ = read(path, template="{{Q}} {q}\n{data.content}")
     assert texts == ["{Q} why?\ninner", "{Q} how?\na name with a dot wins"]
-    assert bad[0].reason == "field 'q' is a number, not a string; mend the record or --template"
+    assert bad[0].reason == "field 'q' is a number, not a string; mend the record or `template`"
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,8 @@ def test_nested_fields_and_templates(tmp_path):
         ({"template": "{}"}, "a field's name and nothing else"),
         ({"template": "{a"}, "write literal braces doubled"),
         ({"template": "{a}", "field": "b"}, "exclude each other"),
-        ({"separator": ""}, "separator must not be empty"),
-        ({"max_word_chars": 0}, "max_word_chars must be at least 1"),
+        ({"separator": ""}, "`separator` must not be empty"),
+        ({"max_word_chars": 0}, "`max_word_chars` must be at least 1"),
     ],
 )
 def test_impossible_specs_are_refused(settings, complaint):
@@ -193,7 +193,7 @@ def test_parquet_rows(parquet, split_bytes):
     texts, bad, empty = read(parquet, split_bytes)
     assert texts == [f"row {i}" * (i % 3) for i in range(100) if i % 3 and i != 41]
     assert empty == 34
-    assert bad[0].reason == "field 'text' is null, not a string; name the field of the text with --field"
+    assert bad[0].reason == "field 'text' is null, not a string; name the field of the text with `field`"
     assert read(parquet, split_bytes, field="data.content")[0] == [f"inner {i}" for i in range(100)]
     assert read(parquet, split_bytes, template="{data.content}/{data.content}")[0][7] == "inner 7/inner 7"
 

@@ -97,7 +97,7 @@ def test_forms_are_told(tmp_path, name, data, form):
 @pytest.mark.parametrize(
     ("name", "data", "complaint"),
     [
-        ("x.bin", b"\x00\x01", "its form cannot be told; say --format jsonl, parquet, text"),
+        ("x.bin", b"\x00\x01", "its form cannot be told; say `format` jsonl, parquet, text"),
         ("x.parquet", LINE, "no Parquet file, whatever its name says"),
         ("x.json", b'[\n {"text": "a"}]', "one JSON array, not one record a line; rewrite it, as with `jq"),
         ("x.jsonl.bz2", b"BZh91AY", "a bzip2 file; unpack it"),

@@ -161,7 +161,7 @@ def test_a_length_without_windows_has_no_view(dataset, tmp_path):
 
 
 def test_impossible_places_are_refused(tmp_path):
-    with pytest.raises(UserError, match="is a folder; --html takes the name of a file"):
+    with pytest.raises(UserError, match="is a folder; name a file to write"):
         check_page_place(tmp_path)
     with pytest.raises(UserError, match="there is no folder"):
         check_page_place(tmp_path / "nowhere" / "page.html")

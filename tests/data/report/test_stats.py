@@ -165,7 +165,7 @@ def test_a_token_outside_the_vocabulary_is_named(tmp_path, write_jsonl):
 
 
 def test_what_cannot_be_described_is_refused(make_dataset):
-    with pytest.raises(UserError, match="--seq-len 1: "):
+    with pytest.raises(UserError, match="`seq_len` 1: "):
         measure_lengths(make_dataset(SHARDS), [8, 1])
     with pytest.raises(UserError, match="holds no document"):
         measure_lengths(make_dataset([[]], name="empty"), [8])

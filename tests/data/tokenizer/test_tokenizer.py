@@ -142,14 +142,14 @@ def test_special_tokens_come_from_config_or_flags(folder):
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>", "pad_token": None})
     )
-    with pytest.raises(UserError, match="which token is PAD is said nowhere .*--pad-token"):
+    with pytest.raises(UserError, match="which token is PAD is said nowhere .*`pad_token`"):
         load_tokenizer(folder)
     info = load_tokenizer(folder, SpecialTokens(pad="<|endoftext|>")).info
     assert (info.bos_id, info.eos_id, info.pad_id) == (1, 2, 0)
-    with pytest.raises(UserError, match="'<nope>', which is not in its vocabulary; pass another --bos-token"):
+    with pytest.raises(UserError, match="'<nope>', which is not in its vocabulary; pass another `bos_token`"):
         load_tokenizer(folder, SpecialTokens(bos="<nope>", pad="<|endoftext|>"))
     (folder / "tokenizer_config.json").unlink()
-    with pytest.raises(UserError, match="which token is BOS .*--bos-token"):
+    with pytest.raises(UserError, match="which token is BOS .*`bos_token`"):
         load_tokenizer(folder / "tokenizer.json")
 
 
@@ -157,7 +157,7 @@ def test_special_tokens_come_from_config_or_flags(folder):
 def test_a_special_token_that_is_no_string_is_named(folder, told):
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": told}))
     with pytest.raises(
-        UserError, match=r"tokenizer_config\.json: its bos_token is .*; pass --bos-token TOKEN"
+        UserError, match=r"tokenizer_config\.json: its bos_token is .*; pass `bos_token` TOKEN"
     ):
         load_tokenizer(folder)
 

@@ -130,7 +130,7 @@ def test_a_pair_a_window(tmp_path, seq_len, labels):
     assert windows.unused_tokens == sum(max(0, length - width) for length in lengths)
     rejected = sequences[1][0]
     assert windows.window_of("text-00000", rejected[-1] - 3) == 0
-    with pytest.raises(UserError, match="holds pairs .* take --layout pad, not pack"):
+    with pytest.raises(UserError, match="holds pairs .* take `layout` pad, not pack"):
         open_windows(shards, layout="pack", seq_len=seq_len)
 
 

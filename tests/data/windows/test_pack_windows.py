@@ -91,7 +91,7 @@ def test_every_document_once_and_whole(make_dataset, monkeypatch, labels, long_d
         ]
         settings_ = {"layout": "pack", "seq_len": seq_len, "labels": labels, "long_documents": long_documents}
         if not wanted:
-            with pytest.raises(UserError, match="longer --seq-len, or --long-documents"):
+            with pytest.raises(UserError, match="longer `seq_len`, or `long_documents`"):
                 open_windows(shards, **settings_)
             return
         windows = open_windows(shards, **settings_)

@@ -138,7 +138,7 @@ def test_the_tail_has_no_window(make_dataset):
 @pytest.mark.parametrize(
     ("layout", "seq_len", "complaint"),
     [
-        ("concat", 87, "shorter --seq-len or more text"),
+        ("concat", 87, "shorter `seq_len` or more text"),
         ("concat", 0, "at least 1"),
         ("pad", 1, "too short for layout pad"),
         ("pack", 1, "too short for layout pack"),
