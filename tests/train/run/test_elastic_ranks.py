@@ -40,7 +40,7 @@ def watching(batch):
 
 before_each_step(watching)
 given = None if first else {name: options[name] for name in ("micro_batch", "parallel")}
-report["outcome"] = train(world, options, names_given=given)
+report["outcome"] = train(world, options, given=given)
 """
 
 
