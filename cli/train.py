@@ -100,7 +100,8 @@ def _register_phase(app: typer.Typer, kind: "type[RunOptions]", help_text: str |
     """Make the command of a kind of training: its options as flags, and what goes with `--resume`."""
     from minimind_data.options import flatten
     from minimind_train.run.entry import begin, resume
-    from minimind_train.run.reconcile import WEIGHTS, changeable
+    from minimind_train.run.reconcile import changeable
+    from minimind_train.run_folder.record import WEIGHTS
 
     def run_command(
         config: Any,

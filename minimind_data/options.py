@@ -59,9 +59,10 @@ def check_limits(options: object, limits: Mapping[str, tuple[float, float]]) -> 
             raise ValueError(f"`{name}` must be from {least} to {most}, not {value}")
 
 
-def leaves(cls: type, defaults: object = None) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (name, annotation with extras, default) for every option of a dataclass, nested dataclasses flattened.
+def leaves(cls: type, defaults: object = None, *, flags_only: bool = True) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (name, annotation with extras, default) for the options of a dataclass, nested dataclasses flattened.
 
+    With `flags_only`, those alone that the user writes.
     Defaults are those of `defaults`, an instance; without one, those of the fields. Where a dataclass composes another by a
     factory, what the factory makes has the say, so that one set of options can have other defaults in another place.
     """
@@ -71,8 +72,10 @@ def leaves(cls: type, defaults: object = None) -> Iterator[tuple[str, Any, Any]]
         if is_dataclass(kind):
             assert isinstance(kind, type)
             made = None if field.default_factory is MISSING else field.default_factory()
-            yield from leaves(kind, made if defaults is None else getattr(defaults, field.name))
-        elif field.metadata.get("flag", True):
+            yield from leaves(
+                kind, made if defaults is None else getattr(defaults, field.name), flags_only=flags_only
+            )
+        elif field.metadata.get("flag", True) or not flags_only:
             yield field.name, kind, field.default if defaults is None else getattr(defaults, field.name)
 
 

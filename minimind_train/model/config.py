@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from minimind_data.options import check_limits
+from minimind_train.resume_policy import Resume
 
 _LIMITS = {
     # Far above any model that one machine trains; whether one fits is decided by its parameters.
@@ -21,27 +22,6 @@ _LIMITS = {
     "n_shared_experts": (0, 2**12),
     "moe_intermediate_size": (1, 2**22),
 }
-
-NO_SHAPES = frozenset(
-    {
-        "dropout",
-        "inference_rope_scaling",
-        "max_position_embeddings",
-        "norm_topk_prob",
-        "num_experts_per_tok",
-        "rms_norm_eps",
-        "rope_theta",
-        "router_aux_loss_coef",
-        "scoring_func",
-        "seq_aux",
-        "yarn_attention_factor",
-        "yarn_beta_fast",
-        "yarn_beta_slow",
-        "yarn_factor",
-        "yarn_original_max_position_embeddings",
-    }
-)
-"""The options that decide the shape of no weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,35 +67,47 @@ class RopeScaling:
 class ModelConfig:
     """The shape of the model, under MiniMind's names; the defaults are minimind-3 (64 million parameters)."""
 
-    hidden_size: Annotated[int, "Hidden size: width of the residual stream."] = 768
-    num_hidden_layers: Annotated[int, "Number of transformer layers."] = 8
-    num_attention_heads: Annotated[int, "Number of attention heads (of queries) in each layer."] = 8
+    hidden_size: Annotated[int, "Hidden size: width of the residual stream.", Resume.SHAPE] = 768
+    num_hidden_layers: Annotated[int, "Number of transformer layers.", Resume.SHAPE] = 8
+    num_attention_heads: Annotated[
+        int, "Number of attention heads (of queries) in each layer.", Resume.SHAPE
+    ] = 8
     num_key_value_heads: Annotated[
-        int, "Number of key and value heads; each serves a group of query heads of the same size."
+        int,
+        "Number of key and value heads; each serves a group of query heads of the same size.",
+        Resume.SHAPE,
     ] = 4
-    head_dim: Annotated[int | None, "Dimension of a head; by default hidden_size / num_attention_heads."] = (
-        None
-    )
-    intermediate_size: Annotated[
-        int | None, "MLP width; by default hidden_size times pi, rounded up to a multiple of 64."
+    head_dim: Annotated[
+        int | None, "Dimension of a head; by default hidden_size / num_attention_heads.", Resume.SHAPE
     ] = None
-    vocab_size: Annotated[int, "Entries of the vocabulary; the dataset sets it."] = field(
+    intermediate_size: Annotated[
+        int | None,
+        "MLP width; by default hidden_size times pi, rounded up to a multiple of 64.",
+        Resume.SHAPE,
+    ] = None
+    vocab_size: Annotated[int, "Entries of the vocabulary; the dataset sets it.", Resume.SHAPE] = field(
         default=6400, metadata={"flag": False}
     )
     max_position_embeddings: Annotated[int, "Maximum sequence length of the model, in tokens."] = 32768
     rms_norm_eps: Annotated[float, "Epsilon of RMSNorm."] = 1e-6
     rope_theta: Annotated[float, "Theta, the base of the rotary position embedding."] = 1e6
-    tie_word_embeddings: Annotated[bool, "Tie the output matrix to the embedding matrix."] = True
-    dropout: Annotated[float, "Dropout probability in training."] = 0.0
+    tie_word_embeddings: Annotated[bool, "Tie the output matrix to the embedding matrix.", Resume.SHAPE] = (
+        True
+    )
+    dropout: Annotated[float, "Dropout probability in training.", Resume.TRAINING] = 0.0
     qk_norm: Annotated[
-        bool, "Normalize queries and keys before the rotary embedding, as minimind-3 does."
+        bool, "Normalize queries and keys before the rotary embedding, as minimind-3 does.", Resume.SHAPE
     ] = True
-    use_moe: Annotated[bool, "Replace the MLP of each layer by a mixture of experts."] = False
-    num_experts: Annotated[int, "Number of routed experts in each layer (n_routed_experts)."] = 4
+    use_moe: Annotated[bool, "Replace the MLP of each layer by a mixture of experts.", Resume.SHAPE] = False
+    num_experts: Annotated[
+        int, "Number of routed experts in each layer (n_routed_experts).", Resume.SHAPE
+    ] = 4
     num_experts_per_tok: Annotated[int, "Number of routed experts for each token (top-k)."] = 1
-    n_shared_experts: Annotated[int, "Number of shared experts, which every token goes through."] = 0
+    n_shared_experts: Annotated[
+        int, "Number of shared experts, which every token goes through.", Resume.SHAPE
+    ] = 0
     moe_intermediate_size: Annotated[
-        int | None, "Width of an expert, routed or shared; by default intermediate_size."
+        int | None, "Width of an expert, routed or shared; by default intermediate_size.", Resume.SHAPE
     ] = None
     scoring_func: Annotated[
         Literal["softmax", "sigmoid"],

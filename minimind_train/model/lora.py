@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from minimind_train.model.config import ModelConfig
 from minimind_train.model.transformer import MiniMind
+from minimind_train.resume_policy import Resume
 
 __all__ = ["LoraConfig", "LoraLinear", "adapters_of", "add_adapters", "merge_adapters"]
 
@@ -33,13 +34,15 @@ class LoraConfig:
         int,
         "LoRA rank: train adapters beside the frozen weights of --from-weight; 0 trains all weights. "
         "MiniMind uses 16, with --learning-rate 1e-4.",
+        Resume.SHAPE,
     ] = 0
     lora_alpha: Annotated[
-        float | None, "LoRA alpha: adapters are scaled by alpha / rank; by default the rank."
+        float | None, "LoRA alpha: adapters are scaled by alpha / rank; by default the rank.", Resume.SHAPE
     ] = None
     lora_targets: Annotated[
         str,
         f"Which matrices get one, apart by commas: {', '.join((*_ATTENTION, *_MLP))}; all takes every one.",
+        Resume.SHAPE,
     ] = "q_proj,o_proj"
 
     def __post_init__(self) -> None:

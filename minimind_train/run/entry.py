@@ -24,11 +24,11 @@ from minimind_train.run.initial import InitialWeights, with_initial_weights
 from minimind_train.run.options import RunOptions
 from minimind_train.run.phases import refuse_other_kind
 from minimind_train.run.rank import RankJob, Start
-from minimind_train.run.reconcile import WEIGHTS, reconciled, record_of, recorded, resolved
+from minimind_train.run.reconcile import reconciled, record_of, recorded, refuse_idle_changes, resolved
 from minimind_train.run.toml import describe
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder import record as runs
-from minimind_train.run_folder.record import RunRecord, moved_cursor
+from minimind_train.run_folder.record import WEIGHTS, RunRecord, moved_cursor
 from minimind_train.training import loop
 
 __all__ = ["begin", "resume"]
@@ -194,7 +194,7 @@ def _prepare_resumed(
         described = describe(job.options, new_record.changes)
         update = partial(runs.update, run, record, new_record, shards.folder, described)
         if found and step >= job.data.end(step, cursor)[1]:
-            runs.refuse_idle_changes(run, step, new_record.changes[len(kept.changes) :])
+            refuse_idle_changes(options, step, new_record.changes[len(kept.changes) :])
             update()  # of the end itself
         yield job, Start(options=job.options, found=found, step=step, cursor=cursor), update
 

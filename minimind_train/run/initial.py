@@ -13,16 +13,14 @@ from minimind_data.errors import UserError
 from minimind_data.options import build, flatten
 from minimind_data.tokenizer.loading import refuse_other_tokenizer, same_encoding
 from minimind_train.batches.datasets import Datasets
-from minimind_train.model.config import NO_SHAPES, ModelConfig
+from minimind_train.model.config import ModelConfig
 from minimind_train.model.transformer import MiniMind
 from minimind_train.progress import Say
+from minimind_train.resume_policy import Resume, names_of
 from minimind_train.run.options import RunOptions
 from minimind_train.weights.load import Weights, checksum_of_tensors, load_weights, same_weights
 
 __all__ = ["InitialWeights", "with_initial_weights"]
-
-_OF_TRAINING = frozenset({"dropout"})
-"""What says how a model is trained, and so is no property of its weights."""
 
 
 def with_initial_weights(
@@ -53,14 +51,14 @@ def with_initial_weights(
         usual = flatten(type(options)().model)
         names_given = [name for name, value in here.items() if value != usual[name]]
     said = here.keys() & set(names_given)
-    for name in sorted(said - NO_SHAPES):
+    for name in sorted(said & names_of(ModelConfig, Resume.SHAPE)):
         if here[name] != there[name]:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(
                 f"{origin}: its {name} is {there[name]}, and {flag} says {here[name]}; the weights decide the shape of the "
                 f"model, so leave {flag} out"
             )
-    chosen = {name: here[name] for name in _OF_TRAINING | said}
+    chosen = {name: here[name] for name in names_of(ModelConfig, Resume.TRAINING) | said}
     try:
         model = build(ModelConfig, {**there, **chosen})
         options.lora.refuse_unfit(model)

@@ -20,6 +20,7 @@ from minimind_train.objectives.preference import PreferenceOptions
 from minimind_train.order.mixture import MixtureStage
 from minimind_train.order.sample_order import OrderKind
 from minimind_train.order.skips import Skips
+from minimind_train.resume_policy import Before, Resume
 from minimind_train.run_folder.choice import CheckpointChoice, parse_step
 from minimind_train.training import loop
 from minimind_train.training.evaluate import ValidationConfig
@@ -33,6 +34,7 @@ class DataConfig:
     shards: Annotated[
         tuple[str, ...],
         "DIR, a dataset made by mm-data tokenize; or, repeated, NAME=DIR:WEIGHT, the parts of a mixture and their weights in tokens.",
+        Resume.FREE,
     ] = ("data",)
     layout: Annotated[
         Layout,
@@ -46,6 +48,7 @@ class DataConfig:
         bool | None,
         "Attention and positions stay inside each document of a window, and no step between documents is learned. By default on "
         "in layout pack, off in concat; in pad a window is one document, so it changes nothing.",
+        Before(False),
     ] = None
     seq_len: Annotated[int, "Tokens in a window."] = 340
     order: Annotated[OrderKind, "shuffled anew in each epoch, or sequential as in the shards."] = "shuffled"
@@ -54,13 +57,18 @@ class DataConfig:
         "Neighbouring windows that stay together in the shuffle, for slow disks; 1 shuffles each on its own.",
     ] = 1
     resume_from: Annotated[
-        str | None, "SHARD:OFFSET, a token; begin at the window that holds it. Needs --order sequential."
+        str | None,
+        "SHARD:OFFSET, a token; begin at the window that holds it. Needs --order sequential.",
+        Resume.ACTION,
     ] = None
     skip_positions: Annotated[
         tuple[str, ...],
         "A:B, leave out the samples at positions A to B - 1 for good. Repeatable; with --resume, in addition to those before.",
+        Resume.ACTION,
     ] = ()
-    mixture_stages: tuple[MixtureStage, ...] = field(default=(), metadata={"flag": False})
+    mixture_stages: Annotated[tuple[MixtureStage, ...], Resume.DERIVED] = field(
+        default=(), metadata={"flag": False}
+    )
     """Of a mixture: the shares of its parts, and from which position on. Made when the run begins and when it is reweighted."""
 
     def __post_init__(self) -> None:
@@ -87,13 +95,16 @@ class StartConfig:
         str | None,
         "Weights that the run begins from: the folder of a run, a Hugging Face folder, or a .pth of MiniMind's. A folder decides the "
         "shape of the model; of a .pth the options must say it.",
+        Resume.ORIGIN,
+        Before(None),
     ] = None
     from_step: Annotated[
         CheckpointChoice,
         "With --from-weight: the step of the checkpoint, or best; the newest whole one by default.",
         parse_step,
+        Resume.ORIGIN,
     ] = None
-    from_sha256: str | None = field(default=None, metadata={"flag": False})
+    from_sha256: Annotated[str | None, Resume.DERIVED] = field(default=None, metadata={"flag": False})
     """SHA-256 of the weights that the run began from, over names, shapes and bits; the same in whatever file they lie."""
 
     def __post_init__(self) -> None:

@@ -1,7 +1,8 @@
 """Which of a run's options `--resume` may change.
 
 What the user writes against `config.json` later is taken over where it cannot change the result (devices, micro-batch, logging), and
-otherwise refused with both sides shown, unless the user allows that change by name, in which case it is noted in `config.json`.
+otherwise refused with both sides shown, unless the user allows that change by name, in which case it is noted in `config.json`. Which of
+these holds for an option is in its annotation; see `resume_policy`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -14,76 +15,31 @@ import torch
 from minimind_data.errors import UserError
 from minimind_data.options import build, flatten
 from minimind_train.batches.datasets import Datasets, Source, read_sources, shown_weights, source_texts
-from minimind_train.model.config import NO_SHAPES, ModelConfig
-from minimind_train.model.lora import LoraConfig
 from minimind_train.model.precision import resolve_dtype
 from minimind_train.order.mixture import MixtureStage
 from minimind_train.order.skips import Skips
 from minimind_train.parallel.devices import resolve_device
+from minimind_train.resume_policy import Resume, names_of, policies
 from minimind_train.run.options import PHASE_OPTIONS, RunOptions
-from minimind_train.run_folder import record as runs
-from minimind_train.run_folder.record import Change, RunRecord
-from minimind_train.run_folder.saver import SaveConfig
-from minimind_train.training.evaluate import ValidationConfig
-from minimind_train.training.excerpts import ExcerptConfig
-from minimind_train.training.tracking import TrackConfig
-
-_HARMLESS = frozenset(
-    {
-        "shards",
-        "device",
-        "nproc",
-        "parallel",
-        "micro_batch",
-        "threads",
-        "compile",
-        "activation_checkpointing",
-        "log_every",
-        "max_hours",
-        "on_nonfinite",
-    }
-).union(flatten(ValidationConfig()), flatten(SaveConfig()), flatten(TrackConfig()), flatten(ExcerptConfig()))
-
-_MICRO_BATCH = frozenset({"micro_batch"})  # harmless but where experts are balanced over it
+from minimind_train.run_folder.record import CURSOR, WEIGHTS, Change, RunRecord
 
 _SKIPS = "skip_positions"
 
-WEIGHTS = "weights"
+_ALLOWING = {WEIGHTS: "--reweight-at-resume"}
+"""Changes that have a flag of their own."""
 
-"""What a change of a mixture's weights is called."""
-
-_DERIVED = frozenset({"mixture_stages", "from_sha256"})  # by the run, not by the user
-
-_ACTIONS = frozenset(
-    {"resume_from", _SKIPS}
-)  # a resume does these because they are asked for: no --allow-change needed
-
-_UNRECORDED = frozenset({"run"})  # a run is where it is, also when its folder has been moved
-
-_ORIGIN = frozenset(
-    {"from_weight", "from_step"}
-)  # where they lie may change; that they are the same is checked
-
-_DEFAULTS_OF_OLD_RECORDS = (
-    flatten(ModelConfig())
-    | flatten(LoraConfig())
-    | {
-        "document_mask": False,
-        "shuffle_block": 1,
-        "from_weight": None,
-        "from_step": None,
-        "from_sha256": None,
-        "tf32": False,
-    }
-)  # what a run does whose record does not say
-
-_SHAPES = frozenset(flatten(ModelConfig())) - NO_SHAPES | frozenset(flatten(LoraConfig()))
+_FLAGS = _ALLOWING | {
+    CURSOR: "--resume-from",
+    "dataset": "--shards",
+    "tokenizer": "--shards",
+}
+"""What changes are asked for by, where it is not their name."""
 
 
 def changeable(kind: type[RunOptions]) -> frozenset[str]:
     """Return the names that `--allow-change` takes in a phase with these options."""
-    names = frozenset({"dataset", "tokenizer", *flatten(kind())})
-    return names - (_HARMLESS - _MICRO_BATCH) - _UNRECORDED - _SHAPES - _DERIVED - _ACTIONS - _ORIGIN
+    options = names_of(kind, Resume.ALLOWED, Resume.TRAINING, Resume.UNLESS_BALANCED, Resume.END)
+    return options | {"dataset", "tokenizer"}
 
 
 def with_stages(options: RunOptions, stages: tuple[MixtureStage, ...]) -> RunOptions:
@@ -123,10 +79,11 @@ def resolved(options: RunOptions, shards: Datasets) -> RunOptions:
 
 def recorded(options: RunOptions) -> dict[str, Any]:
     """Return the options as `config.json` holds them."""
+    unrecorded = names_of(type(options), Resume.UNRECORDED)
     flat = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in flatten(options).items()
-        if name not in _UNRECORDED
+        if name not in unrecorded
     }
     shards, stages = options.data.shards, options.data.mixture_stages
     mixed = {"shards": list(shards), "mixture_stages": [stage.as_dict() for stage in stages]}
@@ -157,14 +114,26 @@ def reconciled(
     Raises:
         UserError: something differs that must not.
     """
+    kind = _kind_of(record, run)
+    policy = policies(kind)
+    if unknown := options_given.keys() - policy.keys():
+        raise UserError(
+            f"{run}: a run of `mm-train {record.command}` has no option {min(unknown)}; leave it out"
+        )
     skipped = Skips.of((*record.options.get(_SKIPS, ()), *options_given.get(_SKIPS, ()))).as_texts()
-    given = {name: value for name, value in options_given.items() if name not in _ACTIONS | _UNRECORDED}
-    begun = _DEFAULTS_OF_OLD_RECORDS | record.options
+    given = {
+        name: value
+        for name, value in options_given.items()
+        if policy[name].resume not in {Resume.ACTION, Resume.UNRECORDED}
+    }
+    begun = _begun(kind, record)
     values = begun | given | {_SKIPS: skipped}
     if "nproc" in given and "threads" not in given:
         values["threads"] = 0  # the share of a core's threads is another one now
-    if given.keys() & runs.ENDS:  # either one says alone when the run ends
-        values |= {name: given.get(name) for name in runs.ENDS}
+    ends = names_of(kind, Resume.END)
+    if given.keys() & ends:  # either one says alone when the run ends
+        given |= {name: given.get(name) for name in ends}
+        values |= given
     try:
         options = options_of(replace(record, options=values), run)
     except ValueError as error:
@@ -173,11 +142,11 @@ def reconciled(
     options = resolved(options, shards)
     options = replace(options, model=replace(options.model, vocab_size=model.vocab_size))
     new = replace(record_of(options, shards), changes=record.changes)
-    harmless = _HARMLESS - _MICRO_BATCH if options.model.balances_micro_batches else _HARMLESS
+    free = {Resume.FREE, Resume.ORIGIN} | (
+        set() if options.model.balances_micro_batches else {Resume.UNLESS_BALANCED}
+    )
     sides = {
-        name: (begun.get(name), new.options[name])
-        for name in sorted(given.keys() | runs.ENDS if given.keys() & runs.ENDS else given)
-        if name not in harmless | _ORIGIN
+        name: (begun[name], new.options[name]) for name in sorted(given) if policy[name].resume not in free
     }
     then, now = read_sources(source_texts(record.options["shards"])), shards.sources
     if [source.name for source in then] != [source.name for source in now]:
@@ -189,7 +158,7 @@ def reconciled(
         sides[WEIGHTS] = (shown_weights(then), shown_weights(now))
     sides["dataset"] = (_shown(record.dataset), _shown(new.dataset))
     sides["tokenizer"] = (record.tokenizer.sha256[:12], new.tokenizer.sha256[:12])
-    changes = runs.agreed_changes(run, sides, step=step, fixed=_SHAPES, allowed=allow_change)
+    changes = _agreed_changes(run, kind, sides, step=step, allowed=allow_change)
     if (before := record.options.get(_SKIPS, [])) != list(skipped):
         changes.append(Change(step=step, name=_SKIPS, old=before, new=list(skipped)))
     return options, new.changed(changes)
@@ -202,14 +171,92 @@ def options_of(record: RunRecord, run: Path) -> RunOptions:
         UserError: the run is of a phase that this program does not know.
         ValueError: an option has a value that it may not have.
     """
-    kind = PHASE_OPTIONS.get(record.command)
-    if kind is None:
+    kind = _kind_of(record, run)
+    values = _begun(kind, record)
+    stages = tuple(map(MixtureStage.of, values["mixture_stages"]))
+    return build(
+        kind, values | {"shards": source_texts(values["shards"]), "mixture_stages": stages, "run": run}
+    )
+
+
+def _kind_of(record: RunRecord, run: Path) -> type[RunOptions]:
+    if record.command not in PHASE_OPTIONS:
         raise UserError(
             f"{run}: a run of `mm-train {record.command}`, which this program does not have; resume it with the program that began it"
         )
-    stages = tuple(map(MixtureStage.of, record.options.get("mixture_stages", ())))
-    values = {"shards": source_texts(record.options["shards"]), "mixture_stages": stages, "run": run}
-    return build(kind, {**record.options, **values})
+    return PHASE_OPTIONS[record.command]
+
+
+def _begun(kind: type[RunOptions], record: RunRecord) -> dict[str, Any]:
+    """Return what a run was begun with, by flat name, whether its record knows all options or is older than some."""
+    return {name: policy.before for name, policy in policies(kind).items()} | record.options
+
+
+def _agreed_changes(
+    run: Path,
+    kind: type[RunOptions],
+    sides: Mapping[str, tuple[Any, Any]],
+    *,
+    step: int,
+    allowed: Collection[str],
+) -> list[Change]:
+    """Return the changes that a resume makes to what a run is, if the user allows them all.
+
+    Args:
+        run: the run folder, for the error.
+        kind: the options of its phase.
+        sides: by name, (in the run, on the command line) of whatever decides the result.
+        step: after which they hold.
+        allowed: names that the user lets change. Either of the options that say when a run ends stands for all, as they replace
+            each other.
+
+    Raises:
+        UserError: something differs that must not.
+    """
+    different = {name: pair for name, pair in sides.items() if pair[0] != pair[1]}
+
+    def show(name: str) -> str:
+        where = "in the dataset now" if name in {"dataset", "tokenizer"} else "on the command line"
+        return f"{name} (in the run: {different[name][0]}, {where}: {different[name][1]})"
+
+    for name in sorted(different.keys() & names_of(kind, Resume.SHAPE)):
+        raise UserError(
+            f"{run}: {show(name)} decides the shape of the weights; leave that out, or start a new run in another --run"
+        )
+    refused = different.keys() - allowed
+    ends = names_of(kind, Resume.END)
+    if not ends.isdisjoint(allowed):
+        refused -= ends
+    if refused:
+        shown = "; ".join(map(show, sorted(refused)))
+        # Of two ends of a run that change places, the one that holds from here on is enough.
+        names = sorted(name for name in refused if name not in ends or different[name][1] is not None)
+        flags = " ".join(_ALLOWING.get(name, f"--allow-change {name}") for name in names)
+        raise UserError(
+            f"{run}: this would be another run: {shown}; leave that out, or pass {flags} to change it from step {step + 1} on"
+        )
+    return [Change(step=step, name=name, old=old, new=new) for name, (old, new) in different.items()]
+
+
+def refuse_idle_changes(options: RunOptions, step: int, changes: Sequence[Change]) -> None:
+    """Refuse changes that would hold from the end of a run on, where nothing is learned any more.
+
+    A change of the end itself, which leaves the run finished, is none of them.
+
+    Raises:
+        UserError: there are such changes.
+    """
+    ends = names_of(type(options), Resume.END)
+    idle = [
+        _FLAGS.get(change.name, f"--{change.name.replace('_', '-')}")
+        for change in changes
+        if change.name not in ends
+    ]
+    if idle:
+        raise UserError(
+            f"{options.training.run}: finished already, {step} steps, so there is nothing that {' and '.join(idle)} could change; to "
+            "train on, pass a later end too, such as --epochs N --allow-change epochs; else leave that out"
+        )
 
 
 def _names(sources: Sequence[Source]) -> str:

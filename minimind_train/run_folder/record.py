@@ -9,13 +9,13 @@
         metrics.jsonl     see `metrics`
         checkpoints/      see `checkpoint`
 
-`config.json` is written last when a run begins, so a folder that has one has all of it. What the options mean, and which of them may change, is
-in `config`; here they are names and values. So is what a run that has reached its end refuses.
+`config.json` is written last when a run begins, so a folder that has one has all of it. Here the options are names and values; what they mean
+is in `run.options`, and which of them a resume may change in `run.reconcile`.
 """
 
 import json
 import shlex
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -34,21 +34,11 @@ _RESTORE = (
     "bring it back from a backup; to change an option of a run, pass it with --resume and --allow-change"
 )
 _LOCK_NAME = ".lock"
-_CURSOR = "cursor"
+CURSOR = "cursor"
+"""What a move of the position by hand is called."""
 
-ENDS = frozenset({"epochs", "steps"})
-"""The options that say when a run ends; one of them is None."""
-
-_WEIGHTS = "weights"
-_ALLOWING = {_WEIGHTS: "--reweight-at-resume"}
-"""Changes that have a flag of their own."""
-
-_FLAGS = _ALLOWING | {
-    _CURSOR: "--resume-from",
-    "dataset": "--shards",
-    "tokenizer": "--shards",
-}
-"""What changes are asked for by, where it is not their name."""
+WEIGHTS = "weights"
+"""What a change of a mixture's weights is called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +109,7 @@ class RunRecord:
 
     def without_moves_after(self, step: int) -> Self:
         """Return the record without the cursor's moves after `step`: going back to a checkpoint before one undoes it."""
-        kept = [change for change in self.changes if change.name != _CURSOR or change.step <= step]
+        kept = [change for change in self.changes if change.name != CURSOR or change.step <= step]
         return replace(self, changes=tuple(kept))
 
     def placed(self, step: int, cursor: int) -> Self:
@@ -131,7 +121,7 @@ class RunRecord:
         changes = [
             change
             if change.step < step
-            or (change.position is not None and (change.step == step or change.name == _WEIGHTS))
+            or (change.position is not None and (change.step == step or change.name == WEIGHTS))
             else replace(change, step=step, position=cursor)
             for change in self.changes
         ]
@@ -148,7 +138,7 @@ class RunRecord:
 
     def cursor_at(self, step: int, cursor: int) -> int:
         """Return the cursor from which a checkpoint of `step` goes on: its own, or where it was moved since."""
-        moves = [change.new for change in self.changes if change.name == _CURSOR and change.step == step]
+        moves = [change.new for change in self.changes if change.name == CURSOR and change.step == step]
         return moves[-1] if moves else cursor
 
 
@@ -166,14 +156,9 @@ def _no_run(run: Path) -> str:
     )
 
 
-def flag_of(name: str) -> str:
-    """Return what a change of the run is written as on the command line."""
-    return _FLAGS.get(name, f"--{name.replace('_', '-')}")
-
-
 def moved_cursor(step: int, old: int, new: int) -> Change:
     """Return the note that a run goes on elsewhere in the data than its checkpoint says."""
-    return Change(step=step, name=_CURSOR, old=old, new=new)
+    return Change(step=step, name=CURSOR, old=old, new=new)
 
 
 def lock(run: Path) -> FolderLock:
@@ -228,66 +213,6 @@ def clean(run: Path) -> None:
     ours = {CONFIG_NAME, TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, DESCRIPTION_NAME, metrics.FILE_NAME}
     remove_partials(run, ours)  # the rest may be the user's
     checkpoint.remove_leftovers(run)
-
-
-def agreed_changes(
-    run: Path,
-    sides: Mapping[str, tuple[Any, Any]],
-    *,
-    step: int,
-    fixed: Collection[str],
-    allowed: Collection[str],
-) -> list[Change]:
-    """Return the changes that a resume makes to what a run is, if the user allows them all.
-
-    Args:
-        run: the run folder, for the error.
-        sides: by name, (in the run, on the command line) of whatever decides the result.
-        step: after which they hold.
-        fixed: names that can never change.
-        allowed: names that the user lets change. Either of `epochs` and `steps` stands for both, as they replace each other.
-
-    Raises:
-        UserError: something differs that must not.
-    """
-    different = {name: pair for name, pair in sides.items() if pair[0] != pair[1]}
-
-    def show(name: str) -> str:
-        where = "in the dataset now" if name in {"dataset", "tokenizer"} else "on the command line"
-        return f"{name} (in the run: {different[name][0]}, {where}: {different[name][1]})"
-
-    for name in sorted(different.keys() & fixed):
-        raise UserError(
-            f"{run}: {show(name)} decides the shape of the weights; leave that out, or start a new run in another --run"
-        )
-    refused = different.keys() - allowed
-    if not ENDS.isdisjoint(allowed):
-        refused -= ENDS
-    if refused:
-        shown = "; ".join(map(show, sorted(refused)))
-        # Of two ends of a run that change places, the one that holds from here on is enough.
-        names = sorted(name for name in refused if name not in ENDS or different[name][1] is not None)
-        flags = " ".join(_ALLOWING.get(name, f"--allow-change {name}") for name in names)
-        raise UserError(
-            f"{run}: this would be another run: {shown}; leave that out, or pass {flags} to change it from step {step + 1} on"
-        )
-    return [Change(step=step, name=name, old=old, new=new) for name, (old, new) in different.items()]
-
-
-def refuse_idle_changes(run: Path, step: int, changes: Sequence[Change]) -> None:
-    """Refuse changes that would hold from the end of a run on, where nothing is learned any more.
-
-    A change of the end itself, which leaves the run finished, is none of them.
-
-    Raises:
-        UserError: there are such changes.
-    """
-    idle = [flag_of(change.name) for change in changes if change.name not in ENDS]
-    if idle:
-        raise UserError(
-            f"{run}: finished already, {step} steps, so there is nothing that {' and '.join(idle)} could change; to train on, pass a "
-            "later end too, such as --epochs N --allow-change epochs; else leave that out"
-        )
 
 
 def refuse_repetition(run: Path, record: RunRecord) -> None:

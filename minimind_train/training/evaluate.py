@@ -29,6 +29,7 @@ from minimind_train.batches.trimming import trimmed
 from minimind_train.model.precision import Dtype, autocast
 from minimind_train.objectives.objective import Objective
 from minimind_train.parallel.world import ALONE, World
+from minimind_train.resume_policy import Resume
 
 __all__ = ["Evaluation", "Evaluator", "ValidationConfig", "open_evaluator", "validation"]
 
@@ -41,11 +42,15 @@ class ValidationConfig:
     """On what, and how often, a run is measured."""
 
     val_shards: Annotated[
-        str | None, "DIR, a dataset to measure the model on as it learns; of the same tokenizer."
+        str | None, "DIR, a dataset to measure the model on as it learns; of the same tokenizer.", Resume.FREE
     ] = None
-    val_every: Annotated[int, "Steps from one measurement to the next; the last step always has one."] = 1000
+    val_every: Annotated[
+        int, "Steps from one measurement to the next; the last step always has one.", Resume.FREE
+    ] = 1000
     val_batches: Annotated[
-        int, "Global batches of it, the same every time, spread evenly over it; 0 takes all of it."
+        int,
+        "Global batches of it, the same every time, spread evenly over it; 0 takes all of it.",
+        Resume.FREE,
     ] = 0
 
     def __post_init__(self) -> None:

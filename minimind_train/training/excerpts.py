@@ -17,6 +17,7 @@ from minimind_data.errors import UserError
 from minimind_data.options import check_limits
 from minimind_train.generation.sampling import GenerateOptions, generate, stream_text
 from minimind_train.model.transformer import MiniMind
+from minimind_train.resume_policy import Resume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +25,12 @@ class ExcerptConfig:
     """How often a run shows what its model writes, and after what."""
 
     sample_every: Annotated[
-        int, "Steps from one excerpt of what the model writes to the next; 0 for none."
+        int, "Steps from one excerpt of what the model writes to the next; 0 for none.", Resume.FREE
     ] = 0
-    sample_prompt: Annotated[tuple[str, ...], "Text that an excerpt goes on from. Repeatable."] = ("",)
-    sample_tokens: Annotated[int, "Most tokens of an excerpt."] = 64
+    sample_prompt: Annotated[
+        tuple[str, ...], "Text that an excerpt goes on from. Repeatable.", Resume.FREE
+    ] = ("",)
+    sample_tokens: Annotated[int, "Most tokens of an excerpt.", Resume.FREE] = 64
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sample_prompt", tuple(self.sample_prompt) or ("",))

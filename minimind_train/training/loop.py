@@ -22,6 +22,7 @@ from minimind_train.order.seeds import derive_seed
 from minimind_train.parallel.interrupt import Stop, StopRequest
 from minimind_train.parallel.world import ALONE, World
 from minimind_train.progress import Progress, Say
+from minimind_train.resume_policy import Before, Resume
 from minimind_train.run_folder.metrics import Records
 from minimind_train.run_folder.saver import SaveConfig
 from minimind_train.training.excerpts import ExcerptConfig
@@ -49,46 +50,58 @@ _LIMITS = {
 class RunConfig:
     """How long, how large, how often: what every phase asks of the loop."""
 
-    run: Annotated[Path, "Folder of the run: its options, metrics and checkpoints."] = Path("runs/pretrain")
+    run: Annotated[Path, "Folder of the run: its options, metrics and checkpoints.", Resume.UNRECORDED] = (
+        Path("runs/pretrain")
+    )
     epochs: Annotated[
-        int | None, "Times through the dataset; where --steps says nothing, 2, and 1 in dpo."
+        int | None, "Times through the dataset; where --steps says nothing, 2, and 1 in dpo.", Resume.END
     ] = None
-    steps: Annotated[int | None, "Optimizer steps of the whole run, in place of --epochs."] = None
+    steps: Annotated[int | None, "Optimizer steps of the whole run, in place of --epochs.", Resume.END] = None
     global_batch: Annotated[int, "Windows in an optimizer step, over all devices."] = 256
-    micro_batch: Annotated[int, "Windows that go through the model at once; less takes less memory."] = 32
+    micro_batch: Annotated[
+        int, "Windows that go through the model at once; less takes less memory.", Resume.UNLESS_BALANCED
+    ] = 32
     seed: Annotated[int, "Seed of the first weights, of the order and of dropout."] = 42
-    device: Annotated[str, "auto, cpu, cuda, cuda:1, …"] = "auto"
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, …", Resume.FREE] = "auto"
     nproc: Annotated[
         int,
         "Processes on this machine that learn together, each with a device of its own; torchrun starts them on many.",
+        Resume.FREE,
     ] = 1
     parallel: Annotated[
         Parallel,
         "What several processes share: ddp, the batch; fsdp, the weights and the optimizer's state too, for models that outgrow a device.",
+        Resume.FREE,
     ] = "ddp"
     dtype: Annotated[
         Dtype, "Of matrix products; auto is bf16 where the device has it natively, else fp32."
     ] = "auto"
-    tf32: Annotated[bool, "Let a GPU that can compute float32 matrix products in TF32, which is faster."] = (
-        True
-    )
-    compile: Annotated[bool, "Compile the layers, which makes them faster once they have been."] = False
-    activation_checkpointing: Annotated[
-        bool, "Compute the layers' activations again in the backward pass: less memory, a third more work."
+    tf32: Annotated[
+        bool, "Let a GPU that can compute float32 matrix products in TF32, which is faster.", Before(False)
+    ] = True
+    compile: Annotated[
+        bool, "Compile the layers, which makes them faster once they have been.", Resume.FREE
     ] = False
-    threads: Annotated[int, "CPU threads of torch; 0 leaves the choice to torch."] = 0
+    activation_checkpointing: Annotated[
+        bool,
+        "Compute the layers' activations again in the backward pass: less memory, a third more work.",
+        Resume.FREE,
+    ] = False
+    threads: Annotated[int, "CPU threads of torch; 0 leaves the choice to torch.", Resume.FREE] = 0
     saving: SaveConfig = field(default_factory=SaveConfig)
     max_hours: Annotated[
         float,
         "Hours of training after which the run saves and leaves with status 124, so that --resume can go on; 0 for no limit.",
+        Resume.FREE,
     ] = 0.0
     on_nonfinite: Annotated[
         OnNonfinite,
         f"What a loss or gradient that is no number does: stop the run, or skip the step, {MOST_IN_A_ROW - 1} in a row at most.",
+        Resume.FREE,
     ] = "stop"
     tracking: TrackConfig = field(default_factory=TrackConfig)
     excerpts: ExcerptConfig = field(default_factory=ExcerptConfig)
-    log_every: Annotated[int, "Steps from one line of metrics to the next."] = 10
+    log_every: Annotated[int, "Steps from one line of metrics to the next.", Resume.FREE] = 10
 
     def __post_init__(self) -> None:
         if self.epochs is not None and self.steps is not None:

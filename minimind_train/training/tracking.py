@@ -20,6 +20,7 @@ from typing import Annotated, Any, Protocol, Self
 
 from minimind_data.files import write_atomic
 from minimind_train.progress import Say
+from minimind_train.resume_policy import Resume
 from minimind_train.run_folder.metrics import MetricsLog, NoMetrics
 
 FOLDER_NAME = "tracking"
@@ -31,11 +32,13 @@ class TrackConfig:
     """Where metrics go besides metrics.jsonl."""
 
     track: Annotated[
-        tuple[str, ...], "tensorboard, wandb or swanlab: shows the metrics there too. Repeatable."
+        tuple[str, ...],
+        "tensorboard, wandb or swanlab: shows the metrics there too. Repeatable.",
+        Resume.FREE,
     ] = ()
-    track_project: Annotated[str, "The project in W&B and SwanLab; the run has the name of its folder."] = (
-        "minimind"
-    )
+    track_project: Annotated[
+        str, "The project in W&B and SwanLab; the run has the name of its folder.", Resume.FREE
+    ] = "minimind"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "track", tuple(dict.fromkeys(self.track)))
