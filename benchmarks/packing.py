@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from minimind_data.dataset.format import IndexHeader, Manifest, ShardEntry, TokenizerInfo, index_bytes
 from minimind_data.dataset.shard_set import ShardSet
-from minimind_data.windows.best_fit import best_fit
+from minimind_data.windows.bin_packing import best_fit
 from minimind_data.windows.pack_plan import open_plan
 
 _SHARD_DOCUMENTS = 2_000_000

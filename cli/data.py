@@ -22,8 +22,7 @@ from minimind_data.inputs.splits import texts_of
 from minimind_data.permutation import MAX_SEED
 from minimind_data.reporting import ByteProgress, counted
 from minimind_data.tokenizer.training import train_tokenizer as run_training
-from minimind_data.windows.base import Layout
-from minimind_data.windows.best_fit import LongDocuments
+from minimind_data.windows.base import Layout, LongDocuments
 from minimind_train.batches.datasets import data_of_run, read_sources, source_texts
 from minimind_train.batches.places import place_of
 

@@ -17,8 +17,7 @@ from minimind_data.errors import UserError
 from minimind_data.reporting import counted
 from minimind_data.tokenizer.loading import load_tokenizer
 from minimind_data.tokenizer.pieces import Pieces, cells_of, pieces_of
-from minimind_data.windows.base import Layout
-from minimind_data.windows.best_fit import LongDocuments
+from minimind_data.windows.base import Layout, LongDocuments
 from minimind_data.windows.opening import open_windows
 
 from .flags import in_flags

@@ -7,8 +7,7 @@ from minimind_data.dataset.format import IGNORED, FormatError, Manifest
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.dataset.writer import ShardWriter
 from minimind_data.errors import UserError
-from minimind_data.windows.base import Layout, Windows
-from minimind_data.windows.best_fit import LongDocuments
+from minimind_data.windows.base import Layout, LongDocuments, Windows
 from minimind_data.windows.opening import open_windows
 from minimind_data.windows.segments import Segments
 

@@ -21,7 +21,7 @@ from minimind_data.reporting import Progress, no_progress
 from minimind_data.tokenizer.loading import Tokenizer
 from minimind_data.tokenizer.pieces import pieces_of
 from minimind_data.windows.base import Layout
-from minimind_data.windows.best_fit import best_fit
+from minimind_data.windows.bin_packing import best_fit
 
 DEFAULT_SEQ_LENS = (340, 512, 1024, 2048)
 SAMPLED_DOCUMENTS = 1000

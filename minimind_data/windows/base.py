@@ -6,7 +6,7 @@ With sequence length L:
 - `pad`: window k is document k, cut to BOS + its first tokens + EOS where it is longer, then PAD. Unshifted at L = 340
   it is MiniMind's `PretrainDataset(max_length=340)`, id for id.
 - `pack`: whole documents that together fill a window, then PAD; `pack_plan.py` says which. A document that alone is longer
-  than a window is `cut` as in `pad`, goes on in other windows (`fragment`), or is left out (`drop`).
+  than a window is `cut` as in `pad`, continues in other windows (`fragment`), or is left out (`drop`).
 
 A sample is `input_ids` and `targets`, both int64 [L]: `targets[t]` is what follows `input_ids[t]`, -100 where nothing is to
 be learned. For loops that shift inside the model (Hugging Face, MiniMind) a sample is `input_ids` and `labels`, both cut
@@ -15,7 +15,7 @@ decided elsewhere.
 
 Where documents are kept apart, the step from one into the next is no target: the first token of a document that follows
 another in a window is -100. That is always so in `pack`, whose documents are neighbours by length alone, and in all layouts with
-`documents_apart`, which also gives `position_ids`, int64 [L], beginning again from 0 with each document: all that attention
+`documents_apart`, which also gives `position_ids`, int64 [L], starting again from 0 in each document: all that attention
 inside documents needs.
 
 In a dataset of conversations (`sft`) every target that its mask does not mark is -100, in all layouts, and a conversation that is
@@ -35,6 +35,10 @@ from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.windows.segments import Segments
 
 Layout = Literal["concat", "pad", "pack"]
+
+LongDocuments = Literal["cut", "fragment", "drop"]
+"""What `pack` does with a document that is longer than a window: its first tokens and EOS fill one window (`cut`, as in `pad`), it
+continues in further windows (`fragment`), or it is left out (`drop`)."""
 
 _COUNTED_WINDOWS = 1024
 """How many windows' masks are read at a time while they are counted."""
@@ -90,8 +94,8 @@ class Windows(ABC):
         self.width = seq_len if labels else seq_len + 1
         info = shards.manifest.tokenizer
         self._masked = shards.manifest.has_masks
-        # A PAD that stands inside a text is ignored too, as MiniMind does; unless PAD is EOS or BOS by another name, which
-        # must be learned.
+        # A PAD inside a text is no target either, as in MiniMind; unless PAD is the same token as EOS or BOS, which must be
+        # learned.
         self._ignored_id = info.pad_id if info.pad_id not in (info.bos_id, info.eos_id) else None
 
     @abstractmethod
@@ -181,7 +185,7 @@ class Windows(ABC):
     def _sample(
         self, tokens: TokenArray, ignored: NDArray[np.bool_] | None, segments: Segments | None
     ) -> dict[str, NDArray[np.int64]]:
-        """Make a batch of [B, width] tokens; `ignored` [B, width] marks those that are no target."""
+        """Return the batch of [B, width] tokens; `ignored` [B, width] marks those that are no target."""
         first = 0 if self.labels else 1
         input_ids = tokens[:, : self.seq_len].astype(np.int64)
         learned = tokens[:, first:].astype(np.int64)
@@ -193,7 +197,7 @@ class Windows(ABC):
         return sample
 
     def _padding(self, rows: TokenArray, lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Mark what is no target in [B, width] tokens of which the first `lengths` [B] of each row are text."""
+        """Return which of [B, width] tokens are no target; the first `lengths` [B] of each row are text, the rest is PAD."""
         if self._ignored_id is not None:
             ignored: NDArray[np.bool_] = rows == self._ignored_id
             return ignored
@@ -209,10 +213,15 @@ class Windows(ABC):
 
     def _check(self, windows: NDArray[np.int64], count: int) -> None:
         if len(windows) and (windows.min() < 0 or windows.max() >= count):
-            raise IndexError(f"windows {windows.min()}…{windows.max()} asked for, there are {count}")
+            raise IndexError(f"windows {windows.min()}…{windows.max()} asked for, and there are {count}")
 
 
-def mark_steps(ignored: NDArray[np.bool_], segments: Segments) -> None:
-    """Mark the first token of every segment that follows another."""
+def ignore_first_tokens(ignored: NDArray[np.bool_], segments: Segments) -> None:
+    """Mark the first token of every segment that follows another in its window: it is no target.
+
+    Args:
+        ignored: bool [B, width], changed in place.
+        segments: of the same windows.
+    """
     inside = segments.columns > 0
     ignored[segments.rows[inside], segments.columns[inside]] = True

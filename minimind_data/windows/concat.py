@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from minimind_data.dataset.format import MaskArray, TokenArray
 from minimind_data.errors import UserError
-from minimind_data.windows.base import Windows, mark_steps
+from minimind_data.windows.base import Windows, ignore_first_tokens
 from minimind_data.windows.segments import Segments, spread
 
 
@@ -44,7 +44,7 @@ class ConcatWindows(Windows):
         segments = self.segments(windows)
         if ignored is None:
             ignored = np.zeros(rows.shape, np.bool_)
-        mark_steps(ignored, segments)
+        ignore_first_tokens(ignored, segments)
         return self._sample(rows, ignored, segments)
 
     def _mask(self, windows: NDArray[np.int64]) -> MaskArray:

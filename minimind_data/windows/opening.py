@@ -1,21 +1,20 @@
-"""open_windows(): lay the windows of one layout over a dataset, and say what that does to its tokens."""
+"""open_windows(): the windows of a dataset in one layout, and a sentence on what the layout does to its tokens."""
 
 from collections.abc import Iterator
 
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.reporting import Say, counted, say_nothing
-from minimind_data.windows.base import Layout, Windows
-from minimind_data.windows.best_fit import LongDocuments
+from minimind_data.windows.base import Layout, LongDocuments, Windows
 from minimind_data.windows.concat import ConcatWindows
 from minimind_data.windows.pack import PackWindows
 from minimind_data.windows.pack_plan import open_plan
 from minimind_data.windows.pad import PadWindows, PairWindows
 
 MAX_SEQ_LEN = 2**24
-"""A longer window is a slip of the keyboard: 16 million tokens, in int64 128 MiB."""
+"""A longer window is a typing error: 16 million tokens are 128 MiB in int64."""
 
-_DONE = {"concat": "cut", "pad": "padded", "pack": "packed"}
+_VERBS = {"concat": "cut", "pad": "padded", "pack": "packed"}
 
 
 def open_windows(
@@ -28,7 +27,7 @@ def open_windows(
     long_documents: LongDocuments = "cut",
     say: Say | None = None,
 ) -> Windows:
-    """Lay windows of `seq_len` tokens over a dataset.
+    """Open the windows of a dataset: samples of `seq_len` tokens, addressed by number.
 
     Args:
         shards: the dataset.
@@ -36,7 +35,7 @@ def open_windows(
         seq_len: L, tokens of `input_ids`.
         labels: give unshifted `labels` in place of shifted `targets`.
         documents_apart: give `position_ids`, and no target that is the first token of another document.
-        long_documents: `pack` only: what becomes of a document that alone is longer than a window.
+        long_documents: `pack` only: what is done with documents that are longer than a window.
         say: takes a sentence when windows are planned for the first time, and sentences on what is cut, left out or padded, and
             on how many windows of a masked dataset have nothing to learn; these are counted only where this is given.
 
@@ -101,13 +100,13 @@ def _description(windows: Windows) -> Iterator[str]:
     if unlearned := windows.count_unlearned():
         yield (
             f"{windows.shards.folder}: in {unlearned:,} of {len(windows):,} windows of {windows.seq_len} tokens nothing is learned, "
-            "because no answer begins before the end; a longer `seq_len` reaches such answers"
+            "because no answer begins before their end; a longer `seq_len` reaches such answers"
         )
 
 
 def _filled(windows: Windows, lost: str) -> str:
     filled = 1 - windows.padding / max(1, windows.num_places)
-    text = f"{windows.shards.folder}: {_DONE[windows.layout]}, {filled:.2%} of all places filled"
+    text = f"{windows.shards.folder}: {_VERBS[windows.layout]}, {filled:.2%} of all positions filled"
     if isinstance(windows, PackWindows) and windows.plan.num_long:
         fate = {"cut": "cut to one", "fragment": "spread over several", "drop": "left out"}
         many = counted(windows.plan.num_long, "document")

@@ -9,13 +9,12 @@ from numpy.typing import NDArray
 from minimind_data.dataset.format import MaskArray
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
-from minimind_data.windows.base import Windows, mark_steps
+from minimind_data.windows.base import Windows, ignore_first_tokens
 from minimind_data.windows.pack_plan import PackPlan
 from minimind_data.windows.segments import Segments, spread
 
 _COPIED_TOKENS = (64, 8, 1)
-
-"""A segment is copied in blocks of the greatest of these that it is not shorter than."""
+"""Block sizes: a segment is copied in blocks of the largest size that is no longer than the segment."""
 
 
 class PackWindows(Windows):
@@ -41,7 +40,7 @@ class PackWindows(Windows):
     @property
     def padding(self) -> int:
         """Input positions that hold PAD."""
-        # In shifted windows the last of `width` tokens is no input.
+        # In shifted windows the last of `width` tokens is only a target.
         in_last_column = 0 if self.labels else self.plan.full_windows
         return len(self) * self.seq_len - (self.plan.num_tokens - in_last_column)
 
@@ -56,7 +55,7 @@ class PackWindows(Windows):
         else:
             rows[segments.rows[cut], -1] = info.eos_id
             ignored = self._padding(rows, segments.filled)
-        mark_steps(ignored, segments)
+        ignore_first_tokens(ignored, segments)
         return self._sample(rows, ignored, segments)
 
     def _copied_mask(self, segments: Segments) -> MaskArray:
@@ -94,7 +93,7 @@ class PackWindows(Windows):
         return window
 
     def _segments(self, windows: NDArray[np.int64]) -> tuple[Segments, NDArray[np.intp]]:
-        """Return the segments of a batch, and which of them lack the end of their document, EOS."""
+        """Return the segments of a batch, and the numbers of those whose document is cut, so that its EOS is missing."""
         self._check(windows, len(self))
         begins = self.plan.offsets[windows]
         counts = self.plan.offsets[windows + 1] - begins
@@ -106,7 +105,7 @@ class PackWindows(Windows):
             before = self.plan.fragments[places].astype(np.int64) * (self.width - 1)
             starts, left = starts + before, left - before
         lengths = np.minimum(left, self.width)
-        # Columns count from the row's own first segment.
+        # Columns are counted from the first segment of the same row.
         ends = np.cumsum(lengths)
         columns = ends - lengths
         columns -= columns[(np.cumsum(counts) - counts)[rows]]
@@ -127,8 +126,8 @@ def _copy(
 ) -> None:
     """Copy the tokens of segments, or their mask, into their places in `rows` [B, width].
 
-    A segment is copied in blocks, the last of which ends with it and overlaps the one before: so a batch takes one gather for
-    each size of block, and no block reaches beyond its segment.
+    A segment is copied in blocks; the last one ends where the segment ends and overlaps the block before it. So a batch takes one gather
+    for each block size, and no block reaches beyond its segment.
     """
     width = rows.shape[1]
     places = segments.rows * width + segments.columns

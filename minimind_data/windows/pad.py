@@ -1,4 +1,4 @@
-"""Layout `pad`: one document a window, cut or padded to length; and pairs (`dpo`), a chosen and a rejected conversation side by side, each so."""
+"""Layout `pad`: one document a window, cut or padded to length. In a dataset of pairs (`dpo`) both sides of a pair, each so."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +12,7 @@ from minimind_data.windows.base import Windows
 from minimind_data.windows.segments import Segments
 
 SIDES = ("chosen", "rejected")
+"""The two conversations of a pair, in the order in which they are stored."""
 
 
 class PadWindows(Windows):
@@ -29,12 +30,12 @@ class PadWindows(Windows):
 
     @property
     def unused_tokens(self) -> int:
-        """Tokens cut off documents that are longer than a window; counted over all indexes when first asked for."""
+        """Tokens cut off documents that are longer than a window; all indexes are read when this is first asked for."""
         return self._count()[0]
 
     @property
     def padding(self) -> int:
-        """Input positions that hold PAD; counted likewise."""
+        """Input positions that hold PAD; all indexes are read when this is first asked for."""
         return self._count()[1]
 
     def _count(self) -> tuple[int, int]:
@@ -57,7 +58,7 @@ class PadWindows(Windows):
     def _padded(
         self, starts: NDArray[np.int64], lengths: NDArray[np.int64]
     ) -> tuple[TokenArray, NDArray[np.bool_]]:
-        """Return (tokens, whether they are no target), both [B, width], of sequences of these tokens."""
+        """Return (tokens, which of them are no target), both [B, width], of sequences with these first tokens and lengths."""
         info = self.shards.manifest.tokenizer
         rows = np.empty((len(starts), self.width), self.shards.dtype)
         self._cut(self.shards.rows, self.shards.slice, starts, lengths, rows)
@@ -81,13 +82,13 @@ class PadWindows(Windows):
         lengths: NDArray[np.int64],
         rows: NDArray[Any],
     ) -> None:
-        """Fill `rows` [B, width] with the first elements of sequences; what is behind their ends is anything."""
+        """Fill `rows` [B, width] with the first elements of sequences; what stands behind their ends is undefined."""
         if self.width > self.shards.num_tokens:
             for row, start, length in zip(rows, starts, np.minimum(lengths, self.width), strict=True):
                 row[:length] = slice_of(int(start), int(start + length))
             return
-        # A full row for each; the last sequences of the dataset have nothing behind them, so their rows begin earlier and are
-        # moved.
+        # A full row is read for each sequence. The last ones of the dataset have too little behind them: their rows are read from
+        # further in front and shifted.
         shift = np.maximum(starts + self.width - self.shards.num_tokens, 0)
         rows[:] = rows_of(starts - shift, self.width)
         for place in np.flatnonzero(shift):
@@ -130,7 +131,7 @@ class PairWindows(PadWindows):
     """One pair a window.
 
     A sample has `chosen_input_ids`, `chosen_targets`, `rejected_input_ids` and `rejected_targets` (`…_labels`, unshifted), each
-    int64 [L]. What speaks of one sequence in a window, `segments`, `document_ids` and `locate`, speaks of the chosen one.
+    int64 [L]. Where there is one answer for a window, that of the chosen conversation is given: `segments`, `document_ids`, `locate`.
     """
 
     def __init__(self, shards: ShardSet, seq_len: int, *, labels: bool) -> None:

@@ -1,14 +1,14 @@
-"""ReadAhead: windows from a disk that takes its time.
+"""ReadAhead: reading windows from a slow disk before they are needed.
 
-A gather from memory maps waits for one page after the other, while a disk serves dozens at once as quickly as one. So windows that will be
-read are named to the system beforehand (`madvise`), all of a batch and those of a batch that comes later; it reads them meanwhile. Left
-alone it would read far around each, since it cannot know that the next is somewhere else.
+A gather from memory maps waits for one page after the other, while a disk serves dozens at once as quickly as one. So the system is told
+beforehand (`madvise`) which windows are read: all of this batch, and those of a later one. It reads them in the meantime. Left
+to itself it would read far around each window, since it cannot know that the next one is somewhere else.
 
-Windows are small, and a disk gives more by the row. So where memory holds the whole dataset, some of it is asked for in order beside each
-batch that is scattered over it, until all has been.
+Windows are small, and a disk is faster when it reads in order. So where memory can hold the whole dataset, a stretch of it is asked for
+beside each batch that is scattered over the dataset, front to back, until everything has been read.
 
-A system that has everything in its page cache need not be told, and telling it costs more than a gather. Each thread's counters say whether
-a batch came from a disk; when one did not, nothing is asked for any more, until one does.
+Where everything is in the page cache, asking is useless and costs more than a gather. Each thread's counters say whether
+a batch came from a disk; after one that did not, nothing is asked for until one does.
 """
 
 import itertools
@@ -26,13 +26,13 @@ from minimind_data.windows.base import WindowSource
 
 _CHUNK_BYTES = 2**20
 _WINDOWS_PER_CHUNK = 32
-"""A batch of 64 windows of 1 KiB, which are as many reads of some 4 KiB, is accompanied by 2 MiB in a row: about as long a wait."""
+"""Beside a batch of 64 windows of 1 KiB, which takes 64 reads of some 4 KiB, 2 MiB are read in order: that takes about as long."""
 _NEAR_WINDOWS = 64
 _THREAD = getattr(resource, "RUSAGE_THREAD", None)
 
 
 class ReadAhead:
-    """Fetches batches, all by one thread, and asks for them beforehand while they come from a disk."""
+    """Fetches batches, all in one thread, and asks the system for them beforehand while they come from a disk."""
 
     def __init__(self, windows: WindowSource) -> None:
         self._windows = windows
@@ -41,7 +41,7 @@ class ReadAhead:
         self._rest: Iterator[tuple[Shard, int, int]] | None = None
 
     def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
-        """Pickle as a new one: what is in the page cache is not the same elsewhere."""
+        """Pickle as a new one: another process may find something else in the page cache."""
         return (type(self), (self._windows,))
 
     def fetch(
@@ -51,12 +51,12 @@ class ReadAhead:
 
         Args:
             windows: int64 [B], the batch.
-            later: says which windows are read some batches later; called only where that matters.
+            later: returns the windows of a later batch; called only where they are to be read ahead.
         """
         before = _disk_reads()
         if self._waits:
             self._ask(windows)
-            # The first batch is what somebody waits for; whatever comes later may be asked for with the second.
+            # Somebody waits for the first batch; what comes later can be asked for beside the second.
             if self._begun:
                 if later is not None:
                     self._ask(later())
@@ -79,12 +79,12 @@ class ReadAhead:
 
 
 def _are_scattered(windows: NDArray[np.int64]) -> bool:
-    """Whether a batch comes from all over the dataset; one that does not, as in a shuffle of blocks, brings its neighbours with it."""
+    """Tell whether a batch comes from all over the dataset; windows in blocks bring their neighbours with them anyway."""
     return len(windows) > 1 and bool(np.median(np.diff(np.sort(windows))) > _NEAR_WINDOWS)
 
 
 def _chunks(shard_sets: tuple[ShardSet, ...]) -> Iterator[tuple[Shard, int, int]]:
-    """All of the datasets, as (shard, first token, the one behind the last), unless memory would not hold them."""
+    """Yield all of the datasets as (shard, first token, token behind the last), or nothing where they would not fit in memory."""
     if 2 * sum(shards.num_tokens * shards.dtype.itemsize for shards in shard_sets) > _available_bytes():
         return
     for shards in shard_sets:
@@ -95,7 +95,7 @@ def _chunks(shard_sets: tuple[ShardSet, ...]) -> Iterator[tuple[Shard, int, int]
 
 
 def _disk_reads() -> int:
-    """What this thread has waited for or asked of disks: page faults that had to read, and blocks; 0 where the system does not say."""
+    """Return how often this thread has read from disks: page faults that had to read, and blocks; 0 where the system does not say."""
     if _THREAD is None:
         return 0
     usage = resource.getrusage(_THREAD)
@@ -103,7 +103,7 @@ def _disk_reads() -> int:
 
 
 def _available_bytes() -> int:
-    """Memory that can be had without anything else being pushed out; 0 where the system does not say."""
+    """Return the bytes of memory that are available without pushing anything else out; 0 where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -1,6 +1,6 @@
-"""Segments: which documents, or parts of documents, stand where in a batch of windows, and the ids and positions that follow from that.
+"""Segments: which documents, or parts of documents, stand where in a batch of windows; document ids and positions follow from that.
 
-Plain arrays, made without reading a token; which documents share a window is decided in `layouts.py` and `pack_plan.py`.
+They are plain arrays, made without reading a token. Which documents share a window is decided by the layout: `concat`, `pad`, `pack`.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class Segments:
     """The segments of a batch of windows, row by row, from left to right.
 
     A segment is a document, or the part of one that stands in a window. The segments of a row begin at its first column and
-    follow each other without a gap; what is behind the last is PAD.
+    follow each other without a gap; the rest of the row is PAD.
 
     Attributes:
         shape: (B, width): rows are the windows of the batch, columns the tokens that they are cut from. In shifted windows
@@ -39,16 +39,16 @@ class Segments:
         return np.bincount(self.rows, weights=self.lengths, minlength=self.shape[0]).astype(np.int64)
 
     def document_ids(self, num_columns: int) -> NDArray[np.int64]:
-        """Return the document of each place of the first columns, -1 for PAD: int64 [B, num_columns]."""
+        """Return the document at each position of the first columns, -1 for PAD: int64 [B, num_columns]."""
         ids = np.full(self.shape, -1, np.int64)
         ids[np.arange(self.shape[1]) < self.filled[:, None]] = np.repeat(self.documents, self.lengths)
         return np.ascontiguousarray(ids[:, :num_columns])
 
     def position_ids(self, num_columns: int) -> NDArray[np.int64]:
-        """Return the place of each token in its segment, from 0: int64 [B, num_columns].
+        """Return the position of each token in its segment, from 0: int64 [B, num_columns].
 
-        The PAD of a row counts as a segment of its own. So a segment begins at every 0, and the segments of a batch, as
-        attention over sequences of different lengths wants them (`cu_seqlens`), are the places of the zeros.
+        The PAD of a row counts as a segment of its own. So a segment begins at every 0: the places of the zeros are the
+        `cu_seqlens` that attention over sequences of different lengths takes.
         """
         num_rows, width = self.shape
         behind = self.filled + np.arange(num_rows) * width

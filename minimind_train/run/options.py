@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from minimind_data.dataset.format import Kind
-from minimind_data.windows.base import Layout
-from minimind_data.windows.best_fit import LongDocuments
+from minimind_data.windows.base import Layout, LongDocuments
 from minimind_train.batches.datasets import read_sources, source_texts
 from minimind_train.model.config import ModelConfig
 from minimind_train.model.lora import LoraConfig

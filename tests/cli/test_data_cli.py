@@ -81,7 +81,7 @@ def test_packed_windows_are_planned_once_and_leave_the_dataset_as_it_is(dataset)
     assert len(set(told["document_ids"]) - {-1}) > 1
     again = mm_data("window", dataset, 3, *arguments)
     assert "planning" not in again.stderr
-    assert "% of all places filled" in again.stderr
+    assert "% of all positions filled" in again.stderr
     assert "0 tokens of the dataset in no window" in again.stdout
     located = json.loads(
         mm_data("locate", dataset, *arguments, "--position", 3, "--order", "sequential", "--json").stdout

@@ -8,8 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from minimind_data.windows.best_fit import LONG_DOCUMENTS
 from minimind_data.windows.opening import open_windows
+from minimind_data.windows.pack_plan import LONG_DOCUMENTS
 from minimind_train.order.sample_order import SampleOrder
 
 SEQ_LEN = 63

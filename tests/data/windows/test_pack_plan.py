@@ -14,8 +14,7 @@ from minimind_data.dataset.format import FormatError
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.dataset.verification import verify
 from minimind_data.errors import UserError
-from minimind_data.windows import assign as dealing
-from minimind_data.windows import pack_plan
+from minimind_data.windows import assignment, pack_plan
 from minimind_data.windows.pack_plan import FOLDER_NAME, PackPlan, open_plan
 
 SHARDS = [[5, 9, 2], [40], [3, 3, 3, 3], [17, 2]]
@@ -73,14 +72,14 @@ def test_the_plan_does_not_depend_on_shards_or_blocks(make_dataset, monkeypatch)
     source = np.random.default_rng(0)
     lengths = np.minimum(np.exp(source.normal(3, 1, 700)).astype(int) + 2, 200).tolist()
     whole = told_by(open_plan(make_dataset([lengths], name="whole"), 64, "fragment"))
-    monkeypatch.setattr(dealing, "_BLOCK_DOCUMENTS", 7)
-    monkeypatch.setattr(dealing, "_BLOCK_FRAGMENTS", 5)
+    monkeypatch.setattr(assignment, "_BLOCK_DOCUMENTS", 7)
+    monkeypatch.setattr(assignment, "_BLOCK_FRAGMENTS", 5)
     parts = make_dataset([lengths[:100], [], lengths[100:101], lengths[101:]], name="parts")
     assert told_by(open_plan(parts, 64, "fragment")) == whole
 
 
 def test_windows_follow_the_corpus(make_dataset, monkeypatch):
-    monkeypatch.setattr(dealing, "_BLOCK_WINDOWS", 10)
+    monkeypatch.setattr(assignment, "_BLOCK_WINDOWS", 10)
     source = np.random.default_rng(0)
     lengths = source.integers(2, 32, 4000).tolist()
     plan = open_plan(make_dataset([lengths]), 64, "cut")
@@ -161,7 +160,7 @@ def test_others_wait_for_the_one_that_plans(shards, monkeypatch):
         calls.append(arguments)
         begun.set()
         assert waiting.wait(60)
-        return dealing.count_segments(*arguments)
+        return assignment.count_segments(*arguments)
 
     def hear(sentence):
         said.append(sentence)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from minimind_data.dataset.format import IGNORED
 from minimind_data.errors import UserError
-from minimind_data.windows import assign as dealing
-from minimind_data.windows.best_fit import LONG_DOCUMENTS
+from minimind_data.windows import assignment
 from minimind_data.windows.opening import open_windows
+from minimind_data.windows.pack_plan import LONG_DOCUMENTS
 
 BOS, EOS, PAD = 1, 2, 0
 SHARDS = [[5, 9, 2], [40], [3, 3, 3, 3], [17, 2]]
@@ -75,7 +75,7 @@ def segments_by_hand(windows, batch):
 def test_every_document_once_and_whole(make_dataset, monkeypatch, labels, long_documents, small_blocks):
     if small_blocks:
         for name, value in SMALL_BLOCKS.items():
-            monkeypatch.setattr(dealing, name, value)
+            monkeypatch.setattr(assignment, name, value)
     names = map(str, itertools.count())
 
     @settings(deadline=None, max_examples=40)
@@ -238,7 +238,7 @@ def test_what_is_lost_is_said(make_dataset, long_documents, account):
     windows = open_windows(shards, seq_len=39, say=said.append, **chosen)
     padding = sum(int((windows.document_ids(number) == -1).sum()) for number in range(len(windows)))
     share = 1 - padding / (39 * len(windows))
-    assert said[-1] == f"{shards.folder}: packed, {share:.2%} of all places filled"
+    assert said[-1] == f"{shards.folder}: packed, {share:.2%} of all positions filled"
 
 
 @pytest.mark.parametrize("vocab_size", [6400, 70_000])

@@ -165,9 +165,9 @@ def test_windows_out_of_range_are_refused(make_dataset):
         (
             "pad",
             10,
-            "padded, 67.50% of all places filled; documents longer than a window cut to one, 28 tokens in no window",
+            "padded, 67.50% of all positions filled; documents longer than a window cut to one, 28 tokens in no window",
         ),
-        ("pad", 50, "padded, 28.50% of all places filled"),
+        ("pad", 50, "padded, 28.50% of all positions filled"),
     ],
 )
 def test_what_is_cut_padded_or_left_over_is_said_where_somebody_listens(

@@ -69,7 +69,7 @@ def test_layout_pack_trains_too(begin, tmp_path, small_dataset):
     targets = windows.fetch(np.arange(len(windows)))["targets"]
     assert outcome.cursor == len(windows)
     assert sum(record["targets"] for record in metrics(tmp_path / "run")) == (targets != IGNORED).sum()
-    assert any("of all places filled" in line for line in said)
+    assert any("of all positions filled" in line for line in said)
 
 
 @pytest.mark.parametrize("layout", ["concat", "pad", "pack"])

@@ -1,15 +1,15 @@
 """assign_documents(): which document of each length goes into which window, so that windows follow the corpus.
 
-`packing.py` says how many windows hold so many documents of this length and so many of that. Here documents are assigned to them:
+`bin_packing.py` says how many windows hold so many documents of this length and so many of that. Here documents are assigned to them:
 
-- those of one length are taken in the order of the corpus;
+- documents of one length are taken in the order of the corpus;
 - the windows of every pattern are spread evenly from the first window to the last, so that all lengths are used up at the same
-  pace, and documents that share a window were not far apart;
-- windows are put in the order of their first documents, `_BLOCK_WINDOWS` of them at a time;
+  pace, and documents that share a window stand near each other in the corpus;
+- windows are sorted by their first documents, `_BLOCK_WINDOWS` of them at a time;
 - inside a window documents stand in the order of the corpus: sorted by length, long texts would always come first.
 
-Nothing here is random and nothing depends on the machine. Memory holds a block of documents or windows at a time; the documents
-sorted by length, 4 bytes each, lie in a nameless file.
+Nothing here is random and nothing depends on the machine. Memory holds one block of documents or windows at a time; the documents
+sorted by length, 4 bytes each, lie in a temporary file without a name.
 """
 
 import contextlib
@@ -28,19 +28,20 @@ from numpy.typing import NDArray
 from minimind_data.dataset.format import REMAKE, FormatError
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.files import is_disk_full
-from minimind_data.windows.best_fit import LongDocuments, Packing
+from minimind_data.windows.base import LongDocuments
+from minimind_data.windows.bin_packing import Packing
 from minimind_data.windows.segments import spread
 
 _BLOCK_DOCUMENTS = 2**20
 _BLOCK_FRAGMENTS = 2**22
-"""Documents that are read at a time, and at most so many fragments of them."""
+"""How many documents are read at a time, and how many fragments of them at most."""
 _BLOCK_WINDOWS = 2**16
 _BLOCK_SEGMENTS = 2**22
-"""Windows that are put in order at a time, and about so many segments in them at most. The order depends on these two."""
+"""How many windows are sorted at a time, and about how many segments in them at most. The order of windows depends on both."""
 _DOCUMENT_BITS = 45
 _PLACE_BITS = 24
-"""Numbers are sorted together with what they belong to, as one integer: the key above so many bits, the number below."""
-_GOLDEN = (math.sqrt(5) - 1) / 2
+"""A key and the number that it belongs to are sorted as one integer: the number in this many low bits, the key above them."""
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +60,20 @@ class SegmentCounts:
 
     @property
     def fragmented(self) -> bool:
-        """Whether a segment may be another part of its document than the first."""
+        """Whether there are segments that are not the first part of their document."""
         return self.long_documents == "fragment" and self.num_long > 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class WindowBlock:
-    """Some windows in a row, and the documents in them."""
+    """Some consecutive windows, and the documents in them."""
 
     sizes: NDArray[np.int64]
     """Segments in each: int64 [B]."""
     documents: NDArray[np.int64]
     """The document of each segment, window by window: int64 [S]."""
     fragments: NDArray[np.int64] | None
-    """Which part of its document it is: int64 [S]; None where all are the part 0."""
+    """Which part of its document it is: int64 [S]; None where all are part 0."""
 
 
 def count_segments(shards: ShardSet, width: int, long_documents: LongDocuments) -> SegmentCounts:
@@ -85,7 +86,7 @@ def count_segments(shards: ShardSet, width: int, long_documents: LongDocuments) 
     num_long = num_tokens = 0
     for first, lengths in _documents(shards):
         num_long += int(np.count_nonzero(lengths > width))
-        # Each step from a token to the next counts once, also where fragments share a token; so does each document's first.
+        # Neighbouring fragments share a token, which is counted once.
         for segments in _segments(first, lengths, width, long_documents):
             histogram += np.bincount(segments.lengths, minlength=width + 1)
             num_tokens += int(segments.lengths.sum() - np.count_nonzero(segments.fragments))
@@ -99,30 +100,30 @@ def count_segments(shards: ShardSet, width: int, long_documents: LongDocuments) 
     )
 
 
-def assign_documents(found: SegmentCounts, packing: Packing, folder: Path) -> Iterator[WindowBlock]:
+def assign_documents(counts: SegmentCounts, packing: Packing, folder: Path) -> Iterator[WindowBlock]:
     """Assign all segments to the windows of a packing, and yield these in order.
 
     Args:
-        found: the segments.
+        counts: the segments.
         packing: `best_fit` of their histogram.
-        folder: where the nameless file may be.
+        folder: where the temporary file may be.
 
     Raises:
-        OSError: it has no room there.
+        OSError: there is no room for it.
     """
-    first_places = np.cumsum(found.histogram) - found.histogram
-    num_segments = int(found.histogram.sum())
-    number = "<u4" if found.shards.num_documents <= 2**32 else "<u8"
+    first_places = np.cumsum(counts.histogram) - counts.histogram
+    num_segments = int(counts.histogram.sum())
+    number = "<u4" if counts.shards.num_documents <= 2**32 else "<u8"
     with (
         _scratch(folder, num_segments, number) as documents,
-        _scratch(folder, num_segments if found.fragmented else 0, "<u4") as fragments,
+        _scratch(folder, num_segments if counts.fragmented else 0, "<u4") as fragments,
     ):
         free = first_places.copy()
-        for first, lengths in _documents(found.shards):
-            for segments in _segments(first, lengths, found.width, found.long_documents):
+        for first, lengths in _documents(counts.shards):
+            for segments in _segments(first, lengths, counts.width, counts.long_documents):
                 order, places = _next_places(segments.lengths, free)
                 documents[places] = segments.documents[order]
-                if found.fragmented:
+                if counts.fragmented:
                     fragments[places] = segments.fragments[order]
         taken = first_places.copy()
         for windows, lengths in _window_blocks(packing):
@@ -130,15 +131,15 @@ def assign_documents(found: SegmentCounts, packing: Packing, folder: Path) -> It
             chosen = np.empty(len(lengths), np.int64)
             chosen[order] = documents[places]
             parts = None
-            if found.fragmented:
+            if counts.fragmented:
                 parts = np.empty(len(lengths), np.int64)
                 parts[order] = fragments[places]
-            yield _ordered(windows, chosen, parts)
+            yield _in_order(windows, chosen, parts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Segments:
-    """A block of segments, in the order of the corpus; all int64 [S]."""
+    """A block of segments in the order of the corpus, each array int64 [S]."""
 
     lengths: NDArray[np.int64]
     documents: NDArray[np.int64]
@@ -167,7 +168,7 @@ def _documents(shards: ShardSet) -> Iterator[tuple[int, NDArray[np.int64]]]:
 def _segments(
     first: int, lengths: NDArray[np.int64], width: int, long_documents: LongDocuments
 ) -> Iterator[_Segments]:
-    """Yield what documents from number `first` on, of these lengths, make."""
+    """Yield the segments of the documents from number `first` on, which have these lengths."""
     if long_documents != "fragment" or int(lengths.max()) <= width:
         documents = np.flatnonzero((lengths > 0) & ((lengths <= width) | (long_documents == "cut")))
         yield _Segments(
@@ -177,7 +178,7 @@ def _segments(
         )
         return
     counts = np.maximum(-(-(lengths - 1) // (width - 1)), np.minimum(lengths, 1))
-    # A block of documents may have any number of segments, so it is cut where these get too many.
+    # A block of documents may have any number of segments, so it is divided where there are too many.
     blocks = np.cumsum(counts) // _BLOCK_FRAGMENTS
     for chosen in np.split(np.arange(len(lengths)), np.flatnonzero(np.diff(blocks)) + 1):
         wholes, fragments = spread(counts[chosen])
@@ -189,14 +190,14 @@ def _segments(
 def _next_places(
     lengths: NDArray[np.int64], following: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Give each of these segments the next place among those of its length.
+    """Return the next place for each of these segments among those of its length.
 
     Args:
         lengths: int64 [S].
-        following: int64 [width + 1], the next place of each length; moved on.
+        following: int64 [width + 1], the next free place of each length; changed in place.
 
     Returns:
-        (the segments, by length and then as they came; the places of these), both int64 [S].
+        (the segments sorted by length, equal ones in the order in which they came; the place of each), both int64 [S].
     """
     order = _argsort(lengths)
     keys = lengths[order]
@@ -209,20 +210,20 @@ def _next_places(
 
 
 def _argsort(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the order of values from 0 to 2^39, equal ones as they came: several times as fast as a stable argsort."""
+    """Return a stable argsort of values from 0 to 2^39, several times as fast as numpy's."""
     if len(values) >= 1 << _PLACE_BITS:
         return np.argsort(values, kind="stable")
     return np.sort(values << _PLACE_BITS | np.arange(len(values))) & ((1 << _PLACE_BITS) - 1)
 
 
 def _window_blocks(packing: Packing) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Yield (window of each segment, counted within the block; its length), both int64 [S], a block of windows at a time."""
+    """Yield (the window of each segment, counted within the block; its length), both int64 [S], for one block of windows at a time."""
     num_segments = int(packing.windows @ packing.segments)
     num_blocks = max(-(-packing.num_windows // _BLOCK_WINDOWS), -(-num_segments // _BLOCK_SEGMENTS))
     patterns = np.arange(len(packing.windows))
-    # Window j of a pattern stands at (j + phase) / windows of the whole. With one phase for all, patterns of one window would
-    # all stand at the same place; multiples of the golden ratio spread them.
-    phases = (patterns * _GOLDEN) % 1.0
+    # Window j of a pattern stands at the fraction (j + phase) / windows of the way from the first window to the last. With one phase for
+    # all, patterns of a single window would all stand at the same place; multiples of the golden ratio spread them.
+    phases = (patterns * _GOLDEN_RATIO) % 1.0
     before = np.zeros(len(patterns), np.int64)
     num_runs = np.diff(packing.run_starts)
     for block in range(num_blocks):
@@ -240,10 +241,10 @@ def _window_blocks(packing: Packing) -> Iterator[tuple[NDArray[np.int64], NDArra
         yield np.repeat(windows, counts), np.repeat(packing.run_lengths[runs], counts)
 
 
-def _ordered(
+def _in_order(
     windows: NDArray[np.int64], documents: NDArray[np.int64], fragments: NDArray[np.int64] | None
 ) -> WindowBlock:
-    """Put windows in the order of their first documents, and documents in order inside each."""
+    """Return windows sorted by their first documents, and the documents sorted inside each."""
     starts = np.flatnonzero(np.diff(windows, prepend=-1))
     firsts = np.minimum.reduceat(documents, starts)
     order = _argsort(firsts - firsts.min())
@@ -261,9 +262,9 @@ def _ordered(
 
 @contextlib.contextmanager
 def _scratch(folder: Path, count: int, dtype: str) -> Iterator[NDArray[Any]]:
-    """Give an array in a nameless file, or in memory where the file system reserves no room.
+    """Yield an array in a temporary file, or in memory where the file system cannot reserve room for it.
 
-    Room is reserved, because writing to a map of a file on a full disk would kill the process.
+    Room is reserved because writing to the map of a file on a full disk would kill the process.
     """
     num_bytes = count * np.dtype(dtype).itemsize
     with tempfile.TemporaryFile(dir=folder) as file:

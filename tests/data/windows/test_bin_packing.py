@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimind_data.windows.best_fit import best_fit
+from minimind_data.windows.bin_packing import best_fit
 
 
 def reference(lengths, width):
