@@ -14,13 +14,13 @@ from minimind_data.errors import UserError
 from .flags import in_flags
 
 if TYPE_CHECKING:
-    from minimind_train.generation.conversation import Conversation
+    from minimind_train.generation.chat_session import ChatSession
 
 _PROMPT = "> "
 _COMMANDS = "/clear begins a new conversation, Ctrl-C stops an answer, Ctrl-D or /exit leaves"
 
 
-def talk(conversation: "Conversation", prompt: str | None) -> None:
+def talk(conversation: "ChatSession", prompt: str | None) -> None:
     """Answer `prompt`, or the lines of standard input until it ends.
 
     Raises:
@@ -42,7 +42,7 @@ def talk(conversation: "Conversation", prompt: str | None) -> None:
                 raise UserError(str(error), where=f"line {number} of standard input") from None
 
 
-def _in_terminal(conversation: "Conversation") -> None:
+def _in_terminal(conversation: "ChatSession") -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, PLC0415 - with it imported, `input` has line editing and a history
     print(_COMMANDS, file=sys.stderr)
@@ -75,7 +75,7 @@ def _lines() -> Iterator[str]:
             return
 
 
-def _cleared(conversation: "Conversation", line: str) -> bool:
+def _cleared(conversation: "ChatSession", line: str) -> bool:
     """Clear the conversation if the line asks for that; tell whether it does."""
     if line.strip() != "/clear":
         return False
@@ -83,7 +83,7 @@ def _cleared(conversation: "Conversation", line: str) -> bool:
     return True
 
 
-def _say(conversation: "Conversation", text: str) -> None:
+def _say(conversation: "ChatSession", text: str) -> None:
     for piece in conversation.answer(text):
         print(piece, end="", flush=True)
     print(flush=True)

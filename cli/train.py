@@ -201,8 +201,8 @@ def _checkpoint_option(parse: Callable[[str], Any]) -> Any:
 
 def _generate(app: typer.Typer) -> None:
     """Generate text with a model, or chat with it."""
+    from minimind_train.generation.chat_session import ChatSession
     from minimind_train.generation.completion import complete
-    from minimind_train.generation.conversation import Conversation
     from minimind_train.generation.sampling import GenerateOptions
     from minimind_train.model.config import RopeScaling
     from minimind_train.run_folder.choice import parse_step
@@ -231,7 +231,7 @@ def _generate(app: typer.Typer) -> None:
     ) -> None:
         changes = {name: value for name, value in asdict(scaling).items() if name in given}
         if chat:
-            conversation = Conversation.open(
+            conversation = ChatSession.open(
                 run, options, system=system, step=checkpoint, device=device, changes=changes
             )
             talk(conversation, prompt)

@@ -17,9 +17,8 @@ from pathlib import Path
 from minimind_data.build.dedup import duplicates
 from minimind_data.build.engines import run_tasks
 from minimind_data.build.plan import (
-    Chat,
     TokenizeOptions,
-    chat_of,
+    chat_encoding_of,
     check_forms,
     flat_settings,
     idle_options,
@@ -33,7 +32,8 @@ from minimind_data.build.reuse import FinishedDataset, finished_dataset, is_ther
 from minimind_data.build.split import HashResult, Job, SplitResult, SplitTask
 from minimind_data.build.work import CannotWriteError, WorkFolder, spooled
 from minimind_data.build.workers import encoders_in_our_threads
-from minimind_data.chat.template import chat_template_of
+from minimind_data.chat.encoding import ChatEncoding
+from minimind_data.chat.template import ChatTemplate, chat_template_of
 from minimind_data.dataset.format import (
     CONFIG_NAME,
     MANIFEST_NAME,
@@ -77,7 +77,8 @@ def tokenize(
     tokenizer = load_tokenizer(
         options.tokenizer, SpecialTokens(bos=options.bos_token, eos=options.eos_token, pad=options.pad_token)
     )
-    chat = chat_of(options, tokenizer, chat_template_of(options.tokenizer, options.chat.chat_template))
+    template = chat_template_of(options.tokenizer, options.chat.chat_template)
+    chat = chat_encoding_of(options, tokenizer, template)
     given = [str(one) for one in inputs]
     before, after = (
         (given[: given.index(STDIN)], given[given.index(STDIN) + 1 :]) if STDIN in given else (given, [])
@@ -93,7 +94,16 @@ def tokenize(
         planned = [*sources, *piped, *more]
         for note in idle_options(planned, options.records):
             say(note)
-        return _Build(planned, options, tokenizer, chat, work, say=say, progress=progress)
+        return _Build(
+            planned,
+            options,
+            tokenizer,
+            work,
+            template=template,
+            chat=chat,
+            say=say,
+            progress=progress,
+        )
 
     begun = None if STDIN in given else plan()
     try:
@@ -126,14 +136,24 @@ def commit(out: Path, *, say: Say = say_nothing, progress: Progress = no_progres
             f"{tokenizer_path}: missing or changed; run one of the slices again, which restores it"
         )
     tokenizer = cached_tokenizer(tokenizer_path.read_text("utf-8"), info)
-    chat = chat_of(options, tokenizer, chat_template_of(work.path))
+    template = chat_template_of(work.path)
+    chat = chat_encoding_of(options, tokenizer, template)
     sources = [Source(**source) for source in plan["inputs"]]
     if gone := [source.location for source in sources if source.is_gone()]:
         raise UserError(
             f"{gone[0]}: an input of this build, not there any more; put it back, then commit again"
         )
     with user_error_on_full_disk(out), work.locked():
-        joined = _Build(sources, options, tokenizer, chat, work, say=say, progress=progress)
+        joined = _Build(
+            sources,
+            options,
+            tokenizer,
+            work,
+            template=template,
+            chat=chat,
+            say=say,
+            progress=progress,
+        )
         return joined.run(only_join=True)
 
 
@@ -145,9 +165,10 @@ class _Build:
         sources: Sequence[Source],
         options: TokenizeOptions,
         tokenizer: Tokenizer,
-        chat: Chat,
         work: WorkFolder,
         *,
+        template: ChatTemplate | None,
+        chat: ChatEncoding | None,
         say: Say,
         progress: Progress,
     ) -> None:
@@ -156,12 +177,12 @@ class _Build:
         self._options = options
         self._tokenizer = tokenizer
         self._chat = chat
-        self._config_json = None if chat.template is None else chat.template.config_json
+        self._config_json = None if template is None else template.config_json
         self._tasks = plan_tasks(sources, options)
         self._work = work
         self._say = say
         self._progress = progress
-        self._settings = settings_of(options, tokenizer, chat)
+        self._settings = settings_of(options, tokenizer, self._chat)
         self._start = time.monotonic()
 
     def run(self, *, only_join: bool = False) -> Summary:
@@ -316,7 +337,7 @@ class _Build:
     def _make(self, missing: list[SplitTask]) -> tuple[dict[str, SplitResult], Choice]:
         """Run the missing splits; where the fast backend proves wrong, run all of its splits again without it."""
         with encoders_in_our_threads():
-            sample = sample_texts(missing, self._options, self._chat.spec)
+            sample = sample_texts(missing, self._options, self._chat)
             choice = choose_backend(self._tokenizer, self._options.backend, sample)
             self._say(f"encoding with {choice.name}: {choice.note}")
             job = self._job(choice.name)
@@ -356,8 +377,7 @@ class _Build:
             records=self._options.records,
             on_bad_record=self._options.on_bad_record,
             val_fraction=self._options.val_fraction,
-            chat=self._chat.spec,
-            marks=self._chat.marks,
+            chat=self._chat,
         )
 
     def _summary(

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from minimind_data.build.split import SplitTask
-from minimind_data.chat.guard import control_tokens, normalizes_control
-from minimind_data.chat.marks import TurnMarks, find_marks
-from minimind_data.chat.rendering import ChatOptions, ChatSpec
+from minimind_data.chat.encoding import ChatEncoding
+from minimind_data.chat.loss_mask import find_answer_marks
+from minimind_data.chat.rendering import ChatOptions, RenderSpec
 from minimind_data.chat.template import ChatTemplate
-from minimind_data.dataset.format import CONFIG_NAME, Kind
+from minimind_data.dataset.format import CONFIG_NAME, TEMPLATE_NAME, Kind
 from minimind_data.dataset.staging import unique_names
 from minimind_data.errors import UserError
 from minimind_data.files import sha256_of_bytes
@@ -177,28 +177,24 @@ def slice_of(tasks: list[SplitTask], part: tuple[int, int] | None) -> list[Split
     return tasks if part is None else tasks[part[0] - 1 :: part[1]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chat:
-    """What a build needs to know of conversations."""
+def chat_encoding_of(
+    options: TokenizeOptions, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> ChatEncoding | None:
+    """Return how conversations become tokens; None where the records are none.
 
-    template: ChatTemplate | None
-    """The tokenizer's, which travels with every dataset."""
-    spec: ChatSpec | None = None
-    marks: TurnMarks | None = None
-
-
-def chat_of(options: TokenizeOptions, tokenizer: Tokenizer, template: ChatTemplate | None) -> Chat:
-    """Return how conversations are rendered, and where what is learned of them stands.
+    Args:
+        options: of the build.
+        tokenizer: that encodes them.
+        template: its chat template, where it has one.
 
     Raises:
-        UserError: the tokenizer has no chat template, or one that does not tell.
+        UserError: there is no chat template, or it does not show which tokens are answers.
     """
-    kind = options.kind
-    if kind == "pretrain":
-        return Chat(template=template)
+    if options.kind == "pretrain":
+        return None
     if template is None:
         raise UserError(
-            f"no chat template, neither in chat_template.jinja nor in {CONFIG_NAME}",
+            f"no chat template, neither in {TEMPLATE_NAME} nor in {CONFIG_NAME}",
             where=options.tokenizer,
             remedy="name a file with one by `chat_template`",
             option="chat_template",
@@ -209,15 +205,11 @@ def chat_of(options: TokenizeOptions, tokenizer: Tokenizer, template: ChatTempla
             remedy="pass `chat_date` YYYY-MM-DD",
             option="chat_date",
         )
-    spec = ChatSpec(
-        kind=kind,
-        template=template,
-        control_tokens=() if options.chat.allow_special_in_content else control_tokens(tokenizer),
-        guards_all=normalizes_control(tokenizer),
-        empty_think_ratio=options.chat.empty_think_ratio,
-        today=options.chat.chat_date,
+    return ChatEncoding(
+        kind=options.kind,
+        rendering=RenderSpec.of(tokenizer, template, options.chat),
+        marks=find_answer_marks(tokenizer, template),
     )
-    return Chat(template=template, spec=spec, marks=find_marks(tokenizer, template))
 
 
 def check_forms(sources: Sequence[Source], options: TokenizeOptions) -> None:
@@ -237,11 +229,11 @@ def check_forms(sources: Sequence[Source], options: TokenizeOptions) -> None:
             )
 
 
-def settings_of(options: TokenizeOptions, tokenizer: Tokenizer, chat: Chat) -> dict[str, Any]:
+def settings_of(options: TokenizeOptions, tokenizer: Tokenizer, chat: ChatEncoding | None) -> dict[str, Any]:
     """Return what decides the bytes of the dataset besides its inputs."""
     shaping = asdict(options.records)
-    if chat.spec is not None:
-        template = chat.spec.template.config_json.encode()
+    if chat is not None:
+        template = chat.rendering.template.config_json.encode()
         shaping = {
             "max_word_chars": options.records.max_word_chars,
             "chat_template_sha256": sha256_of_bytes(template),
@@ -265,7 +257,7 @@ def flat_settings(kind: str, tokenizer: dict[str, Any], options: dict[str, Any])
     return {"kind": kind, **{f"tokenizer {name}": value for name, value in tokenizer.items()}, **options}
 
 
-def sample_texts(tasks: list[SplitTask], options: TokenizeOptions, chat: ChatSpec | None) -> list[str]:
+def sample_texts(tasks: list[SplitTask], options: TokenizeOptions, chat: ChatEncoding | None) -> list[str]:
     """Return some short texts from a few places of the input; bad records are not this function's business."""
     texts: list[str] = []
     step = max(1, len(tasks) // _SAMPLE_PLACES)

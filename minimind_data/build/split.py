@@ -19,9 +19,7 @@ from numpy.typing import NDArray
 
 from minimind_data.build.dedup import hashes_of, in_validation
 from minimind_data.build.stages import DifferenceError, ahead, encode_blocks
-from minimind_data.chat.encoding import encode_chats
-from minimind_data.chat.marks import TurnMarks
-from minimind_data.chat.rendering import ChatSpec
+from minimind_data.chat.encoding import ChatEncoding, encode_conversations
 from minimind_data.dataset.format import (
     VALIDATION_NAME,
     MaskArray,
@@ -68,10 +66,8 @@ class Job:
     val_fraction: float = 0.0
     encoder_threads: int = 1
     """Blocks of text that are encoded at the same time."""
-    chat: ChatSpec | None = None
-    """How conversations become texts, where the records are some."""
-    marks: TurnMarks | None = None
-    """The ids around what is learned of them; None where the chat template marks it."""
+    chat: ChatEncoding | None = None
+    """How conversations become tokens, where the records are some."""
     step: Literal["make", "hash"] = "make"
     """`hash` only notes the hashes of the texts, for `dedup`."""
 
@@ -220,9 +216,9 @@ def _sequences(
     if job.chat is None:
         return *frame_texts(ids, offsets, job.tokenizer, job.dtype), None, 0
     tokenizer = cached_tokenizer(job.tokenizer_json, job.tokenizer)
-    assert block.chats is not None
-    ids, offsets, mask, unlearned = encode_chats(
-        block.texts, block.chats, ids=ids, offsets=offsets, tokenizer=tokenizer, marks=job.marks
+    assert block.conversations is not None
+    ids, offsets, mask, unlearned = encode_conversations(
+        block.conversations, ids=ids, offsets=offsets, tokenizer=tokenizer, marks=job.chat.marks
     )
     return ids.astype(numpy_dtype(job.dtype)), np.diff(offsets), mask, unlearned
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from minimind_data.reporting import kind_of
 
-Kind = Literal["sft", "dpo"]
+ChatKind = Literal["sft", "dpo"]
 ROLES = {
     "system": "system",
     "user": "user",
@@ -37,7 +37,7 @@ ROLES = {
 """Names of roles, ShareGPT's included, and the role that each means. A `function_call` holds a call in place of words."""
 MESSAGES_FIELDS = ("conversations", "messages")
 SIDE_FIELDS = ("chosen", "rejected")
-OTHER_FIELDS: dict[Kind, tuple[str, ...]] = {"sft": ("system", "tools"), "dpo": ("prompt", "tools")}
+OTHER_FIELDS: dict[ChatKind, tuple[str, ...]] = {"sft": ("system", "tools"), "dpo": ("prompt", "tools")}
 """What a record may have beside its messages."""
 
 
@@ -58,7 +58,7 @@ class BadConversationError(Exception):
     """A record is no conversation; the message says why and, after a semicolon, what can be done."""
 
 
-def conversations_of(record: object, kind: Kind) -> tuple[Conversation, ...]:
+def conversations_of(record: object, kind: ChatKind) -> tuple[Conversation, ...]:
     """Return the conversation of a record (`sft`), or its chosen and its rejected one (`dpo`).
 
     Raises:
@@ -71,7 +71,7 @@ def conversations_of(record: object, kind: Kind) -> tuple[Conversation, ...]:
     return (_single(record),) if kind == "sft" else _pair(record)
 
 
-_EXAMPLES: dict[Kind, str] = {
+_EXAMPLES: dict[ChatKind, str] = {
     "sft": '{"conversations": [{"role": …, "content": …}, …]}',
     "dpo": '{"chosen": [{"role": …, "content": …}, …], "rejected": […]}',
 }

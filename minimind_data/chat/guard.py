@@ -1,7 +1,8 @@
 """Special tokens that somebody wrote in a conversation stay text: they can neither close his turn nor open another.
 
 `Disguise` replaces the characters that special tokens are made of by characters that no text holds, so that two renderings can be
-compared (`rendering`). `Guard` encodes what was rendered so, with a vocabulary in which special tokens have their names in that disguise.
+compared (see `rendering`). `GuardedTokenizer` encodes the result: it is the same tokenizer, but its special tokens have their names in that
+disguise. All that special tokens do to the text around them, they do there too.
 """
 
 import functools
@@ -15,8 +16,8 @@ import tokenizers
 from minimind_data.errors import UserError
 from minimind_data.tokenizer.loading import Tokenizer
 
-_STAND_INS = 0x10F000
-
+_FIRST_STAND_IN = 0x10F000
+"""First of the characters that stand for others; of a private use area that no script, and hardly any program, uses."""
 _THOUGHTS = {"<think>", "</think>"}
 
 
@@ -33,8 +34,8 @@ class Disguise:
 
     def __init__(self, tokens: tuple[str, ...], constants: frozenset[str] = frozenset()) -> None:
         alphabet = sorted(set("".join(tokens)))
-        self._hidden = {ord(char): chr(_STAND_INS + place) for place, char in enumerate(alphabet)}
-        self._shown = {_STAND_INS + place: char for place, char in enumerate(alphabet)}
+        self._hidden = {ord(char): chr(_FIRST_STAND_IN + place) for place, char in enumerate(alphabet)}
+        self._shown = {_FIRST_STAND_IN + place: char for place, char in enumerate(alphabet)}
         self._tokens = re.compile(_any_of(tokens))
         # A token that begins in a text shows by its first character. Only where the template itself begins tokens that a
         # text may go on with, as in '<|' + name + '|>', are all characters needed.
@@ -78,7 +79,7 @@ class Disguise:
 
     def places(self, text: str) -> list[tuple[int, int]]:
         """Return where special tokens stand in a text."""
-        return [found.span() for found in self._tokens.finditer(text)]
+        return [match.span() for match in self._tokens.finditer(text)]
 
     def disguised(self, text: str, places: list[tuple[int, int]]) -> str:
         """Replace every character of these places."""
@@ -116,8 +117,8 @@ def normalizes_control(tokenizer: Tokenizer) -> bool:
     )
 
 
-class Guard:
-    """A tokenizer for which special tokens have other names, so that their own names are text.
+class GuardedTokenizer:
+    """A tokenizer for which special tokens have other names, so that their own names are text to it.
 
     Raises:
         UserError: it cannot be made from this one.
@@ -127,15 +128,15 @@ class Guard:
         control = control_tokens(tokenizer)
         disguise = Disguise(control)
         names = {token: disguise.name(token) for token in control}
-        told = json.loads(tokenizer.json)
-        for added in told["added_tokens"]:
+        content = json.loads(tokenizer.json)
+        for added in content["added_tokens"]:
             added["content"] = names.get(added["content"], added["content"])
-        _rename(told["model"], names)
-        told["post_processor"] = None
+        _rename(content["model"], names)
+        content["post_processor"] = None
         self._control_ids = {tokenizer.reference.token_to_id(token): names[token] for token in control}
         self._names = tuple(names.values())
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(told))
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
         except Exception as error:  # noqa: BLE001 - the library raises plain Exception
             raise UserError(_CANNOT_GUARD.format(error)) from None
         self._tokenizer.no_truncation()
@@ -156,8 +157,8 @@ class Guard:
         """
         encodings: list[Any] = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         for text, encoding in zip(texts, encodings, strict=True):
-            found = sum(token_id in self._control_ids for token_id in encoding.ids)
-            if found != sum(map(text.count, self._names)):
+            num_control = sum(token_id in self._control_ids for token_id in encoding.ids)
+            if num_control != sum(map(text.count, self._names)):
                 raise UserError(_CANNOT_GUARD.format("its merges make special tokens of plain text"))
         return encodings
 
@@ -183,6 +184,6 @@ def _rename(model: dict[str, Any], names: dict[str, str]) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def guard_of(tokenizer: Tokenizer) -> Guard:
-    """Return the guard of a tokenizer, made once per process."""
-    return Guard(tokenizer)
+def guarded_tokenizer(tokenizer: Tokenizer) -> GuardedTokenizer:
+    """Return the guarded form of a tokenizer, made once per process."""
+    return GuardedTokenizer(tokenizer)

@@ -1,12 +1,12 @@
-"""From conversations to texts in which the special tokens that people wrote are told from those that the template wrote.
+"""From conversations to texts in which the special tokens that people wrote are told apart from those that the template wrote.
 
 A template joins what people wrote with tokens that open and close turns. Where somebody wrote `<|im_end|>` himself, the joined
 text does not show whose it is, and an encoder would take it for a token: a user could close his turn and open one of the
 assistant's. So a conversation in which that could be is rendered twice: as it is, and with the characters that special
-tokens are made of replaced, one for one, by characters that no text holds. A special token of the second rendering is the
-template's own; one that the first has beside it was written by somebody, in whatever pieces it came and wherever the template
-put them. Both renderings must be the same but for the replacement, or the template looked at the characters: what can be told
-then is not enough, and the record is a bad one.
+tokens are made of replaced, one for one, by characters that no text holds (`guard.Disguise`). A special token of the second
+rendering is the template's own; one that the first has beside it was written by somebody, in whatever pieces it came and wherever the
+template put them. Both renderings must be the same but for the replacement. If they are not, the template looks at those characters;
+then the two cannot be told apart, and the record is a bad one.
 
 Templates do look at some texts, such as `</think>`. What stands in a template as a constant is left as it is wherever it occurs,
 unless a piece of a special token could come of it.
@@ -15,8 +15,8 @@ unless a piece of a special token could come of it.
 open and close turns and documents. Its other added tokens, `<think>`, `<tool_call>` and their like, are not: answers are full of
 them, and what stands between them stays inside its turn.
 
-The result has the characters of the template's own special tokens replaced, not those of people's (`Rendered.guarded`): encoded
-with a vocabulary in which special tokens are called so (`turns.py`), text is text and tokens are tokens, and merges at the
+The result has the characters of the template's own special tokens replaced, not those of people's (`RenderedConversation.guarded`).
+Encoded by a tokenizer that calls special tokens so (`guard.GuardedTokenizer`), text is text and tokens are tokens, and merges at the
 borders are what they always are. Where nobody wrote a special token, the text as it is gives the same ids, and that is taken, unless
 the tokenizer looks for its special tokens in what its normalizer made of the text: there `＜|im_end|＞` is one to it.
 """
@@ -27,26 +27,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from minimind_data.chat.conversations import Conversation, Kind
-from minimind_data.chat.guard import Disguise
+from minimind_data.chat.conversations import Conversation
+from minimind_data.chat.guard import Disguise, control_tokens, normalizes_control
 from minimind_data.chat.template import (
     SPAN_CLOSES,
     SPAN_OPENS,
     ChatTemplate,
     Message,
     RenderError,
-    render,
+    render_chat,
     with_parts_joined,
 )
 from minimind_data.hashing import belongs_to_share
-
-"""First of the characters that stand for others; of a private use area that no script, and hardly any program, uses."""
+from minimind_data.tokenizer.loading import Tokenizer
 
 _EMPTY_THINK = "<think>\n\n</think>\n\n"
-
-_MARKS = re.compile(f"([{SPAN_OPENS}{SPAN_CLOSES}])")
+_SPAN_MARKS = re.compile(f"([{SPAN_OPENS}{SPAN_CLOSES}])")
 
 
 def parse_share(text: str | float) -> float:
@@ -78,7 +76,7 @@ def parse_date(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions:
-    """How conversations become texts."""
+    """What can be said of how conversations become texts, besides what their tokenizer says."""
 
     chat_template: Annotated[Path | None, "File with the chat template, in place of the tokenizer's own."] = (
         None
@@ -110,10 +108,9 @@ class ChatOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatSpec:
-    """How conversations become texts."""
+class RenderSpec:
+    """What decides the text of a conversation: all that a `Renderer` is made from."""
 
-    kind: Kind
     template: ChatTemplate
     control_tokens: tuple[str, ...]
     """What nobody but the template may write; empty where everybody may."""
@@ -124,14 +121,26 @@ class ChatSpec:
     today: str | None = None
     """The date that the template may write, YYYY-MM-DD."""
 
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, template: ChatTemplate, options: ChatOptions | None = None) -> Self:
+        """Return how a tokenizer and its template render; without options, as a question to a model is rendered."""
+        options = options or ChatOptions()
+        return cls(
+            template=template,
+            control_tokens=() if options.allow_special_in_content else control_tokens(tokenizer),
+            guards_all=normalizes_control(tokenizer),
+            empty_think_ratio=options.empty_think_ratio,
+            today=options.chat_date,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
-class Rendered:
+class RenderedConversation:
     """A conversation as one text."""
 
     text: str
     guarded: str | None
-    """The same, with the template's special tokens under other names, where somebody else wrote some; see `rendering.py`."""
+    """The same, with the template's special tokens in disguise, where somebody else wrote some; see this module's docstring."""
     spans: tuple[tuple[int, int], ...] | None
     """What the assistant wrote, [start, stop) in characters; None where the template does not say."""
     num_answers: int
@@ -139,9 +148,9 @@ class Rendered:
 
 
 class Renderer:
-    """Renders conversations by one specification."""
+    """Renders conversations."""
 
-    def __init__(self, spec: ChatSpec) -> None:
+    def __init__(self, spec: RenderSpec) -> None:
         self._spec = spec
         self._disguise = (
             Disguise(spec.control_tokens, spec.template.constants) if spec.control_tokens else None
@@ -152,28 +161,34 @@ class Renderer:
             midnight = datetime.combine(date.fromisoformat(spec.today), time())
             self._now = lambda: midnight
 
-    def render(self, conversation: Conversation, *, asks: bool = False) -> Rendered:
+    def render(
+        self, conversation: Conversation, *, add_generation_prompt: bool = False
+    ) -> RenderedConversation:
         """Render a conversation.
 
         Args:
             conversation: what was said.
-            asks: end with what the assistant's next turn begins with.
+            add_generation_prompt: end with what the assistant's next turn begins with.
 
         Raises:
             RenderError: the template fails, or cannot keep apart what it wrote and what others wrote.
         """
         messages, tools = with_parts_joined(self._spec.template, conversation.messages), conversation.tools
-        said = [{name: told for name, told in message.items() if name != "role"} for message in messages]
-        if self._has_spans and (_holds(_MARKS, said) or _holds(_MARKS, tools)):
+        said = [{name: value for name, value in message.items() if name != "role"} for message in messages]
+        if self._has_spans and (_holds(_SPAN_MARKS, said) or _holds(_SPAN_MARKS, tools)):
             raise RenderError("it holds U+FDD0 or U+FDD1, which are no characters; remove them")
-        text, spans = self._text(messages, tools, asks)
+        text, spans = self._text(messages, tools, add_generation_prompt)
         guarded = None
         disguise = self._disguise
         if disguise is not None and (
             self._spec.guards_all or _holds(disguise.signs, said) or _holds(disguise.signs, tools)
         ):
-            guarded = self._guarded(disguise, text, messages, tools, asks=asks)
-        return Rendered(text=text, guarded=guarded, spans=spans, num_answers=conversation.num_answers)
+            guarded = self._guarded(
+                disguise, text, messages, tools, add_generation_prompt=add_generation_prompt
+            )
+        return RenderedConversation(
+            text=text, guarded=guarded, spans=spans, num_answers=conversation.num_answers
+        )
 
     def _guarded(
         self,
@@ -182,12 +197,14 @@ class Renderer:
         messages: list[Message],
         tools: list[dict[str, Any]] | None,
         *,
-        asks: bool,
+        add_generation_prompt: bool,
     ) -> str | None:
         """Return the text with the template's own special tokens in disguise, None where all of them are its own."""
         try:
             hidden, _ = self._text(
-                [_hide_message(disguise, message) for message in messages], disguise.hide(tools), asks
+                [_hide_message(disguise, message) for message in messages],
+                disguise.hide(tools),
+                add_generation_prompt,
             )
         except RenderError:
             hidden = ""
@@ -202,22 +219,22 @@ class Renderer:
         return disguise.disguised(text, own)
 
     def _text(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None, asks: bool
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, add_generation_prompt: bool
     ) -> tuple[str, tuple[tuple[int, int], ...] | None]:
-        """Return the text, and the spans of it that the template itself calls the assistant's, if it does."""
-        text = render(
+        """Return the text, and the spans of it that the template marks as the assistant's, if it marks any."""
+        text = render_chat(
             self._spec.template,
             messages,
-            tools,
-            {"add_generation_prompt": asks},
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
             now=self._now,
-            marked=self._has_spans,
+            mark_generation=self._has_spans,
         )
         if self._spec.empty_think_ratio < 1 and _EMPTY_THINK in text:
             shown = self._disguise.show(text) if self._disguise else text
             if not belongs_to_share(shown, self._spec.empty_think_ratio, b"empty think"):
                 text = text.replace(_EMPTY_THINK, "")
-        return _without_marks(text) if self._has_spans else (text, None)
+        return _without_span_marks(text) if self._has_spans else (text, None)
 
 
 def _holds(pattern: re.Pattern[str], value: Any) -> bool:
@@ -231,18 +248,18 @@ def _holds(pattern: re.Pattern[str], value: Any) -> bool:
 
 def _hide_message(disguise: Disguise, message: Message) -> Message:
     """Hide what a message says; its role, the names of its fields and those in the parts of its content are ours."""
-    hidden = {name: told if name == "role" else disguise.hide(told) for name, told in message.items()}
+    hidden = {name: value if name == "role" else disguise.hide(value) for name, value in message.items()}
     if isinstance(message.get("content"), list):
         hidden["content"] = [{**part, "text": disguise.hide(part["text"])} for part in message["content"]]
     return hidden
 
 
-def _without_marks(marked: str) -> tuple[str, tuple[tuple[int, int], ...]]:
+def _without_span_marks(marked: str) -> tuple[str, tuple[tuple[int, int], ...]]:
     """Take the marks out of a text; return it, and the [start, stop) that stood between them."""
     parts: list[str] = []
     spans: list[tuple[int, int]] = []
     place = start = depth = 0
-    for piece in _MARKS.split(marked):
+    for piece in _SPAN_MARKS.split(marked):
         if piece == SPAN_OPENS:
             start = place if not depth else start
             depth += 1
@@ -257,6 +274,6 @@ def _without_marks(marked: str) -> tuple[str, tuple[tuple[int, int], ...]]:
 
 
 @functools.lru_cache(maxsize=2)
-def renderer_of(spec: ChatSpec) -> Renderer:
+def renderer_of(spec: RenderSpec) -> Renderer:
     """Return the renderer of a specification, made once per process."""
     return Renderer(spec)

@@ -3,8 +3,8 @@
 A template is a program in Jinja that stands in a tokenizer's `chat_template.jinja` or `tokenizer_config.json`, and comes from
 whoever made the tokenizer. So it runs in Jinja's sandbox, and sees plain JSON values alone.
 
-Not here: what a record must look like (`conversations.py`), and how special tokens in what people wrote are kept from being
-taken for the template's own (`rendering.py`).
+Not here: what a record must look like (`conversations`), and how special tokens in what people wrote are kept from being
+taken for the template's own (`rendering`).
 
 Source of the environment: transformers, utils/chat_template_utils.py (`_cached_compile_jinja_template`, `render_jinja_template`)
 and tokenization_utils_base.py (`apply_chat_template`).
@@ -32,13 +32,10 @@ from minimind_data.errors import UserError
 from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
 
 SPAN_OPENS, SPAN_CLOSES = "\ufdd0", "\ufdd1"
-
 """Stand around what a template marks by {% generation %}; noncharacters, which no text holds."""
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
-
 """What a message's reasoning is called here and there; templates read the first, gpt-oss's the second."""
 
 Message = Mapping[str, Any]
@@ -74,13 +71,13 @@ class ChatTemplate:
     @property
     def config_json(self) -> str:
         """The `tokenizer_config.json` that hands it on: `transformers` reads it, and so does `chat_template_of`."""
-        told = {
+        config = {
             **dict(self.special_tokens),
             "clean_up_tokenization_spaces": False,
             "tokenizer_class": "PreTrainedTokenizerFast",
             "chat_template": self.text,
         }
-        return json.dumps(told, ensure_ascii=False, indent=1) + "\n"
+        return json.dumps(config, ensure_ascii=False, indent=1) + "\n"
 
 
 class RenderError(Exception):
@@ -159,8 +156,9 @@ def _checked(text: object, config: Mapping[str, Any], path: Path) -> ChatTemplat
     return ChatTemplate(text=text, special_tokens=tuple(special))
 
 
-def _plain_token(told: Any) -> str:
-    return str(told.get("content")) if isinstance(told, dict) else str(told)
+def _plain_token(token: Any) -> str:
+    """Return the text of a token, which may be written as an object."""
+    return str(token.get("content")) if isinstance(token, dict) else str(token)
 
 
 def render_chat(
@@ -169,6 +167,8 @@ def render_chat(
     *,
     add_generation_prompt: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    now: Callable[[], datetime] = datetime.now,
+    mark_generation: bool = False,
     **variables: Any,
 ) -> str:
     """Render a conversation.
@@ -178,39 +178,16 @@ def render_chat(
         messages: of a conversation, each with a `role` and mostly a `content`.
         add_generation_prompt: end with what the assistant's next turn begins with.
         tools: JSON schemas of functions that the assistant may call.
+        now: returns the time that the template may write.
+        mark_generation: put `SPAN_OPENS` and `SPAN_CLOSES` around what {% generation %} marks.
         variables: what else the template knows, such as `enable_thinking`.
 
     Raises:
         RenderError: the template refuses the conversation, or fails on it.
     """
-    variables["add_generation_prompt"] = add_generation_prompt
-    return render(template, messages, tools, variables)
-
-
-def render(
-    template: ChatTemplate,
-    messages: Sequence[Message],
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    variables: Mapping[str, Any] | None = None,
-    *,
-    now: Callable[[], datetime] = datetime.now,
-    marked: bool = False,
-) -> str:
-    """Render as `render_chat` does.
-
-    Args:
-        template: the tokenizer's.
-        messages: of a conversation.
-        tools: as for `render_chat`.
-        variables: what else the template knows.
-        now: the time that the template may write.
-        marked: put `SPAN_OPENS` and `SPAN_CLOSES` around what {% generation %} marks.
-
-    Raises:
-        RenderError: as `render_chat`.
-    """
     messages = with_parts_joined(template, messages)
-    return _render(template, messages, tools, variables or {}, now=now, marked=marked)
+    variables["add_generation_prompt"] = add_generation_prompt
+    return _render(template, messages, tools, variables, now=now, mark_generation=mark_generation)
 
 
 def _render(
@@ -220,17 +197,17 @@ def _render(
     variables: Mapping[str, Any],
     *,
     now: Callable[[], datetime],
-    marked: bool,
+    mark_generation: bool,
 ) -> str:
     special = {
-        name: list(told) if isinstance(told, tuple) else told for name, told in template.special_tokens
+        name: list(value) if isinstance(value, tuple) else value for name, value in template.special_tokens
     }
-    told = {"tools": tools, "documents": None, "add_generation_prompt": False, **special, **variables}
+    context = {"tools": tools, "documents": None, "add_generation_prompt": False, **special, **variables}
     try:
-        return _compiled(template.text, marked).render(
+        return _compiled(template.text, mark_generation).render(
             messages=[_as_templates_want(message) for message in messages],
             strftime_now=lambda form: now().strftime(form),
-            **told,
+            **context,
         )
     except Exception as error:  # noqa: BLE001 - a template is a program, which may fail in any way
         if type(error) is jinja2.TemplateError:  # what it raises itself
@@ -284,11 +261,11 @@ def _takes_parts(template: ChatTemplate, role: str) -> bool:
     takes = False
     for tools in (None, _PROBE_TOOLS):
         try:
-            wanted = _render(template, whole, tools, {}, now=_at_any_time, marked=False)
+            wanted = _render(template, whole, tools, {}, now=_at_any_time, mark_generation=False)
         except RenderError:
             continue  # it has no such role, or no tools
         try:
-            takes = wanted == _render(template, parted, tools, {}, now=_at_any_time, marked=False)
+            takes = wanted == _render(template, parted, tools, {}, now=_at_any_time, mark_generation=False)
         except RenderError:
             return False
         if not (takes and all(text in wanted for text in said)):
@@ -302,9 +279,9 @@ def _at_any_time() -> datetime:
 
 def _as_templates_want(message: Message) -> dict[str, Any]:
     """Leave out what is null, which many templates would write as None, and give the reasoning its common names."""
-    told = {name: value for name, value in message.items() if value is not None}
-    reasoning = next((told[name] for name in _REASONING_NAMES if name in told), None)
-    return told if reasoning is None else {"thinking": reasoning, **told, "reasoning_content": reasoning}
+    fields = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((fields[name] for name in _REASONING_NAMES if name in fields), None)
+    return fields if reasoning is None else {"thinking": reasoning, **fields, "reasoning_content": reasoning}
 
 
 class _Generation(jinja2.ext.Extension):
@@ -363,8 +340,8 @@ def _refuse_private(name: object) -> None:
 
 
 @functools.cache
-def _environment(*, marked: bool = False) -> jinja2.Environment:
-    generation = _MarkedGeneration if marked else _Generation
+def _environment(*, mark_generation: bool = False) -> jinja2.Environment:
+    generation = _MarkedGeneration if mark_generation else _Generation
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[generation, jinja2.ext.loopcontrols]
     )
@@ -376,8 +353,8 @@ def _environment(*, marked: bool = False) -> jinja2.Environment:
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(text: str, marked: bool) -> jinja2.Template:
-    return _environment(marked=marked).from_string(text)
+def _compiled(text: str, mark_generation: bool) -> jinja2.Template:
+    return _environment(mark_generation=mark_generation).from_string(text)
 
 
 def _raise_exception(message: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from minimind_data.chat.rendering import ChatSpec
+from minimind_data.chat.encoding import ChatEncoding
 from minimind_data.dataset.format import Kind
 from minimind_data.inputs.blocks import Block
 from minimind_data.inputs.sources import Source
@@ -95,7 +95,7 @@ class Form(ABC):
         """
 
     @abstractmethod
-    def reader(self, split: Split, chat: ChatSpec | None = None) -> RecordReader:
+    def reader(self, split: Split, chat: ChatEncoding | None = None) -> RecordReader:
         """Return the reader of a split; with `chat`, its records are conversations."""
 
     @abstractmethod

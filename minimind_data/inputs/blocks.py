@@ -1,6 +1,6 @@
 """What reading gives: blocks of the texts in a split, and the records that make none.
 
-`Chats` collects the conversations, or pairs of them, that the readers of JSON lines and of Parquet find.
+`ConversationCollector` collects the conversations, or pairs of them, that the readers of JSON lines and of Parquet find.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,8 @@ from minimind_data.chat.conversations import (
     conversations_of,
     has_different_prompts,
 )
-from minimind_data.chat.rendering import ChatSpec, Rendered, renderer_of
+from minimind_data.chat.encoding import ChatEncoding
+from minimind_data.chat.rendering import RenderedConversation, renderer_of
 from minimind_data.chat.template import RenderError
 from minimind_data.inputs.spec import RecordSpec, long_word
 
@@ -41,8 +42,8 @@ class Block:
     """How far this block went on in the input, for progress."""
     texts_each: int = 1
     """Texts of a document."""
-    chats: list[Rendered] | None = None
-    """More about the texts, where they are conversations."""
+    conversations: list[RenderedConversation] | None = None
+    """What the texts were rendered from, where they are conversations; as many as texts."""
     different_prompts: int = 0
     """Pairs whose two conversations do not begin alike."""
 
@@ -61,24 +62,26 @@ class Block:
         return replace(
             self,
             texts=[self.texts[place] for place in places],
-            chats=None if self.chats is None else [self.chats[place] for place in places],
+            conversations=None
+            if self.conversations is None
+            else [self.conversations[place] for place in places],
         )
 
 
 _TOO_DEEP = "its tools are nested too deep; write them flatter"
 
 
-class Chats:
+class ConversationCollector:
     """Collects conversations into blocks."""
 
-    def __init__(self, spec: RecordSpec, chat: ChatSpec) -> None:
+    def __init__(self, spec: RecordSpec, chat: ChatEncoding) -> None:
         self._max_word_chars = spec.max_word_chars
         self._kind = chat.kind
-        self._renderer = renderer_of(chat)
+        self._renderer = renderer_of(chat.rendering)
         self._begin()
 
     def _begin(self) -> None:
-        self._chats: list[Rendered] = []
+        self._rendered: list[RenderedConversation] = []
         self._bad: list[BadRecord] = []
         self._different_prompts = 0
 
@@ -92,30 +95,30 @@ class Chats:
         """
         try:
             conversations = conversations_of(read(), self._kind)
-            chats = [self._render(conversation) for conversation in conversations]
+            rendered = [self._render(conversation) for conversation in conversations]
         except (BadConversationError, RenderError) as error:
             self._bad.append(BadRecord(line=number, reason=str(error), data=data()))
         except RecursionError:
             self._bad.append(BadRecord(line=number, reason=_TOO_DEEP, data=data()))
         else:
-            self._chats += chats
+            self._rendered += rendered
             self._different_prompts += self._kind == "dpo" and has_different_prompts(*conversations)
 
     def take(self, num_bytes: int) -> Block:
         """Return what was collected, and begin anew."""
         block = Block(
-            texts=[chat.text for chat in self._chats],
+            texts=[one.text for one in self._rendered],
             empty_texts=0,
             bad=self._bad,
             num_bytes=num_bytes,
             texts_each=2 if self._kind == "dpo" else 1,
-            chats=self._chats,
+            conversations=self._rendered,
             different_prompts=self._different_prompts,
         )
         self._begin()
         return block
 
-    def _render(self, conversation: Conversation) -> Rendered:
+    def _render(self, conversation: Conversation) -> RenderedConversation:
         rendered = self._renderer.render(conversation)
         try:
             rendered.text.encode()

@@ -13,9 +13,9 @@ from typing import Any
 import orjson
 
 from minimind_data.chat.conversations import BadConversationError
-from minimind_data.chat.rendering import ChatSpec
+from minimind_data.chat.encoding import ChatEncoding
 from minimind_data.inputs.base import RecordReader, Split
-from minimind_data.inputs.blocks import BadRecord, Block, Chats
+from minimind_data.inputs.blocks import BadRecord, Block, ConversationCollector
 from minimind_data.inputs.delimited import BYTE_ORDER_MARK, Delimited, DelimitedReader
 from minimind_data.inputs.lines import LINE_FEED
 from minimind_data.inputs.spec import RecordSpec, no_utf8, reason, text_getter
@@ -26,9 +26,9 @@ class JsonLines(Delimited):
 
     ends = LINE_FEED
 
-    def reader(self, split: Split, chat: ChatSpec | None = None) -> RecordReader:
+    def reader(self, split: Split, chat: ChatEncoding | None = None) -> RecordReader:
         """See `Form.reader`."""
-        return JsonRecords(split, self._spec) if chat is None else ChatRecords(split, self._spec, chat)
+        return JsonTexts(split, self._spec) if chat is None else JsonConversations(split, self._spec, chat)
 
     def sample(self, split: Split, num_bytes: int) -> Split:
         """See `Form.sample`."""
@@ -53,7 +53,7 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-class JsonRecords(DelimitedReader):
+class JsonTexts(DelimitedReader):
     """The texts in them."""
 
     def __init__(self, split: Split, spec: RecordSpec) -> None:
@@ -87,22 +87,22 @@ class JsonRecords(DelimitedReader):
             yield Block(texts=texts, empty_texts=empty_texts, bad=bad, num_bytes=num_bytes)
 
 
-class ChatRecords(DelimitedReader):
+class JsonConversations(DelimitedReader):
     """The conversations in them, or pairs of conversations."""
 
-    def __init__(self, split: Split, spec: RecordSpec, chat: ChatSpec) -> None:
+    def __init__(self, split: Split, spec: RecordSpec, chat: ChatEncoding) -> None:
         super().__init__(split, spec, LINE_FEED)
-        self._chats = Chats(spec, chat)
+        self._conversations = ConversationCollector(spec, chat)
 
     def blocks(self) -> Generator[Block, None, None]:
         """Yield the conversations as texts; see `RecordReader`."""
         for first, lines, num_bytes in self._pieces():
             for number, line in enumerate(lines, first):
                 if line.strip():
-                    self._chats.add(
+                    self._conversations.add(
                         number, functools.partial(_parsed, line), functools.partial(line.rstrip, b"\r")
                     )
-            yield self._chats.take(num_bytes)
+            yield self._conversations.take(num_bytes)
 
 
 def _parsed(line: bytes) -> object:

@@ -18,11 +18,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from minimind_data.chat.conversations import MESSAGES_FIELDS, OTHER_FIELDS, SIDE_FIELDS, BadConversationError
-from minimind_data.chat.rendering import ChatSpec
+from minimind_data.chat.encoding import ChatEncoding
 from minimind_data.dataset.format import Kind
 from minimind_data.errors import UserError
 from minimind_data.inputs.base import Form, RecordReader, Split
-from minimind_data.inputs.blocks import BadRecord, Block, Chats
+from minimind_data.inputs.blocks import BadRecord, Block, ConversationCollector
 from minimind_data.inputs.sources import Source
 from minimind_data.inputs.spec import RecordSpec, reason, text_getter
 from minimind_data.reporting import kind_of
@@ -70,9 +70,11 @@ class Parquet(Form):
             if parquet.num_row_groups:
                 yield Split(source=source, start=start, stop=parquet.num_row_groups, num_bytes=stored)
 
-    def reader(self, split: Split, chat: ChatSpec | None = None) -> RecordReader:
+    def reader(self, split: Split, chat: ChatEncoding | None = None) -> RecordReader:
         """See `Form.reader`."""
-        return ParquetRecords(split, self._spec) if chat is None else ParquetChats(split, self._spec, chat)
+        return (
+            ParquetTexts(split, self._spec) if chat is None else ParquetConversations(split, self._spec, chat)
+        )
 
     def content(self, split: Split) -> tuple[int, int, str]:
         """See `Form.content`."""
@@ -203,7 +205,7 @@ class ParquetRows:
                 reported = done
 
 
-class ParquetRecords(ParquetRows):
+class ParquetTexts(ParquetRows):
     """The texts in them; see `RecordReader`."""
 
     def __init__(self, split: Split, spec: RecordSpec) -> None:
@@ -230,23 +232,23 @@ class ParquetRecords(ParquetRows):
             yield Block(texts=texts, empty_texts=empty_texts, bad=bad, num_bytes=num_bytes)
 
 
-class ParquetChats(ParquetRows):
+class ParquetConversations(ParquetRows):
     """The conversations in them, or pairs of conversations; see `RecordReader`."""
 
-    def __init__(self, split: Split, spec: RecordSpec, chat: ChatSpec) -> None:
+    def __init__(self, split: Split, spec: RecordSpec, chat: ChatEncoding) -> None:
         super().__init__(split, spec, chat.kind)
-        self._chats = Chats(spec, chat)
+        self._conversations = ConversationCollector(spec, chat)
 
     def blocks(self) -> Generator[Block, None, None]:
         """Yield the conversations as texts."""
         for first, records, types, num_bytes in self.batches():
             for number, record in enumerate(records, first):
-                self._chats.add(
+                self._conversations.add(
                     number,
                     functools.partial(_json_record, record, types),
                     functools.partial(_as_json, record),
                 )
-            yield self._chats.take(num_bytes)
+            yield self._conversations.take(num_bytes)
 
 
 def _as_json(record: dict[str, Any]) -> bytes:

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from minimind_data.chat.rendering import ChatSpec
+from minimind_data.chat.encoding import ChatEncoding
 from minimind_data.dataset.format import Kind
 from minimind_data.errors import UserError
 from minimind_data.inputs.base import RecordReader, Split
@@ -37,7 +37,7 @@ def plan_splits(
     return splits
 
 
-def open_reader(split: Split, spec: RecordSpec, chat: ChatSpec | None = None) -> RecordReader:
+def open_reader(split: Split, spec: RecordSpec, chat: ChatEncoding | None = None) -> RecordReader:
     """Return the reader of a split; with `chat`, its records are conversations."""
     kind = "pretrain" if chat is None else chat.kind
     return form_of(split.source, spec, kind).reader(split, chat)

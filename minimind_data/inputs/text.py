@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterator, Sequence
 
-from minimind_data.chat.rendering import ChatSpec
+from minimind_data.chat.encoding import ChatEncoding
 from minimind_data.dataset.format import Kind
 from minimind_data.files import sha256_of_bytes
 from minimind_data.inputs.base import Form, RecordReader, Split
@@ -23,10 +23,10 @@ class SeparatedText(Delimited):
         assert spec.separator_bytes is not None
         self.ends = delimiter(spec.separator_bytes)
 
-    def reader(self, split: Split, chat: ChatSpec | None = None) -> RecordReader:
+    def reader(self, split: Split, chat: ChatEncoding | None = None) -> RecordReader:
         """See `Form.reader`; text holds no conversations."""
         assert chat is None
-        return TextRecords(split, self._spec, self.ends)
+        return SeparatedTexts(split, self._spec, self.ends)
 
 
 class TextFiles(Form):
@@ -49,10 +49,10 @@ class TextFiles(Form):
             )
         return splits
 
-    def reader(self, split: Split, chat: ChatSpec | None = None) -> RecordReader:
+    def reader(self, split: Split, chat: ChatEncoding | None = None) -> RecordReader:
         """See `Form.reader`; text holds no conversations."""
         assert chat is None
-        return TextFileRecords(split, self._spec)
+        return FileTexts(split, self._spec)
 
     def records_before(self, split: Split) -> int:  # noqa: ARG002 - whichever it is
         """Return 0: a split begins where its file does."""
@@ -103,7 +103,7 @@ class _Texts:
         return block
 
 
-class TextRecords(DelimitedReader):
+class SeparatedTexts(DelimitedReader):
     """Plain text whose documents end with a separator."""
 
     def blocks(self) -> Generator[Block, None, None]:
@@ -115,7 +115,7 @@ class TextRecords(DelimitedReader):
             yield texts.take(num_bytes)
 
 
-class TextFileRecords:
+class FileTexts:
     """Plain text files, each one document."""
 
     def __init__(self, split: Split, spec: RecordSpec) -> None:

@@ -21,10 +21,10 @@ from minimind_train.progress import Say, say_on_stderr
 from minimind_train.run_folder.choice import CheckpointChoice
 from minimind_train.weights.load import open_trained
 
-__all__ = ["Conversation"]
+__all__ = ["ChatSession"]
 
 
-class Conversation:
+class ChatSession:
     """A conversation.
 
     Args:

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from minimind_data.chat.conversations import Conversation
-from minimind_data.chat.encoding import encode_chats, encode_prompt
+from minimind_data.chat.encoding import encode_conversations, encode_prompt
 from minimind_data.chat.guard import control_tokens, normalizes_control
-from minimind_data.chat.marks import find_marks, learned_between
-from minimind_data.chat.rendering import ChatSpec, Renderer
+from minimind_data.chat.loss_mask import find_answer_marks, mask_between
+from minimind_data.chat.rendering import Renderer, RenderSpec
 from minimind_data.chat.template import ChatTemplate, RenderError, chat_template_of
 from minimind_data.errors import UserError
 from minimind_data.tokenizer.backends import ReferenceEncoder
@@ -30,10 +30,9 @@ class _Kind:
         self.template = chat_template_of(folder)
         self.control = control_tokens(self.tokenizer)
         self.control_ids = {self.tokenizer.reference.token_to_id(token) for token in self.control}
-        self.marks = find_marks(self.tokenizer, self.template)
+        self.marks = find_answer_marks(self.tokenizer, self.template)
         guards = {"control_tokens": self.control, "guards_all": normalizes_control(self.tokenizer)}
-        spec = ChatSpec(kind="sft", template=self.template, **{**guards, **options})
-        self.renderer = Renderer(spec)
+        self.renderer = Renderer(RenderSpec(template=self.template, **{**guards, **options}))
 
     def encode(self, *conversations, tools=None):
         chats = [
@@ -42,8 +41,8 @@ class _Kind:
         ]
         texts = [chat.text for chat in chats]
         ids, offsets = ReferenceEncoder(self.tokenizer).encode_batch(texts)
-        ids, offsets, mask, self.unlearned = encode_chats(
-            texts, chats, ids=ids, offsets=offsets, tokenizer=self.tokenizer, marks=self.marks
+        ids, offsets, mask, self.unlearned = encode_conversations(
+            chats, ids=ids, offsets=offsets, tokenizer=self.tokenizer, marks=self.marks
         )
         assert len(mask) == len(ids) == offsets[-1]
         bounds = itertools.pairwise(offsets)
@@ -138,7 +137,7 @@ def test_a_cut_conversation_has_the_mask_of_the_whole_cut_off(kinds):
     one = kinds["chatml"]
     ((_, ids, mask),) = one.encode(PLAIN)
     for length in range(len(ids)):
-        cut, _ = learned_between(np.array(ids[:length]), np.array([0, length]), one.marks)
+        cut, _ = mask_between(np.array(ids[:length]), np.array([0, length]), one.marks)
         assert cut.tolist() == mask[:length]
 
 
@@ -155,7 +154,7 @@ def test_a_turn_that_ends_nowhere_is_learned_to_the_end_of_its_sequence_alone(ki
     ]
     ids = np.array([token for sequence in sequences for token in sequence])
     offsets = np.cumsum([0, *map(len, sequences)])
-    mask, found = learned_between(ids, offsets, marks)
+    mask, found = mask_between(ids, offsets, marks)
     wanted = [plain_mask(sequence, opens, closes) for sequence in sequences]
     assert mask.tolist() == [bit for one in wanted for bit in one]
     assert found.tolist() == [1, 0, 0, 0, 1, 1]
@@ -342,7 +341,7 @@ def test_a_template_that_looks_at_signs_is_refused_not_trusted(tmp_path):
 )
 def test_a_template_that_does_not_tell_the_answers_is_refused(text):
     with pytest.raises(UserError, match=r"`chat_template` .* \{% generation %\}"):
-        find_marks(load_tokenizer(), ChatTemplate(text=text))
+        find_answer_marks(load_tokenizer(), ChatTemplate(text=text))
 
 
 def test_empty_thoughts_are_kept_by_the_hash_of_the_text(kinds):

@@ -1,20 +1,15 @@
-r"""The ids of conversations, and which of them are learned.
+r"""The loss mask of conversations: which of their tokens are targets.
 
-**The mask.** What a template marks by {% generation %} is learned, as `transformers` tells it: every token of which a character
-stands inside. Most templates mark nothing. Then the mask is MiniMind's: learned is what stands behind the tokens that open
-the assistant's turn (`<|im_start|>assistant\n`), up to and including the tokens that close it (`<|im_end|>\n`), or up to the end
-where nothing closes it. The tokens are looked for as ids, from left to right, as MiniMind's datasets look for them. `TurnMarks`
-are those tokens, found by rendering a small conversation and seeing whether they single out its answers.
+Where a template marks its answers by {% generation %}, the mask is the one of `transformers`: every token of which a character
+stands inside. Most templates mark nothing. Then the mask is MiniMind's: the tokens behind those that open an answer
+(`<|im_start|>assistant\n`), up to and including those that close it (`<|im_end|>\n`), or up to the end where nothing closes it. They are
+looked for as ids, from left to right, as MiniMind's datasets look for them. `AnswerMarks` are the ids that open and close answers; they are
+found by rendering a small conversation and trying which of them single out its answers.
 
-Ids can stand for that because they begin with a special token, which no text of a conversation can become (`rendering.py`). The
-same search in a conversation that is cut off gives the same mask, cut off.
+Ids can be relied on because they begin with a special token, which no text of a conversation can become (see `rendering`). The same search
+in a conversation that is cut off gives the same mask, cut off.
 
-**Special tokens as text.** A conversation in which somebody wrote a special token is encoded by a second tokenizer, the same but
-for the names of special tokens, which are those of the disguise. All that special tokens do to the text around them, they do
-there too.
-
-Source of the mask: MiniMind, dataset/lm_dataset.py (`generate_labels`); transformers, tokenization_utils_base.py
-(`assistant_masks`).
+Sources: MiniMind, dataset/lm_dataset.py (`generate_labels`); transformers, tokenization_utils_base.py (`assistant_masks`).
 """
 
 import itertools
@@ -25,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minimind_data.chat.guard import control_tokens
-from minimind_data.chat.template import ChatTemplate, RenderError, render
+from minimind_data.chat.template import ChatTemplate, RenderError, render_chat
 from minimind_data.dataset.format import MaskArray
 from minimind_data.errors import UserError
 from minimind_data.tokenizer.backends import Offsets
@@ -35,23 +30,23 @@ _ASKED, _ANSWERED = ("how many apples", "and how many pears"), ("seven apples", 
 
 
 @dataclass(frozen=True, kw_only=True)
-class TurnMarks:
-    """The ids around what is learned."""
+class AnswerMarks:
+    """The ids around an answer."""
 
     opens: tuple[int, ...]
-    """Before an answer; not learned."""
+    """Before it; no targets."""
     closes: tuple[int, ...]
-    """Behind it; learned."""
+    """Behind it; targets, so that a model learns to end."""
 
 
-def find_marks(tokenizer: Tokenizer, template: ChatTemplate) -> TurnMarks | None:
-    """Find the ids around what is learned; None where the template marks it by itself.
+def find_answer_marks(tokenizer: Tokenizer, template: ChatTemplate) -> AnswerMarks | None:
+    """Find the ids around answers; None where the template marks answers by itself.
 
     MiniMind's are tried first: BOS with `assistant` and a line feed, EOS with a line feed. Then those that the template ends a
     prompt with, and those that stand between a question and its answer.
 
     Raises:
-        UserError: they cannot be told.
+        UserError: none single out the answers.
     """
     if template.marks_generation:
         return None
@@ -61,23 +56,20 @@ def find_marks(tokenizer: Tokenizer, template: ChatTemplate) -> TurnMarks | None
         for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
     try:
-        text = render(template, messages)
+        text = render_chat(template, messages)
         probe = _Probe(tokenizer, text)
-        prompts = [
-            render(template, messages[:1], variables={"add_generation_prompt": flag})
-            for flag in (True, False)
-        ]
+        prompts = [render_chat(template, messages[:1], add_generation_prompt=flag) for flag in (True, False)]
     except RenderError as error:
         raise UserError(f"{error} on a plain conversation of four turns; {_REMEDY}") from None
     if all(part in text for part in (*_ASKED, *_ANSWERED)):
         prompt = prompts[0].removeprefix(prompts[1]) if prompts[0].startswith(prompts[1]) else ""
         for opens, closes in itertools.product(probe.openings(prompt), probe.closings()):
-            marks = TurnMarks(opens=probe.ids(opens), closes=probe.ids(closes))
+            marks = AnswerMarks(opens=probe.ids(opens), closes=probe.ids(closes))
             if probe.fits(marks):
                 return marks
     raise UserError(
-        f"the chat template sets the assistant's turns off by no special tokens of this tokenizer, so what is learned cannot be "
-        f"told; {_REMEDY}"
+        "the chat template sets the assistant's turns off by no special tokens of this tokenizer, so which tokens are targets "
+        f"cannot be told; {_REMEDY}"
     )
 
 
@@ -124,14 +116,14 @@ class _Probe:
                 found.append(token + rest[: len(rest) - len(rest.lstrip())])
         return [text for text in found if text.startswith(self._control)]
 
-    def fits(self, marks: TurnMarks) -> bool:
+    def fits(self, marks: AnswerMarks) -> bool:
         """Tell whether marks make both answers learned, and neither question."""
         ids = np.array(self._encoding.ids, np.uint32)
-        mask, _ = learned_between(ids, np.array([0, len(ids)]), marks)
+        mask, _ = mask_between(ids, np.array([0, len(ids)]), marks)
         wanted = [(text, True) for text in _ANSWERED] + [(text, False) for text in _ASKED]
         for text, is_learned in wanted:
             start = self._text.index(text)
-            inside = overlapping(self._encoding.offsets, ((start, start + len(text)),))
+            inside = mask_of_spans(self._encoding.offsets, ((start, start + len(text)),))
             if not (inside.any() and (mask[inside > 0] == is_learned).all()):
                 return False
         return True
@@ -146,8 +138,8 @@ def _common_prefix(one: str, other: str) -> str:
     return "".join(char for char, _ in same)
 
 
-def learned_between(
-    ids: NDArray[Any], offsets: Offsets, marks: TurnMarks
+def mask_between(
+    ids: NDArray[Any], offsets: Offsets, marks: AnswerMarks
 ) -> tuple[MaskArray, NDArray[np.int64]]:
     """Return (mask uint8 [T], answers that were found in each sequence int64 [n]).
 
@@ -187,7 +179,7 @@ def _places(ids: NDArray[Any], wanted: tuple[int, ...]) -> NDArray[np.int64]:
     return places
 
 
-def overlapping(offsets: list[tuple[int, int]], spans: tuple[tuple[int, int], ...]) -> MaskArray:
+def mask_of_spans(offsets: list[tuple[int, int]], spans: tuple[tuple[int, int], ...]) -> MaskArray:
     """Mark the tokens of which a character stands in a span; both are in order."""
     mask = np.zeros(len(offsets), np.uint8)
     places = np.array(offsets, np.int64).reshape(-1, 2)

@@ -5,8 +5,8 @@ import pytest
 from minimind_data.chat.encoding import encode_prompt
 from minimind_data.chat.template import chat_template_of
 from minimind_data.errors import UserError
-from minimind_train.generation import conversation
-from minimind_train.generation.conversation import Conversation
+from minimind_train.generation import chat_session
+from minimind_train.generation.chat_session import ChatSession
 from minimind_train.generation.sampling import GenerateOptions
 from minimind_train.weights.load import open_trained
 from tests.helpers.runs import Said
@@ -22,7 +22,7 @@ def opened(chat_base):
 @pytest.fixture
 def talk(opened, chat_base):
     def talk(**options):
-        return Conversation(opened.model, opened.tokenizer, chat_template_of(chat_base), OPTIONS, **options)
+        return ChatSession(opened.model, opened.tokenizer, chat_template_of(chat_base), OPTIONS, **options)
 
     return talk
 
@@ -39,7 +39,7 @@ def script(monkeypatch, opened):
             asked.append((prompt_ids, options.seed, eos_id))
             return iter(opened.tokenizer.reference.encode(left.pop(0), add_special_tokens=False).ids)
 
-        monkeypatch.setattr(conversation, "generate", generate)
+        monkeypatch.setattr(chat_session, "generate", generate)
         return asked
 
     return script
@@ -110,4 +110,4 @@ def test_the_same_seed_gives_the_same_conversation(talk):
 
 def test_a_folder_without_a_template(whole_run):
     with pytest.raises(UserError, match=r"has no chat template, .* or leave --chat out"):
-        Conversation.open(whole_run, OPTIONS, say=Said())
+        ChatSession.open(whole_run, OPTIONS, say=Said())
