@@ -7,6 +7,7 @@ depends on the input's bytes and the job alone: not on the process, the machine,
 import base64
 import contextlib
 import functools
+import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -339,10 +340,17 @@ def _bad_record_error(job: Job, split: Split, bad: BadRecord) -> UserError:
     )
 
 
+_OPTION_OF_RECORDS = re.compile(r"`(field|template|max_word_chars|allow_special_in_content)`")
+
+
 def _set_aside_line(bad: BadRecord) -> bytes:
-    """Write a bad record so that its bytes can be had back; `line` still counts from the split's first line."""
+    """Write a bad record so that its bytes can be had back; `line` still counts from the split's first line.
+
+    Its reason names options by their flags, whoever called: the file belongs to the dataset, so its bytes are fixed.
+    """
+    reason = _OPTION_OF_RECORDS.sub(lambda option: f"--{option[1].replace('_', '-')}", bad.reason)
     try:
         data = {"data": bad.data.decode()}
     except UnicodeDecodeError:
         data = {"data_base64": base64.b64encode(bad.data).decode()}
-    return orjson.dumps({"line": bad.line, "reason": bad.reason, **data}, option=orjson.OPT_APPEND_NEWLINE)
+    return orjson.dumps({"line": bad.line, "reason": reason, **data}, option=orjson.OPT_APPEND_NEWLINE)
