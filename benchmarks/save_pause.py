@@ -28,9 +28,11 @@ from minimind_train.model.transformer import MiniMind, initialize
 from minimind_train.objectives.objective import NextToken
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.checkpoint import CheckpointState
-from minimind_train.run_folder.saver import SaveConfig, Saver
+from minimind_train.run_folder.options import SaveOptions
+from minimind_train.run_folder.saver import Saver
 from minimind_train.run_folder.tensors import tensors_of
-from minimind_train.training.optim import OptimConfig, make_optimizer
+from minimind_train.training.optim import make_optimizer
+from minimind_train.training.options import OptimizerOptions
 
 
 def main() -> None:
@@ -71,7 +73,7 @@ class Training:
         self.model = MiniMind(config)
         initialize(self.model, 0)
         self.model.to(self.device)
-        self.optimizer = make_optimizer(self.model, OptimConfig())
+        self.optimizer = make_optimizer(self.model, OptimizerOptions())
         ids = torch.randint(0, 6400, (arguments.micro_batch, arguments.seq_len + 1), device=self.device)
         self.batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
         self.number = 0
@@ -92,14 +94,14 @@ class Training:
         then = time.perf_counter()
         checkpoint.save(run, self._state({"step": self.number}), tensors_of(self.model, self.optimizer))
         pause = time.perf_counter() - then
-        shutil.rmtree(run / checkpoint.FOLDER_NAME)
+        shutil.rmtree(run / checkpoint.CHECKPOINTS_NAME)
         return pause
 
     def save_beside(self, run: Path, saves: int) -> list[float]:
         """Return the pauses of so many saves; behind them, the median step while one is written, and the median writing."""
         saver = Saver(
             run,
-            SaveConfig(save_every=1, keep=1),
+            SaveOptions(save_every=1, keep=1),
             tensors=lambda: tensors_of(self.model, self.optimizer),
             state=self._state,
             say=print,

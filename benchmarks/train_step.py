@@ -52,7 +52,8 @@ from minimind_train.model.config import ModelConfig
 from minimind_train.model.precision import allow_tf32, autocast, resolve_dtype
 from minimind_train.model.transformer import MiniMind, initialize
 from minimind_train.objectives.objective import NextToken
-from minimind_train.training.optim import OptimConfig, learning_rate, make_optimizer
+from minimind_train.training.optim import learning_rate, make_optimizer
+from minimind_train.training.options import OptimizerOptions
 from minimind_train.training.step import take_step
 
 _SHEET_TFLOPS = {
@@ -113,7 +114,7 @@ class Ours:
         if compiled:
             compile_layers(self.model)
         self.objective = NextToken(self.model).train()
-        self.optim = OptimConfig()
+        self.optim = OptimizerOptions()
         self.optimizer = make_optimizer(self.model, self.optim)
 
     def step(self, batch: Batch) -> float:
@@ -180,7 +181,7 @@ class Theirs:
             "args": types.SimpleNamespace(
                 device=task.device,
                 epochs=1,
-                learning_rate=OptimConfig().learning_rate,
+                learning_rate=OptimizerOptions().learning_rate,
                 accumulation_steps=task.accumulation,
                 grad_clip=1.0,
                 log_interval=10**9,
@@ -188,7 +189,7 @@ class Theirs:
             ),
             "model": net,
             "lm_config": net.config,
-            "optimizer": torch.optim.AdamW(net.parameters(), lr=OptimConfig().learning_rate),
+            "optimizer": torch.optim.AdamW(net.parameters(), lr=OptimizerOptions().learning_rate),
             "scaler": torch.amp.GradScaler("cuda", enabled=False),
             "autocast_ctx": torch.autocast(
                 torch.device(task.device).type, dtype=half, enabled=half is not None

@@ -33,10 +33,12 @@ from minimind_train.model.config import ModelConfig
 from minimind_train.model.precision import autocast
 from minimind_train.model.transformer import MiniMind, initialize
 from minimind_train.objectives.objective import NextToken, Objective
-from minimind_train.objectives.preference import REFERENCE, Preference, PreferenceOptions, log_probs_of_pairs
+from minimind_train.objectives.options import PreferenceOptions
+from minimind_train.objectives.preference import REFERENCE, Preference, log_probs_of_pairs
 from minimind_train.objectives.reference import ReferencedWindows
 from minimind_train.order.sample_order import SampleOrder
-from minimind_train.training.optim import OptimConfig, make_optimizer
+from minimind_train.training.optim import make_optimizer
+from minimind_train.training.options import OptimizerOptions
 from minimind_train.training.step import StepResult, take_step
 
 _REFERENCED = 64
@@ -47,7 +49,7 @@ class Learner:
         self.arguments = arguments
         self.device = torch.device(arguments.device)
         self.objective = make_objective(arguments).to(self.device).train()
-        self.optimizer = make_optimizer(self.objective.model, OptimConfig())
+        self.optimizer = make_optimizer(self.objective.model, OptimizerOptions())
         size, steps = arguments.global_batch, arguments.steps + 1
         loader = StepLoader(
             samples,

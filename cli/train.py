@@ -22,7 +22,7 @@ from .options import Given, as_defaults, command, is_typed, make_app, plain, ref
 from .talk import talk
 
 if TYPE_CHECKING:
-    from minimind_train.run.options import DataConfig, RunOptions
+    from minimind_train.run.options import DataOptions, RunOptions
 
 _FIRST = (
     *("shards", "run", "go_on", "allow_change", "_preset", "_config", "from_weight", "from_step"),
@@ -100,7 +100,7 @@ def _register_phase(app: typer.Typer, kind: "type[RunOptions]", help_text: str |
     """Make the command of a kind of training: its options as flags, and what goes with `--resume`."""
     from minimind_data.options import flatten
     from minimind_train.run.entry import begin, resume
-    from minimind_train.run.reconcile import changeable
+    from minimind_train.run.options import changeable
     from minimind_train.run_folder.record import WEIGHTS
 
     def run_command(
@@ -175,7 +175,7 @@ def _register_phase(app: typer.Typer, kind: "type[RunOptions]", help_text: str |
     command(app, kind.command, first=_FIRST)(run_command)
 
 
-def _refuse_in_a_new_run(data: "DataConfig", allowed: set[str], given: Given) -> None:
+def _refuse_in_a_new_run(data: "DataOptions", allowed: set[str], given: Given) -> None:
     """Refuse what a run that begins can do nothing with.
 
     Raises:
@@ -203,9 +203,9 @@ def _generate(app: typer.Typer) -> None:
     """Generate text with a model, or chat with it."""
     from minimind_train.generation.chat_session import ChatSession
     from minimind_train.generation.completion import complete
-    from minimind_train.generation.sampling import GenerateOptions
+    from minimind_train.generation.options import GenerateOptions
     from minimind_train.model.config import RopeScaling
-    from minimind_train.run_folder.choice import parse_step
+    from minimind_train.run_folder.options import parse_step
 
     def run_command(
         run: Annotated[Path, typer.Option(help="Folder of the run, or a Hugging Face folder.")],
@@ -251,10 +251,9 @@ def _generate(app: typer.Typer) -> None:
 def _eval(app: typer.Typer) -> None:
     """Evaluate a model on a dataset: loss, perplexity, bits per byte."""
     from minimind_data.windows.base import Layout
-    from minimind_train.model.config import RopeScaling
-    from minimind_train.model.precision import Dtype
+    from minimind_train.model.config import Dtype, RopeScaling
     from minimind_train.run.evaluation import evaluate_run
-    from minimind_train.run_folder.choice import parse_step
+    from minimind_train.run_folder.options import parse_step
 
     def run_command(
         run: Annotated[Path, typer.Option(help="Folder of the run, or a Hugging Face folder.")],
@@ -313,8 +312,9 @@ def _eval(app: typer.Typer) -> None:
 
 def _export(app: typer.Typer) -> None:
     """Export a model for transformers, peft or MiniMind."""
-    from minimind_train.run_folder.choice import parse_step
-    from minimind_train.weights.exporting import Target, WeightDtype, export
+    from minimind_train.run_folder.options import parse_step
+    from minimind_train.weights.exporting import export
+    from minimind_train.weights.options import Target, WeightDtype
 
     def run_command(
         run: Annotated[Path, typer.Option(help="Folder of the run.")],
@@ -340,7 +340,8 @@ def _export(app: typer.Typer) -> None:
 
 def _plot(app: typer.Typer) -> None:
     """Plot the metrics of runs, as an HTML page or a picture."""
-    from minimind_train.run_folder.plot import Axis, draw
+    from minimind_train.run_folder.options import Axis
+    from minimind_train.run_folder.plot import draw
 
     def run_command(
         runs: Annotated[

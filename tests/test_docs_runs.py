@@ -55,7 +55,7 @@ def test_the_commands_run(tmp_path, monkeypatch):
     finally:
         torch.set_num_threads(former)
     assert {4, 6, 8} <= set(checkpoint.steps_of(Path("runs/first")))
-    name = f"{checkpoint.FOLDER_NAME}/step-000000008/{checkpoint.MODEL_NAME}"
+    name = f"{checkpoint.CHECKPOINTS_NAME}/step-000000008/{checkpoint.MODEL_NAME}"
     first, again, second = (Path("runs", run, name).read_bytes() for run in ("first", "again", "second"))
     assert first == again != second
     assert list(Path("runs/second/tracking/tensorboard").iterdir())

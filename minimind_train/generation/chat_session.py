@@ -14,11 +14,12 @@ from minimind_data.chat.encoding import encode_prompt, ends_of_answers
 from minimind_data.chat.template import ChatTemplate, chat_template_of
 from minimind_data.errors import UserError
 from minimind_data.tokenizer.loading import Tokenizer
-from minimind_train.generation.sampling import GenerateOptions, generate, stream_text
+from minimind_train.generation.options import GenerateOptions
+from minimind_train.generation.sampling import generate, stream_text
 from minimind_train.model.transformer import MiniMind
 from minimind_train.parallel.devices import resolve_device
 from minimind_train.progress import Say, say_on_stderr
-from minimind_train.run_folder.choice import CheckpointChoice
+from minimind_train.run_folder.options import CheckpointChoice
 from minimind_train.weights.load import open_trained
 
 __all__ = ["ChatSession"]

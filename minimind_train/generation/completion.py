@@ -6,10 +6,11 @@ from types import MappingProxyType
 from typing import Any
 
 from minimind_data.errors import UserError
-from minimind_train.generation.sampling import GenerateOptions, generate, stream_text
+from minimind_train.generation.options import GenerateOptions
+from minimind_train.generation.sampling import generate, stream_text
 from minimind_train.parallel.devices import resolve_device
 from minimind_train.progress import Say, say_on_stderr
-from minimind_train.run_folder.choice import CheckpointChoice
+from minimind_train.run_folder.options import CheckpointChoice
 from minimind_train.weights.load import open_trained
 
 

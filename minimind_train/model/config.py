@@ -23,6 +23,13 @@ _LIMITS = {
     "moe_intermediate_size": (1, 2**22),
 }
 
+Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+"""What matrix products are computed in; `auto` is bf16 where the device has it natively, else fp32."""
+
+ATTENTION_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_MATRICES = ("gate_proj", "up_proj", "down_proj")
+_LARGEST_RANK = 2**16
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -232,6 +239,64 @@ class ModelConfig:
             intermediate_size=self.mlp_size,
             moe_intermediate_size=self.expert_size,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Whether adapters are learned in place of all weights; targets and scale are MiniMind's."""
+
+    lora_rank: Annotated[
+        int,
+        "LoRA rank: train adapters beside the frozen weights of --from-weight; 0 trains all weights. "
+        "MiniMind uses 16, with --learning-rate 1e-4.",
+        Resume.SHAPE,
+    ] = 0
+    lora_alpha: Annotated[
+        float | None, "LoRA alpha: adapters are scaled by alpha / rank; by default the rank.", Resume.SHAPE
+    ] = None
+    lora_targets: Annotated[
+        str,
+        f"Which matrices get one, apart by commas: {', '.join((*ATTENTION_MATRICES, *MLP_MATRICES))}; all takes every one.",
+        Resume.SHAPE,
+    ] = "q_proj,o_proj"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lora_rank <= _LARGEST_RANK:
+            raise ValueError(f"lora_rank must be from 0 to {_LARGEST_RANK}, not {self.lora_rank}")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < float("inf"):
+            raise ValueError(f"lora_alpha must be a positive number, not {self.lora_alpha}")
+        if unknown := sorted({*self.targets} - {*ATTENTION_MATRICES, *MLP_MATRICES}):
+            raise ValueError(
+                f"lora_targets has {unknown[0]!r}; the matrices are {', '.join((*ATTENTION_MATRICES, *MLP_MATRICES))}, or all"
+            )
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names of the matrices that get an adapter."""
+        if self.lora_targets == "all":
+            return (*ATTENTION_MATRICES, *MLP_MATRICES)
+        return tuple(name.strip() for name in self.lora_targets.split(","))
+
+    def refuse_unfit(self, model: ModelConfig) -> None:
+        """Refuse adapters that a model has no place for.
+
+        Raises:
+            ValueError: the message says which.
+        """
+        if self.lora_rank and model.use_moe and (experts := sorted(set(self.targets) & set(MLP_MATRICES))):
+            raise ValueError(
+                f"lora_targets has {experts[0]}, and experts get no adapters; take some of {', '.join(ATTENTION_MATRICES)}"
+            )
+
+    @property
+    def alpha(self) -> float:
+        """`lora_alpha`, or what it is by default."""
+        return float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def scale(self) -> float:
+        """What the product of the two matrices is multiplied by."""
+        return self.alpha / self.lora_rank
 
 
 def parameter_line(config: ModelConfig) -> str:

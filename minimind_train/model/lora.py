@@ -8,80 +8,14 @@ The matrices are those of attention and, in a dense model, of the MLP. Experts a
 side, where an adapter of one has no place.
 """
 
-from dataclasses import dataclass
-from typing import Annotated
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minimind_train.model.config import ModelConfig
+from minimind_train.model.config import LoraConfig
 from minimind_train.model.transformer import MiniMind
-from minimind_train.resume_policy import Resume
 
-__all__ = ["LoraConfig", "LoraLinear", "adapters_of", "add_adapters", "merge_adapters"]
-
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
-_LARGEST_RANK = 2**16
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Whether adapters are learned in place of all weights; targets and scale are MiniMind's."""
-
-    lora_rank: Annotated[
-        int,
-        "LoRA rank: train adapters beside the frozen weights of --from-weight; 0 trains all weights. "
-        "MiniMind uses 16, with --learning-rate 1e-4.",
-        Resume.SHAPE,
-    ] = 0
-    lora_alpha: Annotated[
-        float | None, "LoRA alpha: adapters are scaled by alpha / rank; by default the rank.", Resume.SHAPE
-    ] = None
-    lora_targets: Annotated[
-        str,
-        f"Which matrices get one, apart by commas: {', '.join((*_ATTENTION, *_MLP))}; all takes every one.",
-        Resume.SHAPE,
-    ] = "q_proj,o_proj"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.lora_rank <= _LARGEST_RANK:
-            raise ValueError(f"lora_rank must be from 0 to {_LARGEST_RANK}, not {self.lora_rank}")
-        if self.lora_alpha is not None and not 0 < self.lora_alpha < float("inf"):
-            raise ValueError(f"lora_alpha must be a positive number, not {self.lora_alpha}")
-        if unknown := sorted({*self.targets} - {*_ATTENTION, *_MLP}):
-            raise ValueError(
-                f"lora_targets has {unknown[0]!r}; the matrices are {', '.join((*_ATTENTION, *_MLP))}, or all"
-            )
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The names of the matrices that get an adapter."""
-        if self.lora_targets == "all":
-            return (*_ATTENTION, *_MLP)
-        return tuple(name.strip() for name in self.lora_targets.split(","))
-
-    def refuse_unfit(self, model: ModelConfig) -> None:
-        """Refuse adapters that a model has no place for.
-
-        Raises:
-            ValueError: the message says which.
-        """
-        if self.lora_rank and model.use_moe and (experts := sorted(set(self.targets) & set(_MLP))):
-            raise ValueError(
-                f"lora_targets has {experts[0]}, and experts get no adapters; take some of {', '.join(_ATTENTION)}"
-            )
-
-    @property
-    def alpha(self) -> float:
-        """`lora_alpha`, or what it is by default."""
-        return float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
-
-    @property
-    def scale(self) -> float:
-        """What the product of the two matrices is multiplied by."""
-        return self.alpha / self.lora_rank
+__all__ = ["LoraLinear", "adapters_of", "add_adapters", "merge_adapters"]
 
 
 class LoraLinear(nn.Module):

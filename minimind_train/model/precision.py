@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import torch
 
+from minimind_train.model.config import Dtype
+
 _TF32_CAPABILITY = (8, 0)
 _GROWTH_INTERVAL = 2000  # steps
 _LARGEST_SCALE = 2.0**32  # so that a gradient that is zero for long does not take the scale to infinity
 
-Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -6,7 +6,6 @@ micro-batches and ranks, so that cutting a batch differently changes nothing but
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -27,11 +26,6 @@ class MicroLoss(NamedTuple):
     """A further loss, the mean over the micro-batch's windows; it counts by their share of the step's windows."""
     measures: Mapping[str, Tensor] = {}
     """Further sums over the terms, logged as means; no gradient is taken of them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveOptions:
-    """Options of what is learned; the cross-entropy of the next token has none."""
 
 
 class Objective(nn.Module):

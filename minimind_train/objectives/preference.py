@@ -11,8 +11,6 @@ gained over the reference's; the **margin** is the chosen one's reward less the 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -23,42 +21,13 @@ from torch.nn import functional
 from minimind_data.dataset.format import IGNORED
 from minimind_train.model.transformer import MiniMind
 from minimind_train.objectives.losses import summed_log_probs
-from minimind_train.objectives.objective import MicroLoss, Objective, ObjectiveOptions
+from minimind_train.objectives.objective import MicroLoss, Objective
+from minimind_train.objectives.options import PreferenceOptions
 
-__all__ = ["REFERENCE", "Preference", "PreferenceOptions", "log_probs_of_pairs"]
+__all__ = ["REFERENCE", "Preference", "log_probs_of_pairs"]
 
 REFERENCE = "reference_log_probs"
 """The name, in a batch, of the reference's log-probabilities: float32 [B, 2]."""
-
-LossType = Literal["sigmoid", "hinge", "ipo"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreferenceOptions(ObjectiveOptions):
-    """How a preference is learned, and measured against the reference; beta is MiniMind's."""
-
-    beta: Annotated[float, "How dear it is to leave the reference: the scale of rewards."] = 0.15
-    loss_type: Annotated[LossType, "sigmoid, the published loss; hinge and ipo as in SLiC and IPO."] = (
-        "sigmoid"
-    )
-    label_smoothing: Annotated[
-        float, "Share of the pairs that is taken to be labelled the wrong way round; with loss-type sigmoid."
-    ] = 0.0
-    length_normalised: Annotated[
-        bool, "Log-probabilities are means over an answer's tokens and not their sum."
-    ] = False
-    reference: Annotated[
-        Literal["cached", "online"],
-        "cached: computed once and kept beside the shards; online: in every step, by a frozen copy of the model.",
-    ] = "cached"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.beta < float("inf"):
-            raise ValueError(f"beta must be a positive number, not {self.beta}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be at least 0 and below 0.5, not {self.label_smoothing}")
-        if self.label_smoothing and self.loss_type != "sigmoid":
-            raise ValueError(f"label_smoothing goes with loss_type sigmoid, not {self.loss_type}")
 
 
 class Preference(Objective):

@@ -21,10 +21,10 @@ from minimind_train.parallel.launch import launch_ranks
 from minimind_train.parallel.world import ALONE, World, process_group, torchrun_place
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.run.initial import InitialWeights, with_initial_weights
-from minimind_train.run.options import RunOptions
+from minimind_train.run.options import RunOptions, recorded
 from minimind_train.run.phases import refuse_other_kind
 from minimind_train.run.rank import RankJob, Start
-from minimind_train.run.reconcile import reconciled, record_of, recorded, refuse_idle_changes, resolved
+from minimind_train.run.reconcile import reconciled, record_of, refuse_idle_changes, resolved
 from minimind_train.run.toml import describe
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder import record as runs

@@ -14,19 +14,20 @@ from minimind_data.errors import UserError
 from minimind_data.options import build
 from minimind_data.tokenizer.loading import refuse_other_tokenizer, same_encoding
 from minimind_train.batches.datasets import source_texts
-from minimind_train.model.precision import Dtype, resolve_dtype
+from minimind_train.model.config import Dtype
+from minimind_train.model.precision import resolve_dtype
 from minimind_train.model.transformer import MiniMind
 from minimind_train.objectives.objective import NextToken, Objective
 from minimind_train.parallel.devices import resolve_device
 from minimind_train.progress import Say, WindowProgress, say_on_stderr
 from minimind_train.run.initial import InitialWeights
-from minimind_train.run.options import DataConfig, DpoOptions, window_options
+from minimind_train.run.options import DataOptions, DpoOptions, window_options
 from minimind_train.run.phases import PHASES
 from minimind_train.run.reconcile import options_of
-from minimind_train.run_folder.choice import CheckpointChoice
+from minimind_train.run_folder.options import CheckpointChoice
 from minimind_train.run_folder.record import RunRecord
 from minimind_train.training.evaluate import Evaluation, open_evaluator
-from minimind_train.training.loop import RunConfig
+from minimind_train.training.options import TrainingOptions
 from minimind_train.weights.load import open_trained
 
 
@@ -79,7 +80,7 @@ def evaluate_run(
         "shards": source_texts(options.get("shards", str(dataset))),
         "mixture_stages": (),
     }
-    data = build(DataConfig, known)
+    data = build(DataOptions, known)
     if data.seq_len > (longest := opened.model.config.longest_sequence):
         raise UserError(
             f"{run}: its model reads at most {longest} tokens, and the windows have {data.seq_len}; take a smaller --seq-len, or "
@@ -91,7 +92,7 @@ def evaluate_run(
         num_windows=num_windows,
         batch=batch,
         device=place,
-        dtype=resolve_dtype(dtype or build(RunConfig, options).dtype, place),
+        dtype=resolve_dtype(dtype or build(TrainingOptions, options).dtype, place),
         say=say,
         **window_options(data),
     )

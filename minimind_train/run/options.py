@@ -10,24 +10,21 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from minimind_data.dataset.format import Kind
+from minimind_data.options import flatten
 from minimind_data.windows.base import Layout, LongDocuments
 from minimind_train.batches.datasets import read_sources, source_texts
-from minimind_train.model.config import ModelConfig
-from minimind_train.model.lora import LoraConfig
-from minimind_train.objectives.objective import ObjectiveOptions
-from minimind_train.objectives.preference import PreferenceOptions
+from minimind_train.model.config import LoraConfig, ModelConfig
+from minimind_train.objectives.options import ObjectiveOptions, PreferenceOptions
 from minimind_train.order.mixture import MixtureStage
 from minimind_train.order.sample_order import OrderKind
 from minimind_train.order.skips import Skips
-from minimind_train.resume_policy import Before, Resume
-from minimind_train.run_folder.choice import CheckpointChoice, parse_step
-from minimind_train.training import loop
-from minimind_train.training.evaluate import ValidationConfig
-from minimind_train.training.optim import OptimConfig
+from minimind_train.resume_policy import Before, Resume, names_of
+from minimind_train.run_folder.options import CheckpointChoice, parse_step
+from minimind_train.training.options import OptimizerOptions, TrainingOptions, ValidationOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataOptions:
     """What is learned, cut in which windows, in which order."""
 
     shards: Annotated[
@@ -87,7 +84,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StartConfig:
+class StartOptions:
     """From which weights a run begins."""
 
     from_weight: Annotated[
@@ -122,14 +119,14 @@ class RunOptions:
     default_epochs: ClassVar[int] = 2
     """Times through the dataset where nobody says how long."""
 
-    start: StartConfig = field(default_factory=StartConfig)
+    start: StartOptions = field(default_factory=StartOptions)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataOptions = field(default_factory=DataOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     model: ModelConfig = field(default_factory=ModelConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    training: loop.RunConfig = field(default_factory=loop.RunConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    optim: OptimizerOptions = field(default_factory=OptimizerOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,11 +144,11 @@ class SftOptions(RunOptions):
     command: ClassVar[str] = "sft"
     dataset_kind: ClassVar[Kind] = "sft"
 
-    start: StartConfig = field(default_factory=partial(StartConfig, from_weight="runs/pretrain"))
-    data: DataConfig = field(default_factory=partial(DataConfig, layout="pad", seq_len=768))
-    optim: OptimConfig = field(default_factory=partial(OptimConfig, learning_rate=1e-5))
-    training: loop.RunConfig = field(
-        default_factory=partial(loop.RunConfig, run=Path("runs/sft"), global_batch=16, micro_batch=16)
+    start: StartOptions = field(default_factory=partial(StartOptions, from_weight="runs/pretrain"))
+    data: DataOptions = field(default_factory=partial(DataOptions, layout="pad", seq_len=768))
+    optim: OptimizerOptions = field(default_factory=partial(OptimizerOptions, learning_rate=1e-5))
+    training: TrainingOptions = field(
+        default_factory=partial(TrainingOptions, run=Path("runs/sft"), global_batch=16, micro_batch=16)
     )
 
     def __post_init__(self) -> None:
@@ -169,12 +166,12 @@ class DpoOptions(RunOptions):
     dataset_kind: ClassVar[Kind] = "dpo"
     default_epochs: ClassVar[int] = 1
 
-    start: StartConfig = field(default_factory=partial(StartConfig, from_weight="runs/sft"))
-    data: DataConfig = field(default_factory=partial(DataConfig, layout="pad", seq_len=1024))
+    start: StartOptions = field(default_factory=partial(StartOptions, from_weight="runs/sft"))
+    data: DataOptions = field(default_factory=partial(DataOptions, layout="pad", seq_len=1024))
     objective: PreferenceOptions = field(default_factory=PreferenceOptions)
-    optim: OptimConfig = field(default_factory=partial(OptimConfig, learning_rate=4e-8))
-    training: loop.RunConfig = field(
-        default_factory=partial(loop.RunConfig, run=Path("runs/dpo"), global_batch=4, micro_batch=4)
+    optim: OptimizerOptions = field(default_factory=partial(OptimizerOptions, learning_rate=4e-8))
+    training: TrainingOptions = field(
+        default_factory=partial(TrainingOptions, run=Path("runs/dpo"), global_batch=4, micro_batch=4)
     )
 
     def __post_init__(self) -> None:
@@ -192,7 +189,7 @@ NEEDS_SEQUENTIAL = (
 )
 
 
-def window_options(data: DataConfig) -> dict[str, Any]:
+def window_options(data: DataOptions) -> dict[str, Any]:
     """Return the options of `open_windows` that a run learns with, and is measured with."""
     return {
         "layout": data.layout,
@@ -200,3 +197,22 @@ def window_options(data: DataConfig) -> dict[str, Any]:
         "long_documents": data.long_documents,
         "documents_apart": bool(data.document_mask),
     }
+
+
+def changeable(kind: type[RunOptions]) -> frozenset[str]:
+    """Return the names that `--allow-change` takes in a phase with these options."""
+    options = names_of(kind, Resume.ALLOWED, Resume.TRAINING, Resume.UNLESS_BALANCED, Resume.END)
+    return options | {"dataset", "tokenizer"}
+
+
+def recorded(options: RunOptions) -> dict[str, Any]:
+    """Return the options as `config.json` holds them."""
+    unrecorded = names_of(type(options), Resume.UNRECORDED)
+    flat = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in flatten(options).items()
+        if name not in unrecorded
+    }
+    shards, stages = options.data.shards, options.data.mixture_stages
+    mixed = {"shards": list(shards), "mixture_stages": [stage.as_dict() for stage in stages]}
+    return flat | (mixed if stages else {"shards": shards[0], "mixture_stages": []})

@@ -31,9 +31,9 @@ from minimind_train.progress import Say
 from minimind_train.run.data import RunData
 from minimind_train.run.fitting import refuse_unfit
 from minimind_train.run.initial import InitialWeights
-from minimind_train.run.options import RunOptions
+from minimind_train.run.options import RunOptions, recorded
 from minimind_train.run.phases import PHASES
-from minimind_train.run.reconcile import recorded, with_stages
+from minimind_train.run.reconcile import with_stages
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.checkpoint import Checkpoint, CheckpointState
 from minimind_train.run_folder.metrics import FILE_NAME, MetricsLog, NoMetrics

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from minimind_data.errors import UserError
-from minimind_data.options import build, flatten
+from minimind_data.options import build
 from minimind_train.batches.datasets import Datasets, Source, read_sources, shown_weights, source_texts
 from minimind_train.model.precision import resolve_dtype
 from minimind_train.order.mixture import MixtureStage
 from minimind_train.order.skips import Skips
 from minimind_train.parallel.devices import resolve_device
 from minimind_train.resume_policy import Resume, names_of, policies
-from minimind_train.run.options import PHASE_OPTIONS, RunOptions
+from minimind_train.run.options import PHASE_OPTIONS, RunOptions, recorded
 from minimind_train.run_folder.record import CURSOR, WEIGHTS, Change, RunRecord
 
 _SKIPS = "skip_positions"
@@ -34,12 +34,6 @@ _FLAGS = _ALLOWING | {
     "tokenizer": "--shards",
 }
 """What changes are asked for by, where it is not their name."""
-
-
-def changeable(kind: type[RunOptions]) -> frozenset[str]:
-    """Return the names that `--allow-change` takes in a phase with these options."""
-    options = names_of(kind, Resume.ALLOWED, Resume.TRAINING, Resume.UNLESS_BALANCED, Resume.END)
-    return options | {"dataset", "tokenizer"}
 
 
 def with_stages(options: RunOptions, stages: tuple[MixtureStage, ...]) -> RunOptions:
@@ -75,19 +69,6 @@ def resolved(options: RunOptions, shards: Datasets) -> RunOptions:
             threads=training.threads or torch.get_num_threads(),
         ),
     )
-
-
-def recorded(options: RunOptions) -> dict[str, Any]:
-    """Return the options as `config.json` holds them."""
-    unrecorded = names_of(type(options), Resume.UNRECORDED)
-    flat = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in flatten(options).items()
-        if name not in unrecorded
-    }
-    shards, stages = options.data.shards, options.data.mixture_stages
-    mixed = {"shards": list(shards), "mixture_stages": [stage.as_dict() for stage in stages]}
-    return flat | (mixed if stages else {"shards": shards[0], "mixture_stages": []})
 
 
 def record_of(options: RunOptions, shards: Datasets) -> RunRecord:

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_train.model.presets import PRESETS
-from minimind_train.run.options import RunOptions
-from minimind_train.run.reconcile import recorded
+from minimind_train.run.options import RunOptions, recorded
 from minimind_train.run_folder.record import Change
 
 _COMMAND, _PRESET = "command", "preset"

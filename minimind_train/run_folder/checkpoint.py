@@ -42,6 +42,7 @@ from minimind_data.files import (
     sha256_of,
 )
 from minimind_train.parallel.world import ALONE, World
+from minimind_train.run_folder.record import CHECKPOINTS_NAME
 from minimind_train.run_folder.tensors import (
     MODEL_NAME,
     OPTIMIZER_NAME,
@@ -52,7 +53,6 @@ from minimind_train.run_folder.tensors import (
 )
 
 FORMAT_VERSION = 2  # 1 did not count the lines of metrics
-FOLDER_NAME = "checkpoints"
 STATE_NAME = "state.json"
 
 _NAME = re.compile(r"step-(\d{9,})")
@@ -129,12 +129,12 @@ class Checkpoint:
 
 def folder_of(run: Path, step: int) -> Path:
     """Return where the checkpoint of a step has its place."""
-    return run / FOLDER_NAME / f"step-{step:09d}"
+    return run / CHECKPOINTS_NAME / f"step-{step:09d}"
 
 
 def steps_of(run: Path) -> list[int]:
     """Return the steps of which a run folder has checkpoints, whole or damaged, oldest first."""
-    folder = run / FOLDER_NAME
+    folder = run / CHECKPOINTS_NAME
     if not folder.is_dir():
         return []
     return sorted(
@@ -233,7 +233,7 @@ def best_of(
 
 def remove_leftovers(run: Path) -> None:
     """Delete what a killed process left half-written or half-deleted."""
-    remove_partials(run / FOLDER_NAME)
+    remove_partials(run / CHECKPOINTS_NAME)
 
 
 def load(run: Path, step: int) -> Checkpoint:
@@ -283,8 +283,8 @@ def load_latest(run: Path, on_damaged: Callable[[str], None]) -> Checkpoint | No
             on_damaged(f"{error}; trying the one before it")
     if steps:
         raise UserError(
-            f"{run / FOLDER_NAME}: every checkpoint is damaged; bring one back from a backup, or delete the folder "
-            f"{FOLDER_NAME} and resume, which starts the run again from its first step"
+            f"{run / CHECKPOINTS_NAME}: every checkpoint is damaged; bring one back from a backup, or delete the folder "
+            f"{CHECKPOINTS_NAME} and resume, which starts the run again from its first step"
         )
     return None
 

@@ -7,32 +7,17 @@ read in `checkpoint`.
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from minimind_data.errors import UserError
 from minimind_train.progress import Say
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.checkpoint import Checkpoint, GoneCheckpointError
+from minimind_train.run_folder.options import CheckpointChoice
 
 _MAX_TRIES = 5
 
 T = TypeVar("T")
-
-CheckpointChoice = int | Literal["best"] | None
-"""Which checkpoint of a run: that of a step, that of the lowest validation loss, or the newest whole one."""
-
-
-def parse_step(text: str) -> CheckpointChoice:
-    """Read what names a checkpoint: a step, or `best`.
-
-    Raises:
-        ValueError: the text is neither; the message says so.
-    """
-    if text == "best":
-        return "best"
-    if not text.isdecimal() or not text.isascii():
-        raise ValueError(f"{text!r} names no checkpoint; pass the step of one, such as 1000, or best")
-    return int(text)
 
 
 def with_checkpoint(run: Path, step: CheckpointChoice, use: Callable[[Checkpoint], T], say: Say) -> T:

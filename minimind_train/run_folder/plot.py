@@ -9,15 +9,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from minimind_data.errors import UserError
 from minimind_data.files import write_atomic
 from minimind_data.html import fill, read_template
 from minimind_train.run_folder.metrics import FILE_NAME, read_metrics
+from minimind_train.run_folder.options import Axis
 from minimind_train.run_folder.record import RunRecord
-
-Axis = Literal["step", "tokens", "position"]
 
 _TEMPLATE_NAME = "plot.html"
 _PICTURES = (".png", ".svg", ".pdf")

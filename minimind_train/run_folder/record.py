@@ -25,11 +25,12 @@ from minimind_data.dataset.format import MANIFEST_NAME, TOKENIZER_NAME, Tokenize
 from minimind_data.errors import UserError
 from minimind_data.files import FolderLock, checksum_of_json, remove_partials, sha256_of, write_atomic
 from minimind_data.tokenizer.loading import Tokenizer, cached_tokenizer
-from minimind_train.run_folder import checkpoint, metrics
+from minimind_train.run_folder import metrics
 
 FORMAT_VERSION = 2  # 1 had no checksum
 CONFIG_NAME = "config.json"
 DESCRIPTION_NAME = "run.toml"
+CHECKPOINTS_NAME = "checkpoints"
 _RESTORE = (
     "bring it back from a backup; to change an option of a run, pass it with --resume and --allow-change"
 )
@@ -147,7 +148,7 @@ def _no_run(run: Path) -> str:
     if run.exists() and not run.is_dir():
         return f"{run}: no run but a file; pass the folder of a run by --run"
     for parent in run.absolute().parents[:2]:
-        if (parent / CONFIG_NAME).is_file() and (parent / checkpoint.FOLDER_NAME).is_dir():
+        if (parent / CONFIG_NAME).is_file() and (parent / CHECKPOINTS_NAME).is_dir():
             return f"{run}: a folder inside of a run; pass --run {shlex.quote(str(parent))}"
     what = f"no {CONFIG_NAME} in the folder" if run.exists() else "no such folder"
     return (
@@ -182,7 +183,7 @@ def refuse_occupied(run: Path) -> None:
         raise UserError(
             f"{run}: is a dataset; take another --run, so that neither overwrites the other's files"
         )
-    for name in (metrics.FILE_NAME, checkpoint.FOLDER_NAME):
+    for name in (metrics.FILE_NAME, CHECKPOINTS_NAME):
         if (run / name).exists():
             raise UserError(
                 f"{run}: holds {name} of a run whose {CONFIG_NAME} is gone; bring that back, or take another --run"
@@ -212,7 +213,7 @@ def clean(run: Path) -> None:
     """Delete what killed processes left half-written in a run folder; the caller holds its lock."""
     ours = {CONFIG_NAME, TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, DESCRIPTION_NAME, metrics.FILE_NAME}
     remove_partials(run, ours)  # the rest may be the user's
-    checkpoint.remove_leftovers(run)
+    remove_partials(run / CHECKPOINTS_NAME)
 
 
 def refuse_repetition(run: Path, record: RunRecord) -> None:

@@ -12,17 +12,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from minimind_data.options import check_limits
 from minimind_train.parallel.world import ALONE, World
 from minimind_train.progress import Say
-from minimind_train.resume_policy import Resume
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.checkpoint import CheckpointState
+from minimind_train.run_folder.options import SaveOptions
 from minimind_train.run_folder.tensors import Tensors
 
 
@@ -51,31 +50,6 @@ class Retention:
                 checkpoint.delete(checkpoint.folder_of(run, step))
 
 
-_LIMITS = {"save_every": (0, 10**12), "keep": (0, 10**12), "keep_every": (0, 10**12)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class SaveConfig:
-    """When a run saves, and what stays."""
-
-    save_every: Annotated[int, "Steps between checkpoints; 0 saves only when the run ends.", Resume.FREE] = (
-        1000
-    )
-    keep: Annotated[int, "Number of newest checkpoints to keep; 0 keeps all.", Resume.FREE] = 3
-    keep_every: Annotated[
-        int, "Steps between checkpoints that --keep never deletes; 0 for none.", Resume.FREE
-    ] = 0
-    save_best: Annotated[
-        bool,
-        "Also save when the validation loss is the lowest so far, and keep that checkpoint; other "
-        "commands open it by --checkpoint best.",
-        Resume.FREE,
-    ] = False
-
-    def __post_init__(self) -> None:
-        check_limits(self, _LIMITS)
-
-
 class _Abandoned(BaseException):
     """Ends a save in its thread."""
 
@@ -97,7 +71,7 @@ class Saver:
     def __init__(
         self,
         run: Path,
-        config: SaveConfig,
+        config: SaveOptions,
         *,
         tensors: Callable[[], Tensors],
         state: Callable[[Mapping[str, Any]], CheckpointState],

@@ -10,7 +10,7 @@ Measuring leaves no trace in a run: it draws no random number, moves no weight, 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,42 +19,21 @@ from numpy.typing import NDArray
 from minimind_data.dataset.format import IGNORED
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
-from minimind_data.options import check_limits
 from minimind_data.reporting import Say
 from minimind_data.tokenizer.loading import Tokenizer, cached_tokenizer
 from minimind_data.tokenizer.pieces import pieces_of
 from minimind_data.windows.base import Windows, WindowSource
 from minimind_data.windows.opening import open_windows
 from minimind_train.batches.trimming import trimmed
-from minimind_train.model.precision import Dtype, autocast
+from minimind_train.model.config import Dtype
+from minimind_train.model.precision import autocast
 from minimind_train.objectives.objective import Objective
 from minimind_train.parallel.world import ALONE, World
-from minimind_train.resume_policy import Resume
 
-__all__ = ["Evaluation", "Evaluator", "ValidationConfig", "open_evaluator", "validation"]
+__all__ = ["Evaluation", "Evaluator", "open_evaluator", "validation"]
 
 _MAX_EXPONENT = 700.0
 """Above it a perplexity is no float; a model that bad is told by its loss."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValidationConfig:
-    """On what, and how often, a run is measured."""
-
-    val_shards: Annotated[
-        str | None, "DIR, a dataset to measure the model on as it learns; of the same tokenizer.", Resume.FREE
-    ] = None
-    val_every: Annotated[
-        int, "Steps from one measurement to the next; the last step always has one.", Resume.FREE
-    ] = 1000
-    val_batches: Annotated[
-        int,
-        "Global batches of it, the same every time, spread evenly over it; 0 takes all of it.",
-        Resume.FREE,
-    ] = 0
-
-    def __post_init__(self) -> None:
-        check_limits(self, {"val_every": (1, 10**12), "val_batches": (0, 10**12)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,35 +7,15 @@ excerpt to the next is the model.
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Annotated
 
 from tokenizers import Tokenizer
 
 from minimind_data.dataset.format import TokenizerInfo
 from minimind_data.errors import UserError
-from minimind_data.options import check_limits
-from minimind_train.generation.sampling import GenerateOptions, generate, stream_text
+from minimind_train.generation.options import GenerateOptions
+from minimind_train.generation.sampling import generate, stream_text
 from minimind_train.model.transformer import MiniMind
-from minimind_train.resume_policy import Resume
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExcerptConfig:
-    """How often a run shows what its model writes, and after what."""
-
-    sample_every: Annotated[
-        int, "Steps from one excerpt of what the model writes to the next; 0 for none.", Resume.FREE
-    ] = 0
-    sample_prompt: Annotated[
-        tuple[str, ...], "Text that an excerpt goes on from. Repeatable.", Resume.FREE
-    ] = ("",)
-    sample_tokens: Annotated[int, "Most tokens of an excerpt.", Resume.FREE] = 64
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sample_prompt", tuple(self.sample_prompt) or ("",))
-        check_limits(self, {"sample_every": (0, 10**12), "sample_tokens": (1, 2**20)})
-
+from minimind_train.training.options import ExcerptOptions
 
 Tell = Callable[[int, str, str, str], None]
 """Takes the step, a name for the prompt, the prompt, and what was written after it."""
@@ -59,7 +39,7 @@ class Excerpts:
     def __init__(
         self,
         model: MiniMind,
-        config: ExcerptConfig,
+        config: ExcerptOptions,
         *,
         tokenizer: Tokenizer,
         info: TokenizerInfo,

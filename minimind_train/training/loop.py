@@ -6,107 +6,29 @@ resumes at step s does what an uninterrupted one does.
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from minimind_data.options import check_limits
 from minimind_train.batches.steps import StepLoader
-from minimind_train.model.precision import Dtype, LossScale, autocast
+from minimind_train.model.precision import LossScale, autocast
 from minimind_train.order.sample_order import SampleCursor
 from minimind_train.order.seeds import derive_seed
 from minimind_train.parallel.interrupt import Stop, StopRequest
 from minimind_train.parallel.world import ALONE, World
 from minimind_train.progress import Progress, Say
-from minimind_train.resume_policy import Before, Resume
 from minimind_train.run_folder.metrics import Records
-from minimind_train.run_folder.saver import SaveConfig
-from minimind_train.training.excerpts import ExcerptConfig
-from minimind_train.training.nonfinite import MOST_IN_A_ROW, NonfiniteGuard, OnNonfinite
-from minimind_train.training.optim import OptimConfig, learning_rate
+from minimind_train.training.nonfinite import NonfiniteGuard
+from minimind_train.training.optim import learning_rate
+from minimind_train.training.options import (
+    OptimizerOptions,
+    TrainingOptions,
+)
 from minimind_train.training.step import NotFiniteError, StepResult, take_step
-from minimind_train.training.tracking import TrackConfig
-from minimind_train.training.wrapping import Parallel, settle
-
-_LIMITS = {
-    # So that no position of a run leaves 64 bits, and no count of steps the exact numbers of a float.
-    "epochs": (1, 10**6),
-    "steps": (1, 10**12),
-    "global_batch": (1, 2**20),
-    "micro_batch": (1, 2**20),
-    "log_every": (1, 10**12),
-    "seed": (0, 2**64 - 1),
-    "max_hours": (0, 10**6),
-    "nproc": (1, 1024),
-    "threads": (0, 1024),  # far above any machine; torch itself crashes on far more
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """How long, how large, how often: what every phase asks of the loop."""
-
-    run: Annotated[Path, "Folder of the run: its options, metrics and checkpoints.", Resume.UNRECORDED] = (
-        Path("runs/pretrain")
-    )
-    epochs: Annotated[
-        int | None, "Times through the dataset; where --steps says nothing, 2, and 1 in dpo.", Resume.END
-    ] = None
-    steps: Annotated[int | None, "Optimizer steps of the whole run, in place of --epochs.", Resume.END] = None
-    global_batch: Annotated[int, "Windows in an optimizer step, over all devices."] = 256
-    micro_batch: Annotated[
-        int, "Windows that go through the model at once; less takes less memory.", Resume.UNLESS_BALANCED
-    ] = 32
-    seed: Annotated[int, "Seed of the first weights, of the order and of dropout."] = 42
-    device: Annotated[str, "auto, cpu, cuda, cuda:1, …", Resume.FREE] = "auto"
-    nproc: Annotated[
-        int,
-        "Processes on this machine that learn together, each with a device of its own; torchrun starts them on many.",
-        Resume.FREE,
-    ] = 1
-    parallel: Annotated[
-        Parallel,
-        "What several processes share: ddp, the batch; fsdp, the weights and the optimizer's state too, for models that outgrow a device.",
-        Resume.FREE,
-    ] = "ddp"
-    dtype: Annotated[
-        Dtype, "Of matrix products; auto is bf16 where the device has it natively, else fp32."
-    ] = "auto"
-    tf32: Annotated[
-        bool, "Let a GPU that can compute float32 matrix products in TF32, which is faster.", Before(False)
-    ] = True
-    compile: Annotated[
-        bool, "Compile the layers, which makes them faster once they have been.", Resume.FREE
-    ] = False
-    activation_checkpointing: Annotated[
-        bool,
-        "Compute the layers' activations again in the backward pass: less memory, a third more work.",
-        Resume.FREE,
-    ] = False
-    threads: Annotated[int, "CPU threads of torch; 0 leaves the choice to torch.", Resume.FREE] = 0
-    saving: SaveConfig = field(default_factory=SaveConfig)
-    max_hours: Annotated[
-        float,
-        "Hours of training after which the run saves and leaves with status 124, so that --resume can go on; 0 for no limit.",
-        Resume.FREE,
-    ] = 0.0
-    on_nonfinite: Annotated[
-        OnNonfinite,
-        f"What a loss or gradient that is no number does: stop the run, or skip the step, {MOST_IN_A_ROW - 1} in a row at most.",
-        Resume.FREE,
-    ] = "stop"
-    tracking: TrackConfig = field(default_factory=TrackConfig)
-    excerpts: ExcerptConfig = field(default_factory=ExcerptConfig)
-    log_every: Annotated[int, "Steps from one line of metrics to the next.", Resume.FREE] = 10
-
-    def __post_init__(self) -> None:
-        if self.epochs is not None and self.steps is not None:
-            raise ValueError("--epochs and --steps both say when the run ends; pass one of them")
-        check_limits(self, _LIMITS)
+from minimind_train.training.wrapping import settle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +61,8 @@ def run(
     step: int,
     cursor: SampleCursor,
     total_steps: int,
-    config: RunConfig,
-    optim: OptimConfig,
+    config: TrainingOptions,
+    optim: OptimizerOptions,
     device: torch.device,
     metrics: Records,
     save: Save,

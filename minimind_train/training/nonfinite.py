@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,12 +18,8 @@ from minimind_train.objectives.objective import Objective
 from minimind_train.order.skips import Skips
 from minimind_train.parallel.world import ALONE, World
 from minimind_train.progress import Say
+from minimind_train.training.options import MOST_IN_A_ROW, OnNonfinite
 from minimind_train.training.step import NotFiniteError
-
-OnNonfinite = Literal["stop", "skip"]
-
-MOST_IN_A_ROW = 10
-"""So many steps that are skipped one after another are no accident any more: the run ends."""
 
 
 class NonfiniteGuard:

@@ -10,8 +10,6 @@ The learning rate is a function of the step, so nothing about it is stored.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,42 +17,10 @@ from torch.optim import AdamW, Optimizer
 
 from minimind_data.errors import UserError
 from minimind_train.parallel.sharding import whole
-
-_MAX_STEPS = 10**12  # an exact number as a float too
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """The optimizer and its schedule; the defaults are MiniMind's pre-training."""
-
-    optimizer: Annotated[
-        Literal["adamw", "muon"],
-        "adamw for all weights; or muon for the matrices inside of layers, adamw for the rest.",
-    ] = "adamw"
-    learning_rate: Annotated[float, "Learning rate at its peak; it ends at a tenth of it."] = 5e-4
-    warmup_steps: Annotated[int, "Steps over which the learning rate rises from zero."] = 0
-    weight_decay: Annotated[float, "Weight decay apart from the gradient, on all weights."] = 0.01
-    beta1: Annotated[float, "AdamW's memory of the gradient."] = 0.9
-    beta2: Annotated[float, "AdamW's memory of the squared gradient."] = 0.999
-    eps: Annotated[float, "AdamW's guard against division by zero."] = 1e-8
-    muon_momentum: Annotated[float, "Muon's memory of the gradient."] = 0.95
-    grad_clip: Annotated[float, "Longest gradient norm that is let through; 0 lets all through."] = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
-        if not 0 <= self.warmup_steps <= _MAX_STEPS:
-            raise ValueError(f"warmup_steps must be from 0 to {_MAX_STEPS}, not {self.warmup_steps}")
-        for name in ("weight_decay", "grad_clip"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative or without end, but is {getattr(self, name)}")
-        for name in ("beta1", "beta2", "muon_momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+from minimind_train.training.options import OptimizerOptions
 
 
-def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
+def learning_rate(step: int, total_steps: int, config: OptimizerOptions) -> float:
     """Return the learning rate of `step`, counted from 1 to `total_steps`.
 
     Half a cosine from just under the peak down to a tenth of it, scaled up linearly during the warm-up.
@@ -68,7 +34,7 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     return rate * step / config.warmup_steps if step < config.warmup_steps else rate
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+def make_optimizer(model: nn.Module, config: OptimizerOptions) -> Optimizer:
     """Return the optimizer of all parameters of `model` that are learned; the loop sets the learning rate before each step.
 
     AdamW's fused kernel is the fastest on CPU and CUDA alike, gives the same bits every time, and its state (`step`, `exp_avg`,

@@ -16,35 +16,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Protocol, Self
+from typing import Any, Protocol, Self
 
 from minimind_data.files import write_atomic
 from minimind_train.progress import Say
-from minimind_train.resume_policy import Resume
 from minimind_train.run_folder.metrics import MetricsLog, NoMetrics
 
 FOLDER_NAME = "tracking"
 _IDS_NAME = "ids.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrackConfig:
-    """Where metrics go besides metrics.jsonl."""
-
-    track: Annotated[
-        tuple[str, ...],
-        "tensorboard, wandb or swanlab: shows the metrics there too. Repeatable.",
-        Resume.FREE,
-    ] = ()
-    track_project: Annotated[
-        str, "The project in W&B and SwanLab; the run has the name of its folder.", Resume.FREE
-    ] = "minimind"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "track", tuple(dict.fromkeys(self.track)))
-        for name in self.track:
-            if name not in _OPEN:
-                raise ValueError(f"track must be {', '.join(_OPEN)}, not {name!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

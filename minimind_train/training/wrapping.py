@@ -15,7 +15,6 @@ so where memory is short one pass a step, a micro-batch of the global batch over
 import contextlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from minimind_train.model.transformer import Layer
 from minimind_train.objectives.objective import MicroLoss, Objective
 from minimind_train.parallel.world import World
-
-Parallel = Literal["ddp", "fsdp"]
+from minimind_train.training.options import Parallel
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 

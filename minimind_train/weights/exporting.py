@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,11 +27,12 @@ from minimind_train.model.config import ModelConfig, parameter_line
 from minimind_train.model.lora import adapters_of
 from minimind_train.model.transformer import MiniMind
 from minimind_train.progress import Say, say_on_stderr
-from minimind_train.run_folder.choice import CheckpointChoice
+from minimind_train.run_folder.options import CheckpointChoice
 from minimind_train.run_folder.record import RunRecord, load_run_tokenizer
 from minimind_train.weights.hf_config import to_hf
 from minimind_train.weights.load import adapted_model, model_of
 from minimind_train.weights.minimind_form import file_name, minimind_form
+from minimind_train.weights.options import Target, WeightDtype
 from minimind_train.weights.peft_form import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
@@ -39,10 +40,8 @@ from minimind_train.weights.peft_form import (
     adapter_tensors,
 )
 
-__all__ = ["Target", "WeightDtype", "export"]
+__all__ = ["export"]
 
-Target = Literal["hf", "minimind", "peft"]
-WeightDtype = Literal["fp32", "bf16", "fp16"]
 
 _GROUPED_ALIGNMENT = 16  # bytes, of every row that transformers' usual way with experts multiplies
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

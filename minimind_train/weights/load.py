@@ -18,12 +18,13 @@ from minimind_data.dataset.format import TOKENIZER_NAME, TokenizerInfo
 from minimind_data.errors import UserError
 from minimind_data.options import build, flatten
 from minimind_data.tokenizer.loading import Tokenizer, load_tokenizer
-from minimind_train.model.config import ModelConfig
-from minimind_train.model.lora import LoraConfig, add_adapters, merge_adapters
+from minimind_train.model.config import LoraConfig, ModelConfig
+from minimind_train.model.lora import add_adapters, merge_adapters
 from minimind_train.model.transformer import MiniMind
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.run_folder.checkpoint import Checkpoint
-from minimind_train.run_folder.choice import CheckpointChoice, with_checkpoint
+from minimind_train.run_folder.choice import with_checkpoint
+from minimind_train.run_folder.options import CheckpointChoice
 from minimind_train.run_folder.record import CONFIG_NAME, RunRecord, load_run_tokenizer
 from minimind_train.weights.foreign import fitted, is_hf_folder, num_entries, read_hf_folder, read_tensors
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from minimind_train.model.lora import LoraConfig, adapters_of
+from minimind_train.model.config import LoraConfig
+from minimind_train.model.lora import adapters_of
 from minimind_train.model.transformer import MiniMind
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"

@@ -5,7 +5,8 @@ import torch
 from minimind_train.model.config import ModelConfig
 from minimind_train.model.transformer import MiniMind, initialize
 from minimind_train.run_folder.checkpoint import CheckpointState
-from minimind_train.training.optim import OptimConfig, make_optimizer
+from minimind_train.training.optim import make_optimizer
+from minimind_train.training.options import OptimizerOptions
 
 CONFIG = ModelConfig(
     hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=40
@@ -15,7 +16,7 @@ CONFIG = ModelConfig(
 def make(seed=0, config=CONFIG):
     model = MiniMind(config)
     initialize(model, seed)
-    return model, make_optimizer(model, OptimConfig(learning_rate=0.01))
+    return model, make_optimizer(model, OptimizerOptions(learning_rate=0.01))
 
 
 def train(model, optimizer, steps):

@@ -14,11 +14,12 @@ from minimind_train.order.sample_order import SampleCursor, SampleOrder
 from minimind_train.run_folder.metrics import MetricsLog
 from minimind_train.training import loop
 from minimind_train.training.nonfinite import NonfiniteGuard
-from minimind_train.training.optim import OptimConfig, make_optimizer
+from minimind_train.training.optim import make_optimizer
+from minimind_train.training.options import OptimizerOptions, TrainingOptions
 from tests.helpers.runs import records
 
 SEQ_LEN, VOCAB, NUM_WINDOWS = 6, 30, 40
-OPTIM = OptimConfig(learning_rate=0.01)
+OPTIM = OptimizerOptions(learning_rate=0.01)
 CPU = torch.device("cpu")
 
 
@@ -83,7 +84,7 @@ class Run:
         self.objective = Plain(self.model, loss)
         self.order = SampleOrder(num_windows=NUM_WINDOWS, seed=1, kind=kind)
         self.total_steps = total_steps
-        self.config = loop.RunConfig(
+        self.config = TrainingOptions(
             **{"dtype": "fp32", "global_batch": global_batch, "log_every": 1, **options}
         )
         self.step, self.cursor = 0, SampleCursor()

@@ -15,14 +15,16 @@ from minimind_train.model.config import ModelConfig
 from minimind_train.model.precision import autocast
 from minimind_train.model.transformer import MiniMind, initialize
 from minimind_train.objectives.objective import NextToken
-from minimind_train.objectives.preference import REFERENCE, Preference, PreferenceOptions
+from minimind_train.objectives.options import PreferenceOptions
+from minimind_train.objectives.preference import REFERENCE, Preference
 from minimind_train.order.sample_order import SampleOrder
 from minimind_train.run import entry
 from minimind_train.run import rank as rank_job
 from minimind_train.run.options import DpoOptions
 from minimind_train.training.evaluate import Evaluator
 from minimind_train.training.nonfinite import NonfiniteGuard
-from minimind_train.training.optim import OptimConfig, make_optimizer
+from minimind_train.training.optim import make_optimizer
+from minimind_train.training.options import OptimizerOptions
 from minimind_train.training.step import NotFiniteError, take_step
 from tests.helpers.runs import Said, config_of, metrics
 
@@ -104,7 +106,7 @@ def learned(form, **options):
     """What a step gives, and the gradients that it moves the weights by."""
     (batch,), _ = steps(form, **options)
     model = make_model()
-    optimizer = make_optimizer(model, OptimConfig())
+    optimizer = make_optimizer(model, OptimizerOptions())
     result = take_step(
         objective_for(form, model), optimizer, batch, rate=0.0, grad_clip=0.0, forward=autocast("fp32", CPU)
     )

@@ -7,7 +7,7 @@ from minimind_data.chat.template import chat_template_of
 from minimind_data.errors import UserError
 from minimind_train.generation import chat_session
 from minimind_train.generation.chat_session import ChatSession
-from minimind_train.generation.sampling import GenerateOptions
+from minimind_train.generation.options import GenerateOptions
 from minimind_train.weights.load import open_trained
 from tests.helpers.runs import Said
 

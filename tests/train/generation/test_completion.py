@@ -6,7 +6,7 @@ import pytest
 
 from minimind_data.errors import UserError
 from minimind_train.generation.completion import complete
-from minimind_train.generation.sampling import GenerateOptions
+from minimind_train.generation.options import GenerateOptions
 from minimind_train.run_folder import checkpoint
 
 OPTIONS = GenerateOptions(max_new_tokens=6)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from minimind_data.errors import UserError
-from minimind_train.generation.sampling import GenerateOptions, candidates, choose, generate, stream_text
+from minimind_train.generation.options import GenerateOptions
+from minimind_train.generation.sampling import candidates, choose, generate, stream_text
 from minimind_train.model.config import ModelConfig
 from minimind_train.model.transformer import KVCache, MiniMind, initialize
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from minimind_data.errors import UserError
-from minimind_train.model.config import ModelConfig
-from minimind_train.model.lora import LoraConfig, adapters_of, add_adapters, merge_adapters
+from minimind_train.model.config import LoraConfig, ModelConfig
+from minimind_train.model.lora import adapters_of, add_adapters, merge_adapters
 from minimind_train.model.transformer import MiniMind, initialize
 from minimind_train.run import entry
 from minimind_train.run.entry import resume

@@ -14,7 +14,8 @@ from minimind_train.objectives.objective import NextToken
 from minimind_train.run import rank as rank_job
 from minimind_train.run.entry import resume
 from minimind_train.run_folder import checkpoint
-from minimind_train.training.optim import OptimConfig, make_optimizer
+from minimind_train.training.optim import make_optimizer
+from minimind_train.training.options import OptimizerOptions
 from minimind_train.training.step import NotFiniteError, take_step
 from tests.helpers.runs import Said, metrics, stop_after, weights
 
@@ -29,7 +30,10 @@ def learner(scale=None):
     """Return a function that takes one step on a batch of its own, and the model it moves."""
     model = MiniMind(CONFIG)
     initialize(model, 0)
-    objective, optimizer = NextToken(model).train(), make_optimizer(model, OptimConfig(learning_rate=0.01))
+    objective, optimizer = (
+        NextToken(model).train(),
+        make_optimizer(model, OptimizerOptions(learning_rate=0.01)),
+    )
 
     def learn(step, dtype="fp16"):
         batch = batch_of(step)
@@ -60,7 +64,7 @@ def test_steps_are_those_of_torchs_own_scaler():
     learn, model = learner(scale)
     theirs = MiniMind(CONFIG)
     initialize(theirs, 0)
-    objective, optimizer = NextToken(theirs), make_optimizer(theirs, OptimConfig(learning_rate=0.01))
+    objective, optimizer = NextToken(theirs), make_optimizer(theirs, OptimizerOptions(learning_rate=0.01))
     scaler = torch.amp.GradScaler("cpu", init_scale=HUGE)
     skipped = []
     for step in range(1, 41):

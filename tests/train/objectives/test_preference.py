@@ -12,7 +12,8 @@ import torch
 from minimind_data.dataset.format import IGNORED
 from minimind_train.model.config import ModelConfig
 from minimind_train.model.transformer import MiniMind, initialize
-from minimind_train.objectives.preference import REFERENCE, Preference, PreferenceOptions, log_probs_of_pairs
+from minimind_train.objectives.options import PreferenceOptions
+from minimind_train.objectives.preference import REFERENCE, Preference, log_probs_of_pairs
 
 SHAPE = ModelConfig(
     hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=40

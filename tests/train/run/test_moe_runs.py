@@ -7,7 +7,7 @@ import pytest
 from minimind_data.errors import UserError
 from minimind_data.options import build
 from minimind_train.generation.completion import complete
-from minimind_train.generation.sampling import GenerateOptions
+from minimind_train.generation.options import GenerateOptions
 from minimind_train.model.config import ModelConfig, parameter_line
 from minimind_train.model.presets import PRESETS
 from minimind_train.run import entry

@@ -9,8 +9,7 @@ from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.windows.opening import open_windows
 from minimind_train.run.entry import resume
-from minimind_train.run.options import PretrainOptions
-from minimind_train.run.reconcile import changeable
+from minimind_train.run.options import PretrainOptions, changeable
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import Change, RunRecord
 from tests.helpers.runs import OPTIONS, Said, metrics, steps, stop_after, weights

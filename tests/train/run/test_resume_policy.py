@@ -7,8 +7,7 @@ import pytest
 
 from minimind_data.options import flatten
 from minimind_train.resume_policy import Before, Policy, Resume, names_of, policies
-from minimind_train.run.options import PHASE_OPTIONS
-from minimind_train.run.reconcile import changeable
+from minimind_train.run.options import PHASE_OPTIONS, changeable
 
 POLICIES = {
     Resume.ALLOWED: """

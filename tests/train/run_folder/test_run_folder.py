@@ -8,7 +8,7 @@ import pytest
 from minimind_data.errors import UserError
 from minimind_data.files import FolderLock
 from minimind_train.generation.completion import complete
-from minimind_train.generation.sampling import GenerateOptions
+from minimind_train.generation.options import GenerateOptions
 from minimind_train.run import entry
 from minimind_train.run.entry import resume
 from minimind_train.run_folder import record as runs

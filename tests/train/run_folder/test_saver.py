@@ -12,7 +12,8 @@ from minimind_data.errors import UserError
 from minimind_train.run.entry import resume
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.checkpoint import CheckpointState
-from minimind_train.run_folder.saver import Retention, SaveConfig, Saver
+from minimind_train.run_folder.options import SaveOptions
+from minimind_train.run_folder.saver import Retention, Saver
 from minimind_train.run_folder.tensors import tensors_of
 from minimind_train.weights.load import model_of
 from tests.helpers.checkpoints import bits, make, state, train
@@ -29,7 +30,7 @@ class Training:
         self.synced = []
         self.saver = Saver(
             run,
-            SaveConfig(**{"save_every": 0, **options}),
+            SaveOptions(**{"save_every": 0, **options}),
             tensors=lambda: tensors_of(self.model, self.optimizer),
             state=self.state,
             before=lambda: self.synced.append(threading.current_thread().name),
@@ -305,7 +306,7 @@ def test_copies_from_a_gpu_are_those_of_their_step(tmp_path):
 @pytest.mark.parametrize("value", [-1, 10**18])
 def test_impossible_options_are_refused(name, value):
     with pytest.raises(ValueError, match=name):
-        SaveConfig(**{name: value})
+        SaveOptions(**{name: value})
 
 
 def test_the_best_of_before_a_resume_is_still_the_best_and_is_found_by_name(begin, tmp_path, other_dataset):
@@ -353,7 +354,7 @@ def test_what_was_skipped_is_counted_on_after_a_resume(stopped_run):
 def test_a_device_that_is_not_the_usual_one_is_waited_for(tmp_path):
     there = torch.device("cuda:1")
     big, order = torch.zeros(2**28, device=there), torch.randn(4096, 4096, device=there)
-    saver = Saver(tmp_path, SaveConfig(), tensors=dict, state=Training.state, say=Said())
+    saver = Saver(tmp_path, SaveOptions(), tensors=dict, state=Training.state, say=Said())
     for _ in range(20):
         order = order @ order
     big.add_(1)

@@ -14,6 +14,7 @@ from minimind_train.order.seeds import derive_seed
 from minimind_train.parallel.interrupt import Stop, StopRequest
 from minimind_train.training import loop
 from minimind_train.training.optim import learning_rate
+from minimind_train.training.options import TrainingOptions
 from tests.helpers.loops import OPTIM, Run, Windows, plain_loss
 
 
@@ -219,7 +220,7 @@ def test_the_progress_line_fits_a_terminal(tmp_path, monkeypatch):
 )
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
-        loop.RunConfig(**options)
+        TrainingOptions(**options)
 
 
 def test_a_signal_after_the_moment_of_saving_ends_the_next_step_saved(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minimind_data.errors import UserError
-from minimind_train.training.nonfinite import MOST_IN_A_ROW
+from minimind_train.training.options import MOST_IN_A_ROW
 from tests.helpers.loops import Run, plain_loss
 
 

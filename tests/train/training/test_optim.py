@@ -14,13 +14,14 @@ from minimind_train.model.transformer import MiniMind, initialize
 from minimind_train.objectives.objective import NextToken
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.tensors import tensors_of
-from minimind_train.training.optim import OptimConfig, clip_gradients, learning_rate, make_optimizer
+from minimind_train.training.optim import clip_gradients, learning_rate, make_optimizer
+from minimind_train.training.options import OptimizerOptions
 
 PEAK = 5e-4
 
 
 def test_schedule_falls_from_the_peak_to_a_tenth():
-    config = OptimConfig()
+    config = OptimizerOptions()
     assert learning_rate(1, 10**9, config) == pytest.approx(PEAK)
     assert learning_rate(500, 1000, config) == pytest.approx(PEAK * 0.55)
     assert learning_rate(1000, 1000, config) == pytest.approx(PEAK * 0.1)
@@ -30,22 +31,24 @@ def test_schedule_falls_from_the_peak_to_a_tenth():
 
 
 def test_schedule_at_a_step_is_the_formula():
-    assert learning_rate(3, 7, OptimConfig(learning_rate=1.0)) == 0.1 + 0.45 * (1 + math.cos(math.pi * 3 / 7))
+    assert learning_rate(3, 7, OptimizerOptions(learning_rate=1.0)) == 0.1 + 0.45 * (
+        1 + math.cos(math.pi * 3 / 7)
+    )
 
 
 def test_warm_up_rises_and_then_leaves_the_schedule_alone():
-    plain, warm = OptimConfig(), OptimConfig(warmup_steps=10)
+    plain, warm = OptimizerOptions(), OptimizerOptions(warmup_steps=10)
     for step in range(1, 10):
         assert learning_rate(step, 100, warm) == learning_rate(step, 100, plain) * step / 10
     for step in range(10, 101):
         assert learning_rate(step, 100, warm) == learning_rate(step, 100, plain)
-    assert learning_rate(5, 5, OptimConfig(warmup_steps=10)) == pytest.approx(PEAK * 0.1 / 2)
+    assert learning_rate(5, 5, OptimizerOptions(warmup_steps=10)) == pytest.approx(PEAK * 0.1 / 2)
 
 
 @pytest.mark.parametrize("step", [0, -1, 11])
 def test_a_step_outside_the_run_is_refused(step):
     with pytest.raises(ValueError, match="is not between 1 and 10"):
-        learning_rate(step, 10, OptimConfig())
+        learning_rate(step, 10, OptimizerOptions())
 
 
 @pytest.mark.parametrize(
@@ -68,7 +71,7 @@ def test_a_step_outside_the_run_is_refused(step):
 )
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
-        OptimConfig(**options)
+        OptimizerOptions(**options)
 
 
 def network(seed=0):
@@ -86,7 +89,7 @@ def train(model, optimizer, steps):
         model(batch).square().sum().backward()
         clip_gradients(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, 20, OptimConfig(learning_rate=1e-2))
+            group["lr"] = learning_rate(step, 20, OptimizerOptions(learning_rate=1e-2))
         optimizer.step()
         optimizer.zero_grad()
 
@@ -94,7 +97,7 @@ def train(model, optimizer, steps):
 def test_all_parameters_are_trained_with_the_options():
     model = network()
     optimizer = make_optimizer(
-        model, OptimConfig(learning_rate=0.1, weight_decay=0.2, beta1=0.3, beta2=0.4, eps=0.5)
+        model, OptimizerOptions(learning_rate=0.1, weight_decay=0.2, beta1=0.3, beta2=0.4, eps=0.5)
     )
     (group,) = optimizer.param_groups
     assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters()]
@@ -102,7 +105,7 @@ def test_all_parameters_are_trained_with_the_options():
 
 
 def test_a_step_is_adamw_from_its_formulas():
-    config = OptimConfig(learning_rate=0.1, weight_decay=0.2, beta1=0.7, beta2=0.8, eps=1e-3)
+    config = OptimizerOptions(learning_rate=0.1, weight_decay=0.2, beta1=0.7, beta2=0.8, eps=1e-3)
     model = nn.Linear(3, 2, bias=False)
     optimizer = make_optimizer(model, config)
     weight = model.weight.detach().double().clone()
@@ -121,10 +124,10 @@ def test_a_step_is_adamw_from_its_formulas():
 @pytest.mark.parametrize("stopped_after", [1, 4, 9])
 def test_resumed_from_its_state_it_gives_the_same_weights_bit_for_bit(stopped_after):
     whole, steps = network(), range(1, 11)
-    train(whole, make_optimizer(whole, OptimConfig()), steps)
+    train(whole, make_optimizer(whole, OptimizerOptions()), steps)
 
     first = network()
-    optimizer = make_optimizer(first, OptimConfig())
+    optimizer = make_optimizer(first, OptimizerOptions())
     train(first, optimizer, steps[:stopped_after])
     stored = io.BytesIO()
     torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, stored)
@@ -133,7 +136,7 @@ def test_resumed_from_its_state_it_gives_the_same_weights_bit_for_bit(stopped_af
 
     second = network(seed=99)
     second.load_state_dict(state["model"])
-    optimizer = make_optimizer(second, OptimConfig())
+    optimizer = make_optimizer(second, OptimizerOptions())
     optimizer.load_state_dict(state["optimizer"])
     train(second, optimizer, steps[stopped_after:])
     for expected, ours in zip(whole.parameters(), second.parameters(), strict=True):
@@ -142,7 +145,7 @@ def test_resumed_from_its_state_it_gives_the_same_weights_bit_for_bit(stopped_af
 
 def test_state_is_plain_float32_tensors():
     model = network()
-    optimizer = make_optimizer(model, OptimConfig())
+    optimizer = make_optimizer(model, OptimizerOptions())
     train(model, optimizer, [1])
     for parameter in model.parameters():
         state = optimizer.state[parameter]
@@ -154,7 +157,7 @@ def test_state_is_plain_float32_tensors():
 def test_repeated_training_agrees_bit_for_bit():
     models = [network() for _ in range(3)]
     for model in models:
-        train(model, make_optimizer(model, OptimConfig()), range(1, 6))
+        train(model, make_optimizer(model, OptimizerOptions()), range(1, 6))
     for parameters in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(parameters[0], parameters[1])
         assert torch.equal(parameters[0], parameters[2])
@@ -192,7 +195,7 @@ SMALL = ModelConfig(
     num_experts=2,
 )
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 is the first with Muon")
-MUON = OptimConfig(optimizer="muon", learning_rate=0.02, weight_decay=0.1)
+MUON = OptimizerOptions(optimizer="muon", learning_rate=0.02, weight_decay=0.1)
 
 
 def mixture(seed=0):
@@ -270,7 +273,7 @@ def test_a_step_of_muon_brings_the_singular_values_of_the_momentum_near_one():
 def test_beside_muon_adamw_does_what_it_does_alone():
     alone, beside = mixture(), mixture()
     optimizers = [
-        make_optimizer(alone, OptimConfig(learning_rate=0.02, weight_decay=0.1)),
+        make_optimizer(alone, OptimizerOptions(learning_rate=0.02, weight_decay=0.1)),
         make_optimizer(beside, MUON),
     ]
     for model, optimizer in zip((alone, beside), optimizers, strict=True):
@@ -308,5 +311,5 @@ def test_a_torch_without_muon_is_told_of(monkeypatch):
 def test_what_is_not_learned_is_not_moved():
     model = network()
     model[0].weight.requires_grad_(False)
-    (group,) = make_optimizer(model, OptimConfig()).param_groups
+    (group,) = make_optimizer(model, OptimizerOptions()).param_groups
     assert len(group["params"]) == 5

@@ -11,7 +11,7 @@ from minimind_train.run import entry
 from minimind_train.run.entry import resume
 from minimind_train.run.options import PretrainOptions
 from minimind_train.run_folder import checkpoint
-from minimind_train.training import loop
+from minimind_train.training.options import TrainingOptions
 from minimind_train.training.wrapping import parallelize
 from tests.helpers.ranks import TRAIN, run_ranks
 from tests.helpers.runs import OPTIONS as SMALL
@@ -191,4 +191,4 @@ def test_a_batch_that_is_smaller_than_the_ranks_is_refused_before_anything_is_wr
     }
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="nproc must be from 1 to 1024"):
-        loop.RunConfig(nproc=0)
+        TrainingOptions(nproc=0)

@@ -11,7 +11,8 @@ import pytest
 from minimind_train.run import entry
 from minimind_train.run.entry import resume
 from minimind_train.run_folder import checkpoint
-from minimind_train.training.tracking import _OPEN, TrackConfig, _numbers
+from minimind_train.training.options import TrackOptions
+from minimind_train.training.tracking import _OPEN, _numbers
 from tests.helpers.runs import Said, config_of, metrics, records, stop_after
 
 pytestmark = [
@@ -239,4 +240,4 @@ def test_excerpts_leave_no_trace_in_the_run(tmp_path, small_dataset, whole_run):
 
 
 def test_the_same_tracker_twice_is_one():
-    assert TrackConfig(track=("wandb", "wandb", "tensorboard")).track == ("wandb", "tensorboard")
+    assert TrackOptions(track=("wandb", "wandb", "tensorboard")).track == ("wandb", "tensorboard")

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from minimind_data.errors import UserError
 from minimind_data.tokenizer.loading import same_encoding
 from minimind_train.generation.completion import complete
-from minimind_train.generation.sampling import GenerateOptions
+from minimind_train.generation.options import GenerateOptions
 from minimind_train.model.config import ModelConfig
 from minimind_train.model.transformer import MiniMind
 from minimind_train.run import entry

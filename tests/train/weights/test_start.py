@@ -11,8 +11,7 @@ from minimind_data.dataset.format import Manifest
 from minimind_data.errors import UserError
 from minimind_train.run import entry
 from minimind_train.run.entry import resume
-from minimind_train.run.options import PretrainOptions
-from minimind_train.run.reconcile import changeable
+from minimind_train.run.options import PretrainOptions, changeable
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import RunRecord
 from minimind_train.run_folder.tensors import MODEL_NAME
@@ -104,7 +103,7 @@ def test_no_weights(tuned, tmp_path, there):
 
 def test_a_run_without_a_checkpoint_has_no_weights(begin, tuned, tmp_path, whole_run):
     empty = shutil.copytree(whole_run, tmp_path / "empty")
-    shutil.rmtree(empty / checkpoint.FOLDER_NAME)
+    shutil.rmtree(empty / checkpoint.CHECKPOINTS_NAME)
     with pytest.raises(UserError, match="no checkpoint yet"):
         tuned(from_weight=str(empty))
 
