@@ -118,7 +118,8 @@ def _metrics() -> list[dict[str, Any]]:
 
 
 def _checkpoints() -> list[str]:
-    return sorted(path.name for path in (_RUN / "checkpoints").iterdir())
+    """Return the names of the complete checkpoints, the newest last; one that was being written ends in .partial."""
+    return sorted(path.name for path in (_RUN / "checkpoints").iterdir() if not path.suffix)
 
 
 if __name__ == "__main__":
