@@ -1,12 +1,12 @@
-"""Reading windows that are not in the page cache, in a full shuffle and with --shuffle-block.
+"""Windows that are not in the page cache: how fast they are read in a full shuffle, and with --shuffle-block.
 
     python benchmarks/cold_reads.py [--megabytes 1024] [--seq-len 512] [--batch 64] [--batches 200] [--block 1 64 1024 16384]
                                     [--folder DIR]
 
-Writes a dataset of random tokens into a temporary folder (under DIR, which says which disk is measured), and for each block
-drops its pages from the cache (posix_fadvise), maps it anew and reads batches from the beginning of an epoch. Beside the
-speed stands what the kernel read from the disk for it; where that is nothing, the disk has a cache of its own, or is none, and
-the line says so.
+The script writes a dataset of random tokens into a temporary folder (under DIR, to choose a disk). For each block size it drops
+the pages from the cache (posix_fadvise), maps the files again and reads batches from the beginning of an epoch. Beside the speed
+it prints what the kernel read from the disk. If that is nothing, the disk has a cache of its own, or is no disk, and the line
+says so.
 """
 
 import argparse
@@ -27,12 +27,12 @@ _SHARDS = 4
 
 
 def bytes_from_disk() -> int | None:
-    """Return what the kernel has read from disks for this process, or None where it does not say."""
+    """Return the bytes that the kernel has read from disks for this process; None if it does not say."""
     try:
-        told = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+        counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     except OSError:
         return None
-    return int(told["read_bytes"])
+    return int(counters["read_bytes"])
 
 
 def read(folder: Path, block: int, seq_len: int, batch: int, batches: int) -> tuple[float, int | None]:
@@ -64,7 +64,7 @@ def main() -> None:
         folder = Path(temporary) / "data"
         make_dataset(folder, _SHARDS, options.megabytes * 500_000)
         print(
-            f"{options.megabytes:,} MB of tokens, {used / 1e6:,.1f} MB of them wanted, {options.rounds} rounds each"
+            f"{options.megabytes:,} MB of tokens, of which {used / 1e6:,.1f} MB are read, {options.rounds} rounds each"
         )
         print(f"{'block':>8} {'MB/s':>22} {'million tokens/s':>22} {'read from disk':>18}")
         for block in options.block:
@@ -75,10 +75,10 @@ def main() -> None:
                 speeds.append(used / seconds / 1e6)
                 disk.append(from_disk)
             median, low, high = sorted(speeds)[len(speeds) // 2], min(speeds), max(speeds)
-            told = "unknown" if None in disk else f"{sum(filter(None, disk)) / len(disk) / 1e6:,.1f} MB"
+            disk_reads = "unknown" if None in disk else f"{sum(filter(None, disk)) / len(disk) / 1e6:,.1f} MB"
             warm = "  (nothing: not a cold read)" if not any(disk) else ""
             print(
-                f"{block:>8,} {f'{median:,.1f} ({low:,.1f}-{high:,.1f})':>22} {median / 2:>22,.1f} {told:>18}{warm}"
+                f"{block:>8,} {f'{median:,.1f} ({low:,.1f}-{high:,.1f})':>22} {median / 2:>22,.1f} {disk_reads:>18}{warm}"
             )
 
 

@@ -1,8 +1,8 @@
-"""Characters per token of tokenizers, side by side.
+"""Characters per token of several tokenizers, side by side.
 
     python benchmarks/compression.py TEXT.jsonl… --tokenizer DIR [--tokenizer DIR …]
 
-The default tokenizer is always the first column. Give text that no tokenizer was trained on.
+The first column is always the default tokenizer. Use text that none of the tokenizers was trained on.
 """
 
 import argparse

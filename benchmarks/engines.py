@@ -2,9 +2,9 @@
 
     python benchmarks/engines.py TEXT.jsonl [--tokenizer DIR] [--cores N] [--rounds 3] [--repeat 1]
 
-minimind_data/build/engines.py gives a process four cores before it starts another. Here every run is told another number, in a
-process of its own where that constant is set before the command starts. Splits are made small enough that every process
-has several. All runs must write the same bytes. Memory is of a first run whose time does not count. Needs Linux.
+`mm-data tokenize` uses four cores in a process before it starts another one (minimind_data/build/workers.py). Here each run uses
+another number, in a process of its own that sets the constant before the command starts. Splits are so small that every process
+has several. All runs must write the same bytes. Memory is that of a first, untimed run. Needs Linux.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def run_child(cores_per_process: int, arguments: list[str]) -> None:
-    """Be `mm-data` with another number of cores for each process."""
+    """Run `mm-data` with another number of cores for each process."""
     from minimind_cli import entry  # noqa: PLC0415 - only the child is the command
     from minimind_data.build import engines  # noqa: PLC0415 - likewise
 

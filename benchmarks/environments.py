@@ -1,6 +1,6 @@
-"""A virtual environment for each peer, made when it is first wanted from the pinned requirements in benchmarks/peers/NAME.txt.
+"""A virtual environment for each peer, made from the pinned requirements in benchmarks/peers/NAME.txt when it is first needed.
 
-They lie in benchmarks/.venvs, which git ignores; `rm -r` is all that it takes to be rid of them.
+They are in benchmarks/.venvs, which git ignores and which can be deleted at any time.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ _LAST_WORDS = 300
 
 
 class NoEnvironmentError(Exception):
-    """A peer cannot be installed here; the text is why, in pip's words."""
+    """A peer cannot be installed here; the message is pip's."""
 
 
 def environment(name: str) -> Path:
     """Return the folder of executables of a peer's environment.
 
     Raises:
-        NoEnvironmentError: it cannot be made.
+        NoEnvironmentError: the environment cannot be made.
     """
     requirements = PEERS / f"{name}.txt"
     wanted = f"{sys.version}\n{hashlib.sha256(requirements.read_bytes()).hexdigest()}\n"

@@ -1,11 +1,11 @@
-"""What a mixture of experts costs beside one MLP over the same tokens: forward and backward, each way of multiplying in turn.
+"""What a mixture of experts costs compared with one MLP over the same tokens: forward and backward, for each implementation.
 
     python benchmarks/experts.py [--preset minimind-3-moe] [--tokens 2048] [--rounds 7] [--threads 1] [--device cpu|cuda]
                                  [--minimind MODEL_MINIMIND.PY]
 
-The ways take turns, so that what else the machine did falls on all of them. On the CPU the time is that of the processor, on CUDA that of the
-device, in bf16. The figure is the median of the rounds, the first of which is left out. With `--minimind`, the class of MiniMind's own file
-takes part, on the same weights, and must give the same numbers.
+The implementations run in turns, so that other work on the machine affects all of them. On the CPU the time is processor time, on
+CUDA it is the time of the device, in bf16. The figure is the median of the rounds without the first. With `--minimind`, the class
+in MiniMind's own file takes part, on the same weights, and must give the same numbers.
 """
 
 import argparse
@@ -84,12 +84,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minimind", type=Path)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
 
     torch.manual_seed(0)
-    torch.set_num_threads(given.threads)
-    device = torch.device(given.device)
-    config = build(ModelConfig, PRESETS[given.preset])
+    torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    config = build(ModelConfig, PRESETS[arguments.preset])
     mixture = Mixture(config)
     with torch.no_grad():
         for parameter in mixture.parameters():
@@ -101,20 +101,22 @@ def main() -> None:
         "one expert after the other": grouped_or_not(mixture, grouped=False),
         "grouped multiplication": grouped_or_not(mixture, grouped=True),
     }
-    if given.minimind:
-        ways["MiniMind's class"] = minimind_s(given.minimind, mixture)
-    x = torch.randn(1, given.tokens, config.hidden_size, device=device, requires_grad=True)
+    if arguments.minimind:
+        ways["MiniMind's class"] = minimind_s(arguments.minimind, mixture)
+    x = torch.randn(1, arguments.tokens, config.hidden_size, device=device, requires_grad=True)
     with torch.no_grad():
         answers = [way(x) for name, way in ways.items() if not name.startswith("one MLP")]
         apart = max((answer - answers[0]).abs().max().item() for answer in answers)
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(given.rounds + 1):
+    for _ in range(arguments.rounds + 1):
         for name, way in ways.items():
             times[name].append(seconds(way, x, device))
-    medians = {name: statistics.median(found[1:]) for name, found in times.items()}
+    medians = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
     first = next(iter(medians.values()))
     print(describe_machine())
-    print(f"{given.preset}, {given.tokens} tokens; the ways of a mixture are at most {apart:.1e} apart")
+    print(
+        f"{arguments.preset}, {arguments.tokens} tokens; the ways of a mixture are at most {apart:.1e} apart"
+    )
     for name, median in medians.items():
         print(f"  {name:28} {median * 1000:8.1f} ms  {median / first:5.2f} times")
 

@@ -1,9 +1,9 @@
-"""Inputs for benchmarks: longer ones made of one text, unlike in every copy, and the forms that peers want it in.
+"""Inputs for benchmarks: longer ones made of one text, with copies that differ, in the forms that the peers need.
 
-An encoder remembers the pieces of text that it has met. Were a text simply repeated, every piece of the second copy would be
-in its cache, which no corpus grants. So each copy after the first is changed: runs of Chinese characters are rotated and get
-one character from elsewhere in the text, words of six letters or more get one letter from another place. Short words, white
-space, punctuation and special tokens stay, as they recur in any text.
+An encoder caches the pieces of text that it has seen. If a text were just repeated, every piece of the second copy would be in the
+cache, which is not so for a real corpus. So each copy after the first is changed: runs of Chinese characters are rotated and get one
+character from elsewhere in the text, words of six letters or more get one letter from elsewhere. Short words, white space,
+punctuation and special tokens stay, because they recur in any text.
 """
 
 import json
@@ -17,7 +17,7 @@ _DEFAULT_CHINESE = "的一是不了"
 
 
 def write_copies(source: Path, target: Path, copies: int) -> int:
-    """Write `copies` unlike copies of JSON lines, the first unchanged; return the bytes written.
+    """Write `copies` different copies of JSON lines, the first one unchanged; return the bytes written.
 
     The same source and number give the same bytes.
     """
@@ -25,7 +25,7 @@ def write_copies(source: Path, target: Path, copies: int) -> int:
     with target.open("wb") as out:
         out.write(lines if lines.endswith(b"\n") else lines + b"\n")
         for copy in range(1, copies):
-            chance = random.Random(copy)  # noqa: S311 - it guards nothing
+            chance = random.Random(copy)  # noqa: S311 - not for cryptography
             for line in lines.splitlines():
                 record = json.loads(line)
                 record["text"] = unlike(record["text"], copy, chance)
@@ -34,7 +34,7 @@ def write_copies(source: Path, target: Path, copies: int) -> int:
 
 
 def unlike(text: str, copy: int, chance: random.Random) -> str:
-    """Return a text of the same length and look whose longer pieces are others."""
+    """Return a text of the same length and kind whose longer pieces are different."""
     characters = _CHINESE.findall(text) or _DEFAULT_CHINESE
 
     def change(match: re.Match[str]) -> str:
@@ -52,7 +52,7 @@ def unlike(text: str, copy: int, chance: random.Random) -> str:
 
 
 def write_parts(source: Path, folder: Path, count: int, *, with_ids: bool = False) -> None:
-    """Cut JSON lines into `count` files of almost equal size, in order; `with_ids` gives each record an `id`."""
+    """Cut JSON lines into `count` files of almost equal size, in order; `with_ids` adds an `id` to each record."""
     folder.mkdir()
     lines = source.read_bytes().splitlines(keepends=True)
     total = sum(map(len, lines))

@@ -1,13 +1,13 @@
-"""What the layouts learn from the same compute: pad, concat and pack, with and without the document mask.
+"""What a model learns from the same compute with each layout: pad, concat and pack, with and without the document mask.
 
     python benchmarks/layouts.py TEXT.jsonl [--tokenizer DIR] [--seq-len 340] [--steps 400] [--seed 42 --seed 43 …] [--threads 2]
 
-Each run is a small model from the same first weights, over the same number of steps of the same number of windows: the same positions
-go through the model, whether there is text in them or PAD. Useful tokens are those that are learned. Their speed is that of the
-fastest quarter of the steps (its slowest step), so that what else the machine did counts little. The loss is that of documents held out of training,
-each read alone by every model alike (one longer than a window in parts), a mean over their tokens.
+Each run trains a small model from the same initial weights, for the same number of steps of the same number of windows, so the same
+number of positions goes through the model, text or PAD. Useful tokens are the targets. Their speed is that of the fastest quarter of
+the steps (of its slowest step), so that other work on the machine counts little. The loss is the mean over the tokens of held-out
+documents. Every model reads each of them alone (in parts, if it is longer than a window).
 
-The mask is tried in concat and pack; in pad there is one document a window.
+The mask is tried in concat and pack; in pad a window is one document.
 """
 
 import argparse
@@ -47,9 +47,9 @@ _EVALUATED = 16  # windows at a time
 class Result:
     windows: int
     useful: float
-    """Learned tokens of a window, on average over the run."""
+    """Targets in a window, on average over the run."""
     speed: float
-    """Learned tokens a second, in the fastest quarter of the steps."""
+    """Targets a second, in the fastest quarter of the steps."""
     epochs: float
     loss: float
 
@@ -57,9 +57,9 @@ class Result:
 def train(run: Path, dataset: Path, held_out: Path, options: dict[str, object]) -> Result:
     outcome = entry.begin(build(PretrainOptions, {**options, "run": run, "shards": dataset}), lambda _: None)
     steps = [json.loads(line) for line in (run / FILE_NAME).read_text(encoding="utf-8").splitlines()]
-    found = checkpoint.load_latest(run, print)
-    assert found is not None
-    config = found.state.config
+    newest = checkpoint.load_latest(run, print)
+    assert newest is not None
+    config = newest.state.config
     num_windows = outcome.step * config["global_batch"]
     useful = sum(step["targets"] for step in steps) / num_windows
     positions = config["global_batch"] * config["seq_len"]
@@ -67,7 +67,7 @@ def train(run: Path, dataset: Path, held_out: Path, options: dict[str, object]) 
     chosen = {"layout": config["layout"], "long_documents": config["long_documents"]}
     size = len(open_windows(ShardSet.open(dataset), seq_len=config["seq_len"], **chosen))
     model = MiniMind(build(ModelConfig, config)).eval()
-    found.restore(model)
+    newest.restore(model)
     alone = open_windows(
         ShardSet.open(held_out),
         layout="pack",
@@ -157,10 +157,10 @@ def main() -> None:
                     flush=True,
                 )
         if len(seeds) > 1:
-            for (layout, mask), found in losses.items():
-                error = statistics.stdev(found) / math.sqrt(len(found))
+            for (layout, mask), values in losses.items():
+                error = statistics.stdev(values) / math.sqrt(len(values))
                 print(
-                    f"{layout:8} {'yes' if mask else 'no':4} mean held-out loss {statistics.mean(found):.4f} ± {error:.4f}"
+                    f"{layout:8} {'yes' if mask else 'no':4} mean held-out loss {statistics.mean(values):.4f} ± {error:.4f}"
                 )
 
 

@@ -1,7 +1,7 @@
-"""One corpus for all loaders: a stream of tokens of real text, and what must come out of it.
+"""One corpus for all loaders: a stream of tokens of real text, and the windows that a loader must return.
 
-The text is tokenized by `mm-data`, and its documents repeated, each time in another order, until the stream is as long as is wanted. For a
-loader that tokenizes, windows of it are turned back into text. A small corpus of the same kind is for checking.
+`mm-data` tokenizes the text. Its documents are repeated, each time in another order, until the stream is long enough. For loaders
+that tokenize, windows of it are decoded to text. A small corpus of the same kind serves to check the loaders.
 """
 
 import itertools
@@ -24,7 +24,7 @@ _DOCUMENTS_AT_A_TIME = 4096
 
 
 def tokenized(text: Path, tokenizer: Path) -> list[NDArray[np.uint16]]:
-    """Return the documents of a text, BOS and EOS in."""
+    """Return the documents of a text, with BOS and EOS."""
     with tempfile.TemporaryDirectory(prefix="load-data-") as folder:
         tokenize([text], TokenizeOptions(out=Path(folder), tokenizer=tokenizer))
         shards = ShardSet.open(folder)
@@ -44,14 +44,14 @@ def write_corpus(
     num_texts: int,
     seq_len: int,
 ) -> int:
-    """Write tokens.bin, lengths.bin and windows.jsonl into a folder; return the windows of the stream.
+    """Write tokens.bin, lengths.bin and windows.jsonl into a folder; return the number of windows of the stream.
 
     Args:
-        folder: made here.
-        documents: what the stream is made of.
+        folder: is created.
+        documents: which are repeated.
         tokenizer: of the documents.
-        num_windows: how many there are at least.
-        num_texts: how many of them are turned back into text, each so long that it just fills a window again.
+        num_windows: minimum number of windows.
+        num_texts: how many windows are decoded to text, each of which fills a window again.
         seq_len: tokens of a window.
     """
     folder.mkdir(parents=True)
@@ -80,7 +80,7 @@ def write_corpus(
 
 
 def _in_turns(documents: list[NDArray[np.uint16]]) -> Iterator[NDArray[np.uint16]]:
-    """All documents, and again and again in other orders."""
+    """Yield all documents, again and again, each time in another order."""
     yield from documents
     for seed in itertools.count():
         for index in np.random.default_rng(seed).permutation(len(documents)).tolist():
@@ -94,7 +94,7 @@ def expected_windows(folder: Path, seq_len: int, stride: int) -> list[bytes]:
 
 
 def expected_texts(folder: Path, seq_len: int, tokenizer: Tokenizer) -> list[bytes]:
-    """Return what MiniMind's loader makes of the texts of a small corpus."""
+    """Return the samples that MiniMind's loader makes of the texts of a small corpus."""
     lines = (folder / "windows.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     rows = np.full((len(texts), seq_len), tokenizer.info.pad_id, np.uint16)
@@ -107,10 +107,10 @@ def expected_texts(folder: Path, seq_len: int, tokenizer: Tokenizer) -> list[byt
 
 
 def compare(epoch: NDArray[np.uint16], expected: list[bytes], batch: int) -> str:
-    """Say whether an epoch is the expected windows, each once, but for a last short batch.
+    """Say how an epoch compares with the expected windows, each of which must come once, except in an incomplete last batch.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it has other windows.
     """
     seen, wanted = Counter(row.tobytes() for row in epoch), Counter(expected)
     if strange := (seen - wanted).total():
@@ -121,10 +121,10 @@ def compare(epoch: NDArray[np.uint16], expected: list[bytes], batch: int) -> str
 
 
 def compare_tokens(epoch: NDArray[np.uint16], folder: Path, batch: int) -> str:
-    """Say whether an epoch has the tokens of the stream, in whatever order, but for a last short batch.
+    """Say how an epoch compares with the tokens of the stream, in any order, except for an incomplete last batch.
 
     Raises:
-        ValueError: it has others.
+        ValueError: it has other tokens.
     """
     stream = np.fromfile(folder / "tokens.bin", np.uint16)
     seen, wanted = (np.bincount(tokens.reshape(-1), minlength=2**16) for tokens in (epoch, stream))
@@ -136,16 +136,16 @@ def compare_tokens(epoch: NDArray[np.uint16], folder: Path, batch: int) -> str:
 
 
 def compare_places(epoch: NDArray[np.uint16], folder: Path) -> str:
-    """Say how much of the stream was seen by a loader that draws places with return.
+    """Say how much of the stream a loader has seen that draws windows with replacement.
 
     Raises:
-        ValueError: a window is none of the stream's.
+        ValueError: a window is not one of the stream.
     """
     stream = (folder / "tokens.bin").read_bytes()
     places = []
     for row in epoch:
         wanted, place = row.tobytes(), -1
-        while (place := stream.find(wanted, place + 1)) % 2:  # a token begins at an even byte; -1 is odd
+        while (place := stream.find(wanted, place + 1)) % 2:  # tokens begin at even bytes; -1 is odd
             if place < 0:
                 raise ValueError("a window is not of the data")
         places.append(place // 2)

@@ -1,4 +1,4 @@
-"""The loaders that peers_load.py compares, what it finds out about each, and the table of that."""
+"""The loaders that peers_load.py compares, the results of each, and the table of results."""
 
 import statistics
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ _GROWING = (10**6, 10**7)
 
 @dataclass(frozen=True)
 class Peer:
-    """A loader of the field, or of ours."""
+    """A loader, ours or another project's."""
 
     how: str
     data: str
@@ -67,7 +67,7 @@ ALL = {
 
 
 @dataclass
-class Found:
+class Result:
     """What is known of a loader."""
 
     workers_cold: int = 0
@@ -84,14 +84,14 @@ class Found:
 
 
 def power(windows: int) -> str:
-    """Return a power of ten, in words."""
+    """Return a power of ten as text."""
     return f"10^{len(str(windows)) - 1}"
 
 
-def _cell(name: str, key: str, found: dict[str, Found], scale: float, digits: int) -> str:
-    """Return a figure's median over rounds, and how many times better ours is."""
-    mine = [figures[key] for figures in found["ours"].rounds]
-    theirs = [figures[key] for figures in found[name].rounds]
+def _cell(name: str, key: str, results: dict[str, Result], scale: float, digits: int) -> str:
+    """Return the median of a figure over the rounds, and by what factor ours is better."""
+    mine = [figures[key] for figures in results["ours"].rounds]
+    theirs = [figures[key] for figures in results[name].rounds]
     text = f"{statistics.median(theirs) * scale:,.{digits}f}"
     if name == "ours":
         return text
@@ -103,26 +103,26 @@ def _memory(memory: Memory | None, imports_mb: float) -> str:
     return f"{max(0, memory.anonymous_mb - imports_mb):,.0f} ({memory.anonymous_mb:,.0f})" if memory else "–"
 
 
-def _row(name: str, found: dict[str, Found]) -> str:
-    peer, told = ALL[name], found[name]
+def _row(name: str, results: dict[str, Result]) -> str:
+    peer, result = ALL[name], results[name]
     resume = "none"
     if peer.sizes:
-        sizes = [f"{power(size)}: {seconds:.2f}" for size, seconds in told.smaller.items()]
-        sizes.append(f"{power(peer.sizes[-1])}: {_cell(name, 'resume', found, 1, 3)}")
-        resume = ", ".join(sizes) + told.index
+        sizes = [f"{power(size)}: {seconds:.2f}" for size, seconds in result.smaller.items()]
+        sizes.append(f"{power(peer.sizes[-1])}: {_cell(name, 'resume', results, 1, 3)}")
+        resume = ", ".join(sizes) + result.index
     return " | ".join(
         (
             _title(name),
-            f"{_cell(name, 'warm', found, 1e-6, 1)}",
-            f"{_cell(name, 'cold', found, 1e-6, 1)}",
-            f"{told.workers_warm}, {told.workers_cold}",
-            _cell(name, "first warm", found, 1e3, 1),
-            _cell(name, "first cold", found, 1e3, 1),
-            _cell(name, "from start", found, 1, 2),
+            f"{_cell(name, 'warm', results, 1e-6, 1)}",
+            f"{_cell(name, 'cold', results, 1e-6, 1)}",
+            f"{result.workers_warm}, {result.workers_cold}",
+            _cell(name, "first warm", results, 1e3, 1),
+            _cell(name, "first cold", results, 1e3, 1),
+            _cell(name, "from start", results, 1, 2),
             resume,
-            _memory(told.reading, told.imports_mb),
-            _memory(told.resuming, told.imports_mb),
-            told.data,
+            _memory(result.reading, result.imports_mb),
+            _memory(result.resuming, result.imports_mb),
+            result.data,
         )
     )
 
@@ -151,9 +151,9 @@ _COLUMNS = (
 )
 
 
-def table(found: dict[str, Found], failed: dict[str, str]) -> str:
-    """Return the table, in Markdown; those that failed come last, with the reason."""
+def table(results: dict[str, Result], failed: dict[str, str]) -> str:
+    """Return the table in Markdown; loaders that failed come last, with the reason."""
     lines = [f"| {' | '.join(_COLUMNS)} |", f"|{'---|' * len(_COLUMNS)}"]
-    lines += [f"| {_row(name, found)} |" for name in found]
+    lines += [f"| {_row(name, results)} |" for name in results]
     lines += [f"| {_title(name)} | did not run: {why.replace('|', '/')} |" for name, why in failed.items()]
     return "\n".join(lines)

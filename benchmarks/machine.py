@@ -1,4 +1,4 @@
-"""What a figure was measured on: every benchmark prints it first."""
+"""The machine on which a figure was measured, as each benchmark prints it first."""
 
 import datetime as dt
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def describe_machine() -> str:
-    """Return date, processor and the number of cores that this process may use."""
+    """Return the date, the processor and the number of cores that this process may use."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -1,10 +1,10 @@
-"""Peak memory of `mm-data tokenize` as its input grows: every process that it starts, counted together.
+"""Peak memory of `mm-data tokenize` as its input grows, of all its processes together.
 
     python benchmarks/memory.py TEXT.jsonl [--tokenizer DIR] [--sizes 1,4,16] [--workers 1,2,8]
 
-An input of size 4 is four copies of the text, unlike each other (inputs.py says how), since the same text again would find
-every piece in the encoder's caches. processes.py says how memory is counted. The shards take their default size, so a small
-input is one shard, and is made by one process whatever --workers says. Needs Linux.
+An input of size 4 is four different copies of the text (see inputs.py), because every piece of an identical copy would be in the
+encoder's caches. processes.py says how memory is counted. Shards have the default size, so a small input is one shard, made by one
+process whatever --workers is. Needs Linux.
 """
 
 import argparse

@@ -1,12 +1,13 @@
-"""What the order of samples costs, and how good a shuffle it is.
+"""What the order of samples costs, and how good the shuffle is.
 
     python benchmarks/order.py
 
-First table: the time to make the permutation of an epoch, to jump to one position, and to get a batch of 256 (both at random places
-of the epoch), and the memory that all of this took; the last line is the list that it replaces, at a length where that is bearable.
-Second table: figures of quality, each beside what a random permutation shows.
+The first table has the time to make the permutation of an epoch, to jump to one position, and to get a batch of 256 (both at random
+positions of the epoch), and the memory for all of this. Its last line is the stored list that the permutation replaces, at a length
+where that is bearable. The second table has measures of quality, each beside the value for a random permutation.
 """
 
+import argparse
 import math
 import time
 import timeit
@@ -53,7 +54,7 @@ def cost(n: int) -> None:
 
 def quality(n: int, num_pairs: int = 1_000_000) -> None:
     permutation = Permutation(n, 0, 0)
-    # All of a small epoch: drawing a position twice would count its pair twice.
+    # A small epoch is taken whole: a position that is drawn twice would count its pair twice.
     here_at = (
         np.arange(n - 1) if n - 1 <= num_pairs else np.random.default_rng(1).integers(0, n - 1, num_pairs)
     )
@@ -84,13 +85,16 @@ def quality(n: int, num_pairs: int = 1_000_000) -> None:
         ),
         ("residues mod 16, chi-square", chi_square, 255.0, math.sqrt(510), ""),
     )
-    for name, found, expected, deviation, unit in figures:
+    for name, measured, expected, deviation, unit in figures:
         print(
-            f"{n:>26,}   {name:28} {found:10.4f}{unit:1} {expected:10.4f}{unit:1} {(found - expected) / deviation:+12.2f}"
+            f"{n:>26,}   {name:28} {measured:10.4f}{unit:1} {expected:10.4f}{unit:1} {(measured - expected) / deviation:+12.2f}"
         )
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     print(
         f"{'n':>26} {'make, us':>12} {'jump, us':>12} {'inverse, us':>12} {f'{BATCH}, us':>12} {'memory':>13}"
     )
@@ -101,7 +105,7 @@ def main() -> None:
     seconds = time.perf_counter() - started
     print(f"{'10,000,000 as a list':>26} {seconds * 1e6:12.0f} {'':38} {peak / 1024:9.0f} KiB")
     print()
-    print(f"{'n':>26}   {'':28} {'found':>11} {'random':>11} {'deviations':>12}")
+    print(f"{'n':>26}   {'':28} {'measured':>11} {'random':>11} {'deviations':>12}")
     for n in (10**6 + 1, 10**9, 10**12):
         quality(n)
 

@@ -1,7 +1,7 @@
-"""What each tool wrote, read by code of our own: documents of tokens, and where two sets of documents differ.
+"""What each tool wrote, read by our own code: documents of tokens, and how two sets of documents differ.
 
-The readers follow the formats, not the libraries: Megatron-Core's .bin and .idx, datatrove's .ds and .ds.index, dolma's raw
-.npy and .csv.gz, LitData's chunks, MosaicML's MDS shards, an Arrow column.
+The readers follow the formats and use none of the libraries: Megatron-Core's .bin and .idx, datatrove's .ds and .ds.index, dolma's raw
+.npy and .csv.gz, LitData's chunks, MosaicML's MDS shards, and an Arrow column.
 """
 
 import csv
@@ -31,13 +31,13 @@ class Documents:
         return len(self.offsets) - 1
 
     def as_bytes(self) -> list[bytes]:
-        """Return the tokens of each document as bytes, four a token."""
+        """Return the tokens of each document as bytes, four for each token."""
         return [self.ids[start:stop].tobytes() for start, stop in itertools.pairwise(self.offsets.tolist())]
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The tokens that a tool puts round a text."""
+    """The tokens that a tool puts around a text."""
 
     before: int | None = None
     behind: int | None = None
@@ -45,7 +45,7 @@ class Frame:
     """None is put where the text itself begins or ends with it."""
 
     def put(self, ids: bytes) -> bytes:
-        """Return a text's tokens with their frame."""
+        """Return the tokens of a text in their frame."""
         before, behind = (
             b"" if one is None else struct.pack("<I", one) for one in (self.before, self.behind)
         )
@@ -54,10 +54,10 @@ class Frame:
         return ids if self.unless_there and ids.endswith(behind) else ids + behind
 
     def take(self, ids: bytes) -> bytes:
-        """Return a framed text's tokens alone.
+        """Return the tokens of a framed text without the frame.
 
         Raises:
-            ValueError: its frame is not there.
+            ValueError: the frame is missing.
         """
         before, behind = (
             b"" if one is None else struct.pack("<I", one) for one in (self.before, self.behind)
@@ -69,7 +69,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How one set of documents differs from the reference's."""
+    """How one set of documents differs from the reference."""
 
     total: int
     missing: int
@@ -87,23 +87,23 @@ class Comparison:
         return "yes" if self.same_order else "yes, in another order"
 
 
-def compare(texts: list[bytes], found: list[bytes], frame: Frame) -> Comparison:
-    """Compare document by document; one without any text counts on neither side.
+def compare(texts: list[bytes], documents: list[bytes], frame: Frame) -> Comparison:
+    """Compare document by document; documents without any text are ignored on both sides.
 
     Args:
-        texts: the reference's tokens of each text, without a frame.
-        found: documents as they were written, with `frame`.
-        frame: what is put round the reference's texts before they are compared.
+        texts: the reference: the tokens of each text, without a frame.
+        documents: of the tool, with `frame`.
+        frame: is put around the texts of the reference before they are compared.
     """
     reference = [frame.put(text) for text in texts if text]
     empty = {b"", frame.put(b"")}
-    found = [document for document in found if document not in empty]
-    left, right = Counter(reference), Counter(found)
+    documents = [document for document in documents if document not in empty]
+    left, right = Counter(reference), Counter(documents)
     return Comparison(
         total=len(reference),
         missing=(left - right).total(),
         extra=(right - left).total(),
-        same_order=reference == found,
+        same_order=reference == documents,
     )
 
 
@@ -114,7 +114,7 @@ def read_ours(folder: Path) -> Documents:
 
 
 def read_megatron(folder: Path) -> Documents:
-    """Read what an IndexedDatasetBuilder wrote."""
+    """Read the output of an IndexedDatasetBuilder."""
     return _megatron(folder / "text_document")
 
 
@@ -125,66 +125,66 @@ def read_plain(folder: Path) -> Documents:
 
 
 def read_datatrove(folder: Path) -> Documents:
-    """Read files of uint16 and the ends of their documents, in tokens, as u64."""
-    found = []
+    """Read files of uint16, with the ends of their documents, in tokens, as u64."""
+    parts = []
     for path in sorted((folder / "tokens").glob("*.ds")):
         ends = np.fromfile(path.with_name(f"{path.name}.index"), "<u8").astype(np.int64)
-        found.append(_from_ends(np.fromfile(path, "<u2"), ends))
-    return _joined(found)
+        parts.append(_from_ends(np.fromfile(path, "<u2"), ends))
+    return _joined(parts)
 
 
 def read_dolma(folder: Path) -> Documents:
-    """Read raw arrays of uint16 (whatever .npy may suggest) and their tables: start, end, id, source, line."""
-    found = []
+    """Read arrays of uint16 (raw, in spite of the name .npy) and their tables: start, end, id, source, line."""
+    parts = []
     for path in sorted((folder / "tokens").glob("*.npy")):
         with gzip.open(path.with_suffix(".csv.gz"), "rt", encoding="utf-8", newline="") as table:
             ends = np.array([int(row[1]) for row in csv.reader(table)], np.int64)
         ids = np.fromfile(path, "<u2")
-        found.append(_from_ends(ids[: ends[-1]] if len(ends) else ids[:0], ends))
-    return _joined(found)
+        parts.append(_from_ends(ids[: ends[-1]] if len(ends) else ids[:0], ends))
+    return _joined(parts)
 
 
 def read_litdata(folder: Path) -> Documents:
-    """Read chunks: u32 count n, (n + 1) x u32 byte offsets, then the items' tokens as uint16 with nothing between."""
-    told = json.loads((folder / "chunks" / "index.json").read_bytes())
-    assert told["config"]["data_format"] == ["no_header_tensor:20"], "20 is uint16"
-    found = []
-    for chunk in sorted(told["chunks"], key=lambda chunk: _numbers(chunk["filename"])):
+    """Read chunks: u32 count n, (n + 1) x u32 byte offsets, then the tokens of the items as uint16, without gaps."""
+    index = json.loads((folder / "chunks" / "index.json").read_bytes())
+    assert index["config"]["data_format"] == ["no_header_tensor:20"], "20 is uint16"
+    parts = []
+    for chunk in sorted(index["chunks"], key=lambda chunk: _numbers(chunk["filename"])):
         data = (folder / "chunks" / chunk["filename"]).read_bytes()
         (count,) = struct.unpack_from("<I", data)
         offsets = np.frombuffer(data, "<u4", count + 1, 4).astype(np.int64)
-        found.append(_from_ends(np.frombuffer(data, "<u2", -1, offsets[0]), (offsets[1:] - offsets[0]) // 2))
-    return _joined(found)
+        parts.append(_from_ends(np.frombuffer(data, "<u2", -1, offsets[0]), (offsets[1:] - offsets[0]) // 2))
+    return _joined(parts)
 
 
 def read_mds(folder: Path) -> Documents:
     """Read MDS shards with one column `ndarray:uint16`.
 
-    A shard is u32 count n, (n + 1) x u32 byte offsets, a header, then samples; a sample here is u32 size, one byte whose low
-    two bits say the width of what follows, the number of tokens in 1, 2, 4 or 8 bytes, and the tokens.
+    A shard is u32 count n, (n + 1) x u32 byte offsets, a header, then samples. Here a sample is u32 size, one byte whose low two bits
+    give the width of the next field, the number of tokens in 1, 2, 4 or 8 bytes, and the tokens.
     """
-    found, lengths = [], []
+    items, lengths = [], []
     for shard in json.loads((folder / "mds" / "index.json").read_bytes())["shards"]:
         data = (folder / "mds" / shard["raw_data"]["basename"]).read_bytes()
         (count,) = struct.unpack_from("<I", data)
         for start, stop in itertools.pairwise(np.frombuffer(data, "<u4", count + 1, 4).tolist()):
             begin = start + 5 + (1 << (data[start + 4] & 3))
-            found.append(data[begin:stop])
+            items.append(data[begin:stop])
             lengths.append((stop - begin) // 2)
-    return _from_lengths(np.frombuffer(b"".join(found), "<u2"), np.array(lengths, np.int64))
+    return _from_lengths(np.frombuffer(b"".join(items), "<u2"), np.array(lengths, np.int64))
 
 
 def read_arrow(folder: Path) -> Documents:
-    """Read the column `input_ids` of what `datasets` saved."""
-    found = []
-    for told in json.loads((folder / "arrow" / "state.json").read_bytes())["_data_files"]:
-        with pa.memory_map(str(folder / "arrow" / told["filename"])) as file:
+    """Read the column `input_ids` of a dataset saved by `datasets`."""
+    parts = []
+    for entry in json.loads((folder / "arrow" / "state.json").read_bytes())["_data_files"]:
+        with pa.memory_map(str(folder / "arrow" / entry["filename"])) as file:
             for batch in pa.ipc.open_stream(file):
                 column = batch.column("input_ids")
                 offsets = column.offsets.to_numpy().astype(np.int64)
                 ids = column.values.to_numpy()[offsets[0] : offsets[-1]]
-                found.append(_from_ends(ids, offsets[1:] - offsets[0]))
-    return _joined(found)
+                parts.append(_from_ends(ids, offsets[1:] - offsets[0]))
+    return _joined(parts)
 
 
 def _megatron(prefix: Path) -> Documents:
@@ -198,7 +198,7 @@ def _megatron(prefix: Path) -> Documents:
 
 
 def _numbers(name: str) -> list[int]:
-    """Return the numbers in chunk-RANK-INDEX.bin."""
+    """Return the numbers in the name chunk-RANK-INDEX.bin."""
     return [int(part) for part in Path(name).stem.split("-") if part.isdigit()]
 
 

@@ -2,11 +2,11 @@
 
     python benchmarks/packing.py [--seq-len 512] [--documents 100000000] [--dataset DIR]
 
-Fill is tokens / (windows x width), over a million documents of each kind of length. Beside it: what plain best fit decreasing,
-one document at a time, makes of 20,000 of them against what the histogram makes of the same 20,000; and the fill that no packing
-can exceed, by the bound of Martello and Toth ("Lower bounds and reduction procedures for the bin packing problem", 1990), which
-knows that documents longer than half a window cannot share one. Then the plan of a dataset with that many documents is made
-and opened again; only its indexes are real, its tokens are a hole in a file. Peak memory is of this process, at that time.
+Fill is tokens / (windows x width), over a million documents of each distribution of lengths. Beside it are the fill that plain best
+fit decreasing, one document at a time, reaches on 20,000 of them, compared with the histogram's on the same 20,000; and the fill that
+no packing can exceed, by the bound of Martello and Toth ("Lower bounds and reduction procedures for the bin packing problem", 1990),
+which uses that two documents longer than half a window cannot share one. Then the plan of a dataset with that many documents is made
+and opened again. Only its indexes are real, its tokens are a hole in a sparse file. Peak memory is that of this process, up to then.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def histogram_of(lengths: NDArray[np.int64], width: int) -> NDArray[np.int64]:
 
 
 def one_at_a_time(lengths: NDArray[np.int64], width: int) -> int:
-    """Return the windows that plain best fit decreasing takes."""
+    """Return the number of windows of plain best fit decreasing."""
     rooms: list[int] = []
     windows = 0
     for length in np.sort(np.clip(lengths, 3, width))[::-1].tolist():
@@ -62,7 +62,7 @@ def one_at_a_time(lengths: NDArray[np.int64], width: int) -> int:
 
 
 def fewest(histogram: NDArray[np.int64]) -> int:
-    """Return a number of windows below which no packing can go."""
+    """Return a lower bound of the windows of any packing."""
     width = len(histogram) - 1
     count = np.concatenate([[0], np.cumsum(histogram)])
     tokens = np.concatenate([[0], np.cumsum(histogram * np.arange(width + 1))])
@@ -79,7 +79,7 @@ def fewest(histogram: NDArray[np.int64]) -> int:
     return best
 
 
-def told(name: str, lengths: NDArray[np.int64], width: int) -> str:
+def row(name: str, lengths: NDArray[np.int64], width: int) -> str:
     histogram = histogram_of(lengths, width)
     start = time.perf_counter()
     packing = best_fit(histogram)
@@ -134,12 +134,12 @@ def make_indexes(folder: Path, num_documents: int, width: int) -> ShardSet:
 
 
 def peak_mib() -> float:
-    """Return the peak of this process's memory; mapped pages that the kernel could drop are part of it."""
+    """Return the peak memory of this process, including mapped pages that the kernel could drop."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def own_mib() -> float | None:
-    """Return the memory that is this process's alone, not mapped from a file, now."""
+    """Return the memory of this process that is not mapped from a file, now."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None
@@ -163,17 +163,17 @@ def main() -> None:
     )
     source = np.random.default_rng(0)
     for name, draw in LENGTHS.items():
-        print(told(name, draw(source, 1_000_000, width).astype(np.int64), width))
+        print(row(name, draw(source, 1_000_000, width).astype(np.int64), width))
     for folder in arguments.dataset:
         lengths = np.concatenate([shard.lengths for shard in ShardSet.open(folder)]).astype(np.int64)
-        print(told(f"{folder.name}, {len(lengths):,} documents", source.permutation(lengths), width))
+        print(row(f"{folder.name}, {len(lengths):,} documents", source.permutation(lengths), width))
     if arguments.documents:
         with tempfile.TemporaryDirectory() as folder:
             shards = make_indexes(Path(folder), arguments.documents, width)
             before, own = peak_mib(), own_mib()
             start = time.perf_counter()
             plan = open_plan(shards, width, "cut")
-            made = time.perf_counter() - start
+            seconds = time.perf_counter() - start
             start = time.perf_counter()
             open_plan(shards, width, "cut")
             opened = time.perf_counter() - start
@@ -181,8 +181,8 @@ def main() -> None:
             fill = plan.num_tokens / plan.num_windows / width
             per = arguments.documents / 1e8
             print(
-                f"{arguments.documents:,} documents, {plan.num_windows:,} windows, {fill:.3%} filled: planned in {made:.1f} s "
-                f"({made / per:.1f} s for 10^8), opened again in {opened:.2f} s, {size / 2**20:,.0f} MiB on disk"
+                f"{arguments.documents:,} documents, {plan.num_windows:,} windows, {fill:.3%} filled: planned in {seconds:.1f} s "
+                f"({seconds / per:.1f} s for 10^8), opened again in {opened:.2f} s, {size / 2**20:,.0f} MiB on disk"
             )
             print(
                 f"memory: peak {peak_mib():,.0f} MiB, {before:,.0f} before; own {own_mib()} MiB after, {own} before"

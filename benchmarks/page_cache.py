@@ -1,4 +1,4 @@
-"""The page cache: whether files are in it, and to put them out of it. Linux only."""
+"""The page cache: which files are in it, and how to drop them from it. Linux only."""
 
 import ctypes
 import gc
@@ -13,7 +13,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def drop_pages(folder: Path) -> None:
-    """Write out what is dirty and drop the folder's files from the page cache; they must not be mapped."""
+    """Write dirty pages to disk and drop a folder's files from the page cache; they must not be mapped."""
     gc.collect()
     for path in files_of(folder):
         descriptor = os.open(path, os.O_RDONLY)
@@ -25,7 +25,7 @@ def drop_pages(folder: Path) -> None:
 
 
 def share_in_cache(folder: Path) -> float:
-    """Return which share of the pages of a folder's files is in the page cache."""
+    """Return the share of the pages of a folder's files that is in the page cache."""
     mincore = ctypes.CDLL(None, use_errno=True).mincore
     there = pages = 0
     for path in files_of(folder):

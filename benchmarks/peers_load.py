@@ -1,23 +1,24 @@
-"""Our loader against those of the field: speed, first batch, resume and memory, with the page cache cold and warm.
+"""Our loader compared with others: speed, first batch, resume and memory, with the page cache cold and warm.
 
     python benchmarks/peers_load.py [TEXT.jsonl] [--tokenizer DIR] [--megabytes 1024] [--rounds 2] [--folder DIR] [--peers ours,torch,…]
 
-Every loader runs in processes of its own, in an environment of its own where it needs one (see environments.py), through the program
-peers/load_NAME.py, whose docstring says what it is told to do: the way that its documentation calls the best. All read the same
-stream of tokens (load_data.py), written by each tool's own writer, and hand out the same: inputs and targets, int64 [64, 512].
+Every loader runs in its own processes, and if necessary in its own environment (see environments.py), through the program
+peers/load_NAME.py. The docstring of that program says how the loader is used: in the way that its documentation recommends. All
+loaders read the same stream of tokens (load_data.py), written by each tool's own writer, and return the same batches: inputs and
+targets, int64 [64, 512].
 
-Before the rounds each loader writes its data and is checked on a small corpus: what an epoch holds, and whether a resume in its middle
-goes on as if nothing had been. It runs without workers and with two; the better is taken for each of cold and warm speed. A round is
-a process of each loader, one after the other:
+Before the rounds, each loader writes its data and is checked on a small corpus: what an epoch contains, and whether a resume in its
+middle continues exactly. It runs without workers and with two; for both cold and warm speed the better one is used. A round is one
+process of each loader, one after the other:
 
-- cold: its files are dropped from the page cache (mincore confirms it), it opens and reads 256 batches;
-- warm: its files are read once, it opens anew, and reads for some seconds;
-- resume: it opens a dataset of 10^9 windows at the middle of an epoch, without workers, and hands out a batch. The dataset is made of
-  holes or of one file under many names. A loader whose memory or time grows with the windows opens 10^6 and 10^7 instead.
+- cold: its files are dropped from the page cache (mincore confirms it), it opens them and reads 256 batches;
+- warm: its files are read once, it opens them again, and reads for some seconds;
+- resume: without workers, it opens a dataset of 10^9 windows in the middle of an epoch and returns one batch. The dataset is sparse,
+  or one file under many names. Loaders whose memory or time grows with the number of windows open 10^6 and 10^7 instead.
 
-A factor behind a figure says how many times better ours is, the median over rounds of pairs of one round. Memory is what all processes of
-a loader hold at their peak that is no page of a file, and, first, how much of that is more than its imports take. `--folder` keeps the
-data there for another time; it says, too, which disk is read. Needs Linux.
+A factor behind a figure says by how much ours is better: the median over rounds of the ratio within a round. Memory is the peak of all
+processes of a loader without pages of files; the first figure is what exceeds its imports. `--folder` keeps the data for the next
+time, and chooses the disk. Needs Linux.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from pathlib import Path
 import load_data
 import numpy as np
 from environments import PEERS, NoEnvironmentError, environment
-from load_table import ALL, SEQ_LEN, Found, power, table
+from load_table import ALL, SEQ_LEN, Result, power, table
 from machine import describe_machine
 from page_cache import drop_pages, share_in_cache
 from processes import CommandFailedError, Memory, hold_to_cores, timed, watched
@@ -52,7 +53,7 @@ _MOST_IN_CACHE = 0.01
 
 
 class Bench:
-    """What all runs share: the corpora, and where each loader's files are."""
+    """What all runs share: the corpora, and the files of each loader."""
 
     def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
         self.folder = folder
@@ -89,12 +90,12 @@ class Bench:
         }
 
     def task(self, name: str, action: str, size: str | int, **changes: object) -> LoadTask:
-        """Return a task of a loader over the corpus `large` or `small`, or a dataset of so many windows."""
+        """Return a task of a loader: on the corpus `large` or `small`, or on a dataset of this many windows."""
         corpus = self.folder / "corpus" / (size if isinstance(size, str) else "large")
         folder = self.folder / "data" / ALL[name].data / str(size)
         folder.mkdir(parents=True, exist_ok=True)
         info = self.tokenizer.info
-        told = {
+        settings = {
             "action": action,
             "stream": corpus / "tokens.bin",
             "lengths": corpus / "lengths.bin",
@@ -109,10 +110,10 @@ class Bench:
             "batch": _BATCH,
             "seq_len": SEQ_LEN,
         }
-        return LoadTask(**{**told, **changes})
+        return LoadTask(**{**settings, **changes})
 
     def command(self, name: str, tasks: list[LoadTask]) -> tuple[list[str], dict[str, str]]:
-        """Return a loader's command and the environment that it runs in."""
+        """Return a loader's command and its environment variables."""
         (self.folder / "tasks.json").write_text(json.dumps([task.as_dict() for task in tasks]))
         (self.folder / "figures.json").unlink(missing_ok=True)
         peer = ALL[name]
@@ -133,22 +134,22 @@ class Bench:
         return command, variables
 
     def figures(self) -> list[dict[str, float]]:
-        """What the last command left."""
-        told: list[dict[str, float]] = json.loads((self.folder / "figures.json").read_bytes())
-        return told
+        """Return the figures of the last command."""
+        figures: list[dict[str, float]] = json.loads((self.folder / "figures.json").read_bytes())
+        return figures
 
 
-def prepare(bench: Bench, name: str) -> Found:
-    """Write a loader's data, check what it reads, and find out with how many workers it is best."""
-    peer, found = ALL[name], Found()
+def prepare(bench: Bench, name: str) -> Result:
+    """Write a loader's data, check what it reads, and find the best number of workers."""
+    peer, result = ALL[name], Result()
     tasks, written = [], []
     for size in ("large", "small", *peer.sizes):
-        made = bench.task(name, "write" if isinstance(size, str) else "grow", size)
-        if not _done(made).exists():
-            shutil.rmtree(made.folder)
-            made.folder.mkdir()
-            tasks.append(made)
-            written.append(made)
+        task = bench.task(name, "write" if isinstance(size, str) else "grow", size)
+        if not _done(task).exists():
+            shutil.rmtree(task.folder)
+            task.folder.mkdir()
+            tasks.append(task)
+            written.append(task)
     tasks.append(bench.task(name, "check", "small"))
     tasks += [bench.task(name, "resume", size) for size in peer.sizes[:-1]]
     timed(*bench.command(name, tasks))
@@ -156,23 +157,23 @@ def prepare(bench: Bench, name: str) -> Found:
         _done(task).touch()
     for task, figure in zip(tasks, bench.figures(), strict=True):
         if task.action == "resume":
-            found.smaller[task.num_windows] = figure["resume"]
+            result.smaller[task.num_windows] = figure["resume"]
         if figure.get("index_seconds") and task.action == "grow":
-            found.index += f"; index of {power(task.num_windows)} made in {figure['index_seconds']:.1f} s"
-    found.data = _compared(bench, name)
+            result.index += f"; index of {power(task.num_windows)} made in {figure['index_seconds']:.1f} s"
+    result.data = _compared(bench, name)
     if peer.sizes:
         resume = bench.task(name, "resume", peer.sizes[-1])
-        found.resuming = watched(*bench.command(name, [resume]))
+        result.resuming = watched(*bench.command(name, [resume]))
     speeds: dict[int, tuple[float, float]] = {}
     memories: dict[int, Memory] = {}
     for workers in peer.workers:
         memories[workers], (cold, _, warm) = _measured(bench, name, workers, workers)
         speeds[workers] = cold["tokens_per_second"], warm["tokens_per_second"]
-        found.imports_mb = cold["imports_mb"]
-    found.workers_cold = max(speeds, key=lambda workers: speeds[workers][0])
-    found.workers_warm = max(speeds, key=lambda workers: speeds[workers][1])
-    found.reading = memories[found.workers_warm]
-    return found
+        result.imports_mb = cold["imports_mb"]
+    result.workers_cold = max(speeds, key=lambda workers: speeds[workers][0])
+    result.workers_warm = max(speeds, key=lambda workers: speeds[workers][1])
+    result.reading = memories[result.workers_warm]
+    return result
 
 
 def _done(task: LoadTask) -> Path:
@@ -186,19 +187,21 @@ def _compared(bench: Bench, name: str) -> str:
     if check == "places":
         return load_data.compare_places(epoch, corpus)
     if check == "tokens":
-        told = load_data.compare_tokens(epoch, corpus, _BATCH)
+        verdict = load_data.compare_tokens(epoch, corpus, _BATCH)
     elif check == "texts":
-        told = load_data.compare(epoch, load_data.expected_texts(corpus, SEQ_LEN, bench.tokenizer), _BATCH)
+        verdict = load_data.compare(epoch, load_data.expected_texts(corpus, SEQ_LEN, bench.tokenizer), _BATCH)
     else:
-        told = load_data.compare(epoch, load_data.expected_windows(corpus, SEQ_LEN, ALL[name].stride), _BATCH)
+        verdict = load_data.compare(
+            epoch, load_data.expected_windows(corpus, SEQ_LEN, ALL[name].stride), _BATCH
+        )
     exact = np.array_equal(epoch[len(epoch) - len(resumed) :], resumed)
-    return f"{told}; resumes {'exactly' if exact else 'elsewhere'}"
+    return f"{verdict}; resumes {'exactly' if exact else 'elsewhere'}"
 
 
 def _measured(
     bench: Bench, name: str, workers_cold: int, workers_warm: int, *, resume: bool = False
 ) -> tuple[Memory | None, list[dict[str, float]]]:
-    """Run a loader cold, then warm; then, timed and unwatched, at the middle of its longest dataset."""
+    """Run a loader cold, then warm; with `resume`, timed and without a watcher, then also in the middle of its longest dataset."""
     tasks = [
         bench.task(name, "read", "large", batches=_COLD_BATCHES, workers=workers_cold),
         bench.task(name, "warm", "large"),
@@ -216,9 +219,11 @@ def _measured(
     return None, bench.figures()
 
 
-def one_round(bench: Bench, name: str, found: Found) -> None:
+def one_round(bench: Bench, name: str, result: Result) -> None:
     """Measure a loader once."""
-    _, (cold, _, warm, *resumed) = _measured(bench, name, found.workers_cold, found.workers_warm, resume=True)
+    _, (cold, _, warm, *resumed) = _measured(
+        bench, name, result.workers_cold, result.workers_warm, resume=True
+    )
     figures = {
         "warm": warm["tokens_per_second"],
         "cold": cold["tokens_per_second"],
@@ -226,7 +231,7 @@ def one_round(bench: Bench, name: str, found: Found) -> None:
         "first cold": cold["first_batch"],
         "from start": cold["imports"] + warm["first_batch"],
     }
-    found.rounds.append(figures | ({"resume": resumed[0]["resume"]} if resumed else {}))
+    result.rounds.append(figures | ({"resume": resumed[0]["resume"]} if resumed else {}))
 
 
 def main() -> None:
@@ -236,29 +241,29 @@ def main() -> None:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         bench = Bench(folder, arguments)
-        found: dict[str, Found] = {}
+        results: dict[str, Result] = {}
         failed: dict[str, str] = {}
 
         def attempt(name: str, what: str) -> None:
             print(f"{what}: {name}", file=sys.stderr)
             try:
                 if what == "preparing":
-                    found[name] = prepare(bench, name)
+                    results[name] = prepare(bench, name)
                 else:
-                    one_round(bench, name, found[name])
+                    one_round(bench, name, results[name])
             except (NoEnvironmentError, CommandFailedError, ValueError, OSError) as error:
                 failed[name] = " ".join(f"{what}: {type(error).__name__}: {error}".split())
-                found.pop(name, None)
+                results.pop(name, None)
 
         for name in arguments.peers:
             attempt(name, "preparing")
         for number in range(arguments.rounds):
-            for name in list(found):
+            for name in list(results):
                 attempt(name, f"round {number + 1}")
         megabytes = bench.num_windows["large"] * SEQ_LEN * 2 / 1e6
     print(describe_machine(), end="; ")
     print(f"{megabytes:,.0f} MB of tokens, median of {arguments.rounds} rounds\n")
-    print(table(found, failed))
+    print(table(results, failed))
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,20 +1,19 @@
-"""`mm-data tokenize` against the tools of the field: whole processes, the same text, tokenizer and cores.
+"""`mm-data tokenize` compared with other tools: whole processes, with the same text, tokenizer and cores.
 
     python benchmarks/peers_tokenize.py TEXT.jsonl [--tokenizer DIR] [--rounds 3] [--repeat 1] [--cores 2]
                                         [--peers tokenizers,datasets,megatron,megatron-fast,datatrove,dolma,litdata,streaming]
 
-Each peer runs in an environment of its own, made when first wanted (see environments.py), through the program
-peers/run_NAME.py, whose docstring says what it is told to do; dolma through its own command. All are held to the same cores; a tool
-that starts as many processes as there are cores gets one thread for each, a tool that is one process gets a thread for each core.
+Each peer runs in its own environment, made when first needed (see environments.py), through the program peers/run_NAME.py, whose
+docstring says how the tool is used; dolma runs through its own command. All use the same cores. A tool that starts a process for
+each core gets one thread in each; a tool that is one process gets a thread for each core.
 
-First every tool runs once unmeasured: it fills caches, gives its peak memory (processes.py says how that is counted) and
-its output, which is read here by our own code and compared with ours document by document. Then come the timed rounds:
-ours, peer, ours, next peer. A ratio is of such a pair of neighbours, so that what else the machine does meets both alike.
-Millions of tokens a second are of ours, BOS and EOS in, for everybody: the same work. `--repeat N` lengthens the text by
-unlike copies (inputs.py). Prepared beforehand and timed for nobody: the parts for tools that share out files,
-and dolma's own form of input.
+First every tool runs once untimed. That run fills caches and gives its peak memory (processes.py says how it is counted) and its
+output, which our own code reads and compares with ours document by document. Then come the timed rounds: ours, peer, ours, next
+peer. A ratio is that of two neighbouring runs, so that other work on the machine affects both. Tokens a second count our tokens, with
+BOS and EOS, for every tool, since the work is the same. `--repeat N` lengthens the text by different copies (inputs.py). Two things
+are prepared before and not timed: the parts for tools that distribute files, and dolma's own input format.
 
-A peer that cannot be installed or fails is named with its reason, and the others go on. Needs Linux.
+A peer that cannot be installed or fails is named with its reason, and the others continue. Needs Linux.
 """
 
 import argparse
@@ -43,7 +42,7 @@ _THREADS = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS
 
 @dataclass(frozen=True)
 class Peer:
-    """A tool of the field."""
+    """Another project's tool."""
 
     package: str
     read: Callable[[Path], Documents]
@@ -117,7 +116,7 @@ class Bench:
         (self.folder / "tmp").mkdir()
 
     def environment(self, threads: int) -> dict[str, str]:
-        """Return what a run finds in its environment: its threads, folders to spoil, and no way to a model hub."""
+        """Return the environment variables of a run: threads, temporary folders, and no access to a model hub."""
         return {
             **dict.fromkeys(_THREADS, str(threads)),
             "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
@@ -234,19 +233,21 @@ def _prepare(folder: Path, arguments: argparse.Namespace) -> Bench:
 
 
 def _with_old_merges(text: str) -> str:
-    """Return a tokenizer.json that `tokenizers` before 0.20 reads: merges as "a b", the same ones."""
-    told = json.loads(text)
-    merges = told["model"].get("merges", [])
+    """Return the tokenizer.json in a form that `tokenizers` before 0.20 reads: the same merges, each as "a b"."""
+    content = json.loads(text)
+    merges = content["model"].get("merges", [])
     if not any(" " in part for merge in merges if isinstance(merge, list) for part in merge):
-        told["model"]["merges"] = [" ".join(merge) if isinstance(merge, list) else merge for merge in merges]
-    return json.dumps(told, ensure_ascii=False)
+        content["model"]["merges"] = [
+            " ".join(merge) if isinstance(merge, list) else merge for merge in merges
+        ]
+    return json.dumps(content, ensure_ascii=False)
 
 
 def _command(bench: Bench, name: str) -> tuple[list[str], dict[str, str]]:
-    """Return a peer's command and the environment that it runs in."""
+    """Return a peer's command and its environment variables."""
     binaries = environment(name)
     if name == "dolma":
-        told = {
+        flags = {
             "documents": bench.folder / "parts-with-ids" / "*.jsonl",
             "destination": bench.task.out / "tokens",
             "tokenizer.name_or_path": bench.folder / "old-tokenizer.json",
@@ -258,7 +259,7 @@ def _command(bench: Bench, name: str) -> tuple[list[str], dict[str, str]]:
             "work_dir.output": bench.folder / "tmp" / "work",
         }
         command = [str(binaries / "dolma"), "tokens"]
-        command += [part for flag, value in told.items() for part in (f"--{flag}", str(value))]
+        command += [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
     else:
         program = PEERS / f"run_{name.replace('-', '_')}.py"
         command = [str(binaries / "python"), str(program), str(bench.folder / "task.json")]

@@ -1,9 +1,9 @@
-"""Whole processes: held to the same cores, timed alone, and watched for the memory of everything they start.
+"""Whole processes: run on given cores, timed, and watched for the memory of everything that they start.
 
-Linux only: it reads /proc. A command runs as a session of its own, so everything that it starts is found, whoever became its
-parent. Time is taken without a watcher beside it; memory in a run of its own, whose time counts for nothing. The memory of
-several processes is the sum of their proportional set sizes: a page that two of them share counts once, a page of a mapped
-file counts while it is mapped in.
+Linux only: it reads /proc. A command runs in its own session, so all processes that it starts are found, whoever became their
+parent. Time is measured without a watcher; memory is measured in a run of its own, which is not timed. The memory of several
+processes is the sum of their proportional set sizes: a page that two of them share counts once, and a page of a mapped file counts
+while it is mapped.
 """
 
 import contextlib
@@ -18,17 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _SAMPLES_PER_SECOND = 25
-_SESSION_FIELD = 3  # of /proc/PID/stat, counted behind the name
+_SESSION_FIELD = 3  # of /proc/PID/stat, counted after the name
 _LAST_WORDS = 300
 
 
 class CommandFailedError(Exception):
-    """A command ended badly; the text is its status and its last words."""
+    """A command failed; the message has its status and the end of its output."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Peaks of a process and all that it started, in MB of 10^6 bytes."""
+    """Peak memory of a process and all that it started, in MB of 10^6 bytes."""
 
     total_mb: float
     anonymous_mb: float
@@ -38,7 +38,7 @@ class Memory:
 
 
 def hold_to_cores(count: int) -> None:
-    """Keep this process, and all that it starts from now on, on `count` of its cores."""
+    """Restrict this process, and all that it starts from now on, to `count` of its cores."""
     if not hasattr(os, "sched_setaffinity"):
         sys.exit("this benchmark needs Linux: it holds processes to cores and reads their memory from /proc")
     cores = sorted(os.sched_getaffinity(0))[:count]
@@ -60,7 +60,7 @@ def timed(command: Sequence[str], environment: dict[str, str] | None = None) -> 
 
 
 def watched(command: Sequence[str], environment: dict[str, str] | None = None) -> Memory:
-    """Run a command; return the most memory that it and all its processes held at one moment.
+    """Run a command; return the highest memory that all of its processes had together at one moment.
 
     Raises:
         CommandFailedError: its exit status is not 0.
@@ -78,7 +78,7 @@ def watched(command: Sequence[str], environment: dict[str, str] | None = None) -
 
 @contextlib.contextmanager
 def _running(command: Sequence[str], environment: dict[str, str] | None) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a command in a session of its own, see that it ends well, and leave nothing of it running."""
+    """Start a command in its own session, check that it succeeds, and leave none of its processes running."""
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             command,
@@ -106,7 +106,7 @@ def _session(leader: int) -> list[int]:
     """Return the processes of a session."""
     members = []
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
+        with contextlib.suppress(OSError):  # it has ended in the meantime
             fields = path.read_text().rpartition(")")[2].split()
             if int(fields[_SESSION_FIELD]) == leader:
                 members.append(int(path.parent.name))
@@ -114,10 +114,10 @@ def _session(leader: int) -> list[int]:
 
 
 def _memory_of(pid: int) -> tuple[int, int] | None:
-    """Return a process's proportional set size, all of it and the anonymous part, in bytes; None where it is gone."""
+    """Return a process's proportional set size, all of it and the anonymous part, in bytes; None if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return None
-    told = {name: rest.split()[0] for name, _, rest in (line.partition(":") for line in lines[1:])}
-    return (1024 * int(told["Pss"]), 1024 * int(told["Pss_Anon"])) if told else None
+    sizes = {name: rest.split()[0] for name, _, rest in (line.partition(":") for line in lines[1:])}
+    return (1024 * int(sizes["Pss"]), 1024 * int(sizes["Pss_Anon"])) if sizes else None

@@ -1,11 +1,11 @@
-"""How long a checkpoint stops the training: written before the next step, and written beside it as `mm-train` does.
+"""How long a checkpoint stops the training: written before the next step, and written in the background as `mm-train` does.
 
     python benchmarks/save_pause.py [--preset minimind2] [--device cpu] [--saves 3] [--micro-batch 4] [--seq-len 128] [--out FOLDER]
 
-Real steps of a model of a published size on random tokens, with AdamW's averages in the checkpoint. A pause is the time between two
-steps in which the training waits for the save. `beside` is the saver of a run (saver.py): a copy in memory is what is waited for. Beside
-that, what a step takes while a checkpoint is written, against one while none is: the thread needs processor and memory too. The first
-save of a run is told apart, because its copies need fresh memory.
+The steps are real ones, of a model of a published size on random tokens; checkpoints have AdamW's averages. A pause is the time between
+two steps in which the training waits for the save. `beside` is the saver of a run (minimind_train/run_folder/saver.py), where the
+training waits only for a copy in memory. The script also compares a step while a checkpoint is written with a step while none is,
+because writing needs processor time and memory too. The first save of a run is listed separately: its copies need new memory.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as mm-train does, and before torch comes
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as mm-train does, and before torch is imported
 
 import torch
 from machine import describe_machine
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to write; by default where temporary files go")
     arguments = parser.parse_args()
     training = Training(arguments)
-    training.step()  # the optimizer's averages come with the first step
+    training.step()  # the first step makes the optimizer's averages
     tensors = tensors_of(training.model, training.optimizer)
     num_bytes = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
     print(describe_machine())
@@ -89,7 +89,7 @@ class Training:
         return time.perf_counter() - then
 
     def save_before(self, run: Path) -> float:
-        """Save as a loop does that waits, and return how long."""
+        """Save as a loop that waits does; return the seconds."""
         self.step()
         then = time.perf_counter()
         checkpoint.save(run, self._state({"step": self.number}), tensors_of(self.model, self.optimizer))
@@ -98,7 +98,7 @@ class Training:
         return pause
 
     def save_beside(self, run: Path, saves: int) -> list[float]:
-        """Return the pauses of so many saves; behind them, the median step while one is written, and the median writing."""
+        """Return the pauses of this many saves, then the median step while a checkpoint is written and the median time of writing."""
         saver = Saver(
             run,
             SaveOptions(save_every=1, keep=1),

@@ -1,4 +1,4 @@
-"""The job that a peer's program is given, made from a text and a tokenizer of ours."""
+"""The task of a peer's program, made from a text and a tokenizer of ours."""
 
 import sys
 from pathlib import Path

@@ -1,10 +1,10 @@
-"""JSON lines to shards, whole command, against Hugging Face `tokenizers` doing the same with its own parallel batches.
+"""JSON lines to shards, the whole command, compared with Hugging Face `tokenizers` in its own parallel batches.
 
     python benchmarks/tokenize_speed.py INPUT.jsonl [--tokenizer DIR] [--rounds 3] [--repeat 1]
 
-Both sides start as fresh processes, in turn, on the same input, cores and tokenizer, and write every document as
-BOS + ids + EOS in uint16; the files must be equal byte for byte, or the benchmark fails. `--repeat N` makes an input N
-times as long first, to see how time and memory grow.
+Both run as new processes, in turns, on the same input, cores and tokenizer, and write every document as BOS + ids + EOS in uint16.
+The files must be equal byte for byte, or the benchmark fails. `--repeat N` makes the input N times as long first, to show how time and
+memory grow.
 """
 
 import argparse

@@ -1,24 +1,24 @@
-"""A training step of ours against MiniMind's own: tokens a second, useful tokens a second, model FLOPs utilisation, memory.
+"""Our training step compared with MiniMind's own: tokens a second, useful tokens a second, model FLOPs utilisation, memory.
 
     python benchmarks/train_step.py [--minimind DIR] [--data TEXT.jsonl --tokenizer DIR] [--shape 512x8 --shape 768x8] [--moe]
                                     [--compile] [--device cpu] [--dtype fp32] [--threads 2] [--rounds 5]
 
-DIR is a checkout of MiniMind. Its model is its class and its step is its `train_epoch`, as they stand there; ours is `take_step`. Both
-begin with the same weights, take the same batches in the same order under the same settings, MiniMind's, and take turns, step by
-step, in one process. The losses of both are compared at every step, so that no speed is bought with another trajectory. The first
-round is not timed. Without --minimind, ours runs alone.
+DIR is a checkout of MiniMind. Its model is its own class and its step is its `train_epoch`, both unchanged; ours is `take_step`. Both
+begin with the same weights and take the same batches in the same order with MiniMind's settings. They run in turns, step by step, in
+one process. Their losses are compared at every step, so that no speed comes from another trajectory. The first round is not timed.
+Without --minimind, ours runs alone.
 
-Two comparisons for each shape:
+There are two comparisons for each shape:
 
-- step: full windows of random tokens, the same for both, so it is the work alone that differs. Ours plain and, with --compile, compiled.
-- useful: with --data, texts; MiniMind pads each to a window, ours packs whole texts into as many windows. Only learned tokens count.
+- step: full windows of random tokens, the same for both, so that only the work differs. Ours runs plain and, with --compile, compiled.
+- useful: with --data, texts. MiniMind pads each to a window, ours packs whole texts into as many windows. Only targets count.
 
 FLOPs of a token, forward and backward: 6 for each weight that it is multiplied by (active ones; the output matrix counts, looking up
-an embedding does not) and, for attention inside a causal window of L tokens, 6 L x heads x head size a layer. Utilisation is that
-over what the device can do: on a GPU the figure of its data sheet, on the CPU the fastest of large matrix products in this run, with
-the same threads. Seconds are medians over rounds; a ratio is the median over rounds of the ratios of neighbouring steps, of which `by
-processor` counts processor time: less is due to whatever else a machine does. Memory is the most that a process of its own held in
-two steps more than before the first: of the device on a GPU, of all on the CPU.
+an embedding does not) and, for attention inside a causal window of L tokens, 6 L x heads x head size for each layer. Utilisation is
+that over what the device can do: on a GPU the figure of its data sheet, on the CPU the fastest of some large matrix products in this
+run, with the same threads. Seconds are medians over rounds. A ratio is the median over rounds of the ratios of neighbouring steps; `by
+processor` uses processor time, on which other work on the machine has less effect. Memory is what two steps need at their peak beyond
+what was there before the first, in a process of its own: on a GPU the device's memory, on the CPU all of it.
 """
 
 import argparse
@@ -57,7 +57,7 @@ from minimind_train.training.options import OptimizerOptions
 from minimind_train.training.step import take_step
 
 _SHEET_TFLOPS = {
-    # Dense, as their makers state them: in bf16 or fp16, in TF32.
+    # Dense products, as the data sheets state them: in bf16 or fp16, in TF32.
     "H200": (989.4, 494.7),
     "H100": (989.4, 494.7),
     "A100": (312.0, 156.0),
@@ -92,7 +92,7 @@ class Task:
 
     @property
     def flops(self) -> float:
-        """Of a token; see the docstring."""
+        """Return the FLOPs of a token; see the module's docstring."""
         config = self.config
         looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
         attention = config.num_hidden_layers * self.seq_len * config.num_attention_heads * config.head_size
@@ -101,7 +101,7 @@ class Task:
 
 class Learner(Protocol):
     def step(self, batch: Batch) -> float:
-        """Learn a batch, and return its loss."""
+        """Train on a batch, and return its loss."""
         ...
 
 
@@ -149,7 +149,7 @@ class Ours:
 
 
 class Theirs:
-    """MiniMind's classes and its `train_epoch`, whose settings are the globals of its module."""
+    """MiniMind's classes and its `train_epoch`, whose settings are globals of its module."""
 
     def __init__(self, task: Task, weights: dict[str, torch.Tensor]) -> None:
         assert task.minimind is not None
@@ -234,22 +234,22 @@ class Timed:
 
 def take_turns(learners: dict[str, Any], batches: dict[str, list[Any]], device: str) -> dict[str, Timed]:
     """Let each take a step in turn, for as many rounds as there are batches; the first is not timed."""
-    found = {name: Timed([], [], []) for name in learners}
+    timings = {name: Timed([], [], []) for name in learners}
     for number in range(len(next(iter(batches.values())))):
         for name, learn in learners.items():
             wall, processor = time.perf_counter(), time.process_time()
             loss = learn(batches[name][number])
             if device != "cpu":
                 torch.cuda.synchronize()
-            found[name].losses.append(loss)
+            timings[name].losses.append(loss)
             if number:
-                found[name].seconds.append(time.perf_counter() - wall)
-                found[name].processor.append(time.process_time() - processor)
-    return found
+                timings[name].seconds.append(time.perf_counter() - wall)
+                timings[name].processor.append(time.process_time() - processor)
+    return timings
 
 
 def measured_peak(device: str, dtype: str) -> float:
-    """FLOPs a second of the fastest of some large matrix products."""
+    """Return the FLOPs a second of the fastest of some large matrix products."""
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
     size = 2048 if device == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device, dtype=half) for _ in range(2))
@@ -273,13 +273,13 @@ def peak_of(device: str, dtype: str) -> tuple[float, str]:
 
 
 def resident(which: str) -> int:
-    """Bytes that this process holds, or held at most. (What getrusage says is inherited from who started it.)"""
+    """Return the bytes that this process has, or had at most. (The figure of getrusage is inherited from its parent.)"""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith(which))
 
 
 def memory_of(task: Task, kind: str) -> int:
-    """Bytes that two steps take more than what was there before; in a process of its own."""
+    """Return the bytes that two steps need beyond what was there before, in a process of its own."""
     torch.set_num_threads(task.threads)
     if task.device != "cpu":
         allow_tf32(torch.device(task.device), allowed=True)
@@ -308,7 +308,7 @@ def compare_steps(task: Task, kinds: list[str], rounds: int) -> None:
     learners = {kind: make_learner(task, kind, weights).step for kind in kinds}
     before, source = peak_of(task.device, task.dtype)
     batches = random_batches(task, rounds + 1)
-    found = take_turns(learners, dict.fromkeys(kinds, batches), task.device)
+    timings = take_turns(learners, dict.fromkeys(kinds, batches), task.device)
     peak = max(before, peak_of(task.device, task.dtype)[0])
     print(
         f"step: {task.accumulation} x {task.micro_batch} windows of {task.seq_len} tokens, {task.flops / 1e6:,.0f} MFLOPs a token, "
@@ -317,15 +317,15 @@ def compare_steps(task: Task, kinds: list[str], rounds: int) -> None:
     tokens = task.windows * task.seq_len
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         for kind in kinds:
-            seconds = statistics.median(found[kind].seconds)
+            seconds = statistics.median(timings[kind].seconds)
             line = f"  {kind:15} {seconds:8.3f} s  {tokens / seconds:9,.0f} tokens/s  {task.flops * tokens / seconds / peak:6.1%} utilised"
             line += f"  {pool.submit(memory_of, task, kind).result() / 2**20:7,.0f} MiB"
             if kind != kinds[0]:
-                line += ratios(found[kinds[0]], found[kind])
-                gaps = np.abs(np.array(found[kind].losses) / np.array(found[kinds[0]].losses) - 1)
+                line += ratios(timings[kinds[0]], timings[kind])
+                gaps = np.abs(np.array(timings[kind].losses) / np.array(timings[kinds[0]].losses) - 1)
                 line += f"  losses apart by {gaps.max():.1e} at most"
             print(line, flush=True)
-    print(f"  losses {found[kinds[0]].losses[0]:.4f} to {found[kinds[0]].losses[-1]:.4f}")
+    print(f"  losses {timings[kinds[0]].losses[0]:.4f} to {timings[kinds[0]].losses[-1]:.4f}")
 
 
 def ratios(theirs: Timed, ours: Timed) -> str:
@@ -337,7 +337,7 @@ def ratios(theirs: Timed, ours: Timed) -> str:
 
 
 def compare_useful(task: Task, kinds: list[str], rounds: int, dataset: Path) -> None:
-    """Texts in padded windows through the first learner, whole texts that share windows through ours."""
+    """Run texts in padded windows through the first learner, and packed whole texts through ours."""
     shards = ShardSet.open(dataset)
     padded = open_windows(shards, layout="pad", seq_len=task.seq_len)
     packed = open_windows(shards, layout="pack", seq_len=task.seq_len, documents_apart=True)
@@ -359,26 +359,26 @@ def compare_useful(task: Task, kinds: list[str], rounds: int, dataset: Path) -> 
             sum(int((each["targets"] != IGNORED).sum()) for samples in steps[1:] for each in samples) / rounds
         )
         if isinstance(learner, Theirs):
-            # Its model shifts by itself, so it takes a window with its last target.
+            # Its model shifts the labels itself, so it takes a window with its last target.
             steps = [[whole_windows(each) for each in samples] for samples in steps]
             learners[kind] = learner.step
         else:
             learners[kind] = learner.learn
         batches[kind] = steps
-    found = take_turns(learners, batches, task.device)
+    timings = take_turns(learners, batches, task.device)
     print(
         f"useful: {task.accumulation} x {task.micro_batch} windows of {task.seq_len} tokens of {len(padded):,} texts"
     )
     for kind in kinds:
-        seconds = statistics.median(found[kind].seconds)
+        seconds = statistics.median(timings[kind].seconds)
         line = f"  {kind:15} {seconds:8.3f} s  {useful[kind]:8,.0f} learned  {useful[kind] / seconds:9,.0f} useful tokens/s"
         if kind != kinds[0]:
             more = useful[kind] / useful[kinds[0]]
             wall, processor = (
                 more * statistics.median(np.array(a) / np.array(b))
                 for a, b in (
-                    (found[kinds[0]].seconds, found[kind].seconds),
-                    (found[kinds[0]].processor, found[kind].processor),
+                    (timings[kinds[0]].seconds, timings[kind].seconds),
+                    (timings[kinds[0]].processor, timings[kind].processor),
                 )
             )
             line += f"  {wall:5.2f} times as many ({processor:.2f} by processor)"
@@ -417,7 +417,7 @@ def main() -> None:
     )
     kinds = ["MiniMind"] if arguments.minimind else []
     kinds += ["ours", *(["ours, compiled"] if arguments.compile else [])]
-    # In the processes that memory is measured in, what is freed goes back to the system at once.
+    # In processes whose memory is measured, freed memory goes back to the system at once.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     with tempfile.TemporaryDirectory() as folder:
         if arguments.data:
@@ -446,8 +446,8 @@ def main() -> None:
                     threads=arguments.threads,
                     minimind=arguments.minimind and arguments.minimind.resolve(),
                 )
-                experts_told = ", four experts" if experts else ""
-                print(f"\n{shape}{experts_told}: {config.num_parameters / 1e6:.1f} M weights")
+                experts_note = ", four experts" if experts else ""
+                print(f"\n{shape}{experts_note}: {config.num_parameters / 1e6:.1f} M weights")
                 compare_steps(task, kinds, arguments.rounds)
                 if arguments.data:
                     compare_useful(task, kinds, arguments.rounds, Path(folder))

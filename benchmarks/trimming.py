@@ -1,12 +1,12 @@
-"""What leaving out PAD is worth: steps of layout pad over whole windows, as MiniMind makes them, and over trimmed ones, as ours are.
+"""How much it saves to leave PAD out: steps of layout pad over whole windows, as MiniMind makes them, and over trimmed ones, as ours.
 
     python benchmarks/trimming.py INPUT.jsonl [--kind dpo|sft|pretrain] [--tokenizer DIR] [--shape 512x8] [--seq-len 1024]
                                   [--global-batch 8] [--micro-batch 4] [--steps 6] [--threads 2] [--device cpu] [--dtype fp32]
 
-Both begin with the same weights and take turns, step by step, in one process, over the same samples in the order of a run; the first
-step is not timed. Their losses are compared at every step. Seconds are medians over the steps; a ratio is the median of the ratios of
-neighbouring steps, by the clock and by the processor's time, which counts less of what else a machine does. Of pairs, the reference's
-log-probabilities of the first 64 are computed both ways too.
+Both begin with the same weights and run in turns, step by step, in one process, over the same samples in the order of a run. The first
+step is not timed. Their losses are compared at every step. Seconds are medians over the steps. A ratio is the median of the ratios of
+neighbouring steps, by wall-clock time and by processor time, on which other work on the machine has less effect. For pairs, the
+log-probabilities of the reference for the first 64 are computed both ways too.
 """
 
 import argparse
@@ -65,7 +65,7 @@ class Learner:
         self.steps = iter(loader)
 
     def step(self) -> tuple[StepResult, float, float]:
-        """Take a step, and return what it gave, the seconds that it took, and those of the processor."""
+        """Take a step; return its result, its wall-clock seconds and its processor seconds."""
         batch = next(self.steps)
         start, start_cpu = time.perf_counter(), time.process_time()
         result = take_step(
@@ -88,17 +88,17 @@ def make_objective(arguments: argparse.Namespace) -> Objective:
 
 
 def evenly_unsure(windows: Windows, vocab_size: int) -> NDArray[np.float32]:
-    """Return the log-probabilities that a model without knowledge gives the answers of pairs, float32 [pairs, 2]."""
-    found = np.empty((len(windows), 2), np.float32)
+    """Return the log-probabilities of an untrained model for the answers of pairs, float32 [pairs, 2]."""
+    log_probs = np.empty((len(windows), 2), np.float32)
     for number in range(len(windows)):
         samples = windows.fetch(np.array([number]))
         for place, side in enumerate(("chosen", "rejected")):
-            found[number, place] = -np.log(vocab_size) * (samples[f"{side}_targets"] != IGNORED).sum()
-    return found
+            log_probs[number, place] = -np.log(vocab_size) * (samples[f"{side}_targets"] != IGNORED).sum()
+    return log_probs
 
 
 def time_reference(arguments: argparse.Namespace, windows: Windows, *, trim: bool) -> float:
-    """Return the seconds that the reference's log-probabilities of some pairs take."""
+    """Return the seconds to compute the log-probabilities of the reference for some pairs."""
     device, size = torch.device(arguments.device), arguments.micro_batch
     model = make_objective(arguments).model.to(device).eval().requires_grad_(False)
     samples = windows.fetch(np.arange(min(_REFERENCED, len(windows))))
@@ -157,8 +157,8 @@ def measure(arguments: argparse.Namespace, shards: ShardSet) -> None:
     rounds = []
     furthest = 0.0
     for _ in range(arguments.steps + 1):
-        rounds.append(found := [learner.step() for learner in learners])
-        whole, trimmed = (result for result, *_ in found)
+        rounds.append(results := [learner.step() for learner in learners])
+        whole, trimmed = (result for result, *_ in results)
         furthest = max(furthest, abs(trimmed.loss / whole.loss - 1))
     del rounds[0]
     print("| | seconds a step | of the processor | positions a step |\n|---|---|---|---|")

@@ -1,10 +1,10 @@
-"""Random windows out of memory maps: tokens a second, with one shard and with three hundred.
+"""Random windows read from memory maps: tokens a second, with one shard and with three hundred.
 
     python benchmarks/windows.py [--tokens 60000000] [--seq-len 512] [--batch 64]
 
-The yardstick, in the same run, is one strided numpy view over one memory map of the same tokens: what a gather costs when
-there is nothing else to do. `fetch` adds the two int64 arrays that a training loop takes, `apart` the position ids where documents
-are kept apart. Lengths of documents are lognormal, so that `pack` has something to pack. The page cache is warm.
+The baseline, in the same run, is one strided numpy view over one memory map of the same tokens, which is the cost of a gather and
+nothing else. `fetch` adds the two int64 arrays that a training loop needs, `apart` the position ids for documents that are kept apart.
+Document lengths are lognormal, so that `pack` has something to pack. The page cache is warm.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""datatrove's DatatroveFolderDataset over files of its TokenizedFile writer, in torch's DataLoader, one window after the other.
+"""datatrove: DatatroveFolderDataset over files of its TokenizedFile writer, in torch's DataLoader, one window after the other.
 
-Its documentation wants documents shuffled while they are tokenized, and windows read in the order in which they stand: random places are
-slow, and a second epoch is the first again. So that is what is measured: no shuffle at all, and a place is the number of the next
-window. A window is 513 tokens at a stride of 513: the last is no input.
+Its documentation recommends to shuffle documents while they are tokenized, and to read windows in the order of the files: reads at
+random are slow, and a second epoch repeats the first. So this measures no shuffle at all, and a state is the number of the next
+window. A window is 513 tokens at a stride of 513; the last token is not an input.
 """
 
 from collections.abc import Iterator

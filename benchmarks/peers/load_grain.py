@@ -1,7 +1,7 @@
-"""grain: a MapDataset with its own shuffle over a random-access source, in batches that are turned to int64 as a whole.
+"""grain: a MapDataset with its own shuffle over a random-access source, in batches that are converted to int64 as a whole.
 
-grain reads whatever has `__len__` and `__getitem__`; here that is one memory map. Its threads are off where there are no workers, as its
-documentation advises for what is in memory; they are on with workers. A place is the state of its iterator.
+grain reads anything with `__len__` and `__getitem__`, here one memory map. Without workers its threads are off, as its documentation
+recommends for data in memory; with workers they are on. A state is that of its iterator.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
-"""litdata: chunks of 64 MB by its Cache, which is what optimize() writes with, read by StreamingDataset with its shuffle and StreamingDataLoader.
+"""litdata: chunks of 64 MB by its Cache, with which optimize() writes, read by StreamingDataset with its shuffle and StreamingDataLoader.
 
-Blocks are 513 tokens, of which 512 are inputs and 512 are targets; a block's last token is no input, and no block reaches over the end of
-a chunk. The shuffle is of chunks, and of blocks inside a chunk. Grown, all chunks are one file under many names.
+Blocks are 513 tokens, of which 512 are inputs and 512 are targets. The last token of a block is not an input, and no block crosses the
+end of a chunk. It shuffles chunks, and blocks inside a chunk. In a grown dataset, all chunks are one file under many names.
 """
 
 import json
@@ -36,7 +36,7 @@ def grow(task: LoadTask) -> None:
     write_chunks(task, task.tokens[:_GROWN_CHUNK_TOKENS])
     folder = task.folder / _CHUNKS
     index = json.loads((folder / "index.json").read_text())
-    chunk = max(index["chunks"], key=lambda told: told["dim"])
+    chunk = max(index["chunks"], key=lambda chunk: chunk["dim"])
     blocks = chunk["dim"] // (task.seq_len + 1)
     grown = []
     for number in range(-(-task.num_windows // blocks)):
@@ -54,8 +54,8 @@ def batches(task: LoadTask, start: int) -> Iterator[tuple[Tensor, Tensor]]:
     loader = StreamingDataLoader(dataset, batch_size=task.batch, num_workers=task.workers, drop_last=True)
     if start:
         state = loader.state_dict()
-        for told in (state, state["dataset"]):
-            told["num_samples_yielded"] = start * task.batch
+        for part in (state, state["dataset"]):
+            part["num_samples_yielded"] = start * task.batch
         state["dataset"]["sample_in_epoch"] = start * task.batch
         state["current_epoch"] = state["dataset"]["current_epoch"] = 1
         loader.load_state_dict(state)

@@ -1,8 +1,8 @@
-"""Megatron Core's GPTDataset, its C++ index builder and cache, under the batch sampler of Megatron-LM, its method in our words.
+"""Megatron Core: GPTDataset, its C++ index builder and cache, under our version of the batch sampler of Megatron-LM.
 
-The documents are put in random order, cut into windows, and these are shuffled; all three orders are arrays on disk, made at the first
-opening and mapped afterwards. They are there before anything is measured here; what making them takes is told beside. A place is the
-number of samples consumed, at which the sampler's range begins. No attention mask is made, which is the quicker way.
+The documents are shuffled, cut into windows, and the windows are shuffled. All three orders are arrays on disk, made when the dataset is
+opened first and mapped afterwards. They exist before anything is measured here; the time to make them is reported separately. A state is
+the number of samples consumed, where the sampler's range begins. No attention mask is made, which is the faster way.
 """
 
 import itertools
@@ -23,7 +23,7 @@ _GROWN_DOCUMENT_TOKENS = 500
 
 
 class Vocabulary:
-    """What a GPTDataset asks of a tokenizer."""
+    """The part of a tokenizer that a GPTDataset needs."""
 
     pad = -1
 

@@ -1,9 +1,9 @@
-"""MiniMind's own loader, its method in our words: texts in `datasets`, tokenized in __getitem__, cut and padded to length, and a
-batch sampler that walks past the batches that are done.
+"""MiniMind's own loader, in our version: texts in `datasets`, tokenized in __getitem__, cut and padded to length, and a batch sampler
+that walks through the batches that are done.
 
-As there: `load_dataset("json")`, the tokenizer of `transformers` called for each text with truncation, BOS and EOS put round it,
-torch.randperm(n).tolist() for the order, and labels that are the inputs. Grown, it is the same few texts under higher numbers: the
-order and the walk are what grows.
+As in MiniMind: `load_dataset("json")`, the tokenizer of `transformers` called for each text with truncation, BOS and EOS around it,
+torch.randperm(n).tolist() for the order, and labels that equal the inputs. A grown dataset is the same few texts under higher numbers,
+so only the order and the walk grow.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ _LENGTH_NAME = "num_windows"
 
 
 def texts(task: LoadTask) -> datasets.Dataset:
-    """The texts, in an Arrow file that the first call makes."""
+    """Return the texts, in an Arrow file that the first call makes."""
     return load_dataset(
         "json", data_files=str(task.text), split="train", cache_dir=str(task.folder / "arrow")
     )
@@ -40,10 +40,10 @@ class Texts(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         text = self.samples[index % len(self.samples)]["text"]
-        told = self.tokenizer(
+        encoded = self.tokenizer(
             str(text), add_special_tokens=False, max_length=self.seq_len - 2, truncation=True
         )
-        ids = [self.bos_id, *told.input_ids, self.eos_id]
+        ids = [self.bos_id, *encoded.input_ids, self.eos_id]
         input_ids = torch.tensor(ids + [self.pad_id] * (self.seq_len - len(ids)), dtype=torch.long)
         labels = input_ids.clone()
         labels[input_ids == self.pad_id] = -100
@@ -51,7 +51,7 @@ class Texts(Dataset[tuple[Tensor, Tensor]]):
 
 
 class PassingOver:
-    """Batches of an order, the first `done` of which are put together and thrown away."""
+    """Batches of an order, the first `done` of which are collated and thrown away."""
 
     def __init__(self, order: Sequence[int], batch: int, done: int) -> None:
         self.order, self.batch, self.done = order, batch, done

@@ -1,6 +1,6 @@
-"""nanoGPT's get_batch, its method in our words: a memory map opened anew for each batch, places drawn at random, with return.
+"""nanoGPT's get_batch, in our version: a memory map opened again for each batch, and windows drawn at random with replacement.
 
-There is no order, no epoch, and so no place to resume at: asked for the middle of an epoch it begins to draw again.
+There is no order and no epoch, so there is no state to resume from: a resume in the middle of an epoch draws again from the start.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
-"""Our own StepLoader over windows of layout concat in a full shuffle; one step is one batch.
+"""Our StepLoader over windows of layout concat in a full shuffle; one step is one batch.
 
-Grown, it is one shard of documents of 2^30 tokens, all of them a hole.
+A grown dataset is one shard of documents of 2^30 tokens in a sparse file.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
-"""Our own StepLoader with --shuffle-block 1024: blocks of neighbours are shuffled, and the windows in each, as for a slow disk.
+"""Our StepLoader with --shuffle-block 1024: blocks of neighbours are shuffled, and the windows in each block, as for a slow disk.
 
-It stands beside the loaders that shuffle chunks, or not at all.
+It is to be compared with loaders that shuffle chunks, or nothing.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Our own StepLoader with --order sequential: windows as they stand in the shards, beside a loader that does not shuffle."""
+"""Our StepLoader with --order sequential: windows in the order of the shards, to be compared with a loader that does not shuffle."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Our own WindowDataset and ResumableBatchSampler in torch's DataLoader, as anybody's training loop uses them."""
+"""Our WindowDataset and ResumableBatchSampler in torch's DataLoader, as in any training loop."""
 
 from collections.abc import Iterator
 

@@ -1,6 +1,6 @@
-"""MosaicML Streaming: a sample a window, `ndarray:uint16`, by MDSWriter; StreamingDataset with its shuffle, and its StreamingDataLoader.
+"""MosaicML Streaming: each window is a sample, `ndarray:uint16`, by MDSWriter; StreamingDataset with its shuffle, and StreamingDataLoader.
 
-The shuffle is py1e, its default. Grown, all shards are one file under many names. A place is the state of the loader.
+The shuffle is py1e, its default. In a grown dataset, all shards are one file under many names. A state is that of the loader.
 """
 
 import itertools
@@ -39,7 +39,7 @@ def grow(task: LoadTask) -> None:
     write_windows(task, _GROWN_SHARD_WINDOWS)
     folder = task.folder / _FOLDER
     index = json.loads((folder / "index.json").read_text())
-    shard = max(index["shards"], key=lambda told: told["samples"])
+    shard = max(index["shards"], key=lambda shard: shard["samples"])
     grown = []
     for number in range(-(-task.num_windows // shard["samples"])):
         name = f"grown-{number:06d}.mds"
@@ -49,7 +49,7 @@ def grow(task: LoadTask) -> None:
 
 
 def batches(task: LoadTask, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-    clean_stale_shared_memory()  # of a run that was ended before its workers were
+    clean_stale_shared_memory()  # of a run that ended before its workers
     windows = Windows(
         local=str(task.folder / _FOLDER), shuffle=True, batch_size=task.batch, num_canonical_nodes=1
     )

@@ -1,7 +1,7 @@
-"""What every peer's loading program is told, and how all of them are measured; needs nothing that a peer's environment lacks.
+"""The task of every peer's loading program, and how all of them are measured. It needs only what every peer's environment has.
 
-A program peers/load_NAME.py hands `run` what is the tool's own: how it writes a stream of tokens, how it reads batches from any batch
-on, how a dataset of a given length is made without its bytes. What is measured, and between which moments, is decided here, once.
+A program peers/load_NAME.py passes to `run` what is the tool's own: how it writes a stream of tokens, how it reads batches from any
+batch on, and how a dataset of a given length is made without its bytes. What is measured, and from when to when, is decided here, once.
 
 A batch is (inputs, targets), both int64 [batch, seq_len], contiguous.
 """
@@ -29,7 +29,7 @@ Batches = Callable[["LoadTask", int], Iterable[tuple[Any, Any]]]
 
 @dataclass(frozen=True, kw_only=True)
 class LoadTask:
-    """One job for a loader."""
+    """One task for a loader."""
 
     action: str
     """`write` or `grow` the tool's own dataset; `check` it, `warm` the page cache with it, `read`, or `resume`."""
@@ -60,7 +60,7 @@ class LoadTask:
 
     @property
     def tokens(self) -> np.ndarray:
-        """The stream, mapped."""
+        """The stream, memory-mapped."""
         return np.memmap(self.stream, np.uint16, "r")
 
     def documents(self) -> Iterator[np.ndarray]:
@@ -70,19 +70,19 @@ class LoadTask:
         return (tokens[start:stop] for start, stop in itertools.pairwise([0, *stops]))
 
     def windows(self) -> Iterator[np.ndarray]:
-        """The windows of the stream, `seq_len` + 1 tokens each, the last of each the first of the next."""
+        """The windows of the stream, `seq_len` + 1 tokens each; the last token of each is the first of the next."""
         tokens, width = self.tokens, self.seq_len
         return (tokens[start : start + width + 1] for start in range(0, len(tokens) - width, width))
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the task as JSON has it."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
 
     @classmethod
-    def of(cls, told: dict[str, Any]) -> Self:
-        """The task that was told."""
+    def of(cls, content: dict[str, Any]) -> Self:
+        """Return the task from such JSON."""
         kinds = {field.name: field.type for field in dataclasses.fields(cls)}
-        return cls(**{name: Path(value) if kinds[name] is Path else value for name, value in told.items()})
+        return cls(**{name: Path(value) if kinds[name] is Path else value for name, value in content.items()})
 
 
 def run(
@@ -92,20 +92,20 @@ def run(
     grow: Callable[[LoadTask], float | None],
     is_shifted: bool = True,
 ) -> None:
-    """Do one after the other what a file of tasks asks for, and leave the figures of each in another.
+    """Run the tasks in a file one after the other, and write the figures of each into another file.
 
-    The program's arguments are these two files, and the moment at which its process was started.
+    The arguments of the program are these two files, and the time at which its process was started.
 
     Args:
-        write: write `task.stream` in the tool's own form into `task.folder`; it may return the seconds that a first opening takes longer.
-        batches: open the dataset and read from this batch of the first epoch on, as after a stop there.
-        grow: make, in `task.folder`, what the tool takes for a dataset of `task.num_windows` windows.
-        is_shifted: targets are the inputs one token further; else they are the inputs, to be shifted in the model.
+        write: writes `task.stream` in the tool's own format into `task.folder`; it may return the extra seconds of the first opening.
+        batches: opens the dataset and reads from this batch of the first epoch on, as after a stop there.
+        grow: makes, in `task.folder`, a dataset of `task.num_windows` windows as far as the tool can tell.
+        is_shifted: targets are the inputs shifted by one token; else they are the inputs, to be shifted in the model.
     """
     imported, started = time.monotonic(), float(sys.argv[3])
     figures = []
-    for told in json.loads(Path(sys.argv[1]).read_bytes()):
-        task = LoadTask.of(told)
+    for content in json.loads(Path(sys.argv[1]).read_bytes()):
+        task = LoadTask.of(content)
         figure: dict[str, Any] = {"imports": imported - started, "imports_mb": _anonymous_mb()}
         if task.action in ("write", "grow"):
             figure["index_seconds"] = {"write": write, "grow": grow}[task.action](task)
@@ -120,7 +120,7 @@ def run(
         figures.append(figure)
     Path(sys.argv[2]).write_text(json.dumps(figures))
     sys.stdout.flush()
-    os._exit(0)  # the workers are the parent's to end; whoever waits for them here measures nothing
+    os._exit(0)  # the parent ends the workers; nothing waits for them here
 
 
 def _warm(folder: Path) -> None:
@@ -166,26 +166,28 @@ def _epochs(task: LoadTask, batches: Batches) -> Iterator[tuple[Any, Any]]:
 
 
 def _check(task: LoadTask, batches: Batches, is_shifted: bool) -> None:
-    """Save the inputs of one epoch, and of what a resume in its middle gives."""
+    """Save the inputs of one epoch, and those of a resume in its middle."""
     count = task.num_windows // task.batch
     for name, start in (("epoch", 0), ("resumed", count // 2)):
         kept = []
         for inputs, targets in itertools.islice(batches(task, start), count - start):
             _shape_of((inputs, targets), task)
-            wanted, given = (inputs[:, 1:], targets[:, :-1]) if is_shifted else (inputs, targets)
-            assert bool(((given == wanted) | (given == _IGNORED)).all()), "the targets do not fit the inputs"
+            expected, shifted = (inputs[:, 1:], targets[:, :-1]) if is_shifted else (inputs, targets)
+            assert bool(((shifted == expected) | (shifted == _IGNORED)).all()), (
+                "the targets do not fit the inputs"
+            )
             kept.append(inputs.numpy().astype(np.uint16))
         np.save(task.kept / f"{name}.npy", np.concatenate(kept))
 
 
 def _shape_of(batch: tuple[Any, Any], task: LoadTask) -> None:
     for tensor in batch:
-        told = str(tensor.dtype), tuple(tensor.shape), tensor.is_contiguous()
-        assert told == ("torch.int64", (task.batch, task.seq_len), True), told
+        form = str(tensor.dtype), tuple(tensor.shape), tensor.is_contiguous()
+        assert form == ("torch.int64", (task.batch, task.seq_len), True), form
 
 
 def _anonymous_mb() -> float:
-    """What this process holds that is no page of a file, in MB of 10^6 bytes."""
+    """Return the memory of this process without pages of files, in MB of 10^6 bytes."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     kibibytes = next(line.split()[1] for line in lines if line.startswith("Pss_Anon:"))
     return int(kibibytes) * 1024 / 1e6

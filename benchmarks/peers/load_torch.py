@@ -1,6 +1,6 @@
-"""torch's DataLoader over a map-style dataset on one memory map, the order a list out of torch.randperm.
+"""torch's DataLoader over a map-style dataset on one memory map, in the order of a list from torch.randperm.
 
-torch has no state to resume from. The cheapest that a user can do is done here: the same list drawn anew, its front cut off.
+torch has no state to resume from. So this does the cheapest that a user can do: make the same list again and cut off its beginning.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
-"""datatrove: JsonlReader into DocumentTokenizer without its shuffle, LocalPipelineExecutor, a task and a worker for each core.
+"""datatrove: JsonlReader into DocumentTokenizer without its shuffle, LocalPipelineExecutor, with a task and a worker for each core.
 
-Its tasks are whole files, so it is given the text in parts.
+Its tasks are whole files, so it gets the text in parts.
 """
 
 from datatrove.executor import LocalPipelineExecutor

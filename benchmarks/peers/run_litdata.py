@@ -1,7 +1,7 @@
 """litdata: optimize() over the parts of the text with a worker for each core, TokensLoader chunks of 64 MB.
 
-Its workers share out inputs, so it is given the text in parts, in order. How a part becomes tokens is the user's to write:
-here by the thousand with `tokenizers`, framed as mm-data does it, in uint16.
+Its workers divide the inputs, so it gets the text in parts, in order. The user writes how a part becomes tokens: here by the thousand
+with `tokenizers`, with mm-data's BOS and EOS, in uint16.
 """
 
 import functools

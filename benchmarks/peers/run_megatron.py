@@ -1,7 +1,7 @@
-"""Megatron-LM's tools/preprocess_data.py, its method in our words; the tool itself is no part of the package megatron-core.
+"""Megatron-LM's tools/preprocess_data.py, in our version, since the tool is not in the package megatron-core.
 
-As there: a pool of processes maps over the lines in chunks of 32, each parses one with json and encodes it through Megatron
-Core's tokenizer class; the parent appends document by document to an IndexedDatasetBuilder, with an end of document.
+As in the tool: a pool of processes maps over the lines in chunks of 32. Each parses one with json and encodes it with Megatron Core's
+tokenizer class. The parent appends document by document to an IndexedDatasetBuilder, with an end of document.
 """
 
 import json

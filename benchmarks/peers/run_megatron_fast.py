@@ -1,8 +1,8 @@
-"""Megatron-LM's tools/preprocess_data_fast.py, its method in our words: gigatoken reads and encodes the whole file at once.
+"""Megatron-LM's tools/preprocess_data_fast.py, in our version: gigatoken reads and encodes the whole file at once.
 
-As there: gigatoken's own JSONL reader and all its threads, one array of all documents, an end of document put behind each by
-numpy, and Megatron Core's builder. The newest Megatron Core for Python 3.11 lacks the builder's `add_documents`, which that
-tool calls; what it does is done here to the builder.
+As in the tool: gigatoken's own JSONL reader and all its threads, one array of all documents, an end of document after each by numpy, and
+Megatron Core's builder. The newest Megatron Core for Python 3.11 lacks the builder's `add_documents`, which that tool calls; its work
+is done here on the builder.
 """
 
 import awkward

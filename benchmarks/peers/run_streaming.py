@@ -1,7 +1,6 @@
-"""MosaicML Streaming: one MDSWriter, a sample a document, `ndarray:uint16`.
+"""MosaicML Streaming: one MDSWriter, in which each document is a sample, `ndarray:uint16`.
 
-It writes from one process; the encoder inside is ours to say: `tokenizers` by the thousand on all cores, framed as mm-data
-does it.
+It writes from one process. The user writes the encoder: here `tokenizers` by the thousand on all cores, with mm-data's BOS and EOS.
 """
 
 import itertools

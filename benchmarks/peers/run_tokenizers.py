@@ -1,6 +1,6 @@
-"""Hugging Face `tokenizers` straight: json, encode_batch_fast by the thousand, one file of uint16. Nothing that it can do without.
+"""Hugging Face `tokenizers` directly: json, encode_batch_fast by the thousand, one file of uint16, and nothing that can be left out.
 
-Writes tokens.bin, and lengths.bin with the tokens of each document as int32.
+Writes tokens.bin, and lengths.bin with the number of tokens of each document as int32.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What every peer's program is told; standard library only, since it is imported in each peer's own environment."""
+"""The task of every peer's program. Standard library only, because each peer's own environment imports it."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from typing import Self
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One job: this text, this tokenizer, so many cores."""
+    """One task: a text, a tokenizer, a number of cores."""
 
     text: Path
     """JSON lines with `text` and `id`."""
@@ -27,12 +27,14 @@ class Task:
     vocab_size: int
 
     def write(self, path: Path) -> None:
-        told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
-        path.write_text(json.dumps(told))
+        content = {
+            name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()
+        }
+        path.write_text(json.dumps(content))
 
     @classmethod
     def read(cls) -> Self:
-        """Read the file that the first argument names."""
-        told = json.loads(Path(sys.argv[1]).read_bytes())
+        """Read the file named by the first argument."""
+        content = json.loads(Path(sys.argv[1]).read_bytes())
         kinds = {field.name: field.type for field in dataclasses.fields(cls)}
-        return cls(**{name: Path(value) if kinds[name] is Path else value for name, value in told.items()})
+        return cls(**{name: Path(value) if kinds[name] is Path else value for name, value in content.items()})
