@@ -129,11 +129,77 @@ def sha256_of_bytes(data: bytes) -> str:
 
 
 def checksum_of_json(content: dict[str, Any]) -> str:
-    """Return the hexadecimal SHA-256 of what a JSON file tells, however it is laid out: a flipped byte or an edit shows.
+    """Return the hexadecimal SHA-256 of the content of a JSON file, however the file is laid out.
 
     Keys and values are those of JSON; tuples count as lists.
     """
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class DamagedFileError(UserError):
+    """A file that `write_checked` wrote holds something else now.
+
+    Args:
+        path: the file.
+        problem: what does not fit.
+        remedy: what to do.
+    """
+
+    def __init__(self, path: Path, problem: str, remedy: str | None) -> None:
+        super().__init__(f"edited or damaged ({problem})", where=path, remedy=remedy)
+        self.problem = problem
+
+
+def checked_json(content: dict[str, Any], *, key: str) -> str:
+    """Return the text of a JSON file that ends with its own checksum, under `key`: an edit or a flipped byte shows."""
+    return json.dumps({**content, key: checksum_of_json(content)}, ensure_ascii=False, indent=1) + "\n"
+
+
+def write_checked(path: Path, content: dict[str, Any], *, key: str) -> None:
+    """Write JSON with its own checksum under `key`, whole or not at all; `read_checked` reads it."""
+    # File names that are no UTF-8 come as lone surrogates, which this leaves as JSON's own escapes.
+    write_atomic(path, checked_json(content, key=key).encode(errors="backslashreplace"))
+
+
+def read_checked(
+    path: Path, *, key: str, remedy: str | None = None, version: int | None = None
+) -> dict[str, Any]:
+    """Read what `write_checked` wrote, without the checksum.
+
+    Args:
+        path: the file.
+        key: what its checksum is called.
+        remedy: what to do where it is damaged, for the error.
+        version: its `format_version`, where it has one that is to be looked at before the checksum.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such file.
+        DamagedFileError: it is not what was written.
+        UserError: it may not be read, or is of another version.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        checksum = content.pop(key, None) if isinstance(content, dict) else None
+        fits = checksum is not None and checksum == checksum_of_json(content)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except PermissionError as error:
+        raise UserError(f"cannot be read ({error.strerror})", where=path, remedy="make it readable") from None
+    except OSError as error:
+        raise DamagedFileError(path, f"cannot be read: {error.strerror}", remedy) from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(path, f"no JSON: {error}", remedy) from None
+    if not isinstance(content, dict):
+        raise DamagedFileError(path, "no JSON object", remedy)
+    if version is not None and content.get("format_version", version) != version:
+        raise UserError(
+            f"format version {content['format_version']}; this program reads version {version}",
+            where=path,
+            remedy="use the program that wrote it",
+        )
+    if not fits:
+        raise DamagedFileError(path, "its checksum does not fit", remedy)
+    return content
 
 
 class FolderLock:

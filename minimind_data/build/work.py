@@ -7,7 +7,6 @@ in which form.
 """
 
 import contextlib
-import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -34,11 +33,11 @@ from minimind_data.dataset.writer import WrittenShard
 from minimind_data.errors import UserError
 from minimind_data.files import (
     FolderLock,
-    checksum_of_json,
     fsync_folder,
     is_disk_full,
+    read_checked,
     remove_partials,
-    write_atomic,
+    write_checked,
 )
 from minimind_data.inputs.discovery import source_of
 from minimind_data.inputs.sources import STDIN, Source, spool
@@ -154,7 +153,7 @@ class WorkFolder:
             names = names.union(begun["shards"])
         plan = {**settings, "inputs": list(inputs), "shards": sorted(names)}
         if plan != begun:
-            _write_checked(path, plan)
+            write_checked(path, plan, key=_CHECKSUM)
 
     def plan(self) -> dict[str, Any] | None:
         """Return what was begun, or None.
@@ -165,11 +164,14 @@ class WorkFolder:
         remedy = (
             f"delete {self.path} and run the command that began this build again, which makes all splits anew"
         )
-        return _read_checked(self.path / PLAN_NAME, remedy)
+        try:
+            return read_checked(self.path / PLAN_NAME, key=_CHECKSUM, remedy=remedy)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def write_result(self, result: SplitResult) -> None:
         """Put down that a split is made."""
-        _write_checked(self.path / f"{result.name}{_RESULT_SUFFIX}", asdict(result))
+        write_checked(self.path / f"{result.name}{_RESULT_SUFFIX}", asdict(result), key=_CHECKSUM)
 
     def read_result(self, name: str) -> SplitResult | None:
         """Return what the split of this shard gave, or None where it is not made.
@@ -177,11 +179,10 @@ class WorkFolder:
         Raises:
             UserError: the file is damaged.
         """
-        content = _read_checked(
-            self.path / f"{name}{_RESULT_SUFFIX}",
-            "delete it and run the command that made this split again, which makes it anew",
-        )
-        if content is None:
+        remedy = "delete it and run the command that made this split again, which makes it anew"
+        try:
+            content = read_checked(self.path / f"{name}{_RESULT_SUFFIX}", key=_CHECKSUM, remedy=remedy)
+        except FileNotFoundError:
             return None
         shards = {side: content[side] and WrittenShard(**content[side]) for side in ("shard", "val_shard")}
         return SplitResult(**{**content, **shards})
@@ -226,24 +227,6 @@ class WorkFolder:
         (self.path / PLAN_NAME).unlink(missing_ok=True)  # last: it says which shards may be stale
         for path in self.path.glob(f"{_LOCK_NAME}-*"):
             path.unlink()
-
-
-def _write_checked(path: Path, content: dict[str, Any]) -> None:
-    write_atomic(path, json.dumps({**content, _CHECKSUM: checksum_of_json(content)}, indent=1))
-
-
-def _read_checked(path: Path, remedy: str) -> dict[str, Any] | None:
-    """Read what `_write_checked` wrote; None where there is no file."""
-    content: Any = None
-    try:
-        content = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, RecursionError):
-        pass  # said below
-    if not isinstance(content, dict) or content.pop(_CHECKSUM, None) != checksum_of_json(content):
-        raise UserError(f"{path}: damaged; {remedy}")
-    return content
 
 
 def spooled(work: WorkFolder, options: TokenizeOptions, progress: Progress) -> Source:

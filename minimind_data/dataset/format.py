@@ -29,7 +29,6 @@ tokens: two datasets with one fingerprint hold the same tokens in the same order
 Source of the shard layout: Megatron-LM, megatron/core/datasets/indexed_dataset.py (`_IndexWriter`, `_IndexReader`).
 """
 
-import json
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minimind_data.errors import UserError
-from minimind_data.files import checksum_of_json
+from minimind_data.files import checked_json, checksum_of_json, read_checked
 
 FORMAT_VERSION = 1
 
@@ -80,6 +79,8 @@ MaskArray = NDArray[np.uint8]
 """1 where a token is learned, else 0."""
 
 Kind = Literal["pretrain", "sft", "dpo"]
+
+_CHECKSUM = "checksum"
 
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
 
@@ -314,10 +315,7 @@ class Manifest:
             **_without_empty(asdict(self)),
         }
         content["shards"] = [_without_empty(shard) for shard in content["shards"]]
-        return (
-            json.dumps({**content, "checksum": checksum_of_json(content)}, ensure_ascii=False, indent=1)
-            + "\n"
-        )
+        return checked_json(content, key=_CHECKSUM)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -328,21 +326,15 @@ class Manifest:
         """
         path = folder / MANIFEST_NAME
         try:
-            content = json.loads(path.read_bytes())
+            content = read_checked(path, key=_CHECKSUM, remedy=REMAKE_ALL, version=FORMAT_VERSION)
         except (FileNotFoundError, NotADirectoryError):
             raise FormatError(
                 f"{folder}: no dataset (no {MANIFEST_NAME}); make one with `mm-data tokenize`"
             ) from None
-        except ValueError as error:
-            raise FormatError(f"{path}: damaged ({error}); {REMAKE_ALL}") from None
+        except UserError as error:
+            raise FormatError(error.what, where=error.where, remedy=error.remedy) from None
         try:
-            if content["format_version"] != FORMAT_VERSION:
-                raise FormatError(
-                    f"{path}: format version {content['format_version']}; this program reads version {FORMAT_VERSION}"
-                )
-            checksum, fingerprint = content.pop("checksum"), content.pop("fingerprint")
-            if checksum != checksum_of_json({**content, "fingerprint": fingerprint}):
-                raise FormatError(f"{path}: damaged (its checksum does not fit); {REMAKE_ALL}")
+            fingerprint = content.pop("fingerprint")
             manifest = cls(
                 **{
                     **content,

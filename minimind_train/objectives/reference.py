@@ -26,11 +26,12 @@ from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.files import (
     FolderLock,
-    checksum_of_json,
     fsync_folder,
+    read_checked,
     sha256_of,
     user_error_on_full_disk,
     write_atomic,
+    write_checked,
 )
 from minimind_data.windows.base import Windows, WindowSource
 from minimind_train.batches.trimming import alike
@@ -43,6 +44,7 @@ __all__ = ["FOLDER_NAME", "Reference", "ReferencedWindows", "reference_log_probs
 
 FOLDER_NAME = "reference"
 _FORMAT_VERSION = 1
+_CHECKSUM = "checksum"
 _PAIRS_PER_FLUSH = 4096
 _BATCHES_PER_GROUP = 16
 """So many batches are read together, so that pairs of like lengths can share one."""
@@ -120,9 +122,9 @@ def reference_log_probs(
     settings = {"format_version": _FORMAT_VERSION, "dataset": fingerprint, **asdict(reference)}
     number = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     path = folder / f"{fingerprint[:16]}-{number}.npy"
-    told = {**settings, "pairs": len(windows)}
-    if (found := _whole(path, told)) is not None:
-        return found
+    content = {**settings, "pairs": len(windows)}
+    if (log_probs := _whole(path, content)) is not None:
+        return log_probs
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
@@ -132,30 +134,24 @@ def reference_log_probs(
         ) from None
     waiting = f"{path}: another process computes the reference's log-probabilities; waiting for it"
     with user_error_on_full_disk(folder), FolderLock(path.with_suffix(".lock"), waiting, wait=say):
-        if (found := _whole(path, told)) is not None:
-            return found
+        if (log_probs := _whole(path, content)) is not None:
+            return log_probs
         _make(path, windows, model(), batch=batch, device=device, dtype=reference.dtype, say=say)
-        told["sha256"] = sha256_of(path)
+        content["sha256"] = sha256_of(path)
         _remove_stale(folder, fingerprint)
-        write_atomic(
-            path.with_suffix(".json"),
-            json.dumps({**told, "checksum": checksum_of_json(told)}, indent=1) + "\n",
-        )
+        write_checked(path.with_suffix(".json"), content, key=_CHECKSUM)
     return _mapped(path)
 
 
-def _whole(path: Path, told: dict[str, Any]) -> LogProbs | None:
+def _whole(path: Path, content: dict[str, Any]) -> LogProbs | None:
     """Map the numbers, or return None where they are not there, damaged, or of something else."""
     try:
-        there = json.loads(path.with_suffix(".json").read_bytes())
-        checksum = there.pop("checksum")
+        there = read_checked(path.with_suffix(".json"), key=_CHECKSUM)
         sha256 = there.pop("sha256")
-        if there != told or checksum != checksum_of_json({**told, "sha256": sha256}):
-            return None
-        if sha256_of(path) != sha256:
+        if there != content or sha256_of(path) != sha256:
             return None
         return _mapped(path)
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
         return None
 
 
@@ -229,5 +225,5 @@ def _computed(
 ) -> LogProbs:
     tensors = {name: torch.from_numpy(array).to(device) for name, array in samples.items()}
     with torch.no_grad(), autocast(dtype, device):
-        found, _ = log_probs_of_pairs(model, tensors)
-    return found.cpu().numpy()
+        log_probs, _ = log_probs_of_pairs(model, tensors)
+    return log_probs.cpu().numpy()

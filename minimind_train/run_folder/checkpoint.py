@@ -18,7 +18,6 @@ folder's lock.
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -34,12 +33,14 @@ from torch.optim import Optimizer
 
 from minimind_data.errors import UserError
 from minimind_data.files import (
-    checksum_of_json,
+    DamagedFileError,
     fsync_folder,
     is_disk_full,
     partial_name,
+    read_checked,
     remove_partials,
     sha256_of,
+    write_checked,
 )
 from minimind_train.parallel.world import ALONE, World
 from minimind_train.run_folder.record import CHECKPOINTS_NAME
@@ -54,6 +55,7 @@ from minimind_train.run_folder.tensors import (
 
 FORMAT_VERSION = 2  # 1 did not count the lines of metrics
 STATE_NAME = "state.json"
+_CHECKSUM = "sha256"
 
 _NAME = re.compile(r"step-(\d{9,})")
 
@@ -315,21 +317,17 @@ def _write(folder: Path, tensors: Tensors, go_on: Callable[[], object]) -> dict[
 
 def _write_state(folder: Path, state: CheckpointState, files: dict[str, Any]) -> None:
     content = {"format_version": FORMAT_VERSION, **asdict(state), "files": files}
-    with (folder / STATE_NAME).open("w", encoding="utf-8") as file:
-        json.dump({**content, "sha256": checksum_of_json(content)}, file, ensure_ascii=False, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_checked(folder / STATE_NAME, content, key=_CHECKSUM)
     for name in files:  # safetensors lets nobody else read what it writes; the user's umask shall decide
         shutil.copymode(folder / STATE_NAME, folder / name)
-    fsync_folder(folder)
 
 
 def _state_in(folder: Path, *, with_files: bool = False) -> CheckpointState:
     """Read state.json and hold it, and both files where that is asked for, against its checksums."""
     try:
-        content = json.loads((folder / STATE_NAME).read_bytes())
-        problem, version = _problem(folder, content, with_files=with_files), content.get("format_version")
+        content = read_checked(folder / STATE_NAME, key=_CHECKSUM)
+        problem = _problem(folder, content["files"]) if with_files else None
+        version = content["format_version"]
         if problem is None and version == FORMAT_VERSION:
             known = {field.name for field in fields(CheckpointState)}
             return CheckpointState(**{name: value for name, value in content.items() if name in known})
@@ -337,8 +335,10 @@ def _state_in(folder: Path, *, with_files: bool = False) -> CheckpointState:
         raise  # not damaged, and nothing that should be deleted
     except OSError as error:
         problem = f"{Path(error.filename or folder).name}: {error.strerror}"
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
-        problem = f"{STATE_NAME} cannot be read"
+    except DamagedFileError as error:
+        problem = f"{STATE_NAME}: {error.problem}"
+    except (KeyError, TypeError, AttributeError):
+        problem = f"{STATE_NAME} is not one of this program's"
     if problem is None:
         raise UserError(
             f"checkpoint {folder} is of format {version}; this program reads format {FORMAT_VERSION}"
@@ -346,12 +346,9 @@ def _state_in(folder: Path, *, with_files: bool = False) -> CheckpointState:
     raise DamagedCheckpointError(f"checkpoint {folder} is damaged ({problem})")
 
 
-def _problem(folder: Path, content: dict[str, Any], *, with_files: bool) -> str | None:
-    """Say in what way a checkpoint is not what was written, or None."""
-    checksum = content.pop("sha256")
-    if checksum != checksum_of_json(content):
-        return f"{STATE_NAME} does not fit its own checksum"
-    for name, entry in content["files"].items() if with_files else ():
+def _problem(folder: Path, files: dict[str, Any]) -> str | None:
+    """Say which file of a checkpoint is not what was written, or return None."""
+    for name, entry in files.items():
         num_bytes = (folder / name).stat().st_size
         if num_bytes != entry["bytes"]:
             return f"{name} has {num_bytes} bytes instead of {entry['bytes']}"

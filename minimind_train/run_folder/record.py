@@ -13,7 +13,6 @@
 is in `run.options`, and which of them a resume may change in `run.reconcile`.
 """
 
-import json
 import shlex
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -23,7 +22,14 @@ from typing import Any, Self
 from minimind_data.dataset.format import CONFIG_NAME as TOKENIZER_CONFIG_NAME
 from minimind_data.dataset.format import MANIFEST_NAME, TOKENIZER_NAME, TokenizerInfo
 from minimind_data.errors import UserError
-from minimind_data.files import FolderLock, checksum_of_json, remove_partials, sha256_of, write_atomic
+from minimind_data.files import (
+    FolderLock,
+    read_checked,
+    remove_partials,
+    sha256_of,
+    write_atomic,
+    write_checked,
+)
 from minimind_data.tokenizer.loading import Tokenizer, cached_tokenizer
 from minimind_train.run_folder import metrics
 
@@ -35,6 +41,7 @@ _RESTORE = (
     "bring it back from a backup; to change an option of a run, pass it with --resume and --allow-change"
 )
 _LOCK_NAME = ".lock"
+_CHECKSUM = "sha256"
 CURSOR = "cursor"
 """What a move of the position by hand is called."""
 
@@ -79,30 +86,22 @@ class RunRecord:
         """
         path = run / CONFIG_NAME
         try:
-            content = json.loads(path.read_bytes())
-            version, checksum = content["format_version"], content.pop("sha256", None)
-            if version == FORMAT_VERSION and checksum == checksum_of_json(content):
-                del content["format_version"]
-                tokenizer = TokenizerInfo(**content.pop("tokenizer"))
-                changes = tuple(Change(**change) for change in content.pop("changes"))
-                return cls(**content, tokenizer=tokenizer, changes=changes)
+            content = read_checked(path, key=_CHECKSUM, remedy=_RESTORE, version=FORMAT_VERSION)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(_no_run(run)) from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        try:
+            del content["format_version"]
+            tokenizer = TokenizerInfo(**content.pop("tokenizer"))
+            changes = tuple(Change(**change) for change in content.pop("changes"))
+            return cls(**content, tokenizer=tokenizer, changes=changes)
+        except (KeyError, TypeError, AttributeError) as error:
             why = f"{type(error).__name__}: {error}"
             raise UserError(f"{path}: edited or damaged ({why}); {_RESTORE}") from None
-        if version != FORMAT_VERSION:
-            raise UserError(
-                f"{path}: format version {version}; this program reads version {FORMAT_VERSION}, so go on with the program "
-                "that began the run, or begin it again in another --run"
-            )
-        raise UserError(f"{path}: edited or damaged (its checksum does not fit); {_RESTORE}")
 
     def write(self, run: Path) -> None:
         """Write the record, whole or not at all."""
         content = {"format_version": FORMAT_VERSION, **asdict(self)}
-        content["sha256"] = checksum_of_json(content)
-        write_atomic(run / CONFIG_NAME, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+        write_checked(run / CONFIG_NAME, content, key=_CHECKSUM)
 
     def changed(self, changes: Iterable[Change]) -> Self:
         """Return the record with more changes noted."""

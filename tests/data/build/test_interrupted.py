@@ -62,7 +62,7 @@ def flip(path):
 )
 def test_a_damaged_file_of_an_unfinished_build_is_named(begun, text, name, remedy, damage):
     damage(begun / ".mm-build" / name)
-    complaint = rf"/out/\.mm-build/{name}: damaged; {remedy}"
+    complaint = rf"/out/\.mm-build/{name}: edited or damaged \(.*\); {remedy}"
     with pytest.raises(UserError, match=complaint):
         commit(begun)
     with pytest.raises(UserError, match=complaint):

@@ -1,7 +1,6 @@
 """When a run saves, what stays, and that the training goes on meanwhile."""
 
 import errno
-import json
 import resource
 import threading
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from minimind_data.errors import UserError
+from minimind_data.files import read_checked, write_checked
 from minimind_train.run.entry import resume
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.checkpoint import CheckpointState
@@ -340,10 +340,8 @@ def test_the_best_needs_something_to_be_measured_on(begin, tmp_path):
 
 def test_what_was_skipped_is_counted_on_after_a_resume(stopped_run):
     path = checkpoint.folder_of(stopped_run, 6) / "state.json"
-    told = json.loads(path.read_text())
-    del told["sha256"]
-    told["skipped_steps"] = 2
-    path.write_text(json.dumps({**told, "sha256": checkpoint.checksum_of_json(told)}))
+    content = read_checked(path, key="sha256")
+    write_checked(path, {**content, "skipped_steps": 2}, key="sha256")
     resume(stopped_run, {}, say=Said())
     assert [line.get("skipped_steps") for line in metrics(stopped_run)] == [None] * 6 + [2] * 6
     assert checkpoint.load(stopped_run, 12).state.skipped_steps == 2

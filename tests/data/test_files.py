@@ -1,0 +1,94 @@
+"""JSON files with their own checksum: what was written comes back, and whatever else is there is named."""
+
+import json
+
+import pytest
+
+from minimind_data.errors import UserError
+from minimind_data.files import DamagedFileError, checked_json, read_checked, write_checked
+
+CONTENT = {"format_version": 2, "text": "für 你", "list": [1, 2.5, None], "inner": {"a": True}}
+
+
+@pytest.fixture
+def path(tmp_path):
+    write_checked(tmp_path / "x.json", CONTENT, key="sha256")
+    return tmp_path / "x.json"
+
+
+def test_what_was_written_comes_back(path):
+    assert read_checked(path, key="sha256", version=2) == CONTENT
+    text = path.read_text(encoding="utf-8")
+    assert list(json.loads(text)) == [*CONTENT, "sha256"]
+    assert "für 你" in text
+    assert text.endswith("}\n")
+
+
+def test_file_names_that_are_no_utf8_come_back(tmp_path):
+    content = {"path": b"a\xff.jsonl".decode(errors="surrogateescape")}
+    write_checked(tmp_path / "x.json", content, key="checksum")
+    assert read_checked(tmp_path / "x.json", key="checksum") == content
+
+
+def test_another_layout_is_the_same_content(path):
+    path.write_text(json.dumps(json.loads(path.read_bytes()), sort_keys=True), encoding="utf-8")
+    assert read_checked(path, key="sha256") == CONTENT
+
+
+def test_every_changed_byte_shows(path):
+    data = path.read_bytes()
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        if _is_same_json(path.read_bytes()):  # white space of another kind
+            assert read_checked(path, key="sha256") == CONTENT
+            continue
+        with pytest.raises(DamagedFileError) as error:
+            read_checked(path, key="sha256", remedy="mend it")
+        assert str(error.value).startswith(f"{path}: edited or damaged (")
+        assert error.value.remedy == "mend it"
+
+
+def _is_same_json(data):
+    try:
+        return json.loads(data) == json.loads(checked_json(CONTENT, key="sha256"))
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"[]", b"null", b"{}", b'"', b"\xff\xfe", b"[" * 100_000, b"9" * 5000, b'{"sha256": null}']
+)
+def test_whatever_else_is_there_is_damage(path, data):
+    path.write_bytes(data)
+    with pytest.raises(DamagedFileError):
+        read_checked(path, key="sha256", version=2)
+
+
+def test_a_folder_in_its_place_is_damage(path):
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DamagedFileError, match="Is a directory"):
+        read_checked(path, key="sha256")
+
+
+def test_another_version_is_said_before_the_checksum(path):
+    with pytest.raises(UserError, match="format version 2; this program reads version 3; use the program"):
+        read_checked(path, key="of another name", version=3)
+
+
+def test_a_file_that_is_missing_is_not_damaged(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError):
+        read_checked(tmp_path / "x.json", key="sha256")
+    with pytest.raises(NotADirectoryError):
+        read_checked(tmp_path / "file" / "x.json", key="sha256")
+
+
+def test_a_file_that_may_not_be_read_is_not_damaged(path, monkeypatch):
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(type(path), "read_bytes", refuse)
+    with pytest.raises(UserError, match="cannot be read .Permission denied.; make it readable") as error:
+        read_checked(path, key="sha256")
+    assert not isinstance(error.value, DamagedFileError)
