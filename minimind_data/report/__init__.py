@@ -1,1 +1,1 @@
-"""What a dataset looks like: its statistics, and one HTML page to leaf through it."""
+"""What a dataset looks like: its statistics, and one HTML page to browse it in."""

@@ -1,8 +1,8 @@
-"""write_page(): one HTML file that shows a dataset: its numbers, plots, and windows to leaf through token by token.
+"""write_page(): one HTML file that shows a dataset: its statistics, plots, and windows to browse token by token.
 
 A page opened from a disk can read no other file, so everything is inside it, and the windows are a sample: spread evenly over
-each layout, first and last included, the same whenever it is written. The page carries a policy that lets it load nothing
-and run no script but its own, and its data stand in it as JSON in which no `<` occurs, so no text of a dataset can become
+each layout, first and last included, and the same every time. The page has a policy that lets it load nothing
+and run no script but its own, and its data are JSON in which no `<` occurs, so no text of a dataset can become
 part of the page.
 """
 
@@ -26,14 +26,13 @@ from minimind_data.windows.pad import SIDES
 DEFAULT_WINDOWS = 24
 
 _MAX_TOKENS = 400_000
-
-"""Tokens that a page holds at most, about 10 bytes each, unless a single window of each kind is more."""
+"""Tokens that a page holds at most, about 10 bytes each, unless one window of each kind is more already."""
 
 _TEMPLATE_NAME = "page.html"
 
 
 def check_page_place(path: Path) -> None:
-    """See that a page can be written there, before the work begins.
+    """Check that a page can be written there, before the work begins.
 
     Raises:
         UserError: its folder does not exist, or it is a folder itself.
@@ -88,8 +87,8 @@ def sample_windows(
     """
     pieces = pieces_of(tokenizer)
     kinds = [(layout, seq_len) for seq_len in _seq_lens(stats) for layout in get_args(Layout)]
-    per_round = sum(seq_len + 1 for _, seq_len in kinds)
-    count = max(1, min(num_windows, _MAX_TOKENS // per_round))
+    tokens_of_one_each = sum(seq_len + 1 for _, seq_len in kinds)
+    count = max(1, min(num_windows, _MAX_TOKENS // tokens_of_one_each))
     views: list[dict[str, Any]] = []
     for layout, seq_len in kinds:
         try:
@@ -129,8 +128,8 @@ def _window(windows: Windows, number: int, pieces: Pieces, side: str) -> dict[st
     """Describe one window for the page, or one side of a pair.
 
     Returns:
-        `ids`: its L inputs, and the token behind them where it is a target; `joins`: [first, count, text] of tokens that are
-        a whole character only together; `documents`: [number or -1, count] runs over the inputs; `begins`: whether a
+        `ids`: its L inputs, and the token after them where it is a target; `joins`: [first, count, text] of tokens that make
+        a character only together; `documents`: [number or -1, count] runs over the inputs; `begins`: whether a
         document begins with the window; `unlearned`: [from, to) spans that are no target here.
     """
     sample = windows.fetch(np.array([number]))
@@ -140,7 +139,7 @@ def _window(windows: Windows, number: int, pieces: Pieces, side: str) -> dict[st
     ids = [*inputs.tolist(), *last]
     shard_name, offset = windows.locate(number)
     documents = windows.document_ids(number)
-    if side:  # what windows of pairs tell of themselves, they tell of the chosen side
+    if side:  # what windows of pairs say of their documents is true of the chosen side
         text = np.flatnonzero(inputs != windows.shards.manifest.tokenizer.pad_id)
         documents = np.where(np.arange(len(inputs)) <= text[-1], number, -1)
     shard = windows.shards.shard(windows.shards.index_of(shard_name))

@@ -1,8 +1,8 @@
-"""stats(): what a dataset holds, and what each layout of windows would waste of it.
+"""stats(): what a dataset holds, and what each layout of windows would waste.
 
-Lengths and waste come from the indexes alone, shard by shard; characters from one pass over the tokens that only counts how
-often each id occurs. So memory holds one block of a shard, the counts by id, and the distinct document lengths, of which
-N tokens can have at most sqrt(2N). No text is decoded, unless the vocabulary is not byte-level: then the characters are
+Lengths and waste follow from the indexes alone, which are read shard by shard; characters from one pass over the tokens that only counts
+how often each id occurs. So memory holds one block of a shard, the counts by id, and the distinct document lengths, which are at most
+sqrt(2N) for N tokens. No text is decoded, unless the vocabulary is not byte-level: then the characters are
 estimated from a sample of documents, and the result says so.
 """
 
@@ -27,7 +27,7 @@ DEFAULT_SEQ_LENS = (340, 512, 1024, 2048)
 SAMPLED_DOCUMENTS = 1000
 """Documents that are decoded where characters cannot be counted."""
 _BLOCK = 2**18
-"""Tokens, or sequences, that are worked on at a time."""
+"""How many tokens or sequences are processed at a time."""
 _SHORT = 2**16
 """Lengths below this are counted in an array, longer ones by sorting."""
 _PERCENTILES = (5, 25, 50, 75, 95, 99)
@@ -44,14 +44,14 @@ class Lengths:
     """Documents of each, or of a dataset of pairs the conversations: int64 [K]."""
 
     def percentile(self, percent: float) -> int:
-        """Return the least length that at least this share of the documents does not exceed."""
+        """Return the smallest length that at least this percentage of the documents does not exceed."""
         below = np.cumsum(self.documents)
         return int(self.tokens[np.searchsorted(below, below[-1] * percent / 100)])
 
     def bins(self) -> list[dict[str, int]]:
-        """Return the histogram for people: `from`, `to` (both included), `documents`, `tokens` in each bin.
+        """Return the histogram for people: `from`, `to` (both included), `documents`, `tokens` of each bin.
 
-        Bins are as good as equally wide in the logarithm of the length, as narrow as leaves no more than can be looked at.
+        Bins are nearly equally wide in the logarithm of the length, and as narrow as possible with at most `_MAX_BINS` of them.
         """
         first, last = int(self.tokens[0]), int(self.tokens[-1])
         edges = np.array([first, last + 1], np.int64)
@@ -79,27 +79,27 @@ class Lengths:
 
 @dataclass(frozen=True, kw_only=True)
 class Waste:
-    """What one layout at one window length makes of a dataset. Windows are the shifted ones: inputs and targets."""
+    """What one layout at one window length does to a dataset. Windows are the shifted ones: inputs and targets."""
 
     layout: Layout
     seq_len: int
     windows: int
     padding: int
-    """Input positions, over all windows, that hold PAD."""
+    """Input positions of all windows that hold PAD."""
     padding_share: float
-    """Padding over all input positions."""
+    """Padding divided by all input positions."""
     padded_windows: int
     """Windows with any padding."""
     unused_tokens: int
     """Tokens that stand in no window: `Windows.unused_tokens`; all of them where there is no window."""
     unused_share: float
-    """Unused tokens over all tokens."""
+    """Unused tokens divided by all tokens."""
     cut_documents: int
-    """Documents whose tokens are cut apart by a window border, or whose end is cut off."""
+    """Documents that a window border cuts in two, or whose end is cut off."""
     cut_share: float
-    """Cut documents over all documents."""
+    """Cut documents divided by all documents."""
     windows_per_document: float
-    """Windows that a document is spread over, on average."""
+    """How many windows a document is spread over, on average."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ class Text:
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """What `stats` found."""
+    """The result of `stats`."""
 
     shards: ShardSet
     lengths: Lengths
@@ -198,23 +198,23 @@ def measure_lengths(shards: ShardSet, seq_lens: Sequence[int]) -> tuple[Lengths,
         for border in borders.values():
             border.add(lengths, stops)
     distinct = sorted(counts)
-    found = Lengths(
+    by_length = Lengths(
         tokens=np.array(distinct, np.int64), documents=np.array([counts[n] for n in distinct], np.int64)
     )
     if shards.manifest.kind == "dpo":  # a window is a pair, and has two rows
-        waste = (_pad(found, border) for border in borders.values())
-        return found, tuple(replace(one, windows=shards.num_documents) for one in waste)
-    return found, tuple(make(found, border) for border in borders.values() for make in _LAYOUTS)
+        waste = (_pad(by_length, border) for border in borders.values())
+        return by_length, tuple(replace(one, windows=shards.num_documents) for one in waste)
+    return by_length, tuple(of(by_length, border) for border in borders.values() for of in _WASTE_BY_LAYOUT)
 
 
 def _length_blocks(shards: ShardSet) -> Iterator[NDArray[np.int64]]:
-    for shard in _each(shards):
+    for shard in _mapped_shards(shards):
         for start in range(0, len(shard.lengths), _BLOCK):
             yield shard.lengths[start : start + _BLOCK].astype(np.int64)
 
 
-def _each(shards: ShardSet) -> Iterator[Shard]:
-    """Map one shard after the other, those without a document left out."""
+def _mapped_shards(shards: ShardSet) -> Iterator[Shard]:
+    """Yield the shards that have documents, each mapped only while it is used."""
     entries = enumerate(shards.manifest.shards)
     return (shards.open_shard(index) for index, entry in entries if entry.sequences)
 
@@ -228,7 +228,7 @@ def _distinct(lengths: NDArray[np.int64]) -> Iterable[tuple[int, int]]:
 
 
 class _Borders:
-    """Counts, block by block, how documents lie over the borders of windows that follow each other without a gap."""
+    """Counts, block by block, which documents lie across the borders of windows that follow each other without a gap."""
 
     def __init__(self, seq_len: int) -> None:
         self.seq_len = seq_len
@@ -237,7 +237,7 @@ class _Borders:
         self._tokens = 0
 
     def add(self, lengths: NDArray[np.int64], stops: NDArray[np.int64]) -> None:
-        """Take in the next documents: their lengths, and the sums of these, both int64 [B]."""
+        """Count the next documents: their lengths and the cumulative sums of these, both int64 [B]."""
         into_window = self._tokens % self.seq_len
         last_windows = (stops + (into_window - 1)) // self.seq_len
         crossed = last_windows - (stops - lengths + into_window) // self.seq_len
@@ -247,7 +247,7 @@ class _Borders:
 
 
 def _concat(lengths: Lengths, borders: _Borders) -> Waste:
-    """A border at every multiple of the length; see `windows.ConcatWindows`."""
+    """A border at every multiple of the length; see `ConcatWindows`."""
     num_tokens = int(lengths.documents @ lengths.tokens)
     num_documents = int(lengths.documents.sum())
     windows = (num_tokens - 1) // borders.seq_len
@@ -268,7 +268,7 @@ def _concat(lengths: Lengths, borders: _Borders) -> Waste:
 
 
 def _pad(lengths: Lengths, borders: _Borders) -> Waste:
-    """A window for every document, cut at L + 1 tokens; see `windows.PadWindows`."""
+    """A window for every document, cut at L + 1 tokens; see `PadWindows`."""
     seq_len, tokens, documents = borders.seq_len, lengths.tokens, lengths.documents
     num_documents = int(documents.sum())
     padding = int(documents @ np.maximum(seq_len - tokens, 0))
@@ -290,7 +290,7 @@ def _pad(lengths: Lengths, borders: _Borders) -> Waste:
 
 
 def _pack(lengths: Lengths, borders: _Borders) -> Waste:
-    """Windows of L + 1 tokens filled with whole documents, longer ones cut; see `windows.PackWindows`."""
+    """Windows of L + 1 tokens filled with whole documents, longer ones cut; see `PackWindows`."""
     seq_len, tokens, documents = borders.seq_len, lengths.tokens, lengths.documents
     width = seq_len + 1
     num_documents = int(documents.sum())
@@ -315,8 +315,8 @@ def _pack(lengths: Lengths, borders: _Borders) -> Waste:
     )
 
 
-# One entry for each layout: what it makes of the lengths, and of the lie of documents where windows follow without a gap.
-_LAYOUTS: tuple[Callable[[Lengths, _Borders], Waste], ...] = (_concat, _pad, _pack)
+# One function for each layout: its waste, from the lengths and from how documents lie over the borders of windows in a row.
+_WASTE_BY_LAYOUT: tuple[Callable[[Lengths, _Borders], Waste], ...] = (_concat, _pad, _pack)
 
 
 def count_text(shards: ShardSet, tokenizer: Tokenizer, progress: Progress = no_progress) -> Text:
@@ -334,7 +334,7 @@ def count_text(shards: ShardSet, tokenizer: Tokenizer, progress: Progress = no_p
     counts = np.zeros(info.vocab_size, np.int64)
     frames = np.zeros(info.vocab_size, np.int64)
     with progress("count", sum(entry.bytes for entry in shards.manifest.shards)) as report:
-        for shard in _each(shards):
+        for shard in _mapped_shards(shards):
             for start in range(0, len(shard.tokens), _BLOCK):
                 block = shard.tokens[start : start + _BLOCK]
                 if int(block.max()) >= info.vocab_size or int(block.min()) < 0:
@@ -354,8 +354,8 @@ def count_text(shards: ShardSet, tokenizer: Tokenizer, progress: Progress = no_p
         characters = int((counts - frames) @ pieces.num_characters)
         num_bytes = int((counts - frames) @ pieces.num_bytes)
     else:
-        sampled, *found = _decode_sample(shards, tokenizer)
-        characters, num_bytes = (round(count * num_tokens / max(1, found[0])) for count in found[1:])
+        sampled, sample_tokens, *sizes = _decode_sample(shards, tokenizer)
+        characters, num_bytes = (round(size * num_tokens / max(1, sample_tokens)) for size in sizes)
     return Text(
         tokens=num_tokens,
         characters=characters,
@@ -369,17 +369,17 @@ def count_text(shards: ShardSet, tokenizer: Tokenizer, progress: Progress = no_p
 
 def _count_at(shard: Shard, place: Literal["first", "last"], token_id: int) -> int:
     """Count the sequences of a shard whose first or last token is this one."""
-    found = 0
+    count = 0
     for start in range(0, len(shard.lengths), _BLOCK):
         at = shard.offsets[start : start + _BLOCK] // shard.tokens.itemsize
         if place == "last":
             at = at + shard.lengths[start : start + _BLOCK] - 1
-        found += int(np.count_nonzero(shard.tokens[at] == token_id))
-    return found
+        count += int(np.count_nonzero(shard.tokens[at] == token_id))
+    return count
 
 
 def _decode_sample(shards: ShardSet, tokenizer: Tokenizer) -> tuple[int, int, int, int]:
-    """Decode documents that are spread evenly over the dataset; return (documents, tokens, characters, UTF-8 bytes)."""
+    """Decode documents spread evenly over the dataset; return (documents, tokens, characters, UTF-8 bytes)."""
     info = tokenizer.info
     last = int(shards.sequence_starts[-1]) - 1
     chosen = np.unique(np.linspace(0, last, SAMPLED_DOCUMENTS).round().astype(np.int64))
