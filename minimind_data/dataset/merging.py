@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-from minimind_data.dataset.checked import carry_set_aside
+from minimind_data.dataset.checked_reading import carry_set_aside
 from minimind_data.dataset.format import REMAKE, FormatError, IndexHeader, Manifest, ShardEntry
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.dataset.staging import new_folder, place_file, unique_names, write_metadata

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minimind_data.dataset.checked import carry_set_aside, checked_sequences
+from minimind_data.dataset.checked_reading import carry_set_aside, checked_sequences
 from minimind_data.dataset.format import InputEntry, Manifest, ShardEntry, TokenArray
 from minimind_data.dataset.framing import document_ranges
 from minimind_data.dataset.shard import Shard, mask_of

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from minimind_data.dataset.checked import Documents, checked_documents
+from minimind_data.dataset.checked_reading import Documents, checked_documents
 from minimind_data.dataset.format import Manifest
 from minimind_data.dataset.framing import BLOCK_TOKENS, check_ids, check_lengths, document_ranges
 from minimind_data.dataset.shard_set import ShardSet

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from minimind_data.dataset.checked import check_kind
+from minimind_data.dataset.checked_reading import check_kind
 from minimind_data.dataset.format import (
     TOKENIZER_NAME,
     InputEntry,

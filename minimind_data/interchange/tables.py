@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from minimind_data.dataset.checked import Documents, checked_sequences
+from minimind_data.dataset.checked_reading import Documents, checked_sequences
 from minimind_data.dataset.format import IGNORED, Kind, Manifest
 from minimind_data.dataset.staging import durable_file
 from minimind_data.errors import UserError

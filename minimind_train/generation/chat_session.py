@@ -20,7 +20,7 @@ from minimind_train.model.transformer import MiniMind
 from minimind_train.parallel.devices import resolve_device
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.run_folder.options import CheckpointChoice
-from minimind_train.weights.load import open_trained
+from minimind_train.weights.loading import open_model
 
 __all__ = ["ChatSession"]
 
@@ -84,14 +84,14 @@ class ChatSession:
             UserError: there is no such model, or no template.
         """
         template = chat_template_of(run)
-        opened = open_trained(run, step=step, say=say, changes=changes)
+        trained = open_model(run, step=step, say=say, changes=changes)
         if template is None:
             raise UserError(
                 f"{run}: has no chat template, which says how turns are written; put the tokenizer_config.json or "
                 "chat_template.jinja of its tokenizer into the folder, or leave --chat out"
             )
-        model = opened.model.to(resolve_device(device))
-        return cls(model, opened.tokenizer, template, options, system)
+        model = trained.model.to(resolve_device(device))
+        return cls(model, trained.tokenizer, template, options, system)
 
     def clear(self) -> None:
         """Forget what was said."""

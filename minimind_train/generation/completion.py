@@ -11,7 +11,7 @@ from minimind_train.generation.sampling import generate, stream_text
 from minimind_train.parallel.devices import resolve_device
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.run_folder.options import CheckpointChoice
-from minimind_train.weights.load import open_trained
+from minimind_train.weights.loading import open_model
 
 
 def complete(
@@ -44,8 +44,8 @@ def complete(
         raise UserError(
             "--prompt: holds bytes that are no text in this terminal's encoding; pass UTF-8"
         ) from None
-    opened = open_trained(run, step=step, say=say, changes=changes)
-    model, info = opened.model.to(resolve_device(device)), opened.tokenizer.info
-    tokenizer = opened.tokenizer.reference
+    trained = open_model(run, step=step, say=say, changes=changes)
+    model, info = trained.model.to(resolve_device(device)), trained.tokenizer.info
+    tokenizer = trained.tokenizer.reference
     prompt_ids = [info.bos_id, *tokenizer.encode(prompt, add_special_tokens=False).ids]
     return stream_text(tokenizer, generate(model, prompt_ids, options=options, eos_id=info.eos_id))

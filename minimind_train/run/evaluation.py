@@ -28,7 +28,7 @@ from minimind_train.run_folder.options import CheckpointChoice
 from minimind_train.run_folder.record import RunRecord
 from minimind_train.training.evaluate import Evaluation, open_evaluator
 from minimind_train.training.options import TrainingOptions
-from minimind_train.weights.load import open_trained
+from minimind_train.weights.loading import open_model
 
 
 def evaluate_run(
@@ -61,17 +61,17 @@ def evaluate_run(
     Raises:
         UserError: there is no such model, checkpoint or dataset, or the tokenizers differ; the message shows both sides.
     """
-    opened = open_trained(run, step=step, say=say, changes=changes)
+    trained = open_model(run, step=step, say=say, changes=changes)
     shards = ShardSet.open(dataset)
     refuse_other_tokenizer(
         (shards.folder, shards.manifest.tokenizer),
-        (run, opened.tokenizer.info),
+        (run, trained.tokenizer.info),
         why="a model knows the ids of its own alone",
         remedy=f"tokenize the text again with --tokenizer {run}",
         # A run's is a copy of its dataset's; other programs write the same one in their own way.
-        same=lambda: opened.record is None and same_encoding(opened.tokenizer.json, shards.tokenizer_json),
+        same=lambda: trained.record is None and same_encoding(trained.tokenizer.json, shards.tokenizer_json),
     )
-    options = dict(opened.record.options) if opened.record else {}
+    options = dict(trained.record.options) if trained.record else {}
     if "layout" in cut:
         options["document_mask"] = cut["layout"] == "pack"
     known = {
@@ -81,7 +81,7 @@ def evaluate_run(
         "mixture_stages": (),
     }
     data = build(DataOptions, known)
-    if data.seq_len > (longest := opened.model.config.longest_sequence):
+    if data.seq_len > (longest := trained.model.config.longest_sequence):
         raise UserError(
             f"{run}: its model reads at most {longest} tokens, and the windows have {data.seq_len}; take a smaller --seq-len, or "
             "stretch the positions by --inference-rope-scaling"
@@ -96,9 +96,9 @@ def evaluate_run(
         say=say,
         **window_options(data),
     )
-    model = opened.model.to(place)
+    model = trained.model.to(place)
     if shards.manifest.kind == "dpo":
-        objective = _of_pairs(model, run, opened.record, dataset, say)
+        objective = _of_pairs(model, run, trained.record, dataset, say)
     else:
         objective = NextToken(model)
     with WindowProgress(evaluator.num_windows) as progress:

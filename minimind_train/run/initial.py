@@ -18,7 +18,7 @@ from minimind_train.model.transformer import MiniMind
 from minimind_train.progress import Say
 from minimind_train.resume_policy import Resume, names_of
 from minimind_train.run.options import RunOptions
-from minimind_train.weights.load import Weights, checksum_of_tensors, load_weights, same_weights
+from minimind_train.weights.loading import Weights, checksum_of_tensors, load_initial_weights, load_weights
 
 __all__ = ["InitialWeights", "with_initial_weights"]
 
@@ -105,7 +105,7 @@ class InitialWeights:
         if self._weights is None and start.from_weight is not None:
             if start.from_sha256 is None:
                 raise UserError("the run began from no weights, so leave --from-weight out")
-            self._weights = same_weights(flatten(self._options), why, self._say)
+            self._weights = load_initial_weights(flatten(self._options), why, self._say)
         return self._weights
 
     def model(self, why: str) -> MiniMind:

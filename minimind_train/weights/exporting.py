@@ -1,7 +1,7 @@
-"""The model of a run in a form that other programs open: a Hugging Face folder, a `.pth` of MiniMind's, or adapters for peft.
+"""export(): the model of a run in a form that other programs open: a Hugging Face folder, a `.pth` of MiniMind's, or adapters for peft.
 
-`hf_config`, `minimind_form` and `peft_form` say what each can hold; here it is written, whole or not at all. Adapters are merged
-into the matrices that they stand beside, but for peft.
+`hf_config`, `minimind_form` and `peft_form` say what each form can hold; here it is written, whole or not at all. Adapters are merged
+into their matrices, except for peft.
 """
 
 import json
@@ -30,7 +30,7 @@ from minimind_train.progress import Say, say_on_stderr
 from minimind_train.run_folder.options import CheckpointChoice
 from minimind_train.run_folder.record import RunRecord, load_run_tokenizer
 from minimind_train.weights.hf_config import to_hf
-from minimind_train.weights.load import adapted_model, model_of
+from minimind_train.weights.loading import adapted_model, model_of
 from minimind_train.weights.minimind_form import file_name, minimind_form
 from minimind_train.weights.options import Target, WeightDtype
 from minimind_train.weights.peft_form import (
@@ -42,10 +42,10 @@ from minimind_train.weights.peft_form import (
 
 __all__ = ["export"]
 
-
-_GROUPED_ALIGNMENT = 16  # bytes, of every row that transformers' usual way with experts multiplies
+_GROUPED_ALIGNMENT = 16
+"""Bytes; rows of experts must be a multiple of it for the kernel that transformers usually multiplies them with."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_USUAL_DTYPE: dict[Target, WeightDtype] = {"hf": "fp32", "minimind": "fp16", "peft": "fp32"}
+_DEFAULT_DTYPE: dict[Target, WeightDtype] = {"hf": "fp32", "minimind": "fp16", "peft": "fp32"}
 
 
 def export(
@@ -62,25 +62,25 @@ def export(
     Args:
         run: its folder.
         out: a folder that is new or empty; for MiniMind any folder, or the `.pth` itself.
-        to: hf for a folder that transformers opens; minimind for a `.pth` that MiniMind's code opens; peft for a folder with the
-            adapters alone.
+        to: hf for a folder that transformers opens; minimind for a `.pth` that MiniMind's code opens; peft for a folder with only the
+            adapters.
         step: whose checkpoint; the newest whole one by default, or `best`.
-        dtype: of the weights; fp32, and fp16 for minimind, as MiniMind stores them.
+        dtype: of the weights; by default fp32, and fp16 for minimind, as MiniMind stores them.
         say: takes lines for the user.
 
     Returns:
-        What was written.
+        The file or folder that was written.
 
     Raises:
-        UserError: the form cannot hold this model, or cannot be written there.
+        UserError: the form cannot hold this model, or nothing can be written there.
     """
     record = RunRecord.read(run)
-    dtype = dtype or _USUAL_DTYPE[to]
+    dtype = dtype or _DEFAULT_DTYPE[to]
     if to == "peft":
         return _to_peft(out, run, step=step, base=record.options.get("from_weight"), dtype=dtype, say=say)
     model = model_of(run, step=step, say=say)
     if model.config.dropout:
-        say(f"dropout {model.config.dropout} is of training alone and is not exported")
+        say(f"dropout {model.config.dropout} matters only in training and is not exported")
     weights = _cast(model.state_dict(), dtype, run)
     if to == "minimind":
         return _to_minimind(out, record, model, weights, say)
@@ -141,7 +141,7 @@ def _to_hf(
     if config.use_moe and any(num_bytes % _GROUPED_ALIGNMENT for num_bytes in row_bytes):
         say(
             f"transformers multiplies experts of this width (hidden_size {config.hidden_size}, moe_intermediate_size {config.expert_size}) "
-            'only where it is told to by from_pretrained(…, experts_implementation="eager")'
+            'only with from_pretrained(…, experts_implementation="eager")'
         )
     return out
 
@@ -169,19 +169,19 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _tokenizer_config(
     run: Path, tokenizer: Tokenizer, info: TokenizerInfo, config: ModelConfig
 ) -> dict[str, Any]:
-    """Return the tokenizer_config.json of a folder: its special tokens and, where the run has one, its chat template."""
-    there = run / TOKENIZER_CONFIG_NAME
+    """Return the contents of tokenizer_config.json: the special tokens and, where the run has one, the chat template."""
+    path = run / TOKENIZER_CONFIG_NAME
     tokenizer_config: dict[str, Any] = {}
-    if there.is_file():
+    if path.is_file():
         try:
-            tokenizer_config = dict(json.loads(there.read_bytes()))
+            tokenizer_config = dict(json.loads(path.read_bytes()))
         except (ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"{there}: no object in JSON ({error}); copy it from the dataset again") from None
+            raise UserError(f"{path}: no object in JSON ({error}); copy it from the dataset again") from None
     tokens = {"bos_token": info.bos_id, "eos_token": info.eos_id, "pad_token": info.pad_id}
     return {
         **tokenizer_config,
         **{name: tokenizer.reference.id_to_token(number) for name, number in tokens.items()},
-        # By its own name, or transformers would make one after the type of the model, with other rules.
+        # Named, because transformers would else choose a class by the type of the model, with other rules.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": False,
         "add_eos_token": False,

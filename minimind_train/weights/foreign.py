@@ -1,8 +1,8 @@
 """Weights that other programs wrote: a Hugging Face folder, a `.pth` of MiniMind's, a file of safetensors.
 
-Nothing that a file holds is ever run: pickles are read by torch's `weights_only` reader, which knows tensors and containers alone.
-Parameters have the same names here and there, so what is left to do is little: join shards, take stacked experts apart, leave out
-what is no parameter, and hold names and shapes against the model's, because a file that almost fits is of another model.
+No code in a file is ever run: pickles are read by torch's `weights_only` reader, which accepts only tensors and containers.
+Parameters have the same names there as here, so little remains to be done: join shards, split stacked experts, leave out
+what is not a parameter, and compare names and shapes with the model's, because a file that almost fits belongs to another model.
 """
 
 import json
@@ -20,7 +20,14 @@ from minimind_train.model.config import ModelConfig
 from minimind_train.model.transformer import MiniMind
 from minimind_train.weights.hf_config import from_hf
 
-__all__ = ["HF_CONFIG_NAME", "fitted", "is_hf_folder", "num_entries", "read_hf_folder", "read_tensors"]
+__all__ = [
+    "HF_CONFIG_NAME",
+    "is_hf_folder",
+    "num_entries",
+    "parameters_of_model",
+    "read_hf_folder",
+    "read_tensors",
+]
 
 HF_CONFIG_NAME = "config.json"
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -31,7 +38,7 @@ _GATE_UP, _DOWN = ".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"
 
 
 def is_hf_folder(path: Path) -> bool:
-    """Tell whether a folder holds a config.json as Hugging Face writes it; that of a run names no type of model."""
+    """Tell whether a folder has a config.json of Hugging Face's; that of a run has no `model_type`."""
     try:
         content = json.loads((path / HF_CONFIG_NAME).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -43,7 +50,7 @@ def read_hf_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Return the shape of the model in a Hugging Face folder, and its weights in float32 by our names.
 
     Raises:
-        UserError: it is a model of another kind, or something is missing or damaged.
+        UserError: the model is of another type, or something is missing or damaged.
     """
     source = folder / HF_CONFIG_NAME
     try:
@@ -54,7 +61,7 @@ def read_hf_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(folder):
         tensors |= read_tensors(file)
-    return config.resolved(), fitted(tensors, config, folder)
+    return config.resolved(), parameters_of_model(tensors, config, folder)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -75,7 +82,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file by name: safetensors by its suffix, else what `torch.save` wrote, MiniMind's resume files too.
+    """Return the tensors of a file by name: of safetensors, by the suffix, else of what `torch.save` wrote, also MiniMind's resume files.
 
     Raises:
         UserError: there is no such file, or it holds something else.
@@ -100,15 +107,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not (
         isinstance(loaded, dict) and loaded and all(isinstance(tensor, Tensor) for tensor in loaded.values())
     ):
-        raise UserError(f"{path}: is no state_dict, a tensor for each name")
+        raise UserError(f"{path}: is no state_dict, which is a tensor for each name")
     return loaded
 
 
 def num_entries(tensors: Mapping[str, Tensor], source: Path) -> int:
-    """Return the size of the vocabulary that weights have.
+    """Return the size of the vocabulary, which is the height of the embedding matrix.
 
     Raises:
-        UserError: they have no embedding matrix of the name that it has here.
+        UserError: there is no embedding matrix of the name that it has here.
     """
     embedding = tensors.get(_EMBEDDING)
     if embedding is None or embedding.ndim != 2:
@@ -118,51 +125,53 @@ def num_entries(tensors: Mapping[str, Tensor], source: Path) -> int:
     return embedding.shape[0]
 
 
-def fitted(tensors: Mapping[str, Tensor], config: ModelConfig, source: Path) -> dict[str, Tensor]:
-    """Return weights in float32 by the names of a model of this shape, each of which is there.
+def parameters_of_model(
+    tensors: Mapping[str, Tensor], config: ModelConfig, source: Path
+) -> dict[str, Tensor]:
+    """Return the parameters of a model of this shape, in float32, by name, out of the tensors of a file.
 
     Args:
         tensors: by the names that Hugging Face and MiniMind give them.
-        config: the shape, in which `vocab_size` is what the weights have.
+        config: the shape, with the `vocab_size` of the tensors.
         source: where they come from, for the error.
 
     Raises:
-        UserError: they are of another model; the message says in what.
+        UserError: they belong to another model; the message names the first difference.
     """
-    found = _unstacked(
+    parameters = _split_experts(
         {name: tensor for name, tensor in tensors.items() if not name.endswith(_NO_PARAMETERS)}
     )
-    if config.tie_word_embeddings and _HEAD in found:
-        embedding = found.get(_EMBEDDING)
-        if embedding is None or not torch.equal(found.pop(_HEAD), embedding):
+    if config.tie_word_embeddings and _HEAD in parameters:
+        embedding = parameters.get(_EMBEDDING)
+        if embedding is None or not torch.equal(parameters.pop(_HEAD), embedding):
             raise UserError(
                 f"{source}: its output matrix is not its embedding matrix; pass --no-tie-word-embeddings"
             )
     with torch.device("meta"):
         expected = MiniMind(config).state_dict()
-    for name in sorted(expected.keys() | found.keys()):
-        sides = [list(side[name].shape) if name in side else "absent" for side in (found, expected)]
+    for name in sorted(expected.keys() | parameters.keys()):
+        sides = [list(side[name].shape) if name in side else "absent" for side in (parameters, expected)]
         if sides[0] != sides[1]:
             raise UserError(
-                f"{source}: the weights are of another model: {name} is {sides[0]} there and {sides[1]} in a model of these options; "
+                f"{source}: the weights belong to another model: {name} is {sides[0]} there and {sides[1]} in a model of these options; "
                 "pass the options that it was made with, such as --hidden-size, --num-hidden-layers, --no-qk-norm, --use-moe or a --preset"
             )
-    return {name: found[name].float() for name in expected}
+    return {name: parameters[name].float() for name in expected}
 
 
-def _unstacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take the experts apart that transformers 5 keeps in one tensor a layer, gate above up."""
-    apart: dict[str, Tensor] = {}
+def _split_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Split the experts, which transformers 5 keeps in one tensor for each layer, gate above up."""
+    split: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.endswith(_GATE_UP):
             prefix = name.removesuffix("gate_up_proj")
             for number, both in enumerate(tensor):
                 gate, up = both.chunk(2)
-                apart[f"{prefix}{number}.gate_proj.weight"] = gate
-                apart[f"{prefix}{number}.up_proj.weight"] = up
+                split[f"{prefix}{number}.gate_proj.weight"] = gate
+                split[f"{prefix}{number}.up_proj.weight"] = up
         elif name.endswith(_DOWN):
             prefix = name.removesuffix("down_proj")
-            apart |= {f"{prefix}{number}.down_proj.weight": down for number, down in enumerate(tensor)}
+            split |= {f"{prefix}{number}.down_proj.weight": down for number, down in enumerate(tensor)}
         else:
-            apart[name] = tensor
-    return apart
+            split[name] = tensor
+    return split

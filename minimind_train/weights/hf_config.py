@@ -1,8 +1,8 @@
 """The shape of a model as Hugging Face writes it: `ModelConfig` to the config.json of Llama, Qwen3 or Qwen3-MoE, and back.
 
-Without a norm of queries and keys the model is a Llama, with it a Qwen3, and with experts a Qwen3-MoE. What a class there cannot
-compute is refused by name in both directions, so that whatever is translated gives the same logits. Imports neither torch nor
-transformers. config.json is written with the keys that transformers 4 knows, which 5 reads as well.
+Without a norm of queries and keys the model is a Llama, with it a Qwen3, and with experts a Qwen3-MoE. What the class there cannot
+compute is refused by name, in both directions, so that every model that is translated gives the same logits. This imports neither torch
+nor transformers. config.json is written with the keys of transformers 4, which transformers 5 reads as well.
 """
 
 import math
@@ -18,7 +18,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
-_MINIMIND = "minimind"  # its own class, whose code travels with its weights
+_MINIMIND = "minimind"  # MiniMind's own class, whose code lies beside its weights
 
 _SAME_NAMES = (
     "hidden_size",
@@ -31,7 +31,7 @@ _SAME_NAMES = (
     "rms_norm_eps",
     "tie_word_embeddings",
 )
-_OF_EXPERTS = (
+_EXPERT_OPTIONS = (
     "num_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
@@ -42,7 +42,7 @@ _FRACTIONS = ("rms_norm_eps", "rope_theta", "router_aux_loss_coef")
 """Options that transformers 5 refuses where they are written as whole numbers."""
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    # What transformers takes where config.json is silent, and where that is no size that everybody writes.
+    # What transformers takes for keys that config.json leaves out; sizes, which everybody writes, are not among them.
     "llama": {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": False},
     "qwen3": {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": False, "head_dim": 128},
     "qwen3_moe": {
@@ -55,8 +55,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     _MINIMIND: {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "tie_word_embeddings": True},
 }
 
-_ONLY = {
-    # key: the values with which these classes compute what ours does; a key that is absent is one of them
+_ONLY_VALUES = {
+    # For each key, the values with which these classes compute what our model does; so they do where the key is absent.
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -73,8 +73,8 @@ def to_hf(config: ModelConfig, tokenizer: TokenizerInfo, dtype: str) -> dict[str
 
     Args:
         config: its shape.
-        tokenizer: whose special tokens are named in it.
-        dtype: of the weights, as torch calls it: float32, …
+        tokenizer: the one whose special tokens it names.
+        dtype: of the weights, by torch's name: float32, …
 
     Raises:
         UserError: no class there computes what this model does.
@@ -102,7 +102,7 @@ def to_hf(config: ModelConfig, tokenizer: TokenizerInfo, dtype: str) -> dict[str
     else:
         config_json |= {"use_sliding_window": False, "sliding_window": None}
     if kind == "qwen3_moe":
-        config_json |= {name: getattr(config.resolved(), name) for name in _OF_EXPERTS}
+        config_json |= {name: getattr(config.resolved(), name) for name in _EXPERT_OPTIONS}
         config_json |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
     return config_json | {name: float(config_json[name]) for name in _FRACTIONS if name in config_json}
 
@@ -162,12 +162,10 @@ def from_hf(config_json: Mapping[str, Any], source: str) -> ModelConfig:
     kind = config_json.get("model_type")
     if kind not in _DEFAULTS:
         known = ", ".join((*ARCHITECTURES, _MINIMIND))
-        raise UserError(
-            f"{source}: a model of the type {kind!r}; the types that can be taken over are {known}"
-        )
-    for key, values in _ONLY.items():
+        raise UserError(f"{source}: a model of the type {kind!r}; the types that can be read are {known}")
+    for key, values in _ONLY_VALUES.items():
         if config_json.get(key) is not None and config_json[key] not in values:
-            raise UserError(f"{source}: {key} {config_json[key]!r} is nothing that this model computes")
+            raise UserError(f"{source}: {key} {config_json[key]!r} is not something that this model computes")
     config_json = _DEFAULTS[kind] | {name: value for name, value in config_json.items() if value is not None}
     try:
         return _shape(kind, config_json, source)
@@ -188,7 +186,7 @@ def _shape(kind: str, config_json: Mapping[str, Any], source: str) -> ModelConfi
     options["rope_scaling"] = _scaling(rope, config_json["max_position_embeddings"], source)
     options["qk_norm"] = kind != "llama"
     if kind == "qwen3_moe":
-        options |= {name: config_json[name] for name in _OF_EXPERTS if name != "num_experts"}
+        options |= {name: config_json[name] for name in _EXPERT_OPTIONS if name != "num_experts"}
         options |= {
             "use_moe": True,
             "num_experts": config_json.get("num_experts", config_json.get("num_local_experts")),
@@ -201,13 +199,13 @@ def _shape(kind: str, config_json: Mapping[str, Any], source: str) -> ModelConfi
 
 
 def _minimind_options(config_json: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what MiniMind's own class says of itself: minimind-3's has a `head_dim` and norms, minimind2's neither."""
+    """Return the options that only MiniMind's own class has: minimind-3 has a `head_dim` and norms, minimind2 has neither."""
     options: dict[str, Any] = {
         "qk_norm": "head_dim" in config_json,
         "dropout": config_json.get("dropout", 0.0),
     }
     if config_json.get("use_moe"):
-        names = (*_OF_EXPERTS, "n_shared_experts", "scoring_func", "seq_aux")
+        names = (*_EXPERT_OPTIONS, "n_shared_experts", "scoring_func", "seq_aux")
         options |= {"use_moe": True} | {name: config_json[name] for name in names if name in config_json}
         for theirs, ours in (
             ("n_routed_experts", "num_experts"),
@@ -219,7 +217,7 @@ def _minimind_options(config_json: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scaling(rope: Mapping[str, Any], longest: int, source: str) -> RopeScaling:
-    """Return the stretching of positions, which a config.json calls `rope_scaling` or `rope_parameters`."""
+    """Return how positions are scaled, which a config.json calls `rope_scaling` or `rope_parameters`."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return RopeScaling()
@@ -241,7 +239,7 @@ def _scaling(rope: Mapping[str, Any], longest: int, source: str) -> RopeScaling:
 
 
 def _attention_factor(rope: Mapping[str, Any], factor: float) -> float:
-    """Return the scale of queries and keys, which is the paper's where none is written."""
+    """Return the scale of queries and keys; where none is written it is the paper's."""
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
     over, under = float(rope.get("mscale") or 0), float(rope.get("mscale_all_dim") or 0)

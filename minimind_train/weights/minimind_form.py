@@ -1,7 +1,7 @@
 """A model in the form that MiniMind's own code opens: which of its two generations can hold it, and by what options.
 
-minimind-3 norms queries and keys and has no shared experts; minimind2 has shared experts, as wide as its MLP, and no norm. Both know
-parameters by the names that they have here, with the output matrix written out where it is tied. Imports no torch.
+minimind-3 normalises queries and keys and has no shared experts; minimind2 has shared experts, as wide as its MLP, and no such norm.
+Both call parameters by the names that they have here, with the output matrix written out where it is tied. This imports no torch.
 
 Source: https://github.com/jingyaogong/minimind, model/model_minimind.py and trainer/trainer_utils.py of 2026-04 and of 2025.
 """
@@ -12,9 +12,9 @@ from typing import Any
 from minimind_data.errors import UserError
 from minimind_train.model.config import ModelConfig
 
-_WEIGHT_NAMES = {"sft": "full_sft"}  # what MiniMind calls a phase where it is not as here
+_WEIGHT_NAMES = {"sft": "full_sft"}  # MiniMind's names of phases, where they differ from ours
 
-_BOTH = (
+_OPTIONS_OF_BOTH = (
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
@@ -26,7 +26,7 @@ _BOTH = (
     "rope_theta",
     "use_moe",
 )
-_OF_MINIMIND2 = {
+_EXPERT_OPTIONS_2 = {
     "num_experts_per_tok": "num_experts_per_tok",
     "num_experts": "n_routed_experts",
     "n_shared_experts": "n_shared_experts",
@@ -34,7 +34,7 @@ _OF_MINIMIND2 = {
     "seq_aux": "seq_aux",
     "norm_topk_prob": "norm_topk_prob",
 }
-_OF_MINIMIND3 = (
+_EXPERT_OPTIONS_3 = (
     "num_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
@@ -42,7 +42,7 @@ _OF_MINIMIND3 = (
     "router_aux_loss_coef",
 )
 _YARN = {
-    # MiniMind stretches positions in one way only.
+    # The one way in which MiniMind scales positions.
     "yarn_factor": 16,
     "yarn_original_max_position_embeddings": 2048,
     "yarn_beta_fast": 32,
@@ -58,7 +58,7 @@ class MiniMindForm:
     generation: str
     """minimind-3 or minimind2."""
     options: dict[str, Any]
-    """What its `MiniMindConfig` is to be made with."""
+    """The arguments of its `MiniMindConfig`."""
 
     @property
     def call(self) -> str:
@@ -67,7 +67,7 @@ class MiniMindForm:
 
 
 def file_name(command: str, config: ModelConfig) -> str:
-    """Return the name by which MiniMind's scripts look for weights: what made them, their width, and whether they are a mixture."""
+    """Return the file name under which MiniMind's scripts look for weights: the phase, the width, and whether there are experts."""
     suffix = "_moe" if config.use_moe else ""
     return f"{_WEIGHT_NAMES.get(command, command)}_{config.hidden_size}{suffix}.pth"
 
@@ -80,29 +80,29 @@ def minimind_form(config: ModelConfig) -> MiniMindForm:
     """
     config = config.resolved()
     generation = "minimind-3" if config.qk_norm else "minimind2"
-    for unfit, named in _obstacles(config):
-        if unfit:
+    for is_there, name in _obstacles(config):
+        if is_there:
             raise UserError(
                 f"--to minimind: {generation}, the generation of MiniMind {'with' if config.qk_norm else 'without'} a norm of queries "
-                f"and keys, has no {named}; export it by --to hf if that can hold it, or go on with the run's own checkpoints"
+                f"and keys, has no {name}; export it by --to hf if that can hold it, or go on with the run's own checkpoints"
             )
-    options = {name: getattr(config, name) for name in _BOTH}
+    options = {name: getattr(config, name) for name in _OPTIONS_OF_BOTH}
     if config.rope_scaling.inference_rope_scaling:
         options["inference_rope_scaling"] = True
     if config.qk_norm:
         options |= {"head_dim": config.head_dim, "tie_word_embeddings": config.tie_word_embeddings}
-        options |= {name: getattr(config, name) for name in _OF_MINIMIND3 if config.use_moe}
+        options |= {name: getattr(config, name) for name in _EXPERT_OPTIONS_3 if config.use_moe}
     elif config.use_moe:
-        options |= {theirs: getattr(config, ours) for ours, theirs in _OF_MINIMIND2.items()}
+        options |= {theirs: getattr(config, ours) for ours, theirs in _EXPERT_OPTIONS_2.items()}
     return MiniMindForm(generation=generation, options=options)
 
 
 def _obstacles(config: ModelConfig) -> list[tuple[bool, str]]:
-    """Return what the generation that comes into question cannot hold: whether it is there, and what it is called."""
+    """Return what this model's generation of MiniMind cannot hold, each as (whether the model has it, its name)."""
     scaling, mixture = config.rope_scaling, config.use_moe
     stretched = scaling.inference_rope_scaling
     other_yarn = [name for name, value in _YARN.items() if stretched and getattr(scaling, name) != value]
-    found = [
+    obstacles = [
         (
             mixture and config.scoring_func != "softmax",
             f"other router than softmax (scoring_func {config.scoring_func})",
@@ -114,18 +114,18 @@ def _obstacles(config: ModelConfig) -> list[tuple[bool, str]]:
         ),
     ]
     if stretched and config.yarn_ramp[1] > config.head_size // 2 - 1:
-        # Where the ramp ends behind the last pair of a head, MiniMind cuts it there, and transformers does not.
-        found.append((True, f"YaRN like this one for heads of {config.head_size}"))
+        # Where the ramp ends behind the last pair of a head, MiniMind ends it there and transformers does not.
+        obstacles.append((True, f"YaRN like this one for heads of {config.head_size}"))
     if config.qk_norm:
         return [
-            *found,
+            *obstacles,
             (
                 mixture and config.n_shared_experts > 0,
                 f"shared experts (n_shared_experts {config.n_shared_experts})",
             ),
         ]
     return [
-        *found,
+        *obstacles,
         (not config.tie_word_embeddings, "output matrix of its own (--no-tie-word-embeddings)"),
         (
             config.head_size * config.num_attention_heads != config.hidden_size,

@@ -1,6 +1,6 @@
-"""Adapters in the form that `peft` opens: adapter_config.json and adapter_model.safetensors, beside a transformers model of the base.
+"""Adapters in the form that `peft` opens: adapter_config.json and adapter_model.safetensors, for a transformers model as their base.
 
-A matrix has the same name there and here, behind `base_model.model.`, and its adapter's two are `lora_A.weight` and
+A matrix has the same name there as here after the prefix `base_model.model.`; its adapter is `lora_A.weight` and
 `lora_B.weight` (peft, utils/save_and_load.py: `get_peft_model_state_dict`).
 """
 
@@ -19,11 +19,11 @@ _PREFIX = "base_model.model."
 
 
 def adapter_config(lora: LoraConfig, base: str) -> dict[str, Any]:
-    """Return what adapter_config.json says.
+    """Return the contents of adapter_config.json.
 
     Args:
-        lora: what the adapters are.
-        base: the folder of the transformers model that they belong to; `PeftModel.from_pretrained` takes any other too.
+        lora: the options of the adapters.
+        base: the folder of the transformers model that they belong to; `PeftModel.from_pretrained` takes another one too.
     """
     return {
         "peft_type": "LORA",
@@ -41,8 +41,8 @@ def adapter_config(lora: LoraConfig, base: str) -> dict[str, Any]:
 
 def adapter_tensors(model: MiniMind) -> dict[str, Tensor]:
     """Return the adapters of a model by peft's names."""
-    named: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, matrix in adapters_of(model).items():
-        named[f"{_PREFIX}{name}.lora_A.weight"] = matrix.lora_A.detach()
-        named[f"{_PREFIX}{name}.lora_B.weight"] = matrix.lora_B.detach()
-    return named
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = matrix.lora_A.detach()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = matrix.lora_B.detach()
+    return tensors

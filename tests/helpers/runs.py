@@ -15,7 +15,7 @@ from minimind_train.run.options import PretrainOptions
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.metrics import FILE_NAME
 from minimind_train.run_folder.record import RunRecord
-from minimind_train.weights.load import model_of
+from minimind_train.weights.loading import model_of
 
 OPTIONS = {
     "seq_len": 16,

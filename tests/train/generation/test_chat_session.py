@@ -8,7 +8,7 @@ from minimind_data.errors import UserError
 from minimind_train.generation import chat_session
 from minimind_train.generation.chat_session import ChatSession
 from minimind_train.generation.options import GenerateOptions
-from minimind_train.weights.load import open_trained
+from minimind_train.weights.loading import open_model
 from tests.helpers.runs import Said
 
 OPTIONS = GenerateOptions(max_new_tokens=8)
@@ -16,7 +16,7 @@ OPTIONS = GenerateOptions(max_new_tokens=8)
 
 @pytest.fixture
 def opened(chat_base):
-    return open_trained(chat_base, step=None, say=Said())
+    return open_model(chat_base, step=None, say=Said())
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from minimind_train.run.options import PretrainOptions
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import RunRecord
 from minimind_train.weights.exporting import export
-from minimind_train.weights.load import adapted_model, load_weights, model_of
+from minimind_train.weights.loading import adapted_model, load_weights, model_of
 from tests.helpers.runs import Said, config_of, metrics, stop_after, weights
 
 SHAPE = ModelConfig(

@@ -15,7 +15,7 @@ from minimind_train.run_folder.checkpoint import CheckpointState
 from minimind_train.run_folder.options import SaveOptions
 from minimind_train.run_folder.saver import Retention, Saver
 from minimind_train.run_folder.tensors import tensors_of
-from minimind_train.weights.load import model_of
+from minimind_train.weights.loading import model_of
 from tests.helpers.checkpoints import bits, make, state, train
 from tests.helpers.runs import Said, metrics
 

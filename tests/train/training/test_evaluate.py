@@ -22,7 +22,7 @@ from minimind_train.run.entry import resume
 from minimind_train.run.evaluation import evaluate_run
 from minimind_train.run_folder.record import RunRecord
 from minimind_train.training.evaluate import Evaluator, _byte_counter, open_evaluator
-from minimind_train.weights.load import model_of
+from minimind_train.weights.loading import model_of
 from tests.helpers.datasets import retokenized
 from tests.helpers.runs import Said, config_of, metrics, steps, stop_after, weights
 

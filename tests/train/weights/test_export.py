@@ -18,7 +18,7 @@ from minimind_train.run import entry
 from minimind_train.weights.exporting import export
 from minimind_train.weights.foreign import is_hf_folder, read_hf_folder, read_tensors
 from minimind_train.weights.hf_config import from_hf, to_hf
-from minimind_train.weights.load import model_of
+from minimind_train.weights.loading import model_of
 from minimind_train.weights.minimind_form import file_name, minimind_form
 from tests.helpers.runs import Said, config_of, run_maker
 
@@ -383,14 +383,14 @@ def test_minimind_s_own_folders_are_read():
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"model_type": "gpt2"}, "a model of the type 'gpt2'; the types that can be taken over are llama"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is nothing that this model computes"),
+        ({"model_type": "gpt2"}, "a model of the type 'gpt2'; the types that can be read are llama"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not something that this model computes"),
         ({"attention_bias": True}, "attention_bias True"),
         ({"use_sliding_window": True}, "use_sliding_window True"),
         ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, "mlp_only_layers"),
         ({"model_type": "qwen3_moe", "num_experts_per_tok": 2, "moe_intermediate_size": 8}, "of num_experts"),
         ({"hidden_size": None}, "says nothing of hidden_size"),
-        ({"hidden_size": -1}, "hidden_size must be from 1"),
+        ({"hidden_size": -1}, "`hidden_size` must be from 1"),
         ({"hidden_size": "wide"}, "config.json: "),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "stretched by 'linear'"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}}, "without truncate"),

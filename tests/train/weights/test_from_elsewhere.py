@@ -23,7 +23,7 @@ from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import RunRecord
 from minimind_train.run_folder.tensors import MODEL_NAME
 from minimind_train.weights.exporting import export
-from minimind_train.weights.load import load_weights, model_of
+from minimind_train.weights.loading import load_weights, model_of
 from tests.helpers.datasets import retokenized
 from tests.helpers.runs import Said, config_of, metrics, run_maker, stop_after, weights
 
@@ -105,7 +105,7 @@ def test_a_hugging_face_folder_gives_back_the_run(kind, make_run, begin_from, tm
 def test_minimind_s_file_gives_back_the_run(options, make_run, begin_from, tmp_path):
     run = make_run(**options)
     path = export(run, tmp_path / "out", to="minimind", dtype="fp32", say=Said())
-    with pytest.raises(UserError, match=r"of another model: .* is .* there and .* pass the options"):
+    with pytest.raises(UserError, match=r"belong to another model: .* is .* there and .* pass the options"):
         begin_from(path, **options)
     assert not (tmp_path / "begun").exists()
     begun, said = begin_from(path, **SHAPE, **options, **STILL)

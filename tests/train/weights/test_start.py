@@ -15,7 +15,7 @@ from minimind_train.run.options import PretrainOptions, changeable
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import RunRecord
 from minimind_train.run_folder.tensors import MODEL_NAME
-from minimind_train.weights.load import checksum_of_tensors, load_weights
+from minimind_train.weights.loading import checksum_of_tensors, load_weights
 from tests.helpers.datasets import retokenized, text_dataset
 from tests.helpers.runs import Said, config_of, metrics, stop_after, weights
 

@@ -1,7 +1,7 @@
-"""Weights that were trained before, to begin from or to use: of a run, a Hugging Face folder, a `.pth` of MiniMind's.
+"""Trained weights, to start from or to use: of a run, a Hugging Face folder, or a `.pth` of MiniMind's.
 
-`open_trained` gives a model with its tokenizer, for generation and evaluation. The checkpoints of a run that learns adapters hold these
-alone; what they stand beside is what the run began from.
+`open_model` returns a model with its tokenizer, for generation and evaluation. The checkpoints of a run that trains adapters hold only
+these; the weights beside them are those that the run began from.
 """
 
 import hashlib
@@ -23,14 +23,20 @@ from minimind_train.model.lora import add_adapters, merge_adapters
 from minimind_train.model.transformer import MiniMind
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.run_folder.checkpoint import Checkpoint
-from minimind_train.run_folder.choice import with_checkpoint
+from minimind_train.run_folder.checkpoint_choice import with_checkpoint
 from minimind_train.run_folder.options import CheckpointChoice
 from minimind_train.run_folder.record import CONFIG_NAME, RunRecord, load_run_tokenizer
-from minimind_train.weights.foreign import fitted, is_hf_folder, num_entries, read_hf_folder, read_tensors
+from minimind_train.weights.foreign import (
+    is_hf_folder,
+    num_entries,
+    parameters_of_model,
+    read_hf_folder,
+    read_tensors,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
+class TrainedModel:
     """A trained model, ready for use."""
 
     model: MiniMind
@@ -40,20 +46,20 @@ class Opened:
     """The run's record; None for a Hugging Face folder."""
 
 
-def open_trained(
+def open_model(
     path: Path,
     *,
     step: CheckpointChoice,
     say: Say,
     changes: Mapping[str, Any] = MappingProxyType({}),
-) -> Opened:
+) -> TrainedModel:
     """Open the model of a run or of a Hugging Face folder.
 
     Args:
         path: its folder; a run may still be training.
         step: of a run, whose checkpoint; the newest whole one by default, or `best`.
-        say: is told of damaged checkpoints.
-        changes: options of the model that are to differ, such as those of its positions.
+        say: takes a sentence on each damaged checkpoint.
+        changes: options of the model to change, such as those of its positions.
 
     Raises:
         UserError: there is no such model, or nothing that says which token begins a text.
@@ -62,7 +68,7 @@ def open_trained(
         record = RunRecord.read(path)
         model = model_of(path, step=step, say=say, changes=changes)
         tokenizer = load_run_tokenizer(path, record.tokenizer)
-        return Opened(model=model, tokenizer=tokenizer, record=record)
+        return TrainedModel(model=model, tokenizer=tokenizer, record=record)
     if step is not None:
         raise UserError(f"{path}: is no run, so it has no checkpoint of a step; leave --checkpoint out")
     try:
@@ -77,22 +83,22 @@ def open_trained(
         raise UserError(f"{path}: its model cannot be used like that: {error}") from None
     model = MiniMind(config).eval()
     model.load_state_dict(weights.tensors)
-    return Opened(model=model, tokenizer=tokenizer, record=None)
+    return TrainedModel(model=model, tokenizer=tokenizer, record=None)
 
 
 class Weights(NamedTuple):
-    """The weights of a model, and what is known of it."""
+    """The weights of a model, and what is current_options about it."""
 
     config: ModelConfig
     """Its shape, resolved."""
     tensors: dict[str, Tensor]
     """By parameter name, float32 on the CPU: what a `MiniMind` of this shape loads."""
     tokenizer: TokenizerInfo | None
-    """What it was trained with; None where the files do not say."""
+    """The tokenizer that it was trained with; None where the files do not say."""
     step: int | None = None
-    """Step of the checkpoint, where the weights are a run's."""
+    """The step of the checkpoint, where the weights are a run's."""
     tokenizer_json: str | None = None
-    """The tokenizer.json beside the weights, where there is one."""
+    """The text of the tokenizer.json beside the weights, where there is one."""
 
 
 def load_weights(
@@ -102,13 +108,13 @@ def load_weights(
     shape: ModelConfig | None = None,
     say: Say = say_on_stderr,
 ) -> Weights:
-    """Return weights that were trained before.
+    """Load trained weights.
 
     Args:
         path: the folder of a run, a Hugging Face folder, or a file that holds nothing but tensors by name, such as MiniMind's `.pth`.
         step: of a run, whose checkpoint.
-        shape: of the model whose weights a file holds, which does not say it itself; the size of its vocabulary is the file's.
-        say: is told of damaged checkpoints.
+        shape: the shape of the model, for a file of weights, which does not say it; only the size of the vocabulary is the file's.
+        say: takes a sentence on each damaged checkpoint.
 
     Raises:
         UserError: there are no weights, or no checkpoint of that step, or they are of another model than this program's or `shape`.
@@ -136,30 +142,30 @@ def load_weights(
     )
 
 
-def same_weights(options: Mapping[str, Any], why: str, say: Say) -> Weights:
-    """Return the weights that a run was begun from.
+def load_initial_weights(options: Mapping[str, Any], why: str, say: Say) -> Weights:
+    """Load the weights that a run began from.
 
     Args:
-        options: the run's, which name them.
+        options: the run's options, which name them.
         why: what they are needed for, such as `the run has no checkpoint yet`.
-        say: is told of damaged checkpoints.
+        say: takes a sentence on each damaged checkpoint.
 
     Raises:
-        UserError: they are gone, or others.
+        UserError: they are gone, or have changed.
     """
     path, checksum = options["from_weight"], options["from_sha256"]
-    where = f"{why}, so it needs the weights that it began from"
+    need = f"{why}, so it needs the weights that it began from"
     try:
         weights = load_weights(
             Path(path), step=options["from_step"], shape=build(ModelConfig, dict(options)), say=say
         )
     except UserError as error:
         raise UserError(
-            f"{where}, and these are gone ({error}); put them back, or say where they are by --resume --from-weight"
+            f"{need}, and these are gone ({error}); put them back, or say where they are by --resume --from-weight"
         ) from None
-    if (found := checksum_of_tensors(weights.tensors)) != checksum:
+    if (actual := checksum_of_tensors(weights.tensors)) != checksum:
         raise UserError(
-            f"{where}, and {path} holds others (in the run: {checksum[:12]}…, there: {found[:12]}…); say where they are by "
+            f"{need}, and {path} holds others (in the run: {checksum[:12]}…, there: {actual[:12]}…); say where they are by "
             "--resume --from-weight, with --from-step where they are no newest checkpoint"
         )
     return weights
@@ -168,61 +174,63 @@ def same_weights(options: Mapping[str, Any], why: str, say: Say) -> Weights:
 def model_of(
     run: Path, *, step: CheckpointChoice, say: Say, changes: Mapping[str, Any] = MappingProxyType({})
 ) -> MiniMind:
-    """Return the model of a run, on the CPU, in evaluation mode; adapters are merged into what they stand beside.
+    """Return the model of a run, on the CPU, in evaluation mode, with its adapters merged into the matrices that they adapt.
 
     Args:
         run: its folder.
         step: whose checkpoint.
-        say: is told of damaged checkpoints.
-        changes: options of the model that are to differ from the run's, such as those of its positions.
+        say: takes a sentence on each damaged checkpoint.
+        changes: options of the model to change, such as those of its positions.
 
     Raises:
-        UserError: there is no such checkpoint, or no such model, or what its adapters stand beside is gone.
+        UserError: there is no such checkpoint, or no such model, or the weights that its adapters belong to are gone.
     """
     return _model_and_step_of(run, step, say, changes)[0]
 
 
 def adapted_model(run: Path, *, step: CheckpointChoice, say: Say) -> tuple[MiniMind, LoraConfig]:
-    """Return the model of a run with its adapters beside their matrices, and what they are.
+    """Return the model of a run with its adapters not merged, and their options.
 
     Raises:
-        UserError: as `model_of`, or the run has learned all weights.
+        UserError: as `model_of`, or the run has trained all weights.
     """
 
-    def restored(found: Checkpoint) -> tuple[MiniMind, LoraConfig]:
-        lora = build(LoraConfig, found.state.config)
+    def restore(checkpoint: Checkpoint) -> tuple[MiniMind, LoraConfig]:
+        lora = build(LoraConfig, checkpoint.state.config)
         if not lora.lora_rank:
             raise UserError(f"{run}: has no adapters, since it was trained without --lora-rank")
-        return _restored(found, {}, say), lora
+        return _restore(checkpoint, {}, say), lora
 
-    return with_checkpoint(run, step, restored, say)
+    return with_checkpoint(run, step, restore, say)
 
 
 def _model_and_step_of(
     run: Path, step: CheckpointChoice, say: Say, changes: Mapping[str, Any]
 ) -> tuple[MiniMind, int]:
-    def restored(found: Checkpoint) -> tuple[MiniMind, int]:
-        model = _restored(found, changes, say)
+    def restore(checkpoint: Checkpoint) -> tuple[MiniMind, int]:
+        model = _restore(checkpoint, changes, say)
         merge_adapters(model)
-        return model, found.state.step
+        return model, checkpoint.state.step
 
-    return with_checkpoint(run, step, restored, say)
+    return with_checkpoint(run, step, restore, say)
 
 
-def _restored(found: Checkpoint, changes: Mapping[str, Any], say: Say) -> MiniMind:
-    options = found.state.config
+def _restore(checkpoint: Checkpoint, changes: Mapping[str, Any], say: Say) -> MiniMind:
+    options = checkpoint.state.config
     try:
         config = build(ModelConfig, {**options, **changes})
     except ValueError as error:
-        raise UserError(f"{found.folder}: its model cannot be used like that: {error}") from None
+        raise UserError(f"{checkpoint.folder}: its model cannot be used like that: {error}") from None
     model = MiniMind(config).eval()
     lora = build(LoraConfig, options)
     if lora.lora_rank:
-        # Where they lie may have changed since the checkpoint was written; what they are has not.
-        known = {**options, **RunRecord.read(found.folder.parents[1]).options}
-        model.load_state_dict(same_weights(known, f"{found.folder} holds adapters alone", say).tensors)
+        # Their place may have changed since the checkpoint was written; the weights have not.
+        current_options = {**options, **RunRecord.read(checkpoint.folder.parents[1]).options}
+        model.load_state_dict(
+            load_initial_weights(current_options, f"{checkpoint.folder} holds adapters alone", say).tensors
+        )
         add_adapters(model, lora, seed=0)
-    found.restore(model)
+    checkpoint.restore(model)
     return model
 
 
@@ -231,7 +239,7 @@ def _of_file(path: Path, shape: ModelConfig | None) -> Weights:
         raise UserError(f"{path}: a file of weights does not say of which model; pass a folder that does")
     tensors = read_tensors(path)
     config = replace(shape, vocab_size=num_entries(tensors, path)).resolved()
-    return Weights(config=config, tensors=fitted(tensors, config, path), tokenizer=None)
+    return Weights(config=config, tensors=parameters_of_model(tensors, config, path), tokenizer=None)
 
 
 def _of_hf_folder(path: Path) -> Weights:
@@ -242,7 +250,7 @@ def _of_hf_folder(path: Path) -> Weights:
         try:
             info = load_tokenizer(path).info
         except UserError:
-            info = None  # a vocabulary without BOS, EOS or PAD is one all the same
+            info = None  # the vocabulary is current_options all the same, only BOS, EOS or PAD are not
     return Weights(config=config, tensors=tensors, tokenizer=info, tokenizer_json=text)
 
 
@@ -254,7 +262,7 @@ def _text_of(path: Path) -> str | None:
 
 
 def checksum_of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return the hexadecimal SHA-256 of weights: their names, shapes and bits, in whatever file they lie."""
+    """Return the hexadecimal SHA-256 of weights, over names, shapes and bits; the form of the file does not matter."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

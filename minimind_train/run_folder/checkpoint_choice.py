@@ -1,7 +1,6 @@
-"""Which checkpoint of a run to read, for whoever does not train it: the newest, the best, or that of a step.
+"""with_checkpoint(): reading a checkpoint of a run that may still be training: the newest, the best, or that of a step.
 
-The run may still be training, and delete a checkpoint while it is read; then the next newer one is tried. Checkpoints themselves are
-read in `checkpoint`.
+Such a run may delete a checkpoint while it is read; then a newer one is tried.
 """
 
 import contextlib
@@ -21,13 +20,13 @@ T = TypeVar("T")
 
 
 def with_checkpoint(run: Path, step: CheckpointChoice, use: Callable[[Checkpoint], T], say: Say) -> T:
-    """Find a checkpoint of a run, which may be training, call `use` with it, and return what that returns.
+    """Find a checkpoint of a run, which may be training, and return what `use` returns for it.
 
     Args:
         run: the run's folder.
         step: which checkpoint.
-        use: reads the checkpoint; called again with a newer one where the run has deleted it meanwhile.
-        say: is told of damaged checkpoints.
+        use: reads the checkpoint; it is called again with a newer one where the run has deleted the first meanwhile.
+        say: takes a sentence on each damaged checkpoint.
 
     Raises:
         UserError: there is no such checkpoint.
@@ -41,9 +40,9 @@ def with_checkpoint(run: Path, step: CheckpointChoice, use: Callable[[Checkpoint
 
 
 def _newest(run: Path, say: Say) -> Checkpoint:
-    found = checkpoint.load_latest(run, say)
-    if found is None:
+    newest = checkpoint.load_latest(run, say)
+    if newest is None:
         raise UserError(
             f"{run}: no checkpoint yet; the first comes after --save-every steps, or when the run ends"
         )
-    return found
+    return newest
