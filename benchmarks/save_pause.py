@@ -29,7 +29,7 @@ from minimind_train.objectives.objective import NextToken
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.checkpoint import CheckpointState
 from minimind_train.run_folder.options import SaveOptions
-from minimind_train.run_folder.saver import Saver
+from minimind_train.run_folder.saver import Saver, Snapshot
 from minimind_train.run_folder.tensors import tensors_of
 from minimind_train.training.optim import make_optimizer
 from minimind_train.training.options import OptimizerOptions
@@ -102,8 +102,7 @@ class Training:
         saver = Saver(
             run,
             SaveOptions(save_every=1, keep=1),
-            tensors=lambda: tensors_of(self.model, self.optimizer),
-            state=self._state,
+            Snapshot(tensors=lambda: tensors_of(self.model, self.optimizer), state=self._state),
             say=print,
         )
         pauses, steps, writings = [], [], []

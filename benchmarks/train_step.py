@@ -49,9 +49,10 @@ from minimind_data.windows.opening import open_windows
 from minimind_train.batches.steps import StepBatch
 from minimind_train.model.compiling import compile_layers
 from minimind_train.model.config import ModelConfig
-from minimind_train.model.precision import allow_tf32, autocast, resolve_dtype
+from minimind_train.model.precision import allow_tf32, resolve_dtype
 from minimind_train.model.transformer import MiniMind, initialize
 from minimind_train.objectives.objective import NextToken
+from minimind_train.training import learner
 from minimind_train.training.optim import learning_rate, make_optimizer
 from minimind_train.training.options import OptimizerOptions
 from minimind_train.training.step import take_step
@@ -113,9 +114,14 @@ class Ours:
         self.model.to(self.device)
         if compiled:
             compile_layers(self.model)
-        self.objective = NextToken(self.model).train()
-        self.optim = OptimizerOptions()
-        self.optimizer = make_optimizer(self.model, self.optim)
+        objective, optim = NextToken(self.model).train(), OptimizerOptions()
+        self.learner = learner.Learner(
+            objective=objective,
+            wrapped=objective,
+            optimizer=make_optimizer(self.model, optim),
+            optim=optim,
+            compute=learner.Compute(device=self.device, dtype=task.dtype),
+        )
 
     def step(self, batch: Batch) -> float:
         samples = []
@@ -132,8 +138,7 @@ class Ours:
         micro_batches = [{name: each.to(self.device) for name, each in sample.items()} for sample in samples]
         windows = self.task.windows
         return take_step(
-            self.objective,
-            self.optimizer,
+            self.learner,
             StepBatch(
                 start=0,
                 stop=windows,
@@ -142,9 +147,7 @@ class Ours:
                 num_terms=num_targets,
                 num_windows=windows,
             ),
-            rate=learning_rate(self.number, self.task.total_steps, self.optim),
-            grad_clip=self.optim.grad_clip,
-            forward=autocast(self.task.dtype, self.device),
+            rate=learning_rate(self.number, self.task.total_steps, self.learner.optim),
         ).loss
 
 

@@ -37,6 +37,7 @@ from minimind_train.objectives.options import PreferenceOptions
 from minimind_train.objectives.preference import REFERENCE, Preference, log_probs_of_pairs
 from minimind_train.objectives.reference import ReferencedWindows
 from minimind_train.order.sample_order import SampleOrder
+from minimind_train.training import learner
 from minimind_train.training.optim import make_optimizer
 from minimind_train.training.options import OptimizerOptions
 from minimind_train.training.step import StepResult, take_step
@@ -48,8 +49,15 @@ class Learner:
     def __init__(self, arguments: argparse.Namespace, samples: WindowSource, *, trim: bool) -> None:
         self.arguments = arguments
         self.device = torch.device(arguments.device)
-        self.objective = make_objective(arguments).to(self.device).train()
-        self.optimizer = make_optimizer(self.objective.model, OptimizerOptions())
+        objective = make_objective(arguments).to(self.device).train()
+        optim = OptimizerOptions()
+        self.learner = learner.Learner(
+            objective=objective,
+            wrapped=objective,
+            optimizer=make_optimizer(objective.model, optim),
+            optim=optim,
+            compute=learner.Compute(device=self.device, dtype=arguments.dtype),
+        )
         size, steps = arguments.global_batch, arguments.steps + 1
         loader = StepLoader(
             samples,
@@ -59,7 +67,7 @@ class Learner:
             global_batch=size,
             micro_batch=arguments.micro_batch,
             device=self.device,
-            num_terms=self.objective.num_terms,
+            num_terms=objective.num_terms,
             trim=trim,
         )
         self.steps = iter(loader)
@@ -68,14 +76,7 @@ class Learner:
         """Take a step; return its result, its wall-clock seconds and its processor seconds."""
         batch = next(self.steps)
         start, start_cpu = time.perf_counter(), time.process_time()
-        result = take_step(
-            self.objective,
-            self.optimizer,
-            batch,
-            rate=1e-5,
-            grad_clip=1.0,
-            forward=autocast(self.arguments.dtype, self.device),
-        )
+        result = take_step(self.learner, batch, rate=1e-5)
         return result, time.perf_counter() - start, time.process_time() - start_cpu
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from minimind_data.reporting import Say
 
-__all__ = ["Progress", "Say", "WindowProgress", "say_on_stderr"]
+__all__ = ["Say", "TrainingProgress", "WindowProgress", "say_on_stderr"]
 
 _MAX_COLUMNS = 80
 _SPARE_COLUMNS = 3
@@ -27,30 +27,36 @@ def say_on_stderr(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-class Progress:
-    """The line of one run; a context manager.
+class TrainingProgress:
+    """How far a run is, and the line that shows it; a context manager.
 
     Args:
         step: steps that are already done.
         total_steps: steps of the whole run.
         say: takes the plain lines.
         visible: whether a terminal shows it.
+
+    Attributes:
+        step: steps that are done.
+        total_steps: steps of the whole run.
     """
 
     def __init__(self, *, step: int, total_steps: int, say: Say, visible: bool = True) -> None:
+        self.step = step
+        self.total_steps = total_steps
         self._say = say
-        self._total_steps = total_steps
         self._shown: tuple[str | None, list[int]] = (None, [])
         self._last_line = -math.inf
         form = "{n_fmt}/{total_fmt}{postfix} {remaining} left {bar}"
         self._bar = _bar(form, total=total_steps, initial=step) if visible else None
 
     def update(self, record: dict[str, Any], *, logged: bool) -> None:
-        """Show one finished step, whose line of metrics is `record`; `logged` where that line was written."""
+        """Count one finished step and show it; `record` is its line of metrics, `logged` says whether that line was written."""
+        self.step = record["step"]
         loss = f"loss {record['loss']:.4f}" if "loss" in record else "skipped"
         numbers = f"{loss}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tok/s"
         if "val_loss" in record:
-            self._say(f"step {record['step']}/{self._total_steps}  validation {_measured(record)}")
+            self._say(f"step {record['step']}/{self.total_steps}  validation {_measured(record)}")
         if "reward_margin" in record:
             numbers += f"  margin {record['reward_margin']:.3f}"
         shard = record.get("shard")
@@ -61,10 +67,10 @@ class Progress:
         if self._bar is None:
             now = time.monotonic()
             if logged and (
-                record["step"] == self._total_steps or now - self._last_line >= _SECONDS_BETWEEN_LINES
+                record["step"] == self.total_steps or now - self._last_line >= _SECONDS_BETWEEN_LINES
             ):
                 self._last_line = now
-                self._say(f"step {record['step']}/{self._total_steps}  {numbers}{place}")
+                self._say(f"step {record['step']}/{self.total_steps}  {numbers}{place}")
             return
         self._bar.postfix = numbers.replace("  ", " ")
         self._bar.update()

@@ -7,8 +7,6 @@ Everything here is arithmetic on the cursor and the options; nothing is learned 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.tokenizer.loading import refuse_other_tokenizer
@@ -17,10 +15,10 @@ from minimind_train.batches.places import epochs_of, introduce
 from minimind_train.batches.samples import MixedWindows
 from minimind_train.order.mixture import MixtureOrder, MixtureStage
 from minimind_train.order.skips import Skips
-from minimind_train.parallel.world import World
 from minimind_train.progress import Say
 from minimind_train.run.options import NEEDS_SEQUENTIAL, RunOptions, window_options
 from minimind_train.training.evaluate import Evaluator, open_evaluator
+from minimind_train.training.learner import Compute
 
 __all__ = ["RunData"]
 
@@ -121,8 +119,8 @@ class RunData:
             place["shard"], place["offset"] = self.windows.locate(window)
         return place
 
-    def evaluator(self, device: torch.device, world: World) -> Evaluator | None:
-        """Return what measures a model that is on `device` on `--val-shards`, each rank its share, or None where there is none.
+    def evaluator(self, compute: Compute) -> Evaluator | None:
+        """Return what measures a model on `--val-shards`, each rank its share, or None where there is none.
 
         Raises:
             UserError: it is no dataset, or one of another tokenizer, or holds no text.
@@ -147,10 +145,8 @@ class RunData:
             shards,
             num_windows=self._validation.val_batches * training.global_batch or None,
             batch=training.micro_batch,
-            device=device,
-            dtype=training.dtype,
+            compute=compute,
             say=self._say,
-            world=world,
             **window_options(self._data),
         )
 

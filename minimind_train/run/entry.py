@@ -140,7 +140,7 @@ def _prepare_new(
     options, weights = with_initial_weights(options, shards, names_given, say)
     origin = InitialWeights(options, say, weights)
     job = RankJob(resolved(options, shards), shards, origin, say=say, world=world)
-    start = Start(options=job.options, found=None, step=0, cursor=job.data.first_position())
+    start = Start(options=job.options, checkpoint=None, step=0, position=job.data.first_position())
     with user_error_on_full_disk(run):
         run.mkdir(parents=True, exist_ok=True)
     with user_error_on_full_disk(run), runs.lock(run):
@@ -196,7 +196,7 @@ def _prepare_resumed(
         if found and step >= job.data.end(step, cursor)[1]:
             refuse_idle_changes(options, step, new_record.changes[len(kept.changes) :])
             update()  # of the end itself
-        yield job, Start(options=job.options, found=found, step=step, cursor=cursor), update
+        yield job, Start(options=job.options, checkpoint=found, step=step, position=cursor), update
 
 
 def _open_shards(words: Sequence[str]) -> Datasets:

@@ -27,6 +27,7 @@ from minimind_train.run.reconcile import options_of
 from minimind_train.run_folder.options import CheckpointChoice
 from minimind_train.run_folder.record import RunRecord
 from minimind_train.training.evaluate import Evaluation, open_evaluator
+from minimind_train.training.learner import Compute
 from minimind_train.training.options import TrainingOptions
 from minimind_train.weights.loading import open_model
 
@@ -86,17 +87,19 @@ def evaluate_run(
             f"{run}: its model reads at most {longest} tokens, and the windows have {data.seq_len}; take a smaller --seq-len, or "
             "stretch the positions by --inference-rope-scaling"
         )
-    place = resolve_device(device)
+    where = resolve_device(device)
+    compute = Compute(
+        device=where, dtype=resolve_dtype(dtype or build(TrainingOptions, options).dtype, where)
+    )
     evaluator = open_evaluator(
         shards,
         num_windows=num_windows,
         batch=batch,
-        device=place,
-        dtype=resolve_dtype(dtype or build(TrainingOptions, options).dtype, place),
+        compute=compute,
         say=say,
         **window_options(data),
     )
-    model = trained.model.to(place)
+    model = trained.model.to(where)
     if shards.manifest.kind == "dpo":
         objective = _of_pairs(model, run, trained.record, dataset, say)
     else:

@@ -8,27 +8,28 @@ import torch
 from minimind_data.errors import UserError
 from minimind_train.batches.datasets import Datasets
 from minimind_train.parallel.devices import refuse_too_large
-from minimind_train.parallel.world import World
 from minimind_train.run.options import RunOptions
+from minimind_train.training.learner import Compute
 
 __all__ = ["refuse_unfit"]
 
 
-def refuse_unfit(options: RunOptions, shards: Datasets, device: torch.device, world: World) -> None:
+def refuse_unfit(options: RunOptions, datasets: Datasets, compute: Compute) -> None:
     """Refuse a run that cannot be trained here.
 
     Raises:
         UserError: a step has too few samples, the vocabularies or lengths do not fit, or the memory is too small.
     """
+    device, world = compute.device, compute.world
     if options.training.global_batch < world.size:
         raise UserError(
             f"--global-batch {options.training.global_batch} has no sample for some of {world.size} processes; take a larger one, "
             "or fewer processes"
         )
-    vocab_size, room = shards.tokenizer.vocab_size, options.model.vocab_size
+    vocab_size, room = datasets.tokenizer.vocab_size, options.model.vocab_size
     if vocab_size > room:
         raise UserError(
-            f"{shards.folder}: a vocabulary of {vocab_size} entries does not fit a model of {room}; start a new run"
+            f"{datasets.folder}: a vocabulary of {vocab_size} entries does not fit a model of {room}; start a new run"
         )
     if options.data.seq_len > options.model.longest_sequence:
         raise UserError(

@@ -50,6 +50,18 @@ class Retention:
                 checkpoint.delete(checkpoint.folder_of(run, step))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """How a checkpoint is taken of a run as it is now."""
+
+    tensors: Callable[[], Tensors]
+    """Returns what is to be saved; see `tensors.tensors_of`."""
+    state: Callable[[Mapping[str, Any]], CheckpointState]
+    """Returns what else the checkpoint says, of a line of metrics (with `step` and `position`)."""
+    flush: Callable[[], None] = lambda: None
+    """Brings to the disk what must be there before the checkpoint gets its name; called in the thread that writes."""
+
+
 class _Abandoned(BaseException):
     """Ends a save in its thread."""
 
@@ -60,10 +72,8 @@ class Saver:
     Args:
         run: the run folder.
         config: when, and what stays.
-        tensors: returns what is to be saved as it is now; see `tensors.tensors_of`.
-        state: returns what else a checkpoint says, of a line of metrics (with `step` and `position`).
-        before: called in the thread before a checkpoint gets its name, for what must be on the disk by then.
-        best: the lowest validation loss so far.
+        snapshot: how a checkpoint is taken.
+        best: what the checkpoint with the lowest validation loss so far says.
         writers: the ranks that write a checkpoint together, by a line of their own; None where this rank does not write.
         say: takes lines for the user.
     """
@@ -72,21 +82,17 @@ class Saver:
         self,
         run: Path,
         config: SaveOptions,
+        snapshot: Snapshot,
         *,
-        tensors: Callable[[], Tensors],
-        state: Callable[[Mapping[str, Any]], CheckpointState],
-        before: Callable[[], None] = lambda: None,
-        best: float = math.inf,
+        best: CheckpointState | None = None,
         writers: World | None = ALONE,
         say: Say,
     ) -> None:
         self._run = run
         self._config = config
         self._retention = Retention(newest=config.keep, every=config.keep_every, best=config.save_best)
-        self._tensors = tensors
-        self._state = state
-        self._before = before
-        self._best = best
+        self._snapshot = snapshot
+        self._lowest_loss = math.inf if best is None or best.val_loss is None else best.val_loss
         self._writers = writers
         self._say = say
         self._copies: Tensors = {}
@@ -107,11 +113,11 @@ class Saver:
         self._raise_failure()
         step, config = record["step"], self._config
         due = leaving or any(every and step % every == 0 for every in (config.save_every, config.keep_every))
-        if (loss := record.get("val_loss", math.inf)) < self._best:
-            self._best = loss
+        if (loss := record.get("val_loss", math.inf)) < self._lowest_loss:
+            self._lowest_loss = loss
             due = due or config.save_best
         if due and self._writers:
-            self._save(self._state(record))
+            self._save(self._snapshot.state(record))
         if leaving:
             self.wait()
 
@@ -140,10 +146,8 @@ class Saver:
         if error is None:
             self.wait()
             return
-        if not isinstance(
-            error, Exception
-        ):  # a second Ctrl-C: whoever sends it does not want to wait for a disk
-            self._abandoned.set()
+        if not isinstance(error, Exception):
+            self._abandoned.set()  # a second Ctrl-C: whoever sends it does not want to wait for a disk
         try:
             self.wait()
         except Exception as failure:  # noqa: BLE001 - the first error is the one that is raised
@@ -154,12 +158,12 @@ class Saver:
         writers = self._writers
         assert writers is not None
         self.wait()
-        tensors, arrived = self._copy(self._tensors())
+        tensors, arrived = self._copy(self._snapshot.tensors())
 
         def write() -> None:
             try:
                 arrived()
-                self._before()
+                self._snapshot.flush()
                 checkpoint.save(self._run, state, tensors, go_on=self._go_on, world=writers)
                 if writers.is_main:
                     self._retention.apply(self._run, newest=state.step)

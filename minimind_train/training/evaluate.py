@@ -25,10 +25,8 @@ from minimind_data.tokenizer.pieces import pieces_of
 from minimind_data.windows.base import Windows, WindowSource
 from minimind_data.windows.opening import open_windows
 from minimind_train.batches.trimming import trimmed
-from minimind_train.model.config import Dtype
-from minimind_train.model.precision import autocast
 from minimind_train.objectives.objective import Objective
-from minimind_train.parallel.world import ALONE, World
+from minimind_train.training.learner import Compute
 
 __all__ = ["Evaluation", "Evaluator", "open_evaluator", "validation"]
 
@@ -80,9 +78,7 @@ class Evaluator:
         tokenizer: the dataset's, which tells how many bytes its text has; None for pairs, which are not measured by the byte.
         num_windows: how many of the windows, spread evenly; None takes all.
         batch: windows that go through the model at once.
-        device: where the model is.
-        dtype: of matrix products, resolved.
-        world: the ranks that share the windows out, each measuring every so manieth batch.
+        compute: where the model is, and the ranks that take the batches in turn.
 
     Attributes:
         windows: as they were given.
@@ -99,17 +95,13 @@ class Evaluator:
         *,
         num_windows: int | None,
         batch: int,
-        device: torch.device,
-        dtype: Dtype,
-        world: World = ALONE,
+        compute: Compute,
     ) -> None:
         self.windows = windows
         self.samples: WindowSource = windows
         self._count = min(num_windows or len(windows), len(windows))
         self._batch = batch
-        self._device = device
-        self._dtype = dtype
-        self._world = world
+        self._compute = compute
         self._bytes_of = _byte_counter(tokenizer) if tokenizer else None
         self._num_bytes: int | None = None  # the same every time, so counted once
         if self._bytes_of and not any(self._bytes_of(samples) for samples in self._batches()):
@@ -143,10 +135,11 @@ class Evaluator:
         loss_sum, num_terms, num_bytes = 0.0, 0, 0
         measured: dict[str, float] = {}
         try:
-            with torch.no_grad(), autocast(self._dtype, self._device):
+            with torch.no_grad(), self._compute.forward():
                 for samples, counts in self._own_batches():
                     tensors = {
-                        name: torch.from_numpy(array).to(self._device) for name, array in samples.items()
+                        name: torch.from_numpy(array).to(self._compute.device)
+                        for name, array in samples.items()
                     }
                     found = objective(tensors)
                     if report:
@@ -161,7 +154,7 @@ class Evaluator:
                         num_bytes += self._bytes_of(samples)
         finally:
             objective.train(was_training)
-        loss_sum, terms, text_bytes, *sums = self._world.all_reduce_sum(
+        loss_sum, terms, text_bytes, *sums = self._compute.world.all_reduce_sum(
             (loss_sum, num_terms, num_bytes, *measured.values())
         )
         num_terms, num_bytes = int(terms), int(text_bytes)
@@ -188,10 +181,11 @@ class Evaluator:
 
     def _own_batches(self) -> Iterator[tuple[dict[str, NDArray[np.int64]], bool]]:
         """Yield this rank's batches, and whether they count: in a pass that all ranks make together, each needs one to make."""
-        own = self._firsts[self._world.rank :: self._world.size]
+        world = self._compute.world
+        own = self._firsts[world.rank :: world.size]
         for first in own:
             yield self._fetched(first), True
-        if len(own) * self._world.size < len(self._firsts):
+        if len(own) * world.size < len(self._firsts):
             yield self._fetched(0), False
 
     @property
@@ -210,10 +204,8 @@ def open_evaluator(
     *,
     num_windows: int | None,
     batch: int,
-    device: torch.device,
-    dtype: Dtype,
+    compute: Compute,
     say: Say,
-    world: World = ALONE,
     **options: Any,
 ) -> Evaluator:
     """Return what measures on a dataset; `options` are those of `open_windows`, the others those of `Evaluator`.
@@ -226,21 +218,22 @@ def open_evaluator(
     if shards.manifest.kind != "dpo":
         text = shards.tokenizer_json
         tokenizer = cached_tokenizer(text, shards.manifest.tokenizer)
-    return Evaluator(
-        windows, tokenizer, num_windows=num_windows, batch=batch, device=device, dtype=dtype, world=world
-    )
+    return Evaluator(windows, tokenizer, num_windows=num_windows, batch=batch, compute=compute)
 
 
 def validation(
-    evaluator: Evaluator, objective: Objective, *, every: int, total_steps: int
+    evaluator: Evaluator | None, objective: Objective, *, every: int, total_steps: int
 ) -> Callable[[int], dict[str, Any]]:
-    """Return what a loop calls after each step: it measures where that is due, and gives what metrics say of it."""
+    """Return what a loop calls after each step: it measures where that is due, and returns what metrics say of it.
+
+    Without an evaluator it never does.
+    """
 
     def validate(step: int) -> dict[str, Any]:
-        if step % every and step != total_steps:
+        if evaluator is None or (step % every and step != total_steps):
             return {}
-        found = evaluator.measure(objective).as_dict()
-        return {f"val_{name}": value for name, value in found.items()}
+        evaluation = evaluator.measure(objective).as_dict()
+        return {f"val_{name}": value for name, value in evaluation.items()}
 
     return validate
 

@@ -10,25 +10,18 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
 from minimind_train.batches.steps import StepLoader
-from minimind_train.model.precision import LossScale, autocast
-from minimind_train.order.sample_order import SampleCursor
 from minimind_train.order.seeds import derive_seed
 from minimind_train.parallel.interrupt import Stop, StopRequest
-from minimind_train.parallel.world import ALONE, World
-from minimind_train.progress import Progress, Say
+from minimind_train.progress import TrainingProgress
 from minimind_train.run_folder.metrics import Records
+from minimind_train.training.data_parallel import settle
+from minimind_train.training.learner import Learner
 from minimind_train.training.nonfinite import NonfiniteGuard
 from minimind_train.training.optim import learning_rate
-from minimind_train.training.options import (
-    OptimizerOptions,
-    TrainingOptions,
-)
+from minimind_train.training.options import TrainingOptions
 from minimind_train.training.step import NotFiniteError, StepResult, take_step
-from minimind_train.training.wrapping import settle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +30,8 @@ class RunOutcome:
 
     step: int
     total_steps: int
-    cursor: int
+    position: int
+    """Of the next sample."""
     loss: float | None
     """Loss of the last step; None where there was no step to do."""
     stopped_by: Stop | None = None
@@ -53,130 +47,136 @@ class Save(Protocol):
         """Save a checkpoint if one is due after the step of this record of metrics, or if the run is `leaving` its loop."""
 
 
+def nothing(_: int) -> dict[str, Any]:
+    """Be the hook of a run that does nothing there."""
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What a run does besides learning. The loop calls these with each finished step, in this order."""
+
+    guard: NonfiniteGuard
+    """Decides about a step whose loss or gradient is not finite."""
+    describe: Callable[[int], Mapping[str, Any]]
+    """Returns what metrics say of a position besides its number: the epoch, perhaps shard and offset."""
+    validate: Callable[[int], Mapping[str, Any]] = nothing
+    """Measures the model where that is due; what it returns goes into the step's line of metrics, which is then written."""
+    metrics: Records
+    """Takes a line for each logged step."""
+    show_excerpts: Callable[[int], object] = nothing
+    """Lets the model write where that is due."""
+    save: Save
+    """Saves a checkpoint where one is due."""
+
+
 def run(
-    objective: nn.Module,
-    optimizer: Optimizer,
-    batches: StepLoader,
-    *,
-    step: int,
-    cursor: SampleCursor,
-    total_steps: int,
-    config: TrainingOptions,
-    optim: OptimizerOptions,
-    device: torch.device,
-    metrics: Records,
-    save: Save,
-    guard: NonfiniteGuard,
-    describe: Callable[[int], dict[str, Any]],
-    validate: Callable[[int], dict[str, Any]] = lambda _: {},
-    on_step: Callable[[int], None] = lambda _: None,
-    scale: LossScale | None = None,
-    say: Say,
-    world: World = ALONE,
+    learner: Learner, batches: StepLoader, progress: TrainingProgress, options: TrainingOptions, hooks: Hooks
 ) -> RunOutcome:
-    """Train until the batches end or something asks to stop.
+    """Train until the batches end or something asks to stop; all ranks stop after the same step.
 
     Args:
-        objective: what is learned, over the model that is moved in place; see `take_step`.
-        optimizer: over the model's parameters.
-        batches: this rank's share of the global batches from the cursor on, counting the objective's terms.
-        step: optimizer steps that are already done.
-        cursor: samples that they consumed; advanced after each step.
-        total_steps: steps of the whole run, for the schedule.
-        config: with `dtype` resolved.
-        optim: the schedule and the clipping.
-        device: where the model is.
-        metrics: takes a line for each logged step.
-        save: called after each step.
-        guard: decides about a step whose loss or gradient is not finite.
-        describe: what metrics say of a cursor besides its position: epoch, perhaps shard and offset.
-        validate: called with each finished step; what it returns goes into the step's line of metrics, which is then written.
-        on_step: called with each finished step, once its line is written.
-        scale: of the loss, in fp16.
-        say: takes lines for the user.
-        world: the ranks that learn together; all stop after the same step, and only the first shows its progress.
+        learner: what learns; its weights are moved in place.
+        batches: this rank's share of the global batches from the run's position on, counting the objective's terms.
+        progress: the steps that are done and those of the whole run, for the schedule.
+        options: of the run.
+        hooks: what is done after each step.
 
     Raises:
-        UserError: the loss or the gradient is not finite and the run does not bear that, so the weights are those of the step
-            before; or it cannot be saved.
+        UserError: the loss or the gradient is not finite and the run is to stop then, so the weights are those of the step before;
+            or a checkpoint cannot be saved.
     """
-    objective.train()
-    forward = autocast(config.dtype, device)
+    world, scale = learner.compute.world, learner.scale
+    first_step, total_steps, position = progress.step + 1, progress.total_steps, batches.start
     loss: float | None = None
-    num_tokens, seconds = 0, 0.0
     stopping: Stop | None = None
-    shown = Progress(step=step, total_steps=total_steps, say=say, visible=world.is_main)
+    learner.wrapped.train()
     tells = world.is_main and not world.launched  # else the launching process has said it
-    with StopRequest(config.max_hours, tell=tells) as request, shown as progress:
-        then = time.perf_counter()
-        for number, batch in enumerate(batches):
-            if number == 0:
-                settle(objective, batch.stand_in or batch.micro_batches[-1], forward)
-            step += 1
-            rate = learning_rate(step, total_steps, optim)
+    with StopRequest(options.max_hours, tell=tells) as request, progress:
+        throughput = _Throughput()
+        for step, batch in enumerate(batches, first_step):
+            if step == first_step:
+                settle(learner, batch.stand_in or batch.micro_batches[-1])
+            rate = learning_rate(step, total_steps, learner.optim)
             # Before each step, from nothing but its number: dropout after a resume is what it would have been.
-            torch.manual_seed(derive_seed(config.seed, step, batches.rank))
+            torch.manual_seed(derive_seed(options.seed, step, batches.rank))
             try:
-                result = take_step(
-                    objective,
-                    optimizer,
-                    batch,
-                    rate=rate,
-                    grad_clip=optim.grad_clip,
-                    forward=forward,
-                    scale=scale,
-                    world=world,
-                )
+                result = take_step(learner, batch, rate=rate)
             except NotFiniteError as error:
-                guard.handle(error, step, batch, positions=batches.positions(batch), forward=forward)
-                found: dict[str, Any] = {"skipped": str(error)}
+                hooks.guard.handle(error, step, batch, positions=batches.positions(batch))
+                numbers: dict[str, Any] = {"skipped": str(error)}
+                throughput.add(0)
             else:
-                loss, found = result.loss, _told(result)
-                num_tokens += result.num_tokens
-            cursor.advance(batch.stop - batch.start)
-            seconds += time.perf_counter() - then
-            skipped = guard.skipped + (scale.skipped_steps if scale else 0)
+                loss, numbers = result.loss, _numbers(result)
+                throughput.add(result.num_tokens)
+            position = batch.stop
+            skipped_steps = hooks.guard.skipped + (scale.skipped_steps if scale else 0)
             record = {
                 "step": step,
-                "position": cursor.position,
-                **describe(cursor.position),
-                **found,
+                "position": position,
+                **hooks.describe(position),
+                **numbers,
                 "lr": rate,
                 **({} if scale is None else {"loss_scale": scale.value}),
-                **({"skipped_steps": skipped} if scale or skipped else {}),
-                "tokens_per_second": round(num_tokens / seconds, 1),
+                **({"skipped_steps": skipped_steps} if scale or skipped_steps else {}),
+                "tokens_per_second": throughput.per_second,
             }
-            measured = validate(step)
-            record |= measured
+            validation = hooks.validate(step)
+            record |= validation
             logged = (
-                bool(measured)
-                or "skipped" in found
-                or step % config.log_every == 0
+                bool(validation)
+                or "skipped" in numbers
+                or step % options.log_every == 0
                 or step in {1, total_steps}
             )
             if logged:
-                metrics.write(record)
-                num_tokens, seconds = 0, 0.0
+                hooks.metrics.write(record)
+                throughput.reset()
             progress.update(record, logged=logged)
-            on_step(step)
-            # Asked once: what comes after this line ends the next step, saved like this one.
+            hooks.show_excerpts(step)
+            # Asked once: a request that comes after this line ends the next step, which is then saved like this one.
             stopping = world.agreed_stop(request.stop)
-            save(record, leaving=bool(stopping) or step == total_steps)
-            then = time.perf_counter()  # neither validation, excerpts nor saving is counted as training
+            hooks.save(record, leaving=bool(stopping) or step == total_steps)
             if stopping:
                 break
-    stopped_by = stopping if step < total_steps else None
+            throughput.resume()
     return RunOutcome(
-        step=step,
+        step=progress.step,
         total_steps=total_steps,
-        cursor=cursor.position,
+        position=position,
         loss=loss,
-        stopped_by=stopped_by,
+        stopped_by=stopping if progress.step < total_steps else None,
         rank=world.rank,
     )
 
 
-def _told(result: StepResult) -> dict[str, Any]:
+class _Throughput:
+    """Tokens per second of training since the last line of metrics; validation, excerpts and saving are not counted."""
+
+    def __init__(self) -> None:
+        self.reset()
+        self.resume()
+
+    def reset(self) -> None:
+        """Begin to count anew."""
+        self._num_tokens, self._seconds = 0, 0.0
+
+    def resume(self) -> None:
+        """Go on with the clock."""
+        self._start = time.perf_counter()
+
+    def add(self, num_tokens: int) -> None:
+        """Stop the clock after a step of so many tokens."""
+        self._num_tokens += num_tokens
+        self._seconds += time.perf_counter() - self._start
+
+    @property
+    def per_second(self) -> float:
+        """Tokens per second."""
+        return round(self._num_tokens / self._seconds, 1)
+
+
+def _numbers(result: StepResult) -> dict[str, Any]:
     """Return what metrics say of a step that moved the weights, or of one that fp16 makes up for by a smaller scale."""
     return {
         "loss": result.loss,

@@ -5,7 +5,6 @@ That a step is not finite is found in `step`; overflows that fp16 repairs by a s
 
 import shlex
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,9 @@ from numpy.typing import NDArray
 
 from minimind_data.errors import UserError
 from minimind_train.batches.steps import StepBatch
-from minimind_train.objectives.objective import Objective
 from minimind_train.order.skips import Skips
-from minimind_train.parallel.world import ALONE, World
 from minimind_train.progress import Say
+from minimind_train.training.learner import Learner
 from minimind_train.training.options import MOST_IN_A_ROW, OnNonfinite
 from minimind_train.training.step import NotFiniteError
 
@@ -26,13 +24,12 @@ class NonfiniteGuard:
     """Decides whether a run goes on after a step whose loss or gradient is not finite, and says which samples caused it.
 
     Args:
-        objective: by which it learns, as it is without what wraps it for several ranks.
+        learner: what learns, on ranks that all come to the same decision.
         policy: stop at the first such step, or skip it.
         run: the run's folder.
         command: what `mm-train` calls its phase.
         skipped: steps that were skipped so far.
         say: takes lines for the user.
-        world: the ranks, all of which come to the same decision.
 
     Attributes:
         skipped: steps that were skipped in all.
@@ -40,33 +37,25 @@ class NonfiniteGuard:
 
     def __init__(
         self,
-        objective: Objective,
+        learner: Learner,
         policy: OnNonfinite,
         *,
         run: Path,
         command: str,
         skipped: int = 0,
         say: Say,
-        world: World = ALONE,
     ) -> None:
         self.skipped = skipped
-        self._objective = objective
+        self._learner = learner
         self._policy = policy
         self._run = shlex.quote(str(run))
         self._command = command
         self._say = say
-        self._world = world
         self._last_step = -1
         self._in_a_row = 0
 
     def handle(
-        self,
-        error: NotFiniteError,
-        step: int,
-        batch: StepBatch,
-        *,
-        positions: NDArray[np.int64],
-        forward: AbstractContextManager[object],
+        self, error: NotFiniteError, step: int, batch: StepBatch, *, positions: NDArray[np.int64]
     ) -> None:
         """Count a step that moved no weight, and name the positions whose loss alone is not finite.
 
@@ -75,7 +64,6 @@ class NonfiniteGuard:
             step: the step's number.
             batch: this rank's share of what it was to learn.
             positions: those of the whole step.
-            forward: entered around each forward pass.
 
         Raises:
             UserError: the policy is to stop, or too many steps in a row were skipped.
@@ -83,7 +71,7 @@ class NonfiniteGuard:
         self._in_a_row = self._in_a_row + 1 if step == self._last_step + 1 else 1
         self._last_step = step
         self.skipped += 1
-        guilty = self._blamed(batch, positions, forward)
+        guilty = self._blamed(batch, positions)
         places = Skips.of([f"{position}:{position + 1}" for position in guilty]).as_texts()
         shown = (
             f"from {_shown(guilty)} of the" if guilty else "from no window alone but from the whole of the"
@@ -105,11 +93,9 @@ class NonfiniteGuard:
             "--on-nonfinite skip, or begin a new run with a lower --learning-rate, a --warmup-steps or --dtype fp32"
         )
 
-    def _blamed(
-        self, batch: StepBatch, positions: NDArray[np.int64], forward: AbstractContextManager[object]
-    ) -> list[int]:
+    def _blamed(self, batch: StepBatch, positions: NDArray[np.int64]) -> list[int]:
         """Return the positions whose windows have, each alone, a loss that is not finite; none where only the gradient is not."""
-        world = self._world
+        world = self._learner.compute.world
         windows = [
             {name: tensor[row : row + 1] for name, tensor in micro_batch.items()}
             for micro_batch in batch.micro_batches
@@ -122,10 +108,10 @@ class NonfiniteGuard:
             place = world.rank + row * world.size
             # Ranks whose weights are spread over all of them must make as many passes each.
             window = windows[row] if place < len(positions) else (batch.stand_in or windows[0])
-            with torch.no_grad(), forward:
-                found = self._objective(window).summed
+            with torch.no_grad(), self._learner.compute.forward():
+                loss = self._learner.objective(window).summed
             if place < len(positions):
-                flags[place] = float(not found.isfinite())
+                flags[place] = float(not loss.isfinite())
         guilty = np.array(world.all_reduce_sum(flags)) > 0
         blamed: list[int] = positions[guilty].tolist()
         return blamed

@@ -6,19 +6,15 @@ losses after them. Gradients are averaged once, in the last pass.
 """
 
 import math
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
 from minimind_train.batches.steps import StepBatch
-from minimind_train.model.precision import LossScale
 from minimind_train.objectives.objective import MicroLoss
-from minimind_train.parallel.world import ALONE, World
+from minimind_train.training.data_parallel import gradient_sync
+from minimind_train.training.learner import Learner
 from minimind_train.training.optim import clip_gradients
-from minimind_train.training.wrapping import gradient_sync
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,32 +39,19 @@ class NotFiniteError(Exception):
     """The loss or the gradient of a step is not finite, so no rank has updated its weights; the message is a clause that says which."""
 
 
-def take_step(
-    objective: nn.Module,
-    optimizer: Optimizer,
-    batch: StepBatch,
-    *,
-    rate: float,
-    grad_clip: float,
-    forward: AbstractContextManager[object],
-    scale: LossScale | None = None,
-    world: World = ALONE,
-) -> StepResult:
+def take_step(learner: Learner, batch: StepBatch, *, rate: float) -> StepResult:
     """Update the weights by one global batch.
 
     Args:
-        objective: over the model whose weights move; an `Objective`, wrapped as `parallel` does it where there are several ranks.
-        optimizer: over its parameters.
+        learner: whose weights move. Its loss scale counts the step.
         batch: this rank's share of the step's samples.
         rate: the learning rate.
-        grad_clip: the longest gradient norm that is let through; 0 lets all through.
-        forward: entered around each forward pass.
-        scale: of the loss, in fp16; told how the step went.
-        world: the ranks that share the step.
 
     Raises:
         NotFiniteError: the loss or the gradient is not finite. Weights and optimizer are those of the step before.
     """
+    objective, optimizer, scale = learner.wrapped, learner.optimizer, learner.scale
+    world, forward = learner.compute.world, learner.compute.forward()
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
@@ -89,7 +72,7 @@ def take_step(
                 learned = _add_losses(sums, found, counts=counts, num_terms=num_terms, share=share)
             # Ranks average their gradients. (torch leaves `backward` untyped.)
             (learned * (factor * world.size)).backward()  # type: ignore[no-untyped-call]
-    norm = clip_gradients(objective.parameters(), grad_clip, scale=factor)
+    norm = clip_gradients(objective.parameters(), learner.optim.grad_clip, scale=factor)
     # All numbers come to the host together, because each such trip waits for the device.
     *values, norm_here = torch.stack((*sums.values(), norm)).tolist()
     here = dict(zip(sums, world.all_reduce_sum(values), strict=True))

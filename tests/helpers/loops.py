@@ -10,9 +10,11 @@ from minimind_train.model.config import ModelConfig
 from minimind_train.model.transformer import MiniMind, initialize
 from minimind_train.objectives.losses import summed_cross_entropy
 from minimind_train.objectives.objective import MicroLoss, NextToken
-from minimind_train.order.sample_order import SampleCursor, SampleOrder
+from minimind_train.order.sample_order import SampleOrder
+from minimind_train.progress import TrainingProgress
 from minimind_train.run_folder.metrics import MetricsLog
 from minimind_train.training import loop
+from minimind_train.training.learner import Compute, Learner
 from minimind_train.training.nonfinite import NonfiniteGuard
 from minimind_train.training.optim import make_optimizer
 from minimind_train.training.options import OptimizerOptions, TrainingOptions
@@ -44,6 +46,18 @@ class Windows:
 
 def plain_loss(model, micro_batch):
     return summed_cross_entropy(model(micro_batch["input_ids"]), model.head_weight, micro_batch["targets"])
+
+
+def learner_of(objective, optim=OPTIM, *, dtype="fp32", scale=None):
+    """What learns by an objective, alone on the CPU."""
+    return Learner(
+        objective=objective,
+        wrapped=objective,
+        optimizer=make_optimizer(objective.model, optim),
+        optim=optim,
+        scale=scale,
+        compute=Compute(device=CPU, dtype=dtype),
+    )
 
 
 class Plain(NextToken):
@@ -80,17 +94,17 @@ class Run:
         self.folder = folder
         self.model = MiniMind(config)
         initialize(self.model, 0)
-        self.optimizer = make_optimizer(self.model, OPTIM)
-        self.objective = Plain(self.model, loss)
+        self.learner = learner_of(Plain(self.model, loss), OPTIM)
+        self.optimizer = self.learner.optimizer
         self.order = SampleOrder(num_windows=NUM_WINDOWS, seed=1, kind=kind)
         self.total_steps = total_steps
         self.config = TrainingOptions(
             **{"dtype": "fp32", "global_batch": global_batch, "log_every": 1, **options}
         )
-        self.step, self.cursor = 0, SampleCursor()
+        self.step, self.position = 0, 0
         self.saved, self.said = [], []
         self.guard = NonfiniteGuard(
-            self.objective,
+            self.learner,
             self.config.on_nonfinite,
             run=Path("runs/it"),
             command="pretrain",
@@ -108,29 +122,21 @@ class Run:
             StepLoader(
                 Windows(),
                 self.order,
-                start=self.cursor.position,
+                start=self.position,
                 stop=min(stop_step * self.config.global_batch, 3 * NUM_WINDOWS),
                 global_batch=self.config.global_batch,
                 micro_batch=self.config.micro_batch,
             ) as batches,
         ):
-            outcome = loop.run(
-                self.objective,
-                self.optimizer,
-                batches,
-                step=self.step,
-                cursor=self.cursor,
-                total_steps=self.total_steps,
-                config=self.config,
-                optim=OPTIM,
-                device=CPU,
-                metrics=metrics,
-                save=self.save,
+            progress = TrainingProgress(step=self.step, total_steps=self.total_steps, say=self.said.append)
+            hooks = loop.Hooks(
                 guard=self.guard,
                 describe=lambda position: {"epoch": (position - 1) // NUM_WINDOWS},
-                say=self.said.append,
+                metrics=metrics,
+                save=self.save,
             )
-        self.step = outcome.step
+            outcome = loop.run(self.learner, batches, progress, self.config, hooks)
+        self.step, self.position = outcome.step, outcome.position
         return outcome
 
     @property

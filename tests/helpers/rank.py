@@ -28,9 +28,9 @@ def before_each_step(call, patch=setattr):
     """Call `call(batch)` whenever a step of the loop is about to be made of a batch; `patch` puts the watch in its place."""
     original = loop.take_step
 
-    def watched(objective, optimizer, batch, **keywords):
+    def watched(learner, batch, **keywords):
         call(batch)
-        return original(objective, optimizer, batch, **keywords)
+        return original(learner, batch, **keywords)
 
     patch(loop, "take_step", watched)
 

@@ -218,10 +218,10 @@ def seen_by_loop(monkeypatch, small_dataset, other_dataset):
         steps.append(step)
         return rate(step, *arguments)
 
-    def recording(objective, optimizer, batch, *arguments, **keywords):
+    def recording(learner, batch, *arguments, **keywords):
         for micro_batch in batch.micro_batches:
             seen.extend((steps[-1], *numbers[row.numpy().tobytes()]) for row in micro_batch["input_ids"])
-        return original(objective, optimizer, batch, *arguments, **keywords)
+        return original(learner, batch, *arguments, **keywords)
 
     monkeypatch.setattr(loop, "learning_rate", noting)
     monkeypatch.setattr(loop, "take_step", recording)

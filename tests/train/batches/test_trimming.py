@@ -12,7 +12,6 @@ from minimind_data.options import build
 from minimind_train.batches.steps import StepLoader
 from minimind_train.batches.trimming import COLUMNS, alike, lengths_of, trimmed
 from minimind_train.model.config import ModelConfig
-from minimind_train.model.precision import autocast
 from minimind_train.model.transformer import MiniMind, initialize
 from minimind_train.objectives.objective import NextToken
 from minimind_train.objectives.options import PreferenceOptions
@@ -22,10 +21,11 @@ from minimind_train.run import entry
 from minimind_train.run import rank as rank_job
 from minimind_train.run.options import DpoOptions
 from minimind_train.training.evaluate import Evaluator
+from minimind_train.training.learner import Compute
 from minimind_train.training.nonfinite import NonfiniteGuard
-from minimind_train.training.optim import make_optimizer
 from minimind_train.training.options import OptimizerOptions
 from minimind_train.training.step import NotFiniteError, take_step
+from tests.helpers.loops import learner_of
 from tests.helpers.runs import Said, config_of, metrics
 
 LENGTH, NUM_WINDOWS, VOCAB = 3 * COLUMNS + 5, 13, 40
@@ -106,9 +106,8 @@ def learned(form, **options):
     """What a step gives, and the gradients that it moves the weights by."""
     (batch,), _ = steps(form, **options)
     model = make_model()
-    optimizer = make_optimizer(model, OptimizerOptions())
     result = take_step(
-        objective_for(form, model), optimizer, batch, rate=0.0, grad_clip=0.0, forward=autocast("fp32", CPU)
+        learner_of(objective_for(form, model), OptimizerOptions(grad_clip=0.0)), batch, rate=0.0
     )
     return result, {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -180,7 +179,9 @@ def test_a_window_that_spoils_a_step_is_named_by_its_own_position(token):
     model = make_model(tie_word_embeddings=False)
     with torch.no_grad():
         model.model.embed_tokens.weight[token] = float("inf")  # the number of one window, in no other
-    guard = NonfiniteGuard(NextToken(model), "stop", run="runs/it", command="pretrain", say=Said())
+    guard = NonfiniteGuard(
+        learner_of(NextToken(model)), "stop", run="runs/it", command="pretrain", say=Said()
+    )
     place = loader.order.windows(np.arange(NUM_WINDOWS)).tolist().index(token - 1)
     with pytest.raises(UserError, match=f"from position {place} of the positions 0 to 12"):
         guard.handle(
@@ -188,7 +189,6 @@ def test_a_window_that_spoils_a_step_is_named_by_its_own_position(token):
             1,
             batch,
             positions=loader.positions(batch),
-            forward=autocast("fp32", CPU),
         )
 
 
@@ -200,7 +200,7 @@ def test_measuring_reads_no_more_than_it_takes_and_finds_the_same(form, shape, m
     objective.forward = lambda batch: (widths.append(next(iter(batch.values())).shape[1]), real(batch))[1]
 
     def measured():
-        options = {"num_windows": None, "batch": 2, "device": CPU, "dtype": "fp32"}
+        options = {"num_windows": None, "batch": 2, "compute": Compute(device=CPU, dtype="fp32")}
         return Evaluator(Uneven(form), None, **options).measure(objective)
 
     found = measured()

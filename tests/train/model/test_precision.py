@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from minimind_train.model.config import ModelConfig
 from minimind_train.model.precision import LossScale, allow_tf32, autocast, resolve_dtype
 from minimind_train.model.transformer import MiniMind, initialize
 from minimind_train.objectives.objective import NextToken
-from minimind_train.run import rank as rank_job
+from minimind_train.run import learner as run_learner
 from minimind_train.run.entry import resume
 from minimind_train.run_folder import checkpoint
+from minimind_train.training.learner import Compute
 from minimind_train.training.optim import make_optimizer
 from minimind_train.training.options import OptimizerOptions
 from minimind_train.training.step import NotFiniteError, take_step
+from tests.helpers.loops import learner_of
 from tests.helpers.runs import Said, metrics, stop_after, weights
 
 CPU = torch.device("cpu")
@@ -26,25 +29,18 @@ CONFIG = ModelConfig(
 HUGE = 2.0**40  # a gradient that is scaled by it leaves fp16
 
 
-def learner(scale=None):
+def step_taker(scale=None):
     """Return a function that takes one step on a batch of its own, and the model it moves."""
     model = MiniMind(CONFIG)
     initialize(model, 0)
-    objective, optimizer = (
-        NextToken(model).train(),
-        make_optimizer(model, OptimizerOptions(learning_rate=0.01)),
-    )
+    learner = learner_of(NextToken(model).train(), OptimizerOptions(learning_rate=0.01), scale=scale)
 
     def learn(step, dtype="fp16"):
         batch = batch_of(step)
         return take_step(
-            objective,
-            optimizer,
+            replace(learner, compute=Compute(device=CPU, dtype=dtype)),
             StepBatch(start=0, stop=4, micro_batches=[batch], num_targets=32, num_terms=32, num_windows=4),
             rate=0.01,
-            grad_clip=1.0,
-            forward=autocast(dtype, CPU),
-            scale=scale,
         )
 
     return learn, model
@@ -61,7 +57,7 @@ def state_of(model):
 
 def test_steps_are_those_of_torchs_own_scaler():
     scale = LossScale(value=HUGE)
-    learn, model = learner(scale)
+    learn, model = step_taker(scale)
     theirs = MiniMind(CONFIG)
     initialize(theirs, 0)
     objective, optimizer = NextToken(theirs), make_optimizer(theirs, OptimizerOptions(learning_rate=0.01))
@@ -120,7 +116,7 @@ def test_the_scale_never_leaves_its_bounds():
 
 
 def test_a_step_in_fp16_is_near_that_in_fp32():
-    (half, _), (single, _) = learner(LossScale()), learner()
+    (half, _), (single, _) = step_taker(LossScale()), step_taker()
     for step in range(1, 4):
         near, exact = half(step), single(step, "fp32")
         assert near.loss == pytest.approx(exact.loss, rel=2e-3)
@@ -129,7 +125,7 @@ def test_a_step_in_fp16_is_near_that_in_fp32():
 
 def test_a_gradient_that_overflows_without_any_scale_is_an_error():
     scale = LossScale(value=1.0)
-    learn, model = learner(scale)
+    learn, model = step_taker(scale)
     with torch.no_grad():
         model.model.norm.weight.fill_(1e4)
         model.model.embed_tokens.weight.mul_(1e4)
@@ -150,7 +146,7 @@ def test_a_loss_that_is_not_finite_is_no_matter_of_scale(loss):
 @pytest.fixture
 def overflowing(monkeypatch):
     """Runs in fp16 begin with a scale that is too large."""
-    monkeypatch.setattr(rank_job, "LossScale", lambda **told: LossScale(**{"value": HUGE, **told}))
+    monkeypatch.setattr(run_learner, "LossScale", lambda **told: LossScale(**{"value": HUGE, **told}))
 
 
 @pytest.mark.usefixtures("overflowing")

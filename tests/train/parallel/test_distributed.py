@@ -42,7 +42,7 @@ def test_any_number_of_ranks_learns_the_same(tmp_path, alone, parallel, size):
     assert_alike(tmp_path / "run", expected, STEPS)
     outcomes = [each["outcome"] for each in reports]
     assert [outcome.rank for outcome in outcomes] == list(range(size))
-    assert len({(outcome.step, outcome.cursor, outcome.loss) for outcome in outcomes}) == 1
+    assert len({(outcome.step, outcome.position, outcome.loss) for outcome in outcomes}) == 1
 
 
 KILLED = """

@@ -23,7 +23,7 @@ def files_of(run):
 
 def test_a_later_end_extends_it(finished, small_dataset, tmp_path):
     outcome = resume(finished, {"steps": 15}, allow_change={"steps"}, say=Said())
-    assert (outcome.step, outcome.total_steps, outcome.cursor) == (15, 15, 120)
+    assert (outcome.step, outcome.total_steps, outcome.position) == (15, 15, 120)
     assert steps(finished) == list(range(1, 16))
     assert RunRecord.read(finished).changes == (Change(step=12, name="steps", old=12, new=15),)
 
@@ -31,7 +31,7 @@ def test_a_later_end_extends_it(finished, small_dataset, tmp_path):
 def test_epochs_extend_it_with_what_else_is_changed_then(begin, tmp_path):
     first, _ = begin(steps=None, epochs=1, save_every=0)
     run = tmp_path / "run"
-    n = first.cursor
+    n = first.position
     with pytest.raises(
         UserError, match=r"epochs \(in the run: 1, on the command line: 3\).*--allow-change epochs"
     ):
@@ -39,7 +39,7 @@ def test_epochs_extend_it_with_what_else_is_changed_then(begin, tmp_path):
     outcome = resume(
         run, {"epochs": 3, "skip_positions": (f"{n + 4}:{n + 20}",)}, allow_change={"epochs"}, say=Said()
     )
-    assert outcome.cursor == 3 * n
+    assert outcome.position == 3 * n
     assert outcome.step == first.step + -(-(2 * n - 16) // 8)
     assert [record["position"] for record in metrics(run)][first.step] == n + 8 + 16
 

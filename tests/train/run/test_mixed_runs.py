@@ -140,7 +140,7 @@ def test_a_part_may_wait(tmp_path, parts):
 def test_an_epoch_of_a_mixture_is_as_long_as_its_parts(begin_mixed, parts):
     total = len(Datasets.open(parts).windows(layout="concat", seq_len=16, say=Said()))
     outcome, _ = begin_mixed(steps=None, epochs=1, global_batch=64, log_every=100)
-    assert outcome.cursor == total
+    assert outcome.position == total
 
 
 @pytest.mark.parametrize("layout", ["concat", "pad", "pack"])

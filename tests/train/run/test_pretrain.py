@@ -51,13 +51,13 @@ def test_without_words_a_run_is_two_epochs_and_no_sample_is_lost(begin, tmp_path
     n = len(open_windows(ShardSet.open(small_dataset), layout="concat", seq_len=16))
     outcome, _ = begin(steps=None, global_batch=31, log_every=100)
     assert outcome.total_steps == outcome.step == math.ceil(2 * n / 31)
-    assert outcome.cursor == 2 * n
+    assert outcome.position == 2 * n
     assert RunRecord.read(tmp_path / "run").options["epochs"] == 2
 
 
 def test_layout_pad_trains_too(begin, tmp_path):
     outcome, _ = begin(layout="pad", epochs=1, steps=None)
-    assert outcome.cursor == 64
+    assert outcome.position == 64
     assert all(0 < record["targets"] < 8 * 16 for record in metrics(tmp_path / "run"))
 
 
@@ -67,7 +67,7 @@ def test_layout_pack_trains_too(begin, tmp_path, small_dataset):
     outcome, said = begin(shards=shards, epochs=1, steps=None, **packing)
     windows = open_windows(ShardSet.open(shards), **packing)
     targets = windows.fetch(np.arange(len(windows)))["targets"]
-    assert outcome.cursor == len(windows)
+    assert outcome.position == len(windows)
     assert sum(record["targets"] for record in metrics(tmp_path / "run")) == (targets != IGNORED).sum()
     assert any("of all positions filled" in line for line in said)
 
@@ -99,7 +99,7 @@ def test_the_document_mask(tmp_path, small_dataset, layout):
 
 def test_a_run_of_more_steps_than_the_dataset_has_goes_on_into_further_epochs(begin, tmp_path):
     outcome, _ = begin(steps=5, global_batch=100, micro_batch=200)
-    assert outcome.cursor == 500
+    assert outcome.position == 500
     assert metrics(tmp_path / "run")[-1]["epoch"] >= 3
     assert RunRecord.read(tmp_path / "run").options["micro_batch"] == 100
 

@@ -178,7 +178,7 @@ def test_a_changed_global_batch_goes_on_at_the_same_sample(begin, tmp_path, smal
     assert first.total_steps == math.ceil(n / 8)
     stop_after(run, 3)
     outcome = resume(run, {"global_batch": 5}, allow_change={"global_batch"}, say=Said())
-    assert outcome.cursor == n
+    assert outcome.position == n
     assert outcome.total_steps == 3 + math.ceil((n - 24) / 5)
     assert [record["position"] for record in metrics(run)][2:5] == [24, 29, 34]
     stop_after(run, 6)
@@ -285,7 +285,7 @@ def test_a_run_can_begin_at_a_token_of_a_shard(begin, tmp_path, small_dataset):
     n, first = len(windows), windows.window_of("text-00001", 100)
     outcome, said = begin(order="sequential", steps=None, epochs=1, resume_from="text-00001:100", keep=0)
     assert outcome.total_steps == math.ceil((n - first) / 8)
-    assert outcome.cursor == n
+    assert outcome.position == n
     assert metrics(tmp_path / "run")[0]["position"] == first + 8
     assert f"beginning at window {first}" in said.text
     for stop in (3, 0):
@@ -302,7 +302,7 @@ def test_the_cursor_can_be_moved_by_hand(begin, tmp_path, small_dataset):
     moved = resume(run, {"resume_from": "text-00001:200"}, say=Said())
     assert [record["position"] for record in metrics(run)][2:4] == [24, place + 8]
     assert moved.total_steps == 3 + math.ceil((2 * len(windows) - place) / 8)
-    assert moved.cursor == 2 * len(windows)
+    assert moved.position == 2 * len(windows)
     assert RunRecord.read(run).changes == (Change(step=3, name="cursor", old=24, new=place),)
     there = metrics(run)
     for stop in (6, 3):  # killed later, even before the next checkpoint: it goes on where it was moved to

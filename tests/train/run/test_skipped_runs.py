@@ -88,7 +88,7 @@ def test_a_batch_sampler_resumes_anywhere_around_what_is_left_out(ranges, drop_l
 
 def test_a_run_leaves_out_what_it_is_told_to(begin, tmp_path, windows, whole_run):
     outcome, said = begin(skip_positions=["20:30", "5:6"], steps=6, keep=0)
-    assert outcome.cursor == 48 + 11
+    assert outcome.position == 48 + 11
     assert "positions 20 to 29 are left out" in said
     assert [record["position"] for record in metrics(tmp_path / "run")] == [9, 17, 35, 43, 51, 59]
     assert RunRecord.read(tmp_path / "run").options["skip_positions"] == ["5:6", "20:30"]
@@ -123,7 +123,7 @@ def test_an_epoch_without_some_of_it_has_fewer_steps(begin, windows, tmp_path):
     n = len(windows)
     outcome, _ = begin(steps=None, epochs=1, skip_positions=[f"{n - 10}:{n + 5}"], keep=0)
     assert outcome.total_steps == math.ceil((n - 10) / 8)
-    assert outcome.cursor == n - 10
+    assert outcome.position == n - 10
     said = Said()
     resume(tmp_path / "run", {}, say=said)
     assert "finished already" in said.text

@@ -13,7 +13,7 @@ from minimind_train.run.entry import resume
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.checkpoint import CheckpointState
 from minimind_train.run_folder.options import SaveOptions
-from minimind_train.run_folder.saver import Retention, Saver
+from minimind_train.run_folder.saver import Retention, Saver, Snapshot
 from minimind_train.run_folder.tensors import tensors_of
 from minimind_train.weights.loading import model_of
 from tests.helpers.checkpoints import bits, make, state, train
@@ -31,9 +31,11 @@ class Training:
         self.saver = Saver(
             run,
             SaveOptions(**{"save_every": 0, **options}),
-            tensors=lambda: tensors_of(self.model, self.optimizer),
-            state=self.state,
-            before=lambda: self.synced.append(threading.current_thread().name),
+            Snapshot(
+                tensors=lambda: tensors_of(self.model, self.optimizer),
+                state=self.state,
+                flush=lambda: self.synced.append(threading.current_thread().name),
+            ),
             say=self.said,
         )
 
@@ -352,7 +354,7 @@ def test_what_was_skipped_is_counted_on_after_a_resume(stopped_run):
 def test_a_device_that_is_not_the_usual_one_is_waited_for(tmp_path):
     there = torch.device("cuda:1")
     big, order = torch.zeros(2**28, device=there), torch.randn(4096, 4096, device=there)
-    saver = Saver(tmp_path, SaveOptions(), tensors=dict, state=Training.state, say=Said())
+    saver = Saver(tmp_path, SaveOptions(), Snapshot(tensors=dict, state=Training.state), say=Said())
     for _ in range(20):
         order = order @ order
     big.add_(1)

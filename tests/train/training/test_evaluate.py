@@ -22,11 +22,12 @@ from minimind_train.run.entry import resume
 from minimind_train.run.evaluation import evaluate_run
 from minimind_train.run_folder.record import RunRecord
 from minimind_train.training.evaluate import Evaluator, _byte_counter, open_evaluator
+from minimind_train.training.learner import Compute
 from minimind_train.weights.loading import model_of
 from tests.helpers.datasets import retokenized
 from tests.helpers.runs import Said, config_of, metrics, steps, stop_after, weights
 
-CPU = torch.device("cpu")
+COMPUTE = Compute(device=torch.device("cpu"), dtype="fp32")
 
 
 class Saying(NextToken):
@@ -46,8 +47,7 @@ def evaluator_of(folder, *, num_windows=None, batch=8, layout="concat", seq_len=
         ShardSet.open(folder),
         num_windows=num_windows,
         batch=batch,
-        device=CPU,
-        dtype="fp32",
+        compute=COMPUTE,
         say=Said(),
         layout=layout,
         seq_len=seq_len,
@@ -168,7 +168,7 @@ def test_a_dataset_without_text_is_refused(other_dataset):
     }
     tokenizer = cached_tokenizer((other_dataset / TOKENIZER_NAME).read_text(), shards.manifest.tokenizer)
     with pytest.raises(UserError, match="windows to measure on hold no text"):
-        Evaluator(windows, tokenizer, num_windows=3, batch=2, device=CPU, dtype="fp32")
+        Evaluator(windows, tokenizer, num_windows=3, batch=2, compute=COMPUTE)
 
 
 # In a run

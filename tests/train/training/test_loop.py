@@ -33,7 +33,7 @@ def test_a_step_is_adamw_on_the_mean_over_all_targets(tmp_path):
     outcome = run.go()
     for ours, theirs in zip(run.weights, expected.weights, strict=True):
         torch.testing.assert_close(ours, theirs)
-    assert outcome == loop.RunOutcome(step=1, total_steps=1, cursor=8, loss=outcome.loss)
+    assert outcome == loop.RunOutcome(step=1, total_steps=1, position=8, loss=outcome.loss)
     assert outcome.loss == pytest.approx(loss.item())
     record = run.metrics[0]
     assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
@@ -56,7 +56,7 @@ def test_it_learns(tmp_path):
     run = Run(tmp_path, total_steps=15)
     run.go()
     assert run.metrics[-1]["loss"] < 0.8 * run.metrics[0]["loss"]
-    assert run.metrics[-1]["position"] == run.cursor.position == 120
+    assert run.metrics[-1]["position"] == run.position == 120
     assert [record["epoch"] for record in run.metrics] == [0] * 5 + [1] * 5 + [2] * 5
 
 
@@ -117,7 +117,7 @@ def test_a_signal_lets_the_step_end_and_saves(tmp_path, number, capfd):
     outcome = run.go()
     assert f"{signal.Signals(number).name}: stops after this step" in capfd.readouterr().err
     assert outcome.stopped_by == Stop[signal.Signals(number).name] == 128 + number
-    assert (outcome.step, outcome.cursor, run.saved) == (2, 16, [(2, 16)])
+    assert (outcome.step, outcome.position, run.saved) == (2, 16, [(2, 16)])
     assert [record["step"] for record in run.metrics] == [1], (
         "a stop adds no line that the whole run would not have"
     )

@@ -71,7 +71,7 @@ def test_it_stops_the_run_and_moves_nothing(tmp_path, spoil, what):
     assert what in str(refusal.value)
     assert_same(state_of(run), state_of(expected))
     assert [record["step"] for record in run.metrics] == [1, 2]
-    assert run.cursor.position == 16
+    assert run.metrics[-1]["position"] == 16
     assert run.saved == []
 
 

@@ -11,8 +11,9 @@ from minimind_train.run import entry
 from minimind_train.run.entry import resume
 from minimind_train.run.options import PretrainOptions
 from minimind_train.run_folder import checkpoint
+from minimind_train.training.data_parallel import parallelize
+from minimind_train.training.learner import Compute
 from minimind_train.training.options import TrainingOptions
-from minimind_train.training.wrapping import parallelize
 from tests.helpers.ranks import TRAIN, run_ranks
 from tests.helpers.runs import OPTIONS as SMALL
 from tests.helpers.runs import Said, assert_alike
@@ -21,8 +22,8 @@ pytestmark = pytest.mark.distributed
 
 COUNT = """
 from minimind_train.training import loop
-from minimind_train.run import rank as rank_job
-from minimind_train.training.wrapping import parallelize, settle
+from minimind_train.run import learner as run_learner
+from minimind_train.training.data_parallel import parallelize, settle
 
 report["traffic"] = []
 
@@ -38,16 +39,16 @@ def hook(_, bucket):
     return sums.then(lambda future: future.value()[0])
 
 def hooked(*arguments, **keywords):
-    learner = parallelize(*arguments, **keywords)
-    if hasattr(learner, "register_comm_hook"):
-        learner.register_comm_hook(None, hook)
-    return learner
+    wrapped = parallelize(*arguments, **keywords)
+    if hasattr(wrapped, "register_comm_hook"):
+        wrapped.register_comm_hook(None, hook)
+    return wrapped
 
 def settled(*arguments):
     settle(*arguments)
     report["traffic"].clear()
 
-rank_job.parallelize, loop.settle = hooked, settled
+run_learner.parallelize, loop.settle = hooked, settled
 name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 setattr(dist, name, counted(getattr(dist, name)))
 """
@@ -133,7 +134,7 @@ def test_in_bf16_sharded_or_not_it_learns_much_the_same(tmp_path, small_dataset,
 
 def test_alone_nothing_is_asked_or_wrapped():
     module = torch.nn.Linear(2, 2)
-    assert parallelize(module, ALONE, torch.device("cpu"), parallel="fsdp", dtype="fp32") is module
+    assert parallelize(module, Compute(device=torch.device("cpu"), dtype="fp32"), "fsdp") is module
     assert ALONE.all_reduce_sum((0.1, 7)) == [0.1, 7]
     assert ALONE.all_gather("a") == ["a"]
     assert ALONE.broadcast("a") == "a"

@@ -22,30 +22,27 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minimind_train.model.transformer import Layer
 from minimind_train.objectives.objective import MicroLoss, Objective
-from minimind_train.parallel.world import World
+from minimind_train.training.learner import Compute, Learner
 from minimind_train.training.options import Parallel
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 
-def parallelize(
-    objective: Objective, world: World, device: torch.device, *, parallel: Parallel, dtype: str
-) -> nn.Module:
-    """Wrap or shard an objective, so that the gradients of all ranks are averaged; with one rank, return it as it is.
+def parallelize(objective: Objective, compute: Compute, parallel: Parallel) -> nn.Module:
+    """Move an objective to its device, and with several ranks wrap or shard it, so that their gradients are averaged.
 
     Args:
-        objective: rank 0's weights are those that all have afterwards. On `device`, or, to be sharded, on the CPU, so that no
-            device ever holds all of it; its parameters are then other objects, so the optimizer is made after this.
-        world: the ranks.
-        device: of this rank.
+        objective: on the CPU, so that no device ever holds all of what is sharded. Rank 0's weights are those that all ranks have
+            afterwards. Sharding replaces its parameters by others, so the optimizer is made after this.
+        compute: the ranks, and where this one computes.
         parallel: how.
-        dtype: of matrix products, resolved.
     """
+    world, device = compute.world, compute.device
     if world.size == 1:
-        return objective
+        return objective.to(device)
     if parallel == "ddp":
         return DistributedDataParallel(
-            objective,
+            objective.to(device),
             device_ids=[device] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,  # the gradients are not held a second time
         )
@@ -56,7 +53,7 @@ def parallelize(
         world.broadcast_tensor(parameter.data)
     mesh = init_device_mesh(device.type, (world.size,))
     policy = MixedPrecisionPolicy(
-        param_dtype=_DTYPES[dtype], reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=_DTYPES[compute.dtype], reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for module in list(objective.modules()):
         if isinstance(module, Layer):
@@ -74,38 +71,36 @@ def gradient_sync(objective: nn.Module, *, enabled: bool) -> AbstractContextMana
     return contextlib.nullcontext()
 
 
-def settle(
-    objective: nn.Module, micro_batch: Mapping[str, Tensor], forward: AbstractContextManager[object]
-) -> None:
+def settle(learner: Learner, micro_batch: Mapping[str, Tensor]) -> None:
     """Before the first step of a process: make one pass with gradient traffic that no weight moves by. All ranks must call this.
 
     `DistributedDataParallel` lays its buckets out anew after its first such pass, in the order in which gradients came. A sum over three
     ranks or more depends, in its last bits, on where in a bucket a gradient lies, so the first step of a resumed process would sum
     otherwise than that of one that never stopped. After this pass all steps sum alike. The step zeroes the gradients that are left behind.
     """
-    if not isinstance(objective, DistributedDataParallel):
+    if not isinstance(learner.wrapped, DistributedDataParallel):
         return
-    with forward:
-        found: MicroLoss = objective(micro_batch)
-        loss = found.summed if found.auxiliary is None else found.summed + found.auxiliary
+    with learner.compute.forward():
+        losses: MicroLoss = learner.wrapped(micro_batch)
+        loss = losses.summed if losses.auxiliary is None else losses.summed + losses.auxiliary
     loss.backward()  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
-def unsharded(objective: nn.Module, forward: AbstractContextManager[object]) -> Iterator[None]:
-    """Make the objective's model callable by itself inside the block, which all ranks must enter.
+def unsharded(learner: Learner) -> Iterator[None]:
+    """Make the learner's model callable by itself inside the block, which all ranks must enter.
 
     `fully_shard` gathers the parameters outside of the layers (embedding, last norm, output matrix) only for a pass of the objective. So
     they are gathered here for the whole block; and as layers are gathered in the dtype of matrix products, the block runs inside of
-    `forward`, the context of a forward pass. Nothing is done where the objective is not sharded.
+    the context of a forward pass. Nothing is done where the objective is not sharded.
     """
-    unshard, reshard = (getattr(objective, name, None) for name in ("unshard", "reshard"))
+    unshard, reshard = (getattr(learner.objective, name, None) for name in ("unshard", "reshard"))
     if unshard is None or reshard is None:
         yield
         return
     unshard()
     try:
-        with forward:
+        with learner.compute.forward():
             yield
     finally:
         reshard()
