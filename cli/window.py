@@ -16,7 +16,7 @@ from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.reporting import counted
 from minimind_data.tokenizer.loading import load_tokenizer
-from minimind_data.tokenizer.pieces import Pieces, cells_of, pieces_of
+from minimind_data.tokenizer.token_bytes import TokenBytes, cells_of, token_bytes_of
 from minimind_data.windows.base import Layout, LongDocuments
 from minimind_data.windows.opening import open_windows
 
@@ -95,11 +95,11 @@ def window(
     if not _has_colours():
         print("\n".join(texts.values()))
         return
-    pieces = pieces_of(tokenizer)
+    token_bytes = token_bytes_of(tokenizer)
     print(f"{_LEARNED}learned{_PLAIN} {_SEEN}seen, not learned{_PLAIN}")
     for side in sides:
         ids, marks = _marked(sample[f"{side}input_ids"], sample[f"{side}{learned_name}"], shifted=not labels)
-        print("".join(_painted(ids, marks, pieces, tokenizer.info.pad_id)))
+        print("".join(_painted(ids, marks, token_bytes, tokenizer.info.pad_id)))
 
 
 def _has_colours() -> bool:
@@ -117,13 +117,13 @@ def _marked(inputs: list[int], learned: list[int], *, shifted: bool) -> tuple[li
     return inputs, [False, *marks[:-1]]
 
 
-def _painted(ids: list[int], marks: list[bool], pieces: Pieces, pad_id: int) -> Iterator[str]:
+def _painted(ids: list[int], marks: list[bool], token_bytes: TokenBytes, pad_id: int) -> Iterator[str]:
     """Yield the text of tokens, what is learned in colour; PAD at the end is only counted."""
     num_tokens = len(ids)
     while num_tokens and ids[num_tokens - 1] == pad_id and not marks[num_tokens - 1]:
         num_tokens -= 1
     colour = ""
-    for cell in cells_of(ids[:num_tokens], pieces.byte_strings):
+    for cell in cells_of(ids[:num_tokens], token_bytes.byte_strings):
         wanted = _LEARNED if marks[cell.first] else _SEEN
         if wanted != colour:
             yield f"{_PLAIN if colour else ''}{wanted}"

@@ -18,7 +18,7 @@ from minimind_data.errors import UserError
 from minimind_data.files import write_atomic
 from minimind_data.html import fill, read_template
 from minimind_data.tokenizer.loading import Tokenizer
-from minimind_data.tokenizer.pieces import Pieces, cells_of, pieces_of
+from minimind_data.tokenizer.token_bytes import TokenBytes, cells_of, token_bytes_of
 from minimind_data.windows.base import Layout, Windows
 from minimind_data.windows.opening import open_windows
 from minimind_data.windows.pad import SIDES
@@ -85,7 +85,7 @@ def sample_windows(
         `broken`: the latter; `special`: ids of added tokens; `pad`: the id of PAD; `views`: for each layout and length the
         sampled windows, see `_window`.
     """
-    pieces = pieces_of(tokenizer)
+    token_bytes = token_bytes_of(tokenizer)
     kinds = [(layout, seq_len) for seq_len in _seq_lens(stats) for layout in get_args(Layout)]
     tokens_of_one_each = sum(seq_len + 1 for _, seq_len in kinds)
     count = max(1, min(num_windows, _MAX_TOKENS // tokens_of_one_each))
@@ -101,16 +101,16 @@ def sample_windows(
                 "layout": side or layout,
                 "seq_len": seq_len,
                 "of": len(windows),
-                "windows": [_window(windows, int(number), pieces, side) for number in numbers],
+                "windows": [_window(windows, int(number), token_bytes, side) for number in numbers],
             }
             for side in (SIDES if shards.manifest.kind == "dpo" else ("",))
         ]
     used = sorted({token for view in views for window in view["windows"] for token in window["ids"]})
-    alone = {token: cells_of([token], pieces.byte_strings)[0] for token in used}
+    alone = {token: cells_of([token], token_bytes.byte_strings)[0] for token in used}
     return {
         "pieces": {str(token): cell.text for token, cell in alone.items()},
         "broken": [token for token, cell in alone.items() if cell.broken],
-        "special": [token for token in used if token in pieces.special],
+        "special": [token for token in used if token in token_bytes.special],
         "bos": tokenizer.info.bos_id,
         "eos": tokenizer.info.eos_id,
         "pad": tokenizer.info.pad_id,
@@ -124,7 +124,7 @@ def _seq_lens(stats: dict[str, Any]) -> list[int]:
     return list(dict.fromkeys(waste["seq_len"] for waste in stats["layouts"]))
 
 
-def _window(windows: Windows, number: int, pieces: Pieces, side: str) -> dict[str, Any]:
+def _window(windows: Windows, number: int, token_bytes: TokenBytes, side: str) -> dict[str, Any]:
     """Describe one window for the page, or one side of a pair.
 
     Returns:
@@ -145,7 +145,7 @@ def _window(windows: Windows, number: int, pieces: Pieces, side: str) -> dict[st
     shard = windows.shards.shard(windows.shards.index_of(shard_name))
     sequence_start = int(shard.offsets[shard.sequence_of(offset)]) // shard.tokens.itemsize
     unlearned = np.concatenate([[True], targets[:-1] == IGNORED])
-    joins = [cell for cell in cells_of(ids, pieces.byte_strings) if cell.count > 1]
+    joins = [cell for cell in cells_of(ids, token_bytes.byte_strings) if cell.count > 1]
     return {
         "number": number,
         "shard": shard_name,

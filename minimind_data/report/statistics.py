@@ -19,7 +19,7 @@ from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.reporting import Progress, no_progress
 from minimind_data.tokenizer.loading import Tokenizer
-from minimind_data.tokenizer.pieces import pieces_of
+from minimind_data.tokenizer.token_bytes import token_bytes_of
 from minimind_data.windows.base import Layout
 from minimind_data.windows.bin_packing import best_fit
 
@@ -348,11 +348,11 @@ def count_text(shards: ShardSet, tokenizer: Tokenizer, progress: Progress = no_p
                 frames[info.bos_id] += _count_at(shard, "first", info.bos_id)
                 frames[info.eos_id] += _count_at(shard, "last", info.eos_id)
     num_tokens = int((counts - frames).sum())
-    pieces = pieces_of(tokenizer)
+    token_bytes = token_bytes_of(tokenizer)
     sampled = None
-    if pieces.exact:
-        characters = int((counts - frames) @ pieces.num_characters)
-        num_bytes = int((counts - frames) @ pieces.num_bytes)
+    if token_bytes.is_exact:
+        characters = int((counts - frames) @ token_bytes.num_characters)
+        num_bytes = int((counts - frames) @ token_bytes.num_bytes)
     else:
         sampled, sample_tokens, *sizes = _decode_sample(shards, tokenizer)
         characters, num_bytes = (round(size * num_tokens / max(1, sample_tokens)) for size in sizes)

@@ -1,8 +1,8 @@
 """Encoders: texts to ids, by the reference or by a fast library that is checked against it.
 
-`ReferenceEncoder` is Hugging Face `tokenizers`. `FastokensEncoder` is many times faster and is trusted for nothing: `choose_backend`
-lets it work only after it has agreed with the reference on the hard strings and on a sample of the input, for the very tokenizer at
-hand, and a build goes on comparing a fraction of the documents while it runs.
+`ReferenceEncoder` is Hugging Face `tokenizers`. `FastokensEncoder` is many times faster, but never simply trusted: `choose_backend`
+takes it only if it agrees with the reference on the edge cases and on a sample of the input, for the tokenizer in use, and a build
+keeps comparing a fraction of the documents while it runs.
 """
 
 import itertools
@@ -15,16 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minimind_data.errors import UserError
-from minimind_data.tokenizer.hard_strings import hard_strings
+from minimind_data.tokenizer.edge_cases import edge_case_texts
 from minimind_data.tokenizer.loading import Tokenizer
 
 Backend = Literal["auto", "fastokens", "tokenizers"]
 
-# The encoder's caches grow with the text it has seen; a fresh one now and then bounds them and costs 0.1 s a time.
+# The encoder's caches grow with the text it has seen. Making a new encoder from time to time bounds them, and takes 0.1 s.
 _FASTOKENS_RENEWAL_TOKENS = 128 * 2**20
 
 Ids = NDArray[np.uint32]
-
 Offsets = NDArray[np.int64]
 
 
@@ -39,7 +38,7 @@ class Encoder(Protocol):
 
 
 class ReferenceEncoder:
-    """Hugging Face `tokenizers`: what the ids are, by definition."""
+    """Hugging Face `tokenizers`, whose ids are right by definition."""
 
     name = "tokenizers"
 
@@ -67,7 +66,7 @@ class ReferenceEncoder:
 
 
 class FastokensEncoder:
-    """The `fastokens` library: the same ids, twenty to forty times as fast, as two byte buffers without Python lists."""
+    """The `fastokens` library: the same ids twenty to forty times as fast, in two byte buffers instead of Python lists."""
 
     name = "fastokens"
 
@@ -108,31 +107,36 @@ def make_encoder(tokenizer: Tokenizer, name: str) -> Encoder:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Which backend does the work, and why, in words for the user."""
+    """Which backend encodes, and why, in words for the user."""
 
     name: str
     note: str
 
 
-def choose_backend(tokenizer: Tokenizer, wanted: Backend, sample: list[str]) -> Choice:
-    """Return the fastest backend that agrees with the reference on the battery and on `sample`.
+def choose_backend(tokenizer: Tokenizer, backend: Backend, sample: list[str]) -> Choice:
+    """Return the fastest backend that agrees with the reference on the edge cases and on `sample`.
+
+    Args:
+        tokenizer: that is to encode.
+        backend: `auto`, or the one that the user chose.
+        sample: some texts of the input.
 
     Raises:
-        UserError: a fast backend was asked for by name and cannot be had or does not agree.
+        UserError: a fast backend was chosen by name, and is not installed or does not agree.
     """
-    if wanted == "tokenizers":
-        return Choice(name="tokenizers", note="the reference, as asked for")
+    if backend == "tokenizers":
+        return Choice(name="tokenizers", note="the reference, as requested")
     refusals = []
-    for name in FAST_BACKENDS if wanted == "auto" else [wanted]:
+    for name in FAST_BACKENDS if backend == "auto" else [backend]:
         refusal = _refusal(tokenizer, name, sample)
         if refusal is None:
             return Choice(
-                name=name, note=f"agrees with tokenizers on the hard strings and {len(sample)} sample texts"
+                name=name, note=f"agrees with tokenizers on the edge cases and {len(sample)} sample texts"
             )
         refusals.append(f"{name} {refusal}")
-    if wanted != "auto":
+    if backend != "auto":
         raise UserError(
-            f"`backend` {wanted}: {'; '.join(refusals)}",
+            f"`backend` {backend}: {'; '.join(refusals)}",
             remedy="take `backend` auto or tokenizers",
             option="backend",
         )
@@ -141,7 +145,7 @@ def choose_backend(tokenizer: Tokenizer, wanted: Backend, sample: list[str]) -> 
 
 def _refusal(tokenizer: Tokenizer, name: str, sample: list[str]) -> str | None:
     """Say why a fast backend may not be used, or None where it may."""
-    texts = hard_strings(tokenizer.added_tokens) + sample
+    texts = edge_case_texts(tokenizer.added_tokens) + sample
     try:
         encoder = make_encoder(tokenizer, name)
         different = first_difference(tokenizer, texts, *encoder.encode_batch(texts))
@@ -149,23 +153,23 @@ def _refusal(tokenizer: Tokenizer, name: str, sample: list[str]) -> str | None:
         return "is not installed"
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # noqa: BLE001 - a panic in Rust is no Exception; whatever it is, the reference works
+    except BaseException as error:  # noqa: BLE001 - a panic in Rust is no Exception, and whatever it is, the reference can do the work
         return f"failed with this tokenizer ({type(error).__name__}: {error})"
     return None if different is None else f"gives other ids than tokenizers for {texts[different][:40]!r}"
 
 
 def first_difference(tokenizer: Tokenizer, texts: list[str], ids: Ids, offsets: Offsets) -> int | None:
-    """Return the first text whose ids are not the reference's, or None.
+    """Return the number of the first text whose ids are not the reference's, or None.
 
     Args:
         tokenizer: whose reference decides.
         texts: what was encoded.
-        ids: uint32 [T], as `Encoder.encode_batch` gave them.
+        ids: uint32 [T], as `Encoder.encode_batch` returned them.
         offsets: int64 [len(texts) + 1], likewise.
     """
-    wanted_ids, wanted_offsets = ReferenceEncoder(tokenizer).encode_batch(texts)
-    if np.array_equal(offsets, wanted_offsets) and np.array_equal(ids, wanted_ids):
+    reference_ids, reference_offsets = ReferenceEncoder(tokenizer).encode_batch(texts)
+    if np.array_equal(offsets, reference_offsets) and np.array_equal(ids, reference_ids):
         return None
-    found = [ids[start:stop] for start, stop in itertools.pairwise(offsets)]
-    wanted = [wanted_ids[start:stop] for start, stop in itertools.pairwise(wanted_offsets)]
-    return next(i for i in range(len(texts)) if not np.array_equal(found[i], wanted[i]))
+    ours = [ids[start:stop] for start, stop in itertools.pairwise(offsets)]
+    reference = [reference_ids[start:stop] for start, stop in itertools.pairwise(reference_offsets)]
+    return next(i for i in range(len(texts)) if not np.array_equal(ours[i], reference[i]))

@@ -1,7 +1,7 @@
 """The tokenizer of a dataset: its tokenizer.json, and the ids of BOS, EOS and PAD.
 
-The law is one sentence: the ids of a text are what Hugging Face `tokenizers` gives for
-`encode(text, add_special_tokens=False)`, special tokens in the text recognised. Who encodes is in `backends`.
+The ids of a text are those that Hugging Face `tokenizers` returns for `encode(text, add_special_tokens=False)`, which recognises
+special tokens in the text. `backends` has the encoders.
 
 Source of the file format: https://huggingface.co/docs/tokenizers (tokenizer.json), and transformers' tokenizer_config.json.
 """
@@ -32,7 +32,7 @@ class Tokenizer:
 
     Attributes:
         json: the text of tokenizer.json.
-        info: what a manifest says of it.
+        info: what a manifest says about it.
         added_tokens: the contents of the added tokens.
         reference: the `tokenizers.Tokenizer`, with truncation and padding switched off.
     """
@@ -53,14 +53,14 @@ class Tokenizer:
         )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, special tokens shown."""
+        """Return the text of ids, special tokens included."""
         text: str = self.reference.decode(list(ids), skip_special_tokens=False)
         return text
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialTokens:
-    """The texts of the tokens that frame and fill documents; None where tokenizer_config.json is to say."""
+    """The texts of the tokens that frame documents and fill windows; None for those that tokenizer_config.json is to name."""
 
     bos: str | None = None
     eos: str | None = None
@@ -68,7 +68,7 @@ class SpecialTokens:
 
 
 def load_tokenizer(path: Path | None = None, special: SpecialTokens | None = None) -> Tokenizer:
-    """Load a tokenizer.json and find out its BOS, EOS and PAD.
+    """Load a tokenizer.json, and find its BOS, EOS and PAD.
 
     Args:
         path: the file, or a folder that holds one: a Hugging Face folder or one of our datasets. None takes the default
@@ -76,7 +76,7 @@ def load_tokenizer(path: Path | None = None, special: SpecialTokens | None = Non
         special: texts that override what tokenizer_config.json says.
 
     Raises:
-        UserError: no such file, not a tokenizer, or BOS, EOS or PAD cannot be known; the message names the flag to pass.
+        UserError: there is no such file, it is no tokenizer, or nothing says which token is BOS, EOS or PAD.
     """
     path = DEFAULT_TOKENIZER if path is None else path
     file = path / TOKENIZER_NAME if path.is_dir() else path
@@ -175,7 +175,7 @@ def _special_id(
 def same_encoding(one: str, other: str) -> bool:
     """Tell whether two tokenizer.json make the same ids of every text, however they are written.
 
-    They do where all that decides it is the same: special tokens that a library adds around a text are left out of account, as
+    They do if everything that decides about ids is the same. The special tokens that a library adds around a text do not count, since
     nothing here has them added.
     """
     return _decisive_parts(one) == _decisive_parts(other)

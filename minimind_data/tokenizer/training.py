@@ -1,7 +1,7 @@
 """train_tokenizer(): a byte-level BPE vocabulary from texts, with MiniMind's special tokens at MiniMind's ids.
 
-Training itself is the `tokenizers` library's; what is decided here is the form: GPT-2's byte-level splitting, all 256
-bytes in the alphabet so that any text can be written, and the 36 special tokens of minimind-3 first.
+The `tokenizers` library trains. What is decided here is the kind of vocabulary: GPT-2's byte-level splitting, all 256
+bytes in the alphabet so that any text can be encoded, and the 36 special tokens of minimind-3 first.
 """
 
 import json
@@ -29,7 +29,7 @@ _CONTROL_TOKENS = [
     "<tts_pad>", "<tts_text_bos>", "<tts_text_eod>", "<tts_text_bos_single>",
 ]  # fmt: skip
 
-# Seen in the text that a model writes and reads, so a decoder that leaves out special tokens keeps them.
+# Part of the text that a model reads and writes, so a decoder that leaves out special tokens keeps them.
 _VISIBLE_TOKENS = [
     "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>",
     *(f"<|buffer{number}|>" for number in range(1, 10)),
@@ -38,9 +38,7 @@ _VISIBLE_TOKENS = [
 SPECIAL_TOKENS = [*_CONTROL_TOKENS, *_VISIBLE_TOKENS]
 
 _MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
-
 _MAX_VOCAB_SIZE = 2**22
-
 _SECONDS_TO_STOP = 1.0
 
 
@@ -48,12 +46,12 @@ def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int = 6400) 
     """Train a tokenizer and write it with its `tokenizer_config.json` and a chat template beside it.
 
     Args:
-        texts: what it is trained on; `inputs.texts_of` reads them from files.
+        texts: to train on; `inputs.splits.texts_of` reads them from files.
         out: the tokenizer.json to write, or a folder for it.
         vocab_size: entries, special tokens included.
 
     Returns:
-        The number of entries, which is below `vocab_size` where the text has too few pairs to merge.
+        The number of entries. It is below `vocab_size` if the text has too few pairs to merge.
 
     Raises:
         UserError: `vocab_size` is too small or too large.
@@ -74,7 +72,7 @@ def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int = 6400) 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    _train(tokenizer, trainer, _pieces(texts))
+    _train(tokenizer, trainer, _without_special_tokens(texts))
     file.parent.mkdir(parents=True, exist_ok=True)
     config = {
         "bos_token": BOS,
@@ -92,23 +90,23 @@ def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int = 6400) 
     return size
 
 
-def _pieces(texts: Iterable[str]) -> Iterator[str]:
-    """Yield the texts without the special tokens in them, which must not become merges."""
+def _without_special_tokens(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the parts of texts between special tokens, which must not become merges."""
     special = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
     for text in texts:
         yield from filter(None, special.split(text))
 
 
-def _train(tokenizer: tokenizers.Tokenizer, trainer: trainers.Trainer, pieces: Iterator[str]) -> None:
-    """Train in another thread, since the library hears no signal while it merges, which may take minutes: here Ctrl-C is heard."""
+def _train(tokenizer: tokenizers.Tokenizer, trainer: trainers.Trainer, texts: Iterator[str]) -> None:
+    """Train in another thread, so that Ctrl-C works: the library notices no signal while it merges, which may take minutes."""
     stopped = False
     errors: list[BaseException] = []
 
     def read() -> Iterator[str]:
-        for piece in pieces:
+        for text in texts:
             if stopped:
                 raise InterruptedError
-            yield piece
+            yield text
 
     def work() -> None:
         try:
@@ -122,14 +120,16 @@ def _train(tokenizer: tokenizers.Tokenizer, trainer: trainers.Trainer, pieces: I
         thread.join()
     except KeyboardInterrupt:
         stopped = True
-        thread.join(_SECONDS_TO_STOP)  # it stops between two texts; amid merges it ends with the process
+        thread.join(
+            _SECONDS_TO_STOP
+        )  # it stops between two texts; while it merges it goes on until the process ends
         raise
     if errors:
         raise errors[0]
 
 
 def _with_visible_tokens(tokenizer: tokenizers.Tokenizer) -> str:
-    """Return the tokenizer's JSON; its trainer marks every token it was given as special, which hides it when decoding."""
+    """Return the tokenizer's JSON. Its trainer marks all of `SPECIAL_TOKENS` as special; decoders would leave out the visible ones too."""
     content = json.loads(tokenizer.to_str())
     for token in content["added_tokens"]:
         token["special"] = token["content"] in _CONTROL_TOKENS

@@ -21,7 +21,7 @@ from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.reporting import Say
 from minimind_data.tokenizer.loading import Tokenizer, cached_tokenizer
-from minimind_data.tokenizer.pieces import pieces_of
+from minimind_data.tokenizer.token_bytes import token_bytes_of
 from minimind_data.windows.base import Windows, WindowSource
 from minimind_data.windows.opening import open_windows
 from minimind_train.batches.trimming import trimmed
@@ -240,14 +240,14 @@ def validation(
 
 def _byte_counter(tokenizer: Tokenizer) -> Callable[[dict[str, NDArray[np.int64]]], int]:
     """Return what counts the bytes of the text in a batch's targets: exactly where tokens are bytes, else by decoding."""
-    pieces = pieces_of(tokenizer)
-    if not pieces.exact:
+    token_bytes = token_bytes_of(tokenizer)
+    if not token_bytes.is_exact:
         return lambda samples: sum(
             _decoded_bytes(tokenizer, *row)
             for row in zip(samples["input_ids"], samples["targets"], strict=True)
         )
-    num_bytes = pieces.num_bytes
-    num_bytes[sorted(pieces.special)] = 0
+    num_bytes = token_bytes.num_bytes
+    num_bytes[sorted(token_bytes.special)] = 0
 
     def count(samples: dict[str, NDArray[np.int64]]) -> int:
         targets = samples["targets"]

@@ -15,7 +15,7 @@ from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.report import statistics as module
 from minimind_data.report.statistics import Lengths, count_text, measure_lengths, stats
-from minimind_data.tokenizer.hard_strings import hard_strings
+from minimind_data.tokenizer.edge_cases import edge_case_texts
 from minimind_data.tokenizer.loading import load_tokenizer
 from minimind_data.windows.opening import open_windows
 
@@ -110,7 +110,7 @@ def test_bins_hold_every_document_once(lengths):
 
 def test_characters_are_those_of_the_decoded_text(tmp_path, write_jsonl):
     tokenizer = load_tokenizer()
-    texts = [text for text in hard_strings(tokenizer.added_tokens) if text]
+    texts = [text for text in edge_case_texts(tokenizer.added_tokens) if text]
     tokenize([SAMPLE, write_jsonl(texts)], TokenizeOptions(out=tmp_path / "d", workers=1, split_bytes=2**16))
     shards = ShardSet.open(tmp_path / "d")
     reports = []

@@ -26,7 +26,7 @@ from minimind_data.tokenizer.backends import (
     choose_backend,
     first_difference,
 )
-from minimind_data.tokenizer.hard_strings import hard_strings
+from minimind_data.tokenizer.edge_cases import edge_case_texts
 from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER, SpecialTokens, load_tokenizer
 from minimind_data.tokenizer.training import SPECIAL_TOKENS, train_tokenizer
 
@@ -62,7 +62,7 @@ def test_the_fast_encoder_is_chosen_for_the_default_tokenizer():
 
 
 class _Lying:
-    """An encoder that is right but for one text in the battery."""
+    """An encoder that is right but for one of the edge cases."""
 
     name = "fastokens"
 
@@ -115,9 +115,9 @@ def test_a_difference_in_the_sample_alone_is_found(monkeypatch):
     assert "'the sample'" in choose_backend(DEFAULT, "auto", ["the sample"]).note
 
 
-def test_the_battery_holds_every_added_token_and_is_always_the_same():
-    texts = hard_strings(DEFAULT.added_tokens)
-    assert texts == hard_strings(DEFAULT.added_tokens)
+def test_the_edge_cases_hold_every_added_token_and_are_always_the_same():
+    texts = edge_case_texts(DEFAULT.added_tokens)
+    assert texts == edge_case_texts(DEFAULT.added_tokens)
     assert all(any(f"a{token}b" in text for text in texts) for token in SPECIAL_TOKENS)
     assert len("".join(texts).encode()) < 60_000
 

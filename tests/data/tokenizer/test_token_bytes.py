@@ -1,4 +1,4 @@
-"""Pieces: the bytes of tokens add up to the text, and cells never cut a character."""
+"""Token bytes: they add up to the text, and cells never cut a character."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,9 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimind_data.tokenizer.hard_strings import hard_strings
+from minimind_data.tokenizer.edge_cases import edge_case_texts
 from minimind_data.tokenizer.loading import Tokenizer, load_tokenizer
-from minimind_data.tokenizer.pieces import cells_of, pieces_of
+from minimind_data.tokenizer.token_bytes import cells_of, token_bytes_of
 
 SAMPLE = Path(__file__).parents[3] / "data" / "sample.jsonl"
 
@@ -22,7 +22,7 @@ def tokenizer():
 
 def texts_of(tokenizer):
     sample = [json.loads(line)["text"] for line in SAMPLE.read_text("utf-8").splitlines()[:100]]
-    return hard_strings(tokenizer.added_tokens) + sample
+    return edge_case_texts(tokenizer.added_tokens) + sample
 
 
 def encode(tokenizer, text):
@@ -30,14 +30,14 @@ def encode(tokenizer, text):
 
 
 def test_bytes_end_to_end_are_the_text(tokenizer):
-    pieces = pieces_of(tokenizer)
-    assert pieces.exact
-    assert len(pieces.byte_strings) == tokenizer.info.vocab_size
+    token_bytes = token_bytes_of(tokenizer)
+    assert token_bytes.is_exact
+    assert len(token_bytes.byte_strings) == tokenizer.info.vocab_size
     for text in texts_of(tokenizer):
         ids = encode(tokenizer, text)
-        assert b"".join(pieces.byte_strings[token] for token in ids) == text.encode()
-        assert pieces.num_characters[ids].sum() == len(text)
-        assert pieces.num_bytes[ids].sum() == len(text.encode())
+        assert b"".join(token_bytes.byte_strings[token] for token in ids) == text.encode()
+        assert token_bytes.num_characters[ids].sum() == len(text)
+        assert token_bytes.num_bytes[ids].sum() == len(text.encode())
 
 
 def other_tokenizer(vocabulary, decoder):
@@ -51,10 +51,10 @@ def other_tokenizer(vocabulary, decoder):
 def test_other_vocabularies_are_shown_but_not_counted():
     vocabulary = {"<unk>": 0, "▁a": 1, "<0xE4>": 2, "é": 4}
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
-    pieces = pieces_of(other_tokenizer(vocabulary, metaspace))
-    assert not pieces.exact
-    assert pieces.byte_strings == (b"<unk>", b" a", b"\xe4", b"", "é".encode())
-    assert pieces_of(other_tokenizer(vocabulary, None)).byte_strings[1] == "▁a".encode()
+    token_bytes = token_bytes_of(other_tokenizer(vocabulary, metaspace))
+    assert not token_bytes.is_exact
+    assert token_bytes.byte_strings == (b"<unk>", b" a", b"\xe4", b"", "é".encode())
+    assert token_bytes_of(other_tokenizer(vocabulary, None)).byte_strings[1] == "▁a".encode()
 
 
 BYTES = [b"a", b"bc", "你".encode(), b"\xe4", b"\xbd\xa0", b"\xbd", b"\xa0!", b"", "é".encode() + b"\xf0\x9f"]
@@ -93,8 +93,8 @@ def test_cells_cover_every_token_once_and_only_broken_ones_are_not_text(ids):
 
 
 def test_cells_of_a_whole_text_are_the_text(tokenizer):
-    pieces = pieces_of(tokenizer)
+    token_bytes = token_bytes_of(tokenizer)
     for text in texts_of(tokenizer):
-        cells = cells_of(encode(tokenizer, text), pieces.byte_strings)
+        cells = cells_of(encode(tokenizer, text), token_bytes.byte_strings)
         assert "".join(cell.text for cell in cells) == text
         assert not any(cell.broken for cell in cells)
