@@ -219,8 +219,8 @@ def _generate(app: typer.Typer) -> None:
             bool,
             typer.Option(
                 "--chat",
-                help="Chat in the terminal, or answer each line of standard input, with the chat template in the"
-                " folder.",
+                help="Chat in the terminal, or answer each line of standard input, with the chat template in the "
+                "folder.",
             ),
         ] = False,
         system: Annotated[
@@ -351,8 +351,8 @@ def _plot(app: typer.Typer) -> None:
             list[Path] | None,
             typer.Option(
                 metavar="FILE",
-                help="File to write: .html for a page; .png, .svg or .pdf for a picture, which needs matplotlib."
-                " Repeatable; by default plot.html.",
+                help="File to write: .html for a page; .png, .svg or .pdf for a picture, which needs matplotlib. "
+                "Repeatable; by default plot.html.",
             ),
         ] = None,
         x: Annotated[Axis, typer.Option(help="Horizontal axis of the curves.")] = "step",

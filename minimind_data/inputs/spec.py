@@ -27,8 +27,8 @@ class RecordSpec:
     ] = None
     separator: Annotated[
         str | None,
-        "Text between two documents of a plain text file (\\n is a line feed); without it, a file is"
-        " one document.",
+        "Text between two documents of a plain text file (\\n is a line feed); without it, a file is "
+        "one document.",
     ] = None
     max_word_chars: Annotated[
         int, "Maximum characters without a word break in a text; a text with more is a bad record."

@@ -247,8 +247,8 @@ class LoraConfig:
 
     lora_rank: Annotated[
         int,
-        "LoRA rank: train adapters beside the frozen weights of --from-weight; 0 trains all weights. "
-        "MiniMind uses 16, with --learning-rate 1e-4.",
+        "LoRA rank: train adapters beside the frozen weights of `from_weight`; 0 trains all weights. "
+        "MiniMind uses 16, with `learning_rate` 1e-4.",
         Resume.SHAPE,
     ] = 0
     lora_alpha: Annotated[
@@ -256,7 +256,7 @@ class LoraConfig:
     ] = None
     lora_targets: Annotated[
         str,
-        f"Which matrices get one, apart by commas: {', '.join((*ATTENTION_MATRICES, *MLP_MATRICES))}; all takes every one.",
+        f"LoRA targets, separated by commas: {', '.join((*ATTENTION_MATRICES, *MLP_MATRICES))}; or all.",
         Resume.SHAPE,
     ] = "q_proj,o_proj"
 

@@ -16,19 +16,22 @@ LossType = Literal["sigmoid", "hinge", "ipo"]
 class PreferenceOptions(ObjectiveOptions):
     """How a preference is learned, and measured against the reference; beta is MiniMind's."""
 
-    beta: Annotated[float, "How dear it is to leave the reference: the scale of rewards."] = 0.15
-    loss_type: Annotated[LossType, "sigmoid, the published loss; hinge and ipo as in SLiC and IPO."] = (
+    beta: Annotated[float, "DPO beta: weight of the penalty for moving away from the reference model."] = 0.15
+    loss_type: Annotated[LossType, "Loss: sigmoid as in the DPO paper, hinge as in SLiC, ipo as in IPO."] = (
         "sigmoid"
     )
     label_smoothing: Annotated[
-        float, "Share of the pairs that is taken to be labelled the wrong way round; with loss-type sigmoid."
+        float,
+        "Label smoothing: assumed share of pairs that are labelled the wrong way round; with "
+        "loss-type sigmoid.",
     ] = 0.0
     length_normalised: Annotated[
-        bool, "Log-probabilities are means over an answer's tokens and not their sum."
+        bool, "Take the mean of the log-probabilities of an answer's tokens, not their sum."
     ] = False
     reference: Annotated[
         Literal["cached", "online"],
-        "cached: computed once and kept beside the shards; online: in every step, by a frozen copy of the model.",
+        "Log-probabilities of the reference model: cached, computed once and kept beside the shards; or "
+        "online, by a frozen copy in every step.",
     ] = "cached"
 
     def __post_init__(self) -> None:

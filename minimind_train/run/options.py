@@ -29,37 +29,45 @@ class DataOptions:
 
     shards: Annotated[
         tuple[str, ...],
-        "DIR, a dataset made by mm-data tokenize; or, repeated, NAME=DIR:WEIGHT, the parts of a mixture and their weights in tokens.",
+        "DIR: a dataset made by mm-data tokenize. For a mixture, repeat NAME=DIR:WEIGHT; weights are "
+        "shares of the tokens.",
         Resume.FREE,
     ] = ("data",)
     layout: Annotated[
         Layout,
-        "concat: windows of the token stream; pad: one document a window; pack: whole documents share one.",
+        "concat: windows of the token stream; pad: one document in a window; pack: several whole "
+        "documents in a window.",
     ] = "concat"
     long_documents: Annotated[
         LongDocuments,
-        "In layout pack, a document longer than a window: cut to one, fragment over several, or drop.",
+        "In layout pack, for a document longer than a window: cut it to one, fragment it over several, "
+        "or drop it.",
     ] = "cut"
     document_mask: Annotated[
         bool | None,
-        "Attention and positions stay inside each document of a window, and no step between documents is learned. By default on "
-        "in layout pack, off in concat; in pad a window is one document, so it changes nothing.",
+        "Keep attention and positions inside each document of a window, with no target across "
+        "documents. By default on in layout pack, off in concat; in pad a window is one document, so it "
+        "changes nothing.",
         Before(False),
     ] = None
-    seq_len: Annotated[int, "Tokens in a window."] = 340
-    order: Annotated[OrderKind, "shuffled anew in each epoch, or sequential as in the shards."] = "shuffled"
+    seq_len: Annotated[int, "Sequence length: tokens in a window."] = 340
+    order: Annotated[OrderKind, "shuffled: a new shuffle in each epoch; sequential: as in the shards."] = (
+        "shuffled"
+    )
     shuffle_block: Annotated[
         int,
-        "Neighbouring windows that stay together in the shuffle, for slow disks; 1 shuffles each on its own.",
+        "Number of neighbouring windows that stay together in the shuffle, for slow disks; 1 shuffles "
+        "single windows.",
     ] = 1
     resume_from: Annotated[
         str | None,
-        "SHARD:OFFSET, a token; begin at the window that holds it. Needs --order sequential.",
+        "SHARD:OFFSET of a token: begin at the window that holds it. Needs `order` sequential.",
         Resume.ACTION,
     ] = None
     skip_positions: Annotated[
         tuple[str, ...],
-        "A:B, leave out the samples at positions A to B - 1 for good. Repeatable; with --resume, in addition to those before.",
+        "A:B: leave out the samples at positions A to B - 1 for good. Repeatable; with `resume`, in "
+        "addition to earlier ones.",
         Resume.ACTION,
     ] = ()
     mixture_stages: Annotated[tuple[MixtureStage, ...], Resume.DERIVED] = field(
@@ -89,14 +97,14 @@ class StartOptions:
 
     from_weight: Annotated[
         str | None,
-        "Weights that the run begins from: the folder of a run, a Hugging Face folder, or a .pth of MiniMind's. A folder decides the "
-        "shape of the model; of a .pth the options must say it.",
+        "Initial weights: the folder of a run, a Hugging Face folder, or MiniMind's .pth. A folder "
+        "decides the shape of the model; for a .pth the options must give it.",
         Resume.ORIGIN,
         Before(None),
     ] = None
     from_step: Annotated[
         CheckpointChoice,
-        "With --from-weight: the step of the checkpoint, or best; the newest whole one by default.",
+        "With `from_weight`: step of the checkpoint, or best; by default the newest complete one.",
         parse_step,
         Resume.ORIGIN,
     ] = None

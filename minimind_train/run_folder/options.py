@@ -35,12 +35,12 @@ class SaveOptions:
     )
     keep: Annotated[int, "Number of newest checkpoints to keep; 0 keeps all.", Resume.FREE] = 3
     keep_every: Annotated[
-        int, "Steps between checkpoints that --keep never deletes; 0 for none.", Resume.FREE
+        int, "Steps between checkpoints that `keep` never deletes; 0 for none.", Resume.FREE
     ] = 0
     save_best: Annotated[
         bool,
         "Also save when the validation loss is the lowest so far, and keep that checkpoint; other "
-        "commands open it by --checkpoint best.",
+        "commands open it as checkpoint best.",
         Resume.FREE,
     ] = False
 

@@ -19,16 +19,18 @@ class OptimizerOptions:
 
     optimizer: Annotated[
         Literal["adamw", "muon"],
-        "adamw for all weights; or muon for the matrices inside of layers, adamw for the rest.",
+        "Optimizer: adamw for all weights; or muon for the matrices inside the layers, adamw for the rest.",
     ] = "adamw"
-    learning_rate: Annotated[float, "Learning rate at its peak; it ends at a tenth of it."] = 5e-4
-    warmup_steps: Annotated[int, "Steps over which the learning rate rises from zero."] = 0
-    weight_decay: Annotated[float, "Weight decay apart from the gradient, on all weights."] = 0.01
-    beta1: Annotated[float, "AdamW's memory of the gradient."] = 0.9
-    beta2: Annotated[float, "AdamW's memory of the squared gradient."] = 0.999
-    eps: Annotated[float, "AdamW's guard against division by zero."] = 1e-8
-    muon_momentum: Annotated[float, "Muon's memory of the gradient."] = 0.95
-    grad_clip: Annotated[float, "Longest gradient norm that is let through; 0 lets all through."] = 1.0
+    learning_rate: Annotated[float, "Peak learning rate; a cosine decays it to a tenth."] = 5e-4
+    warmup_steps: Annotated[int, "Warmup steps, in which the learning rate rises from zero."] = 0
+    weight_decay: Annotated[float, "Decoupled weight decay, on all weights."] = 0.01
+    beta1: Annotated[float, "Adam beta1: decay of the average of gradients."] = 0.9
+    beta2: Annotated[float, "Adam beta2: decay of the average of squared gradients."] = 0.999
+    eps: Annotated[float, "Adam epsilon, against division by zero."] = 1e-8
+    muon_momentum: Annotated[float, "Muon momentum."] = 0.95
+    grad_clip: Annotated[
+        float, "Maximum gradient norm, to which larger gradients are scaled down; 0 for no limit."
+    ] = 1.0
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps"):
@@ -46,17 +48,15 @@ class OptimizerOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationOptions:
-    """On what, and how often, a run is measured."""
+    """Validation: on which dataset, and how often."""
 
     val_shards: Annotated[
-        str | None, "DIR, a dataset to measure the model on as it learns; of the same tokenizer.", Resume.FREE
+        str | None, "DIR: a dataset with the same tokenizer, for validation during training.", Resume.FREE
     ] = None
-    val_every: Annotated[
-        int, "Steps from one measurement to the next; the last step always has one.", Resume.FREE
-    ] = 1000
+    val_every: Annotated[int, "Steps between validations; the last step always has one.", Resume.FREE] = 1000
     val_batches: Annotated[
         int,
-        "Global batches of it, the same every time, spread evenly over it; 0 takes all of it.",
+        "Global batches in a validation, spread evenly over the dataset and the same every time; 0 uses all.",
         Resume.FREE,
     ] = 0
 
@@ -66,15 +66,13 @@ class ValidationOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ExcerptOptions:
-    """How often a run shows what its model writes, and after what."""
+    """Excerpts: how often the model writes a sample of text, and from which prompts."""
 
     sample_every: Annotated[
-        int, "Steps from one excerpt of what the model writes to the next; 0 for none.", Resume.FREE
+        int, "Steps between excerpts of text that the model writes; 0 for none.", Resume.FREE
     ] = 0
-    sample_prompt: Annotated[
-        tuple[str, ...], "Text that an excerpt goes on from. Repeatable.", Resume.FREE
-    ] = ("",)
-    sample_tokens: Annotated[int, "Most tokens of an excerpt.", Resume.FREE] = 64
+    sample_prompt: Annotated[tuple[str, ...], "Prompt of an excerpt. Repeatable.", Resume.FREE] = ("",)
+    sample_tokens: Annotated[int, "Maximum new tokens of an excerpt.", Resume.FREE] = 64
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sample_prompt", tuple(self.sample_prompt) or ("",))
@@ -82,7 +80,7 @@ class ExcerptOptions:
 
 
 TRACKERS = ("tensorboard", "wandb", "swanlab")
-"""What metrics can be shown in."""
+"""The services that metrics can be sent to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +89,11 @@ class TrackOptions:
 
     track: Annotated[
         tuple[str, ...],
-        "tensorboard, wandb or swanlab: shows the metrics there too. Repeatable.",
+        "Also log metrics to tensorboard, wandb or swanlab. Repeatable.",
         Resume.FREE,
     ] = ()
     track_project: Annotated[
-        str, "The project in W&B and SwanLab; the run has the name of its folder.", Resume.FREE
+        str, "Project in W&B and SwanLab; the run is named after its folder.", Resume.FREE
     ] = "minimind"
 
     def __post_init__(self) -> None:
@@ -112,7 +110,7 @@ OnNonfinite = Literal["stop", "skip"]
 
 
 MOST_IN_A_ROW = 10
-"""So many steps that are skipped one after another are no accident any more: the run ends."""
+"""After this many skipped steps in a row the run ends: it is not an accident any more."""
 
 
 _LIMITS = {
@@ -131,60 +129,67 @@ _LIMITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How long, how large, how often: what every phase asks of the loop."""
+    """The length, the size and the intervals of a run, of whatever phase."""
 
     run: Annotated[Path, "Folder of the run: its options, metrics and checkpoints.", Resume.UNRECORDED] = (
         Path("runs/pretrain")
     )
-    epochs: Annotated[
-        int | None, "Times through the dataset; where --steps says nothing, 2, and 1 in dpo.", Resume.END
-    ] = None
-    steps: Annotated[int | None, "Optimizer steps of the whole run, in place of --epochs.", Resume.END] = None
-    global_batch: Annotated[int, "Windows in an optimizer step, over all devices."] = 256
+    epochs: Annotated[int | None, "Epochs; by default 2, in dpo 1, unless `steps` is given.", Resume.END] = (
+        None
+    )
+    steps: Annotated[int | None, "Optimizer steps of the whole run, instead of `epochs`.", Resume.END] = None
+    global_batch: Annotated[int, "Global batch size: windows in an optimizer step, over all devices."] = 256
     micro_batch: Annotated[
-        int, "Windows that go through the model at once; less takes less memory.", Resume.UNLESS_BALANCED
+        int,
+        "Micro-batch size: windows in one pass on a device; fewer need less memory.",
+        Resume.UNLESS_BALANCED,
     ] = 32
-    seed: Annotated[int, "Seed of the first weights, of the order and of dropout."] = 42
+    seed: Annotated[int, "Random seed of initial weights, order and dropout."] = 42
     device: Annotated[str, "auto, cpu, cuda, cuda:1, …", Resume.FREE] = "auto"
     nproc: Annotated[
         int,
-        "Processes on this machine that learn together, each with a device of its own; torchrun starts them on many.",
+        "Processes on this machine, each with its own device; for several machines use torchrun.",
         Resume.FREE,
     ] = 1
     parallel: Annotated[
         Parallel,
-        "What several processes share: ddp, the batch; fsdp, the weights and the optimizer's state too, for models that outgrow a device.",
+        "Data parallelism: ddp keeps all weights on every device; fsdp shards weights and optimizer "
+        "state, for models too large for one device.",
         Resume.FREE,
     ] = "ddp"
     dtype: Annotated[
-        Dtype, "Of matrix products; auto is bf16 where the device has it natively, else fp32."
+        Dtype, "Dtype of matrix products; auto is bf16 if the device has it natively, else fp32."
     ] = "auto"
     tf32: Annotated[
-        bool, "Let a GPU that can compute float32 matrix products in TF32, which is faster.", Before(False)
+        bool,
+        "Let GPUs compute float32 matrix products in TF32, which is faster and less exact.",
+        Before(False),
     ] = True
     compile: Annotated[
-        bool, "Compile the layers, which makes them faster once they have been.", Resume.FREE
+        bool, "Compile the layers with torch.compile: a slower start, faster steps.", Resume.FREE
     ] = False
     activation_checkpointing: Annotated[
         bool,
-        "Compute the layers' activations again in the backward pass: less memory, a third more work.",
+        "Activation checkpointing: recompute activations in the backward pass; less memory, a third "
+        "more work.",
         Resume.FREE,
     ] = False
-    threads: Annotated[int, "CPU threads of torch; 0 leaves the choice to torch.", Resume.FREE] = 0
+    threads: Annotated[int, "CPU threads for torch; 0 lets torch choose.", Resume.FREE] = 0
     saving: SaveOptions = field(default_factory=SaveOptions)
     max_hours: Annotated[
         float,
-        "Hours of training after which the run saves and leaves with status 124, so that --resume can go on; 0 for no limit.",
+        "Maximum hours of training, after which the run saves and exits with status 124; `resume` "
+        "continues it. 0 for no limit.",
         Resume.FREE,
     ] = 0.0
     on_nonfinite: Annotated[
         OnNonfinite,
-        f"What a loss or gradient that is no number does: stop the run, or skip the step, {MOST_IN_A_ROW - 1} in a row at most.",
+        f"On a loss or gradient that is not finite: stop the run, or skip the step, at most {MOST_IN_A_ROW - 1} in a row.",
         Resume.FREE,
     ] = "stop"
     tracking: TrackOptions = field(default_factory=TrackOptions)
     excerpts: ExcerptOptions = field(default_factory=ExcerptOptions)
-    log_every: Annotated[int, "Steps from one line of metrics to the next.", Resume.FREE] = 10
+    log_every: Annotated[int, "Steps between lines of metrics.", Resume.FREE] = 10
 
     def __post_init__(self) -> None:
         if self.epochs is not None and self.steps is not None:
