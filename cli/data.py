@@ -1,4 +1,4 @@
-"""mm-data: text to shards, and a look into them. Parses arguments, calls one function, prints what it returns."""
+"""`mm-data`: make datasets and inspect them. Each command parses arguments, calls one function and prints its result."""
 
 import json
 import shlex
@@ -65,7 +65,7 @@ def tokenize(
         summary = build_dataset(inputs, options, say=_say, progress=ByteProgress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            "interrupted; finished shards stay, the same command makes the rest"
+            "interrupted; finished shards are kept, run the same command again for the rest"
         ) from None
     _print_summary(options.out, summary)
 
@@ -82,7 +82,7 @@ def _print_summary(out: Path, summary: Summary) -> None:
     read = f"  read       {summary.input_bytes / 1e6:.1f} MB in {summary.seconds:.1f} s{rate}"
     if manifest is None:
         print(
-            f"{out}: {counted(summary.made_shards, 'split')} of this slice made; when all slices are, `mm-data commit {out}`"
+            f"{out}: {counted(summary.made_shards, 'split')} of this slice made; when all slices are done, run `mm-data commit {out}`"
         )
         print(read)
         return
@@ -96,37 +96,39 @@ def _print_summary(out: Path, summary: Summary) -> None:
     print(f"{out}: {size} ({manifest.dtype})" + (f"\n{read}" if summary.input_bytes else ""))
     if summary.backend:
         print(
-            f"  encoder    {summary.backend.name}, {counted(summary.compared, 'document')} compared with tokenizers on the way"
+            f"  encoder    {summary.backend.name}; {counted(summary.compared, 'document')} compared with tokenizers"
         )
     if summary.kept_shards:
-        print(f"  kept       {counted(summary.kept_shards, 'shard')} from the run before")
+        print(f"  kept       {counted(summary.kept_shards, 'shard')} from the previous run")
     if (part := summary.validation) is not None:
         print(
             f"  validation {counted(part.num_documents, 'document')}, {counted(part.num_tokens, 'token')} in {out / VALIDATION_NAME}"
         )
     if manifest.options["dedup"] != "none":
-        print(f"  duplicates {counted(manifest.duplicates, 'document')} left out, their text stood before")
+        print(
+            f"  duplicates {counted(manifest.duplicates, 'document')} left out, because their text came before"
+        )
     if manifest.empty_texts:
-        print(f"  empty      {counted(manifest.empty_texts, 'record')} with an empty text, no document made")
+        print(f"  empty      {counted(manifest.empty_texts, 'record')} with an empty text, skipped")
     _print_doubts(manifest)
     if manifest.set_aside:
         print(
             f"  set aside  {counted(manifest.set_aside, 'bad record')}, with the reason, in {out / SET_ASIDE_NAME}"
         )
     for difference in summary.differences:
-        print(f"  different  {difference}: redone with tokenizers")
+        print(f"  different  {difference}: encoded again with tokenizers")
 
 
 def _print_doubts(manifest: Manifest) -> None:
-    """Say what in conversations should be looked at."""
+    """Print what should be checked in conversations and pairs."""
     if different := sum(entry.different_prompts for entry in manifest.shards):
         print(
-            f"  prompts    {counted(different, 'pair')} with different prompts in chosen and rejected; look at them"
+            f"  prompts    {counted(different, 'pair')} with different prompts in chosen and rejected; please check them"
         )
     if unlearned := sum(entry.unlearned for entry in manifest.shards):
         print(
-            f"  unlearned  {counted(unlearned, 'conversation')} with an answer that is not learned: its first or last tokens run "
-            "into those around it"
+            f"  unlearned  {counted(unlearned, 'conversation')} with an answer that is not learned: its first or last token also "
+            "covers text around it"
         )
 
 
@@ -189,8 +191,8 @@ def info(folder: _Folder, as_json: _Json = False) -> None:
     )
     if manifest.has_masks:
         print(
-            f"  in doubt     {facts['different_prompts']:,} of the pairs have different prompts, {facts['unlearned']:,} of the "
-            "conversations are not all learned"
+            f"  in doubt     {facts['different_prompts']:,} pairs with different prompts, {facts['unlearned']:,} conversations "
+            "with an answer that is not learned"
         )
     print(f"  fingerprint  {manifest.fingerprint[:16]}…")
     for entry in manifest.inputs:
@@ -205,7 +207,7 @@ def verify(folder: _Folder, as_json: _Json = False) -> None:
         _print_json({"ok": not verdict.problems, **asdict(verdict)})
     elif not verdict.problems:
         print(
-            f"{folder}: whole ({counted(verdict.files, 'file')}, {verdict.bytes / 1e6:,.1f} MB, every checksum fits)"
+            f"{folder}: intact ({counted(verdict.files, 'file')}, {verdict.bytes / 1e6:,.1f} MB, all checksums match)"
         )
     if verdict.problems:
         shown, more = verdict.problems[:_PROBLEMS_SHOWN], len(verdict.problems) - _PROBLEMS_SHOWN

@@ -1,4 +1,4 @@
-"""The commands of mm-data that make datasets out of datasets: convert, merge, shuffle."""
+"""The commands of `mm-data` that make datasets from datasets: convert, merge, shuffle."""
 
 from pathlib import Path
 from typing import Annotated
@@ -85,10 +85,10 @@ def _print_manifest(out: Path, manifest: Manifest) -> None:
 
 def _print_summary(out: Path, summary: ConvertSummary) -> None:
     kind = summary.source_format if summary.target_format == SHARDS else summary.target_format
-    made = "shard" if summary.target_format == SHARDS else "file"
+    unit = "shard" if summary.target_format == SHARDS else "file"
     print(
         f"{out}: {counted(summary.documents, 'document')}, {counted(summary.tokens, 'token')} in "
-        f"{counted(summary.files, made)} ({summary.source_format} to {summary.target_format})"
+        f"{counted(summary.files, unit)} ({summary.source_format} to {summary.target_format})"
     )
     if summary.separator_id is not None:
         print(f"  cut          at every id {summary.separator_id}")
@@ -97,8 +97,8 @@ def _print_summary(out: Path, summary: ConvertSummary) -> None:
             f"  framed       {counted(summary.bos_added, 'document')} came without BOS, {summary.eos_added:,} without EOS; added"
         )
     if summary.empty:
-        print(f"  left out     {counted(summary.empty, 'document')} without a token of their own")
+        print(f"  left out     {counted(summary.empty, 'document')} without any token but BOS and EOS")
     if summary.divided:
         print(
-            f"  divided      {counted(summary.divided, 'document')} with the dividing id inside; readers of {kind} take each for several"
+            f"  divided      {counted(summary.divided, 'document')} that contain the separator id; readers of {kind} split each of them"
         )

@@ -1,4 +1,4 @@
-"""mm-data stats: numbers for the terminal, for programs, and as a page to look at."""
+"""`mm-data stats`: statistics of a dataset for the terminal, as JSON, and as an HTML page."""
 
 import json
 import sys
@@ -90,11 +90,11 @@ def _lines(folder: Path, numbers: dict[str, Any]) -> Iterator[str]:
             f"{lost:>11}  {cut:>13}"
         )
     yield ""
-    yield "padding: of input positions; lost: in no window; cut: by a border, or off"
+    yield "padding: share of the positions; lost: tokens in no window; cut: documents that are cut"
 
 
 def _merged(bins: list[dict[str, int]]) -> list[dict[str, int]]:
-    """Join neighbours until the bins fit a screen."""
+    """Join neighbouring bins until they fit a screen."""
     step = -(-len(bins) // _MAX_ROWS)
     return [
         {
@@ -121,7 +121,7 @@ def _histogram(bins: list[dict[str, int]]) -> Iterator[str]:
 
 
 def _percent(share: float) -> str:
-    """Write a share so that a little is not taken for nothing."""
+    """Format a share; a small one is not shown as zero."""
     if 0 < share < 0.001:
         return "<0.1%"
     return f"{share:.1%}"

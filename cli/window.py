@@ -1,4 +1,4 @@
-"""mm-data window: one window, its ids, its targets, and its text with what is learned in colour."""
+"""`mm-data window`: the ids, the targets and the text of one window, with targets in colour."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from minimind_data.windows.opening import open_windows
 from .flags import in_flags
 from .options import Given, refuse_idle
 
-_LEARNED, _SEEN, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
+_TARGET, _DIMMED, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -71,7 +71,7 @@ def window(
     sample = {name: row[0].tolist() for name, row in windows.fetch(np.array([number])).items()}
     shard, offset = windows.locate(number)
     tokenizer = load_tokenizer(folder)
-    learned_name = "labels" if labels else "targets"
+    target_name = "labels" if labels else "targets"
     sides = [name.removesuffix("input_ids") for name in sample if name.endswith("input_ids")]
     texts = {side: tokenizer.decode(sample[f"{side}input_ids"]) for side in sides}
     document_ids = windows.document_ids(number).tolist()
@@ -80,11 +80,11 @@ def window(
         place = {"document_ids": document_ids, "shard": shard, "offset": offset, "text": text}
         print(json.dumps({**sample, **place}, ensure_ascii=False))
         return
-    learned = sum(target != IGNORED for side in sides for target in sample[f"{side}{learned_name}"])
+    num_targets = sum(target != IGNORED for side in sides for target in sample[f"{side}{target_name}"])
     documents = sorted({document for document in document_ids if document >= 0})
     print(
-        f"window {number} of {len(windows):,}: shard {shard}, offset {offset:,}, {learned} of {len(sides) * seq_len} positions "
-        "learned"
+        f"window {number} of {len(windows):,}: shard {shard}, offset {offset:,}, {num_targets} of {len(sides) * seq_len} positions "
+        "are targets"
     )
     print(
         f"documents {documents[0]} to {documents[-1]}; {counted(windows.unused_tokens, 'token')} of the dataset in no window, "
@@ -96,39 +96,39 @@ def window(
         print("\n".join(texts.values()))
         return
     token_bytes = token_bytes_of(tokenizer)
-    print(f"{_LEARNED}learned{_PLAIN} {_SEEN}seen, not learned{_PLAIN}")
+    print(f"{_TARGET}target{_PLAIN} {_DIMMED}no target{_PLAIN}")
     for side in sides:
-        ids, marks = _marked(sample[f"{side}input_ids"], sample[f"{side}{learned_name}"], shifted=not labels)
+        ids, marks = _marked(sample[f"{side}input_ids"], sample[f"{side}{target_name}"], shifted=not labels)
         print("".join(_painted(ids, marks, token_bytes, tokenizer.info.pad_id)))
 
 
 def _has_colours() -> bool:
-    """Tell whether stdout is a terminal that wants colours; see https://no-color.org."""
+    """Tell whether stdout is a terminal and colours are not turned off; see https://no-color.org."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def _marked(inputs: list[int], learned: list[int], *, shifted: bool) -> tuple[list[int], list[bool]]:
-    """Return the tokens of a window, with the last target where it is one, and whether each is learned."""
-    marks = [target != IGNORED for target in learned]
+def _marked(inputs: list[int], targets: list[int], *, shifted: bool) -> tuple[list[int], list[bool]]:
+    """Return the tokens of a window, the last target included if there is one, and whether each is a target."""
+    marks = [target != IGNORED for target in targets]
     if not shifted:
         return inputs, marks
     if marks[-1]:
-        return [*inputs, learned[-1]], [False, *marks]
+        return [*inputs, targets[-1]], [False, *marks]
     return inputs, [False, *marks[:-1]]
 
 
 def _painted(ids: list[int], marks: list[bool], token_bytes: TokenBytes, pad_id: int) -> Iterator[str]:
-    """Yield the text of tokens, what is learned in colour; PAD at the end is only counted."""
+    """Yield the text of tokens, with targets in colour; PAD at the end is only counted."""
     num_tokens = len(ids)
     while num_tokens and ids[num_tokens - 1] == pad_id and not marks[num_tokens - 1]:
         num_tokens -= 1
     colour = ""
     for cell in cells_of(ids[:num_tokens], token_bytes.byte_strings):
-        wanted = _LEARNED if marks[cell.first] else _SEEN
-        if wanted != colour:
-            yield f"{_PLAIN if colour else ''}{wanted}"
-            colour = wanted
-        yield _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", cell.text)
+        next_colour = _TARGET if marks[cell.first] else _DIMMED
+        if next_colour != colour:
+            yield f"{_PLAIN if colour else ''}{next_colour}"
+            colour = next_colour
+        yield _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", cell.text)
     yield _PLAIN
     if num_tokens < len(ids):
-        yield f"{_SEEN} + {len(ids) - num_tokens} PAD{_PLAIN}"
+        yield f"{_DIMMED} + {len(ids) - num_tokens} PAD{_PLAIN}"

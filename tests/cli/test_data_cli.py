@@ -285,7 +285,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "interrupted; finished shards stay, the same command makes the rest" in told
+    assert "interrupted; finished shards are kept, run the same command again for the rest" in told
     assert "Traceback" not in told
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "kept" in again.stdout

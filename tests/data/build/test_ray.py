@@ -266,7 +266,7 @@ class TestOnACluster:
             process.send_signal(signal.SIGINT)
             _, complaints = process.communicate(timeout=60)
         assert process.returncode == 130, complaints
-        assert complaints.splitlines()[-1].startswith("error: interrupted; finished shards stay")
+        assert complaints.splitlines()[-1].startswith("error: interrupted; finished shards are kept")
         assert "Traceback" not in complaints
         assert not cluster.processes("ray::_make")
         assert not list((tmp_path / "out").rglob("*.partial"))
@@ -283,7 +283,7 @@ class TestOnACluster:
         with command(cluster, source, tmp_path / "out") as process:
             said, complaints = process.communicate(timeout=120)
         assert process.returncode == 0, complaints
-        assert " from the run before" in said
+        assert " from the previous run" in said
         assert tree(tmp_path / "out") == right
 
     @pytest.mark.parametrize(
