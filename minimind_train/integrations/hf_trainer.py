@@ -5,16 +5,16 @@
     trainer = OrderedTrainer(model=model, args=args, train_dataset=WindowDataset(windows), order=order)
     trainer.train(resume_from_checkpoint=True)
 
-`Trainer` resumes by walking through the batches that are done, and counts them in the batches of today: with another number of
-devices or another batch size it goes on elsewhere. Here every checkpoint says its position in `trainer_state.json`, in samples, and a
-resume begins there. An optimizer step learns the same samples however they are divided into devices, micro-batches and accumulation.
+`Trainer` resumes by reading through the batches that are done, and counts them in batches of the current size: with another number of
+devices or another batch size it continues at another sample. Here every checkpoint records its position in `trainer_state.json`, in samples,
+and a resume starts there. An optimizer step takes the same samples however they are divided into devices, micro-batches and accumulation.
 
-What differs from `Trainer`: a step is always a whole global batch, which runs on from one epoch into the next, so a run of
-E epochs ends with the step in which the last sample of the E-th is learned, filled up from the epoch after it. To `Trainer` the run is a single
-long epoch; what it logs as `epoch` is counted from the position, and what is due at the end of an epoch is done there. The sampler
-divides the batches between the devices itself, so `accelerate`'s own division, and `group_by_length` and its kin, do not take part.
+Differences from `Trainer`: a step is always a whole global batch and may reach from one epoch into the next. So a run of
+E epochs ends with the step that takes the last sample of the E-th, filled up from the epoch after it. To `Trainer` the run is one
+long epoch; what it logs as `epoch` is computed from the position, and what is due at the end of an epoch is done there. The sampler
+divides the batches between the devices itself, so `accelerate`'s own division, `group_by_length` and the like have no effect.
 
-Nothing else imports this module: it needs `transformers` and `accelerate` (the extra `hf`).
+No other module imports this one: it needs `transformers` and `accelerate` (the extra `hf`).
 """
 
 import json
@@ -51,14 +51,15 @@ class OrderedTrainer(Trainer):  # type: ignore[misc]
         order: the order of the windows of `train_dataset`, whose samples are unshifted (`labels=True`) for the models of
             `transformers`.
         skips: positions that are left out.
-        settings: those of `Trainer`. Of `args`, `max_steps` says the steps of the whole run, else `num_train_epochs` its end.
+        settings: those of `Trainer`. `max_steps` of `args` is the number of steps of the whole run; without it `num_train_epochs` says
+            where it ends.
 
     Raises:
-        UserError: the order is another dataset's, or the settings divide a batch in a way that an order of samples knows nothing of.
+        UserError: the order belongs to another dataset, or the settings divide a batch in a way that an order of samples cannot follow.
     """
 
     def __init__(self, *, order: Order, skips: Skips = NO_SKIPS, **settings: Any) -> None:
-        # All samples are of one length, so they are stacked; nothing is to be padded.
+        # All samples have the same length, so they are stacked and never padded.
         settings["data_collator"] = settings.get("data_collator") or default_collate
         settings["callbacks"] = [PlaceCallback(), *(settings.get("callbacks") or ())]
         super().__init__(**settings)
@@ -66,29 +67,29 @@ class OrderedTrainer(Trainer):  # type: ignore[misc]
         self._order = order
         self._skips = skips
         self._micro_batch = args.train_batch_size * args.world_size
-        self._wanted_steps = args.max_steps
+        self._max_steps = args.max_steps
         self._sampler: _StepSampler | None = None
         if self.get_total_train_batch_size(args) != self._micro_batch * args.gradient_accumulation_steps:
             raise UserError(
-                "the devices of a tensor, context or sequence parallel group share their samples, which an order of samples does "
-                "not know; use data parallelism, FSDP included"
+                "the devices of a tensor, context or sequence parallel group share their samples, which an order of samples cannot "
+                "follow; use data parallelism, FSDP included"
             )
         if len(self.train_dataset) != order.num_windows:
             raise UserError(
-                f"the order is one of {order.num_windows:,} windows, train_dataset has {len(self.train_dataset):,}; make the order "
+                f"the order has {order.num_windows:,} windows, train_dataset has {len(self.train_dataset):,}; make the order "
                 "from the windows of that dataset"
             )
         if args.auto_find_batch_size:
             raise UserError(
-                "auto_find_batch_size changes the samples of a step on the way; say per_device_train_batch_size"
+                "auto_find_batch_size changes the samples of a step during the run; pass per_device_train_batch_size"
             )
-        args.ignore_data_skip = True  # nothing is to be walked through
+        args.ignore_data_skip = True  # no batches are read to be skipped
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **settings: Any) -> Any:
-        """Train from the beginning, or from where a checkpoint was taken; see `Trainer.train`.
+        """Train from the beginning, or from a checkpoint, as `Trainer.train` does.
 
         Raises:
-            UserError: the checkpoint is of another order of samples, or says no position.
+            UserError: the checkpoint belongs to another order of samples, or records no position.
         """
         args: TrainingArguments = self.args
         folder = (
@@ -106,14 +107,14 @@ class OrderedTrainer(Trainer):  # type: ignore[misc]
         )
         if place:
             self._sampler.load_state_dict(place)
-        if self._wanted_steps <= 0:
+        if self._max_steps <= 0:
             end = math.ceil(args.num_train_epochs * self._order.num_windows)
             args.max_steps = step + self._sampler.steps_to(end)
         self._sampler.end_after_step(args.max_steps)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **settings)
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return this process's share of the batches that are to come."""
+        """Return this process's share of the remaining batches."""
         args: TrainingArguments = self.args
         assert self._sampler is not None
         return DataLoader(
@@ -124,13 +125,13 @@ class OrderedTrainer(Trainer):  # type: ignore[misc]
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
-            # Or each beginning would draw a number of the random states that a checkpoint has just restored.
+            # Without it each start would draw a number from the random states that a checkpoint has just restored.
             generator=Generator(),
         )
 
 
 class PlaceCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Counts the place after each step, for the log and for `trainer_state.json`; `OrderedTrainer` brings it along."""
+    """Keeps the place after each step, for the log and for `trainer_state.json`; `OrderedTrainer` adds it itself."""
 
     def __init__(self) -> None:
         self.place: dict[str, Any] = {}
@@ -141,32 +142,32 @@ class PlaceCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def on_train_begin(
         self,
-        args: TrainingArguments,  # noqa: ARG002 - so it is called
+        args: TrainingArguments,  # noqa: ARG002 - Trainer passes it
         state: TrainerState,
         control: TrainerControl,  # noqa: ARG002
         **others: Any,
     ) -> None:
-        """Take over the place at which the run begins."""
-        self._count(others["train_dataloader"].batch_sampler, state)
+        """Note the place at which the run starts."""
+        self._note_place(others["train_dataloader"].batch_sampler, state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
-        """Count the step that was done; where an epoch ended in it, ask for what is due then."""
+        """Note the place after a step; where an epoch ended in the step, ask for what is due then."""
         sampler: _StepSampler = others["train_dataloader"].batch_sampler
         epoch = self.place["position"] // sampler.order.num_windows
-        self._count(sampler, state)
-        # What is due when the run ends, `Trainer` asks for.
+        self._note_place(sampler, state)
+        # `Trainer` itself asks for what is due at the end of the run.
         if state.epoch >= epoch + 1 and state.global_step < state.max_steps:
             DefaultFlowCallback().on_epoch_end(args, state, control)
 
-    def _count(self, sampler: "_StepSampler", state: TrainerState) -> None:
+    def _note_place(self, sampler: "_StepSampler", state: TrainerState) -> None:
         self.place = sampler.state_after_step(state.global_step)
         state.epoch = self.place["position"] / sampler.order.num_windows
 
 
 class _StepSampler(ResumableBatchSampler):
-    """The micro-batches of a run, `accumulation` to a step, from the step `first_step` on."""
+    """The micro-batches of a run, `accumulation` of them in a step, from step `first_step` on."""
 
     def __init__(
         self, order: Order, micro_batch: int, *, accumulation: int, first_step: int, **settings: Any
@@ -177,17 +178,17 @@ class _StepSampler(ResumableBatchSampler):
         self._last_step = first_step
 
     def __len__(self) -> int:
-        """Return the micro-batches of the whole run, by which `Trainer` counts how much of it is done."""
+        """Return the number of micro-batches of the whole run, by which `Trainer` counts its progress."""
         return self._last_step * self._accumulation
 
     def steps_to(self, position: int) -> int:
-        """Return how many steps it takes to learn everything before a position."""
+        """Return how many steps it takes to train on everything before a position."""
         begin = self._next_start
         samples = self.skips.count(begin, max(begin, position))
         return -(-samples // (self.global_batch * self._accumulation))
 
     def end_after_step(self, step: int) -> None:
-        """Let the run end with a step; with the present one, where that is behind it."""
+        """Set the last step of the run; where it is past already, the run ends at once."""
         self._last_step = max(step, self._first_step)
         batches = (self._last_step - self._first_step) * self._accumulation
         self.stop = self.skips.after(self._next_start, batches * self.global_batch)
@@ -202,7 +203,7 @@ def _place_of(checkpoint: Path) -> tuple[int, dict[str, Any]]:
     """Return the step and the place at which a checkpoint was taken.
 
     Raises:
-        UserError: it says none.
+        UserError: the checkpoint records none.
     """
     path = checkpoint / TRAINER_STATE_NAME
     try:
@@ -212,6 +213,6 @@ def _place_of(checkpoint: Path) -> tuple[int, dict[str, Any]]:
         ]["place"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: says no position in the order of samples ({type(error).__name__}: {error}); resume a checkpoint that "
+            f"{path}: records no position in the order of samples ({type(error).__name__}: {error}); resume a checkpoint that "
             "OrderedTrainer saved, or train from the beginning"
         ) from None

@@ -1,20 +1,20 @@
-"""What MiniMind's own training scripts take in place of their classes: the same calls, the same samples, no text tokenized twice.
+"""Replacements for classes in MiniMind's own training scripts: the same calls, the same samples, and no text is tokenized twice.
 
     from minimind_train.integrations.minimind import DistributedSampler, PretrainDataset, SkipBatchSampler
 
-- `PretrainDataset(data_path, tokenizer, max_length)` gives, for each document, the tuple that MiniMind's gives, id for id. It reads
+- `PretrainDataset(data_path, tokenizer, max_length)` returns, for each document, the tuple that MiniMind's returns, id for id. It reads
   windows of layout `pad` from memory maps.
-- `DistributedSampler(dataset)` is called as torch's is. Its order is `SampleOrder`'s, computed in pieces as they are asked for, and
-  the same for any number of devices: whichever they are, a step of the same global batch has the same samples.
-- `SkipBatchSampler(sampler, batch_size, skip_batches)` gives MiniMind's batches. What is to be skipped is passed over by one sum.
+- `DistributedSampler(dataset)` is called as torch's is. Its order is that of `SampleOrder`, computed piece by piece, and
+  the same for any number of devices: a step of the same global batch has the same samples on all of them.
+- `SkipBatchSampler(sampler, batch_size, skip_batches)` yields MiniMind's batches. It finds the first batch by arithmetic.
 
-MiniMind says its place in steps of one device, and rounds them down where the number of devices has changed. A **position** here is
-the number of samples of the epoch that all devices together have consumed: `SkipBatchSampler.position_after` says it, to be saved
-beside the step, and `SkipBatchSampler(..., position=...)` begins there, exactly, on any number of devices and with any batch size.
+MiniMind keeps its place in steps of one device, and rounds them down where the number of devices has changed. A **position** here is
+the number of samples of the epoch that all devices together have consumed: `SkipBatchSampler.position_after` returns it, to be saved
+beside the step, and `SkipBatchSampler(..., position=...)` starts exactly there, on any number of devices and with any batch size.
 
-Not covered: MiniMind turns whatever stands in `text` into a string, and takes an empty text for a sample of BOS and EOS. Here a text
-that is no string is a bad record, and an empty one makes no document. Where PAD is EOS or BOS by another name, MiniMind learns neither; here
-both are learned.
+Differences: MiniMind turns any value of `text` into a string, and makes a sample of BOS and EOS out of an empty text. Here a text
+that is not a string is a bad record, and an empty one makes no document. Where PAD is the same token as EOS or BOS, MiniMind ignores
+both; here both are learned.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,21 +41,21 @@ from minimind_train.progress import Say, say_on_stderr
 __all__ = ["DistributedSampler", "PretrainDataset", "SkipBatchSampler"]
 
 _PIECE = 4096
-"""Indices that are computed at once where they are asked for one by one."""
+"""How many indices are computed at once where they are asked for one by one."""
 
 
 class PretrainDataset(Dataset[tuple[Tensor, Tensor]]):
-    """A document a sample: (input_ids, labels), int64 [max_length] both, unshifted, PAD as -100 in the labels.
+    """The documents of a dataset, each a sample (input_ids, labels): int64 [max_length] each, unshifted, PAD as -100 in the labels.
 
     Args:
         data_path: the folder of a dataset; or the text that MiniMind takes, which is then tokenized once, into the folder
-            `DATA_PATH.shards` beside it. Of several processes one does that while the others wait.
+            `DATA_PATH.shards` beside it. Where there are several processes, one does that while the others wait.
         tokenizer: of `transformers`; it must be the one that the dataset was made with.
         max_length: tokens of a sample.
         say: takes lines for the user.
 
     Raises:
-        UserError: there is no such dataset, or it is another tokenizer's.
+        UserError: there is no such dataset, or it was made with another tokenizer.
     """
 
     def __init__(
@@ -63,15 +63,15 @@ class PretrainDataset(Dataset[tuple[Tensor, Tensor]]):
     ) -> None:
         folder = Path(data_path)
         if folder.is_file():
-            folder = _tokenized(folder, tokenizer, say)
+            folder = _tokenize_once(folder, tokenizer, say)
         shards = ShardSet.open(folder)
         if shards.manifest.kind != "pretrain":
             raise UserError(
                 f"{folder}: a dataset of kind {shards.manifest.kind}; this takes one of kind pretrain"
             )
         info = shards.manifest.tokenizer
-        its_own = TokenizerInfo(
-            sha256="",  # nobody asks for the file that it came from
+        passed = TokenizerInfo(
+            sha256="",  # its file is not known
             vocab_size=len(tokenizer),
             bos_id=tokenizer.bos_token_id,
             eos_id=tokenizer.eos_token_id,
@@ -79,11 +79,11 @@ class PretrainDataset(Dataset[tuple[Tensor, Tensor]]):
         )
         refuse_other_tokenizer(
             (shards.folder, info),
-            ("the tokenizer that was passed", its_own),
+            ("the tokenizer that was passed", passed),
             why="samples must have the ids of the one that the loop knows",
             remedy="tokenize the text again with this tokenizer, or pass the dataset's",
             same=lambda: (
-                info.special_ids == its_own.special_ids
+                info.special_ids == passed.special_ids
                 and cached_tokenizer(shards.tokenizer_json, info).reference.get_vocab(with_added_tokens=True)
                 == tokenizer.get_vocab()
             ),
@@ -108,16 +108,16 @@ class PretrainDataset(Dataset[tuple[Tensor, Tensor]]):
 class DistributedSampler(Sampler[int]):
     """A device's share of each epoch, called as torch's `DistributedSampler` is.
 
-    Every device gets as many samples as every other. Where their number is none of the dataset's, the first ones of the epoch
-    stand behind the last until it is, as in torch, or with `drop_last` what is too many is left out.
+    Every device gets the same number of samples. Where the dataset cannot be divided so, the first samples of the epoch
+    are taken again at its end, as in torch, or with `drop_last` the last ones are left out.
 
     Args:
-        dataset: whatever has a length.
-        num_replicas: how many devices share an epoch; what `torch.distributed` says by default, 1 where it does not run.
-        rank: which of them this is, likewise.
-        shuffle: anew in each epoch.
-        seed: another seed, another order.
-        drop_last: leave out what would make shares differ.
+        dataset: anything that has a length.
+        num_replicas: how many devices share an epoch; by default what `torch.distributed` says, or 1 where it is not initialized.
+        rank: which of them this is; by default likewise.
+        shuffle: shuffle anew in each epoch.
+        seed: decides the order.
+        drop_last: leave out the samples that would make the shares differ.
     """
 
     def __init__(  # noqa: PLR0917 - torch's own signature
@@ -129,9 +129,9 @@ class DistributedSampler(Sampler[int]):
         seed: int = 0,
         drop_last: bool = False,
     ) -> None:
-        runs = distributed.is_available() and distributed.is_initialized()
-        self.num_replicas = num_replicas or (distributed.get_world_size() if runs else 1)
-        self.rank = rank if rank is not None else (distributed.get_rank() if runs else 0)
+        is_distributed = distributed.is_available() and distributed.is_initialized()
+        self.num_replicas = num_replicas or (distributed.get_world_size() if is_distributed else 1)
+        self.rank = rank if rank is not None else (distributed.get_rank() if is_distributed else 0)
         if not 0 <= self.rank < self.num_replicas:
             raise ValueError(
                 f"rank must be from 0 to num_replicas - 1, not {self.rank} of {self.num_replicas}"
@@ -142,11 +142,11 @@ class DistributedSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to an epoch, which has an order of its own."""
+        """Go to an epoch, which has an order of its own; a training loop calls this before each, as with torch's sampler."""
         self.epoch = epoch
 
     def share_from(self, position: int) -> "_Share":
-        """Return what this device still has to do of the epoch when all together have consumed so many samples of it."""
+        """Return the rest of the epoch for this device, when all devices together have consumed so many samples of it."""
         return _Share(self, position)
 
     def __len__(self) -> int:
@@ -154,13 +154,13 @@ class DistributedSampler(Sampler[int]):
         return len(self.share_from(0))
 
     def __iter__(self) -> Iterator[int]:
-        """Begin the epoch."""
+        """Yield the indices of the epoch."""
         share = self.share_from(0)
         return (index for first in range(0, len(share), _PIECE) for index in share[first : first + _PIECE])
 
 
 class _Share:
-    """A device's share of an epoch from a position on: a sequence that computes what is cut out of it."""
+    """A device's share of an epoch from a position on: a sequence whose slices are computed when they are asked for."""
 
     def __init__(self, sampler: DistributedSampler, position: int) -> None:
         n, world_size = sampler.order.num_windows, sampler.num_replicas
@@ -183,15 +183,15 @@ class _Share:
 
 
 class SkipBatchSampler(Sampler[list[int]]):
-    """The batches of a sampler from a place on, called as MiniMind's `SkipBatchSampler` is.
+    """The batches of a sampler from a position on, called as MiniMind's `SkipBatchSampler` is.
 
     Args:
-        sampler: a `DistributedSampler` of this module or a list of indices, in which the place is found by arithmetic; or any other
-            sampler, which is walked through up to there.
+        sampler: a `DistributedSampler` of this module or a list of indices, in which the position is found by arithmetic; or any other
+            sampler, which is read up to the position.
         batch_size: samples of this device in a batch; the last may have fewer.
-        skip_batches: batches that are done.
-        position: the place exactly, in samples of all devices, as `position_after` said it; `skip_batches` is then left aside. (A
-            sampler of another kind knows its own device alone, which has done the whole part of its share of them.)
+        skip_batches: how many batches are done.
+        position: the exact position, in samples of all devices, as `position_after` returned it; `skip_batches` is then ignored.
+            (Another sampler knows only its own device, which has done its share of them, rounded down.)
     """
 
     def __init__(
@@ -225,16 +225,16 @@ class SkipBatchSampler(Sampler[list[int]]):
         return max(0, -(-left // self.batch_size))
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Begin at the place."""
+        """Yield the batches from the position on."""
         if isinstance(self.sampler, DistributedSampler):
             return _batches(self.sampler.share_from(self.position), 0, self.batch_size)
         if isinstance(self.sampler, Sequence):
             return _batches(self.sampler, self._own_position, self.batch_size)
-        return _walked(self.sampler, self._own_position, self.batch_size)
+        return _batches_after(self.sampler, self._own_position, self.batch_size)
 
     @property
     def _own_position(self) -> int:
-        """The place in a sampler that knows only of its own device."""
+        """The position in a sampler that knows only its own device."""
         return self.position // getattr(self.sampler, "num_replicas", 1)
 
 
@@ -242,14 +242,14 @@ def _batches(indices: "_Share | Sequence[int]", first: int, batch_size: int) -> 
     return (list(indices[start : start + batch_size]) for start in range(first, len(indices), batch_size))
 
 
-def _walked(sampler: Iterable[int], first: int, batch_size: int) -> Iterator[list[int]]:
+def _batches_after(sampler: Iterable[int], first: int, batch_size: int) -> Iterator[list[int]]:
     rest = islice(sampler, first, None)
     while batch := list(islice(rest, batch_size)):
         yield batch
 
 
-def _tokenized(text: Path, tokenizer: Any, say: Say) -> Path:
-    """Make the dataset of a text, where it is not made yet, and return its folder."""
+def _tokenize_once(text: Path, tokenizer: Any, say: Say) -> Path:
+    """Make the dataset of a text, unless it is there already, and return its folder."""
     folder = text.with_name(f"{text.name}.shards")
     source = Path(getattr(tokenizer, "name_or_path", "")) / TOKENIZER_NAME
     if not source.is_file():

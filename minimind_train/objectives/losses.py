@@ -1,10 +1,10 @@
-"""Cross-entropy of the next token, or the log-probability of each, from hidden states, without ever holding all the logits.
+"""Cross-entropy of the next token, or its log-probability, from hidden states, without ever holding all the logits.
 
-With a vocabulary of 6,400 the logits of 4,096 tokens fill 105 MB in float32, and their gradient as much again. Here a
-chunk of tokens at a time is taken to its loss and, in the same pass, to its gradients, so nothing is kept but what
-the backward pass hands on. That is quicker than the plain way too: less memory is walked through, and nothing is
-computed twice. Only where each token's log-probability is wanted by itself is a chunk computed again in the backward pass,
-because what it is worth is not known before.
+With a vocabulary of 6,400 the logits of 4,096 tokens fill 105 MB in float32, and their gradient as much again. Here the loss of one
+chunk of tokens is computed at a time and, in the same pass, its gradients, so that only the gradients are kept for
+the backward pass. That is also faster than the usual way: less memory is read and written, and nothing is
+computed twice. Only log-probabilities of single tokens need a chunk's logits a second time in the backward pass, because their
+gradients are not known before.
 
 Shapes in names: B batch, L positions, N all positions of a batch in a row, H hidden size, V vocabulary.
 """
@@ -38,10 +38,12 @@ def summed_cross_entropy(hidden_BLH: Tensor, head_weight_VH: Tensor, targets_BL:
     hidden_NH, targets_N = hidden_BLH.flatten(0, -2), targets_BL.flatten()
     device = hidden_NH.device.type
     if device == "cpu":
-        # Padding is left out here; on a GPU, asking where it is would stop the queue of kernels.
+        # Padding is left out on the CPU; on a GPU, looking for it would make the host wait for the device.
         learned = (targets_N != IGNORED).nonzero().squeeze(1)
         hidden_NH, targets_N = hidden_NH.index_select(0, learned), targets_N.index_select(0, learned)
-    if not torch.is_grad_enabled():  # the function below looks at its inputs only
+    if (
+        not torch.is_grad_enabled()
+    ):  # the function below only looks at its inputs to see whether gradients are needed
         hidden_NH, head_weight_VH = hidden_NH.detach(), head_weight_VH.detach()
     chunked_cross_entropy: Callable[..., Tensor] = _ChunkedCrossEntropy.apply
     dtype = _product_dtype(hidden_NH)
@@ -50,7 +52,7 @@ def summed_cross_entropy(hidden_BLH: Tensor, head_weight_VH: Tensor, targets_BL:
 
 
 def summed_log_probs(hidden_BLH: Tensor, head_weight_VH: Tensor, targets_BL: Tensor) -> Tensor:
-    """Return what each sequence's targets that are not `IGNORED` are worth together: the sum of their log-probabilities, float32 [B].
+    """Return for each sequence the sum of the log-probabilities of its targets that are not `IGNORED`, float32 [B].
 
     Equal to `log_softmax(hidden @ head_weight.T)`, gathered at the targets and summed, up to rounding, gradients too, and the
     same bit for bit at every call.
@@ -76,7 +78,7 @@ def summed_log_probs(hidden_BLH: Tensor, head_weight_VH: Tensor, targets_BL: Ten
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the dtype of matrix products here."""
+    """Return the dtype of matrix products: that of autocast where it is on."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
@@ -87,7 +89,7 @@ def _chunks(num_tokens: int, vocab_size: int) -> list[slice]:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The loss and, while the logits of a chunk are at hand, its gradients for a loss that is used as it is."""
+    """The summed loss; its gradients are computed in the forward pass, while the logits of a chunk are there."""
 
     @staticmethod
     def forward(
@@ -98,13 +100,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden_NH.device)
         if with_gradients:
             grad_hidden_NH = torch.empty_like(hidden_NH)
-            # Summed over the chunks, so in float32 even where the products are in fewer bits.
+            # It is summed over the chunks, so in float32 even where the products have fewer bits.
             grad_weight_VH = (
                 torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
             )
-        for here in _chunks(len(targets_N), len(weight_VH)):
-            hidden = hidden_NH[here].to(dtype)
-            targets = targets_N[here, None]
+        for chunk in _chunks(len(targets_N), len(weight_VH)):
+            hidden = hidden_NH[chunk].to(dtype)
+            targets = targets_N[chunk, None]
             learned = targets != IGNORED
             targets = targets.where(learned, 0)
             log_probs = torch.log_softmax((hidden @ weight.t()).float(), dim=-1)
@@ -114,11 +116,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     1, targets, log_probs.new_full(targets.shape, -1.0)
                 )
                 grad_logits = grad_logits.mul_(learned).to(dtype)
-                grad_hidden_NH[here] = grad_logits @ weight
+                grad_hidden_NH[chunk] = grad_logits @ weight
                 if grad_weight_VH is not None:
                     _add_product(grad_weight_VH, grad_logits, hidden)
         if with_gradients:
-            ctx.save_for_backward(grad_hidden_NH, _as(grad_weight_VH, weight_VH.dtype))
+            ctx.save_for_backward(grad_hidden_NH, _cast(grad_weight_VH, weight_VH.dtype))
         return loss
 
     @staticmethod
@@ -130,7 +132,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
-    """The log-probability of each target, float32 [N], 0 at `IGNORED`; a chunk's logits are made again for its gradients."""
+    """The log-probability of each target, float32 [N], 0 at `IGNORED`; the backward pass computes a chunk's logits again."""
 
     @staticmethod
     def forward(
@@ -139,13 +141,13 @@ class _ChunkedLogProbs(torch.autograd.Function):
         weight = weight_VH.to(dtype)
         log_probs_N = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_NH.device)
         totals_N = torch.empty_like(log_probs_N)  # log of the sum of the exponentials of all logits
-        for here in _chunks(len(targets_N), len(weight_VH)):
-            logits = (hidden_NH[here].to(dtype) @ weight.t()).float()
-            targets = targets_N[here, None]
+        for chunk in _chunks(len(targets_N), len(weight_VH)):
+            logits = (hidden_NH[chunk].to(dtype) @ weight.t()).float()
+            targets = targets_N[chunk, None]
             learned = targets != IGNORED
-            totals_N[here] = torch.logsumexp(logits, dim=-1)
+            totals_N[chunk] = torch.logsumexp(logits, dim=-1)
             chosen = logits.gather(1, targets.where(learned, 0)).squeeze(1)
-            log_probs_N[here] = (chosen - totals_N[here]).where(learned.squeeze(1), 0.0)
+            log_probs_N[chunk] = (chosen - totals_N[chunk]).where(learned.squeeze(1), 0.0)
         ctx.save_for_backward(hidden_NH, weight_VH, targets_N, totals_N)
         ctx.dtype = dtype
         return log_probs_N
@@ -159,31 +161,31 @@ class _ChunkedLogProbs(torch.autograd.Function):
         grad_weight_VH = None
         if ctx.needs_input_grad[1]:
             grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
-        for here in _chunks(len(targets_N), len(weight_VH)):
-            hidden = hidden_NH[here].to(ctx.dtype)
-            targets = targets_N[here, None]
-            worth = grad_N[here, None].where(targets != IGNORED, 0.0)
-            # Of log softmax at the target: one there, less the probabilities everywhere.
-            grad_logits = ((hidden @ weight.t()).float() - totals_N[here, None]).exp_().mul_(-worth)
-            grad_logits.scatter_add_(1, targets.clamp(min=0), worth)
+        for chunk in _chunks(len(targets_N), len(weight_VH)):
+            hidden = hidden_NH[chunk].to(ctx.dtype)
+            targets = targets_N[chunk, None]
+            grad_log_probs = grad_N[chunk, None].where(targets != IGNORED, 0.0)
+            # The gradient of log softmax at the target: one at the target, minus the probabilities everywhere.
+            grad_logits = ((hidden @ weight.t()).float() - totals_N[chunk, None]).exp_().mul_(-grad_log_probs)
+            grad_logits.scatter_add_(1, targets.clamp(min=0), grad_log_probs)
             products = grad_logits.to(ctx.dtype)
-            grad_hidden_NH[here] = products @ weight
+            grad_hidden_NH[chunk] = products @ weight
             if grad_weight_VH is not None:
                 _add_product(grad_weight_VH, products, hidden)
-        return grad_hidden_NH, _as(grad_weight_VH, weight_VH.dtype), None, None
+        return grad_hidden_NH, _cast(grad_weight_VH, weight_VH.dtype), None, None
 
 
 def _add_product(grad_weight_VH: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-    """Add what a chunk gives to the gradient of the output matrix, float32."""
+    """Add the share of a chunk to the gradient of the output matrix, float32."""
     if hidden.dtype == torch.float32:
         grad_weight_VH.addmm_(grad_logits.t(), hidden)
     elif hidden.dtype == torch.float16:
-        # A token that is the target all over a chunk adds up as many hidden states, which could leave fp16.
+        # Where one token is the target of a whole chunk, as many hidden states are added up, which could overflow fp16.
         shrink = 2.0 ** -len(hidden).bit_length()
         grad_weight_VH.add_(grad_logits.t() @ (hidden * shrink), alpha=1 / shrink)
     else:
         grad_weight_VH += grad_logits.t() @ hidden
 
 
-def _as(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _cast(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if gradient is None else gradient.to(dtype)

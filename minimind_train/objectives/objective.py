@@ -1,10 +1,11 @@
-"""Objectives: from a micro-batch, through the model, to sums of losses that are added up over micro-batches and ranks.
+"""Objectives: they put a micro-batch through the model and return sums of losses, to be added up over micro-batches and ranks.
 
-An objective is a module that holds the model, so that what wraps modules (data parallelism, sharding) wraps one forward pass and
-knows where it begins and ends. It gives sums, never means: the loop divides by what the whole global batch has, over all
-micro-batches and ranks, so that cutting a batch differently changes nothing but rounding.
+An objective is a module that holds the model, so that what wraps modules (data parallelism, sharding) wraps the whole forward pass.
+It returns sums, never means: the loop divides by the number of terms of the whole global batch, over all
+micro-batches and ranks, so that dividing a batch differently changes nothing but rounding.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -21,40 +22,40 @@ class MicroLoss(NamedTuple):
     """The losses of one micro-batch; every tensor is a float32 scalar on the model's device."""
 
     summed: Tensor
-    """The sum of the losses at its terms; the loop divides by the terms of the step."""
+    """The sum of the losses of its terms (targets, or pairs); the loop divides by the number of terms of the step."""
     auxiliary: Tensor | None = None
-    """A further loss, the mean over the micro-batch's windows; it counts by their share of the step's windows."""
+    """A further loss, the mean over the windows of the micro-batch; it is weighted by their share of the windows of the step."""
     measures: Mapping[str, Tensor] = {}
-    """Further sums over the terms, logged as means; no gradient is taken of them."""
+    """Further sums over the terms, logged as means; they have no gradient."""
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """The base class of objectives: a module that holds the model, and returns losses in place of logits.
 
     Args:
-        model: what is learned.
+        model: the model that is trained.
     """
 
     def __init__(self, model: MiniMind) -> None:
         super().__init__()
         self.model = model
-        self.training = model.training  # a new module would say that it trains, whatever its parts do
+        self.training = model.training  # a new module is in training mode, whatever mode its parts are in
 
+    @abstractmethod
     def forward(self, micro_batch: Mapping[str, Tensor]) -> MicroLoss:
         """Return the losses of a micro-batch, int64 tensors [B, seq_len] by name."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def num_terms(samples: Mapping[str, NDArray[np.int64]]) -> int:
-        """Return how many terms the sum over these samples has."""
-        raise NotImplementedError
+        """Return how many terms the summed loss of these samples has."""
 
 
 class NextToken(Objective):
-    """Cross-entropy of the next token, where there is one to learn: pre-training, and SFT with its mask in the targets."""
+    """Cross-entropy of the next token: pre-training, and SFT, whose targets have the loss mask applied."""
 
     def forward(self, micro_batch: Mapping[str, Tensor]) -> MicroLoss:
-        """Take `input_ids`, `targets` and, where documents are kept apart, `position_ids`, int64 [B, seq_len] each."""
+        """Return the losses of `input_ids`, `targets` and, where documents are kept apart, `position_ids`, int64 [B, seq_len] each."""
         hidden, balance = self.model.hidden_and_balance(
             micro_batch["input_ids"], position_ids=micro_batch.get("position_ids")
         )
@@ -64,5 +65,5 @@ class NextToken(Objective):
 
     @staticmethod
     def num_terms(samples: Mapping[str, NDArray[np.int64]]) -> int:
-        """Return the number of learned targets."""
+        """Return the number of targets that are not ignored."""
         return num_targets(samples)

@@ -14,7 +14,7 @@ LossType = Literal["sigmoid", "hinge", "ipo"]
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceOptions(ObjectiveOptions):
-    """How a preference is learned, and measured against the reference; beta is MiniMind's."""
+    """How DPO learns from pairs; the default of beta is MiniMind's."""
 
     beta: Annotated[float, "DPO beta: weight of the penalty for moving away from the reference model."] = 0.15
     loss_type: Annotated[LossType, "Loss: sigmoid as in the DPO paper, hinge as in SLiC, ipo as in IPO."] = (

@@ -1,13 +1,13 @@
-"""Direct preference optimization: a model learns to prefer one answer to another, measured against the model that it was.
+"""Direct preference optimization: a model learns to prefer one answer to another, relative to a frozen reference model.
 
-For a pair of answers to one prompt, chosen and rejected, the **reward** of either is beta times what its log-probability has
-gained over the reference's; the **margin** is the chosen one's reward less the rejected one's. The published loss is
--log sigmoid(margin) (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, eq. 7). Beside it:
+For a pair of answers to one prompt, chosen and rejected, the **reward** of each is beta times the difference between its log-probability
+and the reference's; the **margin** is the reward of the chosen answer minus that of the rejected one. The published loss is
+-log sigmoid(margin) (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, eq. 7). The options change it:
 
-- `--label-smoothing e`: a share e of the pairs is taken to be labelled the wrong way round (Mitchell 2023, conservative DPO);
-- `--loss-type hinge`: max(0, 1 - margin) (SLiC, Zhao et al. 2023, https://arxiv.org/abs/2305.10425);
-- `--loss-type ipo`: (margin / beta - 1 / (2 beta))^2 (Azar et al. 2023, https://arxiv.org/abs/2310.12036, eq. 17);
-- `--length-normalised`: log-probabilities are means over an answer's tokens and not their sum, so that length has no say.
+- `label_smoothing` e: a share e of the pairs is assumed to be labelled the wrong way round (Mitchell 2023, conservative DPO);
+- `loss_type` hinge: max(0, 1 - margin) (SLiC, Zhao et al. 2023, https://arxiv.org/abs/2305.10425);
+- `loss_type` ipo: (margin / beta - 1 / (2 beta))^2 (Azar et al. 2023, https://arxiv.org/abs/2310.12036, eq. 17);
+- `length_normalised`: log-probabilities are means over an answer's tokens, not sums, so that length does not matter.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,12 +31,12 @@ REFERENCE = "reference_log_probs"
 
 
 class Preference(Objective):
-    """The loss of pairs; its terms are pairs.
+    """The loss of pairs; its terms are the pairs.
 
     Args:
-        model: what is learned.
-        options: how.
-        reference: gives the reference's summed log-probabilities of a micro-batch, float32 [B, 2].
+        model: the model that is trained.
+        options: beta, and the variants of the loss.
+        reference: returns the reference's summed log-probabilities of a micro-batch, float32 [B, 2].
     """
 
     def __init__(
@@ -50,7 +50,10 @@ class Preference(Objective):
         self._reference = reference
 
     def forward(self, micro_batch: Mapping[str, Tensor]) -> MicroLoss:
-        """Take `chosen_input_ids`, `chosen_targets` and the same of `rejected`, int64 [B, seq_len] each, and what the reference wants."""
+        """Return the losses of `chosen_input_ids`, `chosen_targets`, and the same of `rejected`, int64 [B, seq_len] each.
+
+        The reference gets the same micro-batch, which may hold more.
+        """
         log_probs, balance = log_probs_of_pairs(self.model, micro_batch)
         reference = self._reference(micro_batch)
         if self.options.length_normalised:
@@ -85,7 +88,7 @@ class Preference(Objective):
 
 
 def log_probs_of_pairs(model: MiniMind, micro_batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Return the summed log-probabilities of the chosen and the rejected answers, float32 [B, 2], and the loss that balances experts."""
+    """Return the summed log-probabilities of (chosen, rejected) answers, float32 [B, 2], and the load-balancing loss of experts."""
     input_ids, targets = (
         torch.cat([micro_batch[f"{side}_{name}"] for side in ("chosen", "rejected")])
         for name in ("input_ids", "targets")
@@ -95,6 +98,6 @@ def log_probs_of_pairs(model: MiniMind, micro_batch: Mapping[str, Tensor]) -> tu
 
 
 def _lengths(micro_batch: Mapping[str, Tensor]) -> Tensor:
-    """Return how many targets are learned on either side, float32 [B, 2], at least 1."""
-    learned = [(micro_batch[f"{side}_targets"] != IGNORED).sum(-1) for side in ("chosen", "rejected")]
-    return torch.stack(learned, dim=-1).clamp(min=1).float()
+    """Return how many targets each side has, at least 1: float32 [B, 2]."""
+    counts = [(micro_batch[f"{side}_targets"] != IGNORED).sum(-1) for side in ("chosen", "rejected")]
+    return torch.stack(counts, dim=-1).clamp(min=1).float()

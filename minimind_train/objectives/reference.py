@@ -1,11 +1,12 @@
-"""The reference's log-probabilities of a dataset of pairs: computed once, kept beside the shards, mapped.
+"""The reference's log-probabilities of a dataset of pairs: computed once, kept beside the shards, read through a memory map.
 
     DATASET/reference/FINGERPRINT-SETTINGS.npy     float32 [pairs, 2]: summed log-probability of chosen and rejected
-    DATASET/reference/FINGERPRINT-SETTINGS.json    what they are of, and the first file's SHA-256; written last
+    DATASET/reference/FINGERPRINT-SETTINGS.json    what they were computed from, and the first file's SHA-256; written last
 
-FINGERPRINT is the dataset's. SETTINGS is a hash of what else decides the numbers: the reference's weights, the window's length and the
-dtype of matrix products. What is not whole, or of something else, is made again: by one process, while others wait for it. While it is
-made it is a third file, with NaN where nothing stands yet, so whoever is killed there goes on where it was.
+FINGERPRINT is the dataset's. SETTINGS is a hash of everything else that decides the numbers: the reference's weights, the length of the
+windows and the dtype of matrix products. Files that are not whole, or belong to something else, are made again by one process, while
+others wait for it. Until it is finished it writes to a third file, with NaN where a number is missing, so that a process that was
+killed continues where it stopped.
 """
 
 import contextlib
@@ -47,24 +48,24 @@ _FORMAT_VERSION = 1
 _CHECKSUM = "checksum"
 _PAIRS_PER_FLUSH = 4096
 _BATCHES_PER_GROUP = 16
-"""So many batches are read together, so that pairs of like lengths can share one."""
+"""How many batches are read together, so that pairs of similar length can share a batch."""
 
 LogProbs = NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What log-probabilities are of, besides the dataset."""
+    """What log-probabilities depend on, besides the dataset."""
 
     weights: str
     """Checksum of the reference's weights."""
     seq_len: int
     dtype: str
-    """Of matrix products, resolved."""
+    """Dtype of matrix products, resolved."""
 
 
 class ReferencedWindows:
-    """Windows of pairs with the reference's log-probabilities beside them.
+    """Windows of pairs with the reference's log-probabilities beside them, a `WindowSource`.
 
     Args:
         windows: the pairs.
@@ -104,26 +105,26 @@ def reference_log_probs(
     device: torch.device,
     say: Say,
 ) -> LogProbs:
-    """Return the reference's log-probabilities of all pairs, mapped; make them first where they are not there.
+    """Return the reference's log-probabilities of all pairs as a memory map, and compute them first where they are missing.
 
     Args:
         windows: the pairs of one dataset.
-        reference: what the numbers are of.
-        model: gives the reference, on the CPU, frozen and in the mode of use; called only where it is needed.
+        reference: what the numbers depend on.
+        model: returns the reference, on the CPU, frozen and in evaluation mode; called only where it is needed.
         batch: pairs that go through it at once.
         device: where to compute.
         say: takes lines for the user.
 
     Raises:
-        UserError: the numbers cannot be written, or are none.
+        UserError: the log-probabilities cannot be written, or are not finite.
     """
     folder = windows.shards.folder / FOLDER_NAME
     fingerprint = windows.shards.manifest.fingerprint
     settings = {"format_version": _FORMAT_VERSION, "dataset": fingerprint, **asdict(reference)}
-    number = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    path = folder / f"{fingerprint[:16]}-{number}.npy"
+    settings_hash = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    path = folder / f"{fingerprint[:16]}-{settings_hash}.npy"
     content = {**settings, "pairs": len(windows)}
-    if (log_probs := _whole(path, content)) is not None:
+    if (log_probs := _read(path, content)) is not None:
         return log_probs
     try:
         folder.mkdir(exist_ok=True)
@@ -134,37 +135,37 @@ def reference_log_probs(
         ) from None
     waiting = f"{path}: another process computes the reference's log-probabilities; waiting for it"
     with user_error_on_full_disk(folder), FolderLock(path.with_suffix(".lock"), waiting, wait=say):
-        if (log_probs := _whole(path, content)) is not None:
+        if (log_probs := _read(path, content)) is not None:
             return log_probs
         _make(path, windows, model(), batch=batch, device=device, dtype=reference.dtype, say=say)
         content["sha256"] = sha256_of(path)
         _remove_stale(folder, fingerprint)
         write_checked(path.with_suffix(".json"), content, key=_CHECKSUM)
-    return _mapped(path)
+    return _map(path)
 
 
-def _whole(path: Path, content: dict[str, Any]) -> LogProbs | None:
-    """Map the numbers, or return None where they are not there, damaged, or of something else."""
+def _read(path: Path, content: dict[str, Any]) -> LogProbs | None:
+    """Map the log-probabilities, or return None where they are missing, damaged, or belong to something else."""
     try:
-        there = read_checked(path.with_suffix(".json"), key=_CHECKSUM)
-        sha256 = there.pop("sha256")
-        if there != content or sha256_of(path) != sha256:
+        recorded = read_checked(path.with_suffix(".json"), key=_CHECKSUM)
+        sha256 = recorded.pop("sha256")
+        if recorded != content or sha256_of(path) != sha256:
             return None
-        return _mapped(path)
+        return _map(path)
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
         return None
 
 
-def _mapped(path: Path) -> LogProbs:
+def _map(path: Path) -> LogProbs:
     return cast("LogProbs", np.load(path, mmap_mode="r", allow_pickle=False))
 
 
 def _make(
     path: Path, windows: Windows, model: MiniMind, *, batch: int, device: torch.device, dtype: str, say: Say
 ) -> None:
-    """Compute what is not there yet, block by block, and give the file its name; the caller holds the lock."""
+    """Compute the pairs that are still missing, block by block, and rename the finished file; the caller holds the lock."""
     unfinished = path.with_suffix(".unfinished")
-    log_probs = _begun(unfinished, len(windows))
+    log_probs = _open_unfinished(unfinished, len(windows))
     missing = np.isnan(log_probs).any(axis=1)
     num_missing = int(np.count_nonzero(missing))
     say(
@@ -172,7 +173,7 @@ def _make(
         + (f"; {len(windows) - num_missing:,} are there already" if num_missing < len(windows) else "")
     )
     model.to(device)
-    # Groups and batches are the same whatever is there already, so a killed process leaves no trace in a rounding.
+    # Groups and batches are the same whatever is there already, so the rounding does not show that a process was killed.
     group = batch * _BATCHES_PER_GROUP
     unflushed = 0
     for first in range(0, len(windows), group):
@@ -181,7 +182,7 @@ def _make(
             continue
         for rows, samples in alike(windows.fetch(pairs), batch):
             if missing[pairs[rows]].any():
-                log_probs[pairs[rows]] = _computed(samples, model, device, dtype)
+                log_probs[pairs[rows]] = _compute(samples, model, device, dtype)
         unflushed += len(pairs)
         if unflushed >= _PAIRS_PER_FLUSH:
             log_probs.flush()
@@ -190,7 +191,7 @@ def _make(
     if not np.isfinite(log_probs).all():
         unfinished.unlink()
         raise UserError(
-            f"{windows.shards.folder}: the reference gives log-probabilities that are no numbers; begin from other weights, or "
+            f"{windows.shards.folder}: the reference gives log-probabilities that are not finite; begin from other weights, or "
             "compute them with --dtype fp32"
         )
     with unfinished.open("rb") as file:
@@ -199,20 +200,20 @@ def _make(
     fsync_folder(path.parent)
 
 
-def _begun(unfinished: Path, num_pairs: int) -> "np.memmap[Any, np.dtype[np.float32]]":
-    """Map what a killed process has left, or begin with nothing."""
+def _open_unfinished(unfinished: Path, num_pairs: int) -> "np.memmap[Any, np.dtype[np.float32]]":
+    """Map the file that a killed process has left, or a new one full of NaN."""
     with contextlib.suppress(FileNotFoundError, ValueError):
-        there = np.lib.format.open_memmap(unfinished, mode="r+")
-        if there.shape == (num_pairs, 2) and there.dtype == np.float32:
-            return there
-    nothing = io.BytesIO()
-    np.save(nothing, np.full((num_pairs, 2), np.nan, np.float32))
-    write_atomic(unfinished, nothing.getvalue())  # so that it never has a zero that nobody computed
+        left = np.lib.format.open_memmap(unfinished, mode="r+")
+        if left.shape == (num_pairs, 2) and left.dtype == np.float32:
+            return left
+    empty = io.BytesIO()
+    np.save(empty, np.full((num_pairs, 2), np.nan, np.float32))
+    write_atomic(unfinished, empty.getvalue())  # so that no zero is ever in it that was not computed
     return np.lib.format.open_memmap(unfinished, mode="r+")
 
 
 def _remove_stale(folder: Path, fingerprint: str) -> None:
-    """Delete what belongs to tokens that the dataset had before."""
+    """Delete the files of earlier states of the dataset."""
     for path in folder.iterdir():
         if path.suffix in {".npy", ".json", ".unfinished"} and not path.name.startswith(
             f"{fingerprint[:16]}-"
@@ -220,7 +221,7 @@ def _remove_stale(folder: Path, fingerprint: str) -> None:
             path.unlink(missing_ok=True)
 
 
-def _computed(
+def _compute(
     samples: dict[str, NDArray[np.int64]], model: MiniMind, device: torch.device, dtype: str
 ) -> LogProbs:
     tensors = {name: torch.from_numpy(array).to(device) for name, array in samples.items()}

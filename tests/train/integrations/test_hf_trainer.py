@@ -282,7 +282,7 @@ def test_what_does_not_fit_is_refused(tmp_path, windows, whole):
     path.write_text(json.dumps(told))
     with pytest.raises(UserError, match="resume a checkpoint that OrderedTrainer saved"):
         make_trainer(tmp_path, windows).train(resume_from_checkpoint=True)
-    with pytest.raises(UserError, match=f"one of 7 windows, train_dataset has {len(windows)}"):
+    with pytest.raises(UserError, match=f"the order has 7 windows, train_dataset has {len(windows)}"):
         make_trainer(tmp_path, windows, order=SampleOrder(num_windows=7))
     with pytest.raises(UserError, match="auto_find_batch_size"):
         make_trainer(tmp_path, windows, auto_find_batch_size=True)
