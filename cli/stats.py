@@ -90,7 +90,7 @@ def _lines(folder: Path, numbers: dict[str, Any]) -> Iterator[str]:
             f"{lost:>11}  {cut:>13}"
         )
     yield ""
-    yield "padding: share of the positions; lost: tokens in no window; cut: documents that are cut"
+    yield "padding: share of positions; lost: tokens in no window; cut: documents cut"
 
 
 def _merged(bins: list[dict[str, int]]) -> list[dict[str, int]]:
