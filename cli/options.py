@@ -18,6 +18,7 @@ from dataclasses import MISSING, is_dataclass
 from typing import Annotated, Any, NewType, TextIO, get_args, get_origin, get_type_hints
 
 import typer
+from typer.completion import completion_init  # type: ignore[attr-defined] # their own main imports it from there
 from typer.core import TyperArgument, TyperCommand, TyperOption
 
 from minimind_data.errors import UserError
@@ -34,7 +35,11 @@ _GIVEN = frozenset({"COMMANDLINE", "DEFAULT_MAP"})
 
 
 def make_app(help_text: str) -> typer.Typer:
-    """Return an empty application in the house style: plain help, no traceback painting, nothing to install."""
+    """Return an empty application in the house style: plain help, no traceback painting, nothing to install.
+
+    Shells that ask it for completions get them: `eval "$(_MM_TRAIN_COMPLETE=source_bash mm-train)"`.
+    """
+    completion_init()  # `add_completion` would do it too, with two flags of its own in every help
     return typer.Typer(
         help=help_text,
         add_completion=False,

@@ -11,8 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from minimind_cli import data
-from minimind_cli.train import make
+from minimind_cli import data, train
 from minimind_data.build.pipeline import tokenize
 from minimind_data.build.plan import TokenizeOptions
 from minimind_data.dataset.format import Manifest
@@ -37,9 +36,7 @@ def run_all(page):
             continue
         program, name, *words = shlex.split(command)
         small = SMALL.split() if name == "pretrain" and "--resume" not in words else []
-        result = CliRunner().invoke(
-            data.app if program == "mm-data" else make([name]), [name, *words, *small]
-        )
+        result = CliRunner().invoke(data.app if program == "mm-data" else train.app, [name, *words, *small])
         assert result.exit_code == 0, (command, result.stderr)
         said[command] = result.output
     return said

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from minimind_cli.train import make
+from minimind_cli import train
 
 PAGE = (Path(__file__).parent.parent / "docs" / "from-minimind.md").read_text(encoding="utf-8")
 SECTIONS = re.findall(r"^## `([^`]*)`: `mm-train (\w+)`\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
@@ -62,7 +62,7 @@ THEIRS = {
 
 
 def flags_of(command):
-    application = typer.main.get_command(make([command]))
+    application = typer.main.get_command(train.app)
     parameters = application.commands[command].params
     return {flag for parameter in parameters for flag in (*parameter.opts, *parameter.secondary_opts)}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from minimind_cli.train import make
+from minimind_cli import train
 from minimind_data.build.pipeline import tokenize
 from minimind_data.build.plan import TokenizeOptions
 from minimind_data.options import build
@@ -38,7 +38,7 @@ def test_the_commands_run(tmp_path, monkeypatch):
                 program, command, *words = shlex.split(line)
                 assert program == "mm-train"
                 arguments = [command, *words, *(small if command == "pretrain" else [])]
-                result = CliRunner().invoke(make(arguments), arguments)
+                result = CliRunner().invoke(train.app, arguments)
                 assert result.exit_code == 0, (line, result.stderr)
     finally:
         torch.set_num_threads(former)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from minimind_cli.train import make
+from minimind_cli import train
 from minimind_data.build.pipeline import tokenize
 from minimind_data.build.plan import TokenizeOptions
 from minimind_train.run_folder import checkpoint
@@ -49,7 +49,7 @@ def test_the_commands_run(tmp_path, monkeypatch):
             program, command, *words = shlex.split(line)
             assert program == "mm-train"
             small = SMALL if command == "pretrain" and "--config" not in words else []
-            result = CliRunner().invoke(make([command]), [command, *words, *small])
+            result = CliRunner().invoke(train.app, [command, *words, *small])
             assert result.exit_code == 0, (line, result.stderr)
             assert "--track" not in result.stderr
     finally:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from minimind_cli import data
-from minimind_cli.train import make
+from minimind_cli import data, train
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = re.findall(
@@ -38,7 +37,7 @@ def test_the_commands_run(tmp_path, monkeypatch):
             if command == "generate":
                 words += ["--max-new-tokens", "4"]
             arguments = [command, *words]
-            app = data.app if program == "mm-data" else make(arguments)
+            app = data.app if program == "mm-data" else train.app
             result = CliRunner().invoke(app, arguments, input="Hello?\n" if "--chat" in words else None)
             assert result.exit_code == 0, (line, result.output)
     finally:

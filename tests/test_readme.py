@@ -62,7 +62,7 @@ def commands_of(page):
 @cache
 def command(program, name):
     """Return the command line's own parser of a command."""
-    app = data.app if program == "mm-data" else train.make([name])
+    app = data.app if program == "mm-data" else train.app
     return typer.main.get_command(app).commands[name]
 
 
@@ -71,7 +71,7 @@ def options():
     """Return the options of each command of each program."""
     found = {}
     for program in PROGRAMS:
-        names = typer.main.get_command(data.app if program == "mm-data" else train.make([])).commands
+        names = typer.main.get_command(data.app if program == "mm-data" else train.app).commands
         for name in names:
             found[program, name] = {
                 flag
@@ -194,7 +194,7 @@ def test_the_commands_run_in_their_order(tmp_path, monkeypatch):
                 continue
             if name in {"pretrain", "sft", "dpo"} and "--resume" not in words:
                 words += shlex.split(f"{SMALL} {SHORT}" if name == "pretrain" else SHORT)
-            app = data.app if program == "mm-data" else train.make([name])
+            app = data.app if program == "mm-data" else train.app
             result = CliRunner().invoke(app, [name, *words], input="")
             assert result.exit_code == 0, (line, result.stderr)
     finally:

@@ -2,13 +2,12 @@
 
 import typer.main
 
-from minimind_cli import data
+from minimind_cli import data, train
 from minimind_cli.flags import Flags
-from minimind_cli.train import make
 
 
 def flags(command, program=None):
-    app = make([command]) if program is None else program
+    app = train.app if program is None else program
     return Flags.of(typer.main.get_command(app).commands[command])
 
 

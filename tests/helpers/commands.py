@@ -6,8 +6,7 @@ import time
 
 from typer.testing import CliRunner
 
-from minimind_cli import data
-from minimind_cli.train import make
+from minimind_cli import data, train
 
 TINY = [
     *("--seq-len", "32", "--hidden-size", "16", "--num-hidden-layers", "1", "--num-attention-heads", "2"),
@@ -34,7 +33,7 @@ def mm_data(*arguments, **options):
 def mm_train(*arguments, **options):
     """Call mm-train; `options` are those of `CliRunner.invoke`."""
     arguments = list(map(str, arguments))
-    return CliRunner().invoke(make(arguments), arguments, **options)
+    return CliRunner().invoke(train.app, arguments, **options)
 
 
 def flags(options):

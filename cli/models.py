@@ -1,0 +1,167 @@
+"""mm-train generate, eval, export and plot: what is done with a trained model. Their work is imported when they run, as it needs torch."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from minimind_data.windows.base import Layout
+from minimind_train.generation.options import GenerateOptions
+from minimind_train.model.config import Dtype, RopeScaling
+from minimind_train.run_folder.options import Axis, parse_step
+from minimind_train.weights.options import Target, WeightDtype
+
+from .options import Given, plain
+from .talk import talk
+
+_Checkpoint = Annotated[
+    Any,
+    typer.Option(
+        metavar="STEP|best",
+        parser=plain(parse_step),
+        help="Step of the checkpoint, or best, the one with the lowest validation loss; by default the newest.",
+    ),
+]
+_Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
+
+
+def generate(
+    run: Annotated[Path, typer.Option(help="Folder of the run, or a Hugging Face folder.")],
+    options: GenerateOptions,
+    scaling: RopeScaling,
+    given: Given,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to continue; with --chat, a single question to answer.")
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Chat in the terminal, or answer each line of standard input, with the chat template in the "
+            "folder.",
+        ),
+    ] = False,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="With --chat: system prompt.")] = None,
+    checkpoint: _Checkpoint = None,
+    device: _Device = "auto",
+) -> None:
+    """Generate text with a model, or chat with it."""
+    if system is not None and not chat:
+        raise typer.BadParameter("--system goes with --chat")
+    if prompt is None and not chat:
+        raise typer.BadParameter("--prompt says what to go on from; to talk with the model pass --chat")
+    from minimind_train.generation.chat_session import ChatSession
+    from minimind_train.generation.completion import complete
+
+    changes = {name: value for name, value in asdict(scaling).items() if name in given}
+    if chat:
+        conversation = ChatSession.open(
+            run, options, system=system, step=checkpoint, device=device, changes=changes
+        )
+        talk(conversation, prompt)
+        return
+    assert prompt is not None
+    for text in complete(run, prompt, options, step=checkpoint, device=device, changes=changes):
+        print(text, end="", flush=True)
+    print()
+
+
+def evaluate(
+    run: Annotated[Path, typer.Option(help="Folder of the run, or a Hugging Face folder.")],
+    shards: Annotated[list[Path], typer.Option(metavar="DIR", help="Dataset with the same tokenizer.")],
+    scaling: RopeScaling,
+    given: Given,
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Sequence length; by default that of the run.")
+    ] = None,
+    layout: Annotated[
+        Layout | None, typer.Option(help="How windows are cut; by default as in the run.")
+    ] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Number of windows, spread evenly over the dataset; by default all."
+        ),
+    ] = None,
+    micro_batch: Annotated[
+        int, typer.Option(min=1, max=2**20, help="Micro-batch size: windows in one pass.")
+    ] = 32,
+    checkpoint: _Checkpoint = None,
+    device: _Device = "auto",
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Dtype of matrix products; by default that of the run.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
+    ] = False,
+) -> None:
+    """Evaluate a model on a dataset: loss, perplexity, bits per byte."""
+    if len(shards) > 1:
+        raise typer.BadParameter(
+            f"--shards stands there {len(shards)} times, and one dataset is measured at a time; call it for each"
+        )
+    from minimind_train.run.evaluation import evaluate_run
+
+    (folder,) = shards
+    cut = {"seq_len": seq_len, "layout": layout}
+    found = evaluate_run(
+        run,
+        folder,
+        step=checkpoint,
+        num_windows=windows,
+        batch=micro_batch,
+        device=device,
+        dtype=dtype,
+        cut={name: value for name, value in cut.items() if value is not None},
+        changes={name: value for name, value in asdict(scaling).items() if name in given},
+    )
+    if as_json:
+        print(json.dumps(found.as_dict()))
+    else:
+        print(f"{folder}: {found}")
+
+
+def export(
+    run: Annotated[Path, typer.Option(help="Folder of the run.")],
+    to: Annotated[
+        Target,
+        typer.Option(
+            help="hf: a folder that transformers opens as Qwen3, Qwen3-MoE or Llama; minimind: a .pth that "
+            "MiniMind's code opens; peft: only the adapters of a run with --lora-rank."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="A new folder; for minimind any folder, or the .pth itself.")],
+    dtype: Annotated[
+        WeightDtype | None,
+        typer.Option(help="Dtype of the weights; by default fp16 for minimind, else fp32."),
+    ] = None,
+    checkpoint: _Checkpoint = None,
+) -> None:
+    """Export a model for transformers, peft or MiniMind."""
+    from minimind_train.weights.exporting import export as export_weights
+
+    export_weights(run, out, to=to, step=checkpoint, dtype=dtype)
+
+
+def plot(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Folders of runs, which may still be training.")
+    ],
+    out: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="File to write: .html for a page; .png, .svg or .pdf for a picture, which needs matplotlib. "
+            "Repeatable; by default plot.html.",
+        ),
+    ] = None,
+    x: Annotated[Axis, typer.Option(help="Horizontal axis of the curves.")] = "step",
+) -> None:
+    """Plot the metrics of runs, as an HTML page or a picture."""
+    from minimind_train.run_folder.plot import draw
+
+    for file in out or [Path("plot.html")]:
+        draw(runs, file, axis=x)
+        print(file)
