@@ -1,7 +1,7 @@
-# Two commands do all the set-up on a machine that has only Python 3.11, pip, make and gcc:
-#   make demo   text -> shards -> a model that learns, is killed, resumes, and writes a few lines
-#   make demo-chat   a model reads, learns to answer, and learns which answers are liked
-#   make test   lint, types, import layers, and every test
+# Each command sets itself up on a machine that has only Python 3.11, pip, make and gcc:
+#   make demo        text -> shards -> a model that learns, is killed, resumes, and writes a few lines
+#   make demo-chat   pre-training, SFT and DPO, and what each stage changed
+#   make test        lint, types, import layers, and every test
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
