@@ -1,8 +1,8 @@
-"""How the layers of a model are run in training: compiled, and with their activations computed again instead of kept.
+"""How the layers of a model are run in training: compiled, and with activation checkpointing.
 
-Both change one layer's `forward` and nothing else: the parameters, their names and what the model gives stay the same, up to rounding.
-Layers are alike, so compiling one compiles all: starting takes as long for eight layers as for eighty. A batch of another size, such as
-the short last one, is compiled for once more, and then for all sizes.
+Both change only the `forward` of each layer: the parameters, their names and the outputs stay the same, up to rounding.
+All layers share one compiled function, so starting takes as long for eighty layers as for eight. For a batch of another size, such as
+the short last one, torch compiles once more, and then for all sizes.
 """
 
 import contextlib
@@ -13,21 +13,21 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from minimind_data.errors import UserError
-from minimind_train.model.documents import Documents
+from minimind_train.model.document_attention import DocumentAttention
 from minimind_train.model.transformer import MiniMind
 
 
 def compile_layers(model: MiniMind) -> None:
-    """Compile the layers, each at its first pass; before `recompute_activations`, if both are wanted."""
-    Documents.stay_out_of_graphs()
+    """Compile the layers, each in its first pass; if activations are recomputed too, this is called first."""
+    DocumentAttention.stay_out_of_graphs()
     for layer in model.model.layers:
         layer.forward = torch.compile(layer.forward)
 
 
 def recompute_activations(model: MiniMind) -> None:
-    """Keep of each layer only what goes in, and compute the rest again in the backward pass: about a third more work.
+    """Keep only the input of each layer, and compute its activations again in the backward pass: about a third more work.
 
-    Dropout drops the same again, so the gradients are what they are without, bit for bit.
+    Dropout drops the same elements again, so the gradients are the same as without it, bit for bit.
     """
     for layer in model.model.layers:
         layer.forward = partial(
@@ -37,7 +37,7 @@ def recompute_activations(model: MiniMind) -> None:
 
 @contextlib.contextmanager
 def user_error_on_failed_compile() -> Iterator[None]:
-    """Turn what torch raises when it cannot compile here into one sentence."""
+    """Turn torch's error, when it cannot compile on this machine, into one sentence."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""The options of the model, and how many parameters they make. Imports no torch."""
+"""The options of the model, and the number of parameters that follows from them. This imports no torch."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -8,7 +8,7 @@ from minimind_data.options import check_limits
 from minimind_train.resume_policy import Resume
 
 _LIMITS = {
-    # Far above any model that one machine trains; whether one fits is decided by its parameters.
+    # Far above any model that one machine trains; whether a model fits depends on its parameters.
     "hidden_size": (1, 2**20),
     "num_hidden_layers": (1, 2**12),
     "num_attention_heads": (1, 2**16),
@@ -24,7 +24,7 @@ _LIMITS = {
 }
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
-"""What matrix products are computed in; `auto` is bf16 where the device has it natively, else fp32."""
+"""The dtype of matrix products; `auto` is bf16 where the device has it natively, else fp32."""
 
 ATTENTION_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MATRICES = ("gate_proj", "up_proj", "down_proj")
@@ -33,7 +33,7 @@ _LARGEST_RANK = 2**16
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """YaRN (https://arxiv.org/abs/2309.00071): longer contexts than a model was trained on; the defaults are MiniMind's."""
+    """YaRN (https://arxiv.org/abs/2309.00071), for longer contexts than a model was trained on; the defaults are MiniMind's."""
 
     inference_rope_scaling: Annotated[
         bool, "Scale the rotary positions by YaRN, for contexts longer than in training."
@@ -164,35 +164,35 @@ class ModelConfig:
 
     @property
     def head_size(self) -> int:
-        """`head_dim`, or what it is by default."""
+        """`head_dim`, or its default."""
         return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
 
     @property
     def mlp_size(self) -> int:
-        """`intermediate_size`, or what it is by default."""
+        """`intermediate_size`, or its default."""
         if self.intermediate_size is None:
             return math.ceil(self.hidden_size * math.pi / 64) * 64
         return self.intermediate_size
 
     @property
     def expert_size(self) -> int:
-        """`moe_intermediate_size`, or what it is by default."""
+        """`moe_intermediate_size`, or its default."""
         return self.mlp_size if self.moe_intermediate_size is None else self.moe_intermediate_size
 
     @property
     def yarn_ramp(self) -> tuple[int, int]:
-        """The pairs of a head between which YaRN goes over from leaving alone to stretching; rounded as in transformers."""
+        """The pairs of a head between which YaRN changes from no scaling to full scaling; rounded as in transformers."""
 
-        def pair_that_turns(times: float) -> float:
+        def pair_that_rotates(times: float) -> float:
             length = self.rope_scaling.yarn_original_max_position_embeddings / (2 * math.pi * times)
             return self.head_size * math.log(length) / (2 * math.log(self.rope_theta))
 
-        low = max(math.floor(pair_that_turns(self.rope_scaling.yarn_beta_fast)), 0)
-        return low, min(math.ceil(pair_that_turns(self.rope_scaling.yarn_beta_slow)), self.head_size - 1)
+        low = max(math.floor(pair_that_rotates(self.rope_scaling.yarn_beta_fast)), 0)
+        return low, min(math.ceil(pair_that_rotates(self.rope_scaling.yarn_beta_slow)), self.head_size - 1)
 
     @property
     def longest_sequence(self) -> int:
-        """Tokens that a sequence may have: `max_position_embeddings`, or what YaRN makes of the original context."""
+        """Tokens that a sequence may have: `max_position_embeddings`, or the context that YaRN extends to, if that is longer."""
         scaling = self.rope_scaling
         if not scaling.inference_rope_scaling:
             return self.max_position_embeddings
@@ -201,26 +201,26 @@ class ModelConfig:
 
     @property
     def balances_experts(self) -> bool:
-        """Whether there is a loss that sees every position, PAD too."""
+        """Whether there is a load-balancing loss, which counts every position, PAD too."""
         return self.use_moe and self.router_aux_loss_coef > 0
 
     @property
     def balances_micro_batches(self) -> bool:
-        """Whether how a batch is cut has a say in what is learned."""
+        """Whether the result of training depends on how a batch is divided into micro-batches."""
         return self.balances_experts and not self.seq_aux
 
     @property
     def num_parameters(self) -> int:
-        """The number of weights, shared ones once: what `count_parameters` finds in a model that was made."""
+        """The number of weights of the model, shared ones once."""
         return self._count_parameters(self.num_experts)
 
     @property
     def num_active_parameters(self) -> int:
-        """The weights that one token meets: all but the experts that it is not sent to."""
+        """The number of weights that one token uses: all but those of the experts that it is not sent to."""
         return self._count_parameters(self.num_experts_per_tok)
 
     def _count_parameters(self, num_experts: int) -> int:
-        """Count the weights with so many experts of each layer that the router chooses from."""
+        """Count the weights with this number of routed experts in each layer."""
         hidden, head = self.hidden_size, self.head_size
         attention = 2 * hidden * head * (self.num_attention_heads + self.num_key_value_heads)
         norms = 2 * hidden + (2 * head if self.qk_norm else 0)
@@ -232,7 +232,7 @@ class ModelConfig:
         return embeddings + self.num_hidden_layers * (attention + mlp + norms) + hidden
 
     def resolved(self) -> "ModelConfig":
-        """The same shape with nothing left to a default: what a run records, and what other programs read."""
+        """The same shape with every default filled in, for the record of a run and for other programs."""
         return replace(
             self,
             head_dim=self.head_size,
@@ -243,7 +243,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Whether adapters are learned in place of all weights; targets and scale are MiniMind's."""
+    """Whether adapters are trained instead of all weights; the default targets and scale are MiniMind's."""
 
     lora_rank: Annotated[
         int,
@@ -278,7 +278,7 @@ class LoraConfig:
         return tuple(name.strip() for name in self.lora_targets.split(","))
 
     def refuse_unfit(self, model: ModelConfig) -> None:
-        """Refuse adapters that a model has no place for.
+        """Refuse adapters for matrices that cannot have one in this model.
 
         Raises:
             ValueError: the message says which.
@@ -290,12 +290,12 @@ class LoraConfig:
 
     @property
     def alpha(self) -> float:
-        """`lora_alpha`, or what it is by default."""
+        """`lora_alpha`, or its default."""
         return float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
 
     @property
     def scale(self) -> float:
-        """What the product of the two matrices is multiplied by."""
+        """The factor of an adapter's product."""
         return self.alpha / self.lora_rank
 
 

@@ -1,11 +1,11 @@
-"""LoRA: beside each chosen matrix two thin ones are learned, and nothing else (https://arxiv.org/abs/2106.09685).
+"""LoRA: two thin matrices are trained beside each target matrix, and nothing else (https://arxiv.org/abs/2106.09685).
 
-A chosen matrix W [out, in] is left as it is; its product with x becomes W x + (alpha / rank) B A x, where A [rank, in] is drawn as
-MiniMind draws it and B [out, rank] begins at zero, so that a run begins with the model that it begins from. Adapters stand beside their
-matrix in the parameters' names: `model.layers.0.self_attn.q_proj.lora_A`.
+A target matrix W [out, in] is frozen; its product with x becomes W x + (alpha / rank) B A x, where A [rank, in] is initialised as in
+MiniMind and B [out, rank] with zeros, so that a run starts with the model of its initial weights. The names of adapters
+begin with that of their matrix: `model.layers.0.self_attn.q_proj.lora_A`.
 
-The matrices are those of attention and, in a dense model, of the MLP. Experts are left out: their matrices are multiplied side by
-side, where an adapter of one has no place.
+Targets are the matrices of attention and, in a dense model, of the MLP. Experts get no adapters: their matrices are multiplied
+together, where the adapter of one has no place.
 """
 
 import torch
@@ -19,7 +19,7 @@ __all__ = ["LoraLinear", "adapters_of", "add_adapters", "merge_adapters"]
 
 
 class LoraLinear(nn.Module):
-    """A linear map with an adapter beside it; the map's own weight keeps its name."""
+    """A linear layer with an adapter; its own weight keeps its name."""
 
     def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
         super().__init__()
@@ -29,13 +29,13 @@ class LoraLinear(nn.Module):
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """Take [..., in] to [..., out]."""
+        """Map [..., in] to [..., out]."""
         change = functional.linear(functional.linear(x, self.lora_A), self.lora_B)
         return functional.linear(x, self.weight) + self.scale * change
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """Return the one matrix that does the same."""
+        """Return a linear layer that does the same without an adapter."""
         out_features, in_features = self.weight.shape
         linear = nn.Linear(in_features, out_features, bias=False, device="meta")
         product = self.lora_B.double() @ self.lora_A.double()
@@ -44,7 +44,7 @@ class LoraLinear(nn.Module):
 
 
 def add_adapters(model: MiniMind, config: LoraConfig, seed: int) -> None:
-    """Freeze all weights of a model, in place, and put adapters beside those that `config` chooses.
+    """Freeze all weights of a model, in place, and add adapters to the matrices that `config` names.
 
     The numbers are drawn on the CPU from `seed` alone, in the order of the parameters.
 
@@ -66,7 +66,7 @@ def add_adapters(model: MiniMind, config: LoraConfig, seed: int) -> None:
 
 
 def merge_adapters(model: MiniMind) -> None:
-    """Put the one matrix that does the same in the place of each matrix with an adapter, in place."""
+    """Merge every adapter into its matrix, in place."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, LoraLinear):

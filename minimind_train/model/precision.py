@@ -1,7 +1,7 @@
-"""In what precision a run computes: the dtype of its matrix products, and what fp16 needs beside it.
+"""The precision in which a run computes: the dtype of its matrix products, and the loss scale that fp16 needs.
 
-Weights, gradients of weights, the optimizer's averages and every sum are float32 throughout; bf16 and fp16 are what matrix products
-read and write.
+Weights, gradients of weights, the optimizer's averages and all sums are float32; only matrix products read and write bf16 or
+fp16.
 """
 
 import math
@@ -15,14 +15,13 @@ from minimind_train.model.config import Dtype
 
 _TF32_CAPABILITY = (8, 0)
 _GROWTH_INTERVAL = 2000  # steps
-_LARGEST_SCALE = 2.0**32  # so that a gradient that is zero for long does not take the scale to infinity
-
+_LARGEST_SCALE = 2.0**32  # so that a gradient that stays zero does not let the scale grow to infinity
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_dtype(name: Dtype, device: torch.device) -> Literal["bf16", "fp16", "fp32"]:
-    """Return the dtype of the matrix products: bf16 under `auto` where the device multiplies it natively, else fp32."""
+    """Return the dtype of the matrix products; `auto` is bf16 where the device multiplies it natively, else fp32."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -31,14 +30,14 @@ def resolve_dtype(name: Dtype, device: torch.device) -> Literal["bf16", "fp16", 
 
 
 def autocast(dtype: str, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context of a forward pass: weights stay float32, matrix products are in `dtype`."""
+    """Return the context for a forward pass in which weights stay float32 and matrix products are in `dtype`."""
     return torch.autocast(device.type, dtype=_AUTOCAST.get(dtype), enabled=dtype in _AUTOCAST)
 
 
 def allow_tf32(device: torch.device, *, allowed: bool) -> bool:
-    """Let products of float32 matrices be computed in TF32, where a GPU has it, or forbid that; return whether they are.
+    """Compute products of float32 matrices in TF32 where the GPU has it, or forbid that; return whether TF32 is used.
 
-    TF32 keeps the range of float32 and 10 bits of its 23 after the point. It is set for the whole process, as torch has it.
+    TF32 has the range of float32 and 10 of the 23 bits of its mantissa. torch sets it for the whole process.
     """
     if device.type != "cuda":
         return False
@@ -49,24 +48,24 @@ def allow_tf32(device: torch.device, *, allowed: bool) -> bool:
 
 @dataclass(kw_only=True)
 class LossScale:
-    """What a loss is multiplied by before its gradient is computed in fp16, in which small gradients would be zero.
+    """The factor of the loss in fp16, without which small gradients would be rounded to zero.
 
-    The rule and its numbers are those of `torch.amp.GradScaler`: a gradient that overflows halves the scale, and its step moves
-    nothing; 2,000 steps in a row without one double it. Whether one did is read off the norm of the whole gradient, which a step
-    computes in any case and which is the same on every rank, so nothing is looked through twice, and sharded gradients need no
-    scaler of their own. Powers of two, so scaling rounds nothing.
+    The rule and its numbers are those of `torch.amp.GradScaler`: a gradient that overflows halves the scale, and its step changes no
+    weight; after 2,000 steps in a row without overflow the scale is doubled. Overflow shows in the norm of the whole gradient, which a
+    step computes anyway and which is the same on every rank, so gradients are not read twice, and sharded gradients need no
+    scaler of their own. The scale is a power of two, so that scaling does not round.
     """
 
     value: float = 2.0**16
     steady_steps: int = 0
-    """Steps in a row that moved the weights since the scale last changed."""
+    """Steps without overflow since the scale last changed."""
     skipped_steps: int = 0
-    """Steps of the whole run that moved nothing."""
+    """Steps of the whole run that changed no weight."""
 
     def skips(self, loss: float, grad_norm: float) -> bool:
-        """Count a step, and tell whether it must move nothing, because a smaller scale may make its gradient finite.
+        """Count a step, and tell whether to skip it, because a smaller scale may make its gradient finite.
 
-        It may not where the loss, which is not scaled, is not finite either, or where the scale is 1 already.
+        A smaller scale does not help where the loss, which is not scaled, is not finite either, or where the scale is 1 already.
         """
         if math.isfinite(grad_norm):
             self.steady_steps += 1
@@ -80,12 +79,12 @@ class LossScale:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps; `LossScale(**state)` is the same again."""
+        """Return the state for a checkpoint; `LossScale(**state)` restores it."""
         return asdict(self)
 
 
 def _cpu_multiplies_bf16() -> bool:
-    # Private in torch, so they may go; without them fp32 is right, if slower.
+    # These are private in torch and may disappear; then fp32 is used, which is right, if slower.
     probes = (
         getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     )

@@ -1,7 +1,7 @@
-"""The published sizes of MiniMind, option by option, under the names of `ModelConfig`.
+"""The published sizes of MiniMind, by the option names of `ModelConfig`.
 
-What a preset leaves out is the default. The vocabulary is not among them: it is the dataset's. Source: MiniMind's table of models and
-the defaults of its code at the time of each.
+Options that a preset does not name keep their defaults. The size of the vocabulary is not among them: the dataset sets it. Source:
+MiniMind's table of models, and the defaults of its code at the time of each.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
-"""Rotary positions: which angle each pair of a head turns by, at every position.
+"""Rotary positions: the angle by which each pair of a head is rotated, at every position.
 
-The rotate-half convention of Llama and Qwen (https://arxiv.org/abs/2104.09864), position = index in the row or in its document,
-and YaRN (https://arxiv.org/abs/2309.00071) where the options ask for it.
+This is the rotate-half convention of Llama and Qwen (https://arxiv.org/abs/2104.09864). A position is the index in the row or in the
+document. The options can turn on YaRN (https://arxiv.org/abs/2309.00071).
 
 Shapes: B batch, L positions, D size of a head.
 """
@@ -12,14 +12,14 @@ from torch import Tensor
 from minimind_train.model.config import ModelConfig
 
 Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines, [L, 1, D/2]; [B, L, 1, D/2] where the positions begin again inside of rows."""
+"""Cosines and sines, [L, 1, D/2]; [B, L, 1, D/2] where positions start again inside of rows."""
 
 
 def rotary_tables(start: int, stop: int, config: ModelConfig, device: torch.device) -> Rotary:
     """Return cosines and sines of the positions [start, stop), each float32 [L, 1, D/2].
 
-    They are made anew in every pass: half a head of angles costs nothing beside a layer, and a table that is not kept
-    can neither be too short nor be stored in a checkpoint.
+    They are computed anew in every pass: that costs nothing compared with a layer, and a table that is not kept
+    can neither be too short nor end up in a checkpoint.
     """
     scaling = config.rope_scaling
     angles = torch.arange(start, stop, device=device).float()[:, None, None] * _frequencies(config, device)
@@ -30,10 +30,10 @@ def rotary_tables(start: int, stop: int, config: ModelConfig, device: torch.devi
 
 
 def _frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """Return the radians that each pair turns by from one position to the next, float32 [D/2].
+    """Return the radians by which each pair is rotated from one position to the next, float32 [D/2].
 
-    YaRN leaves pairs alone that turn `beta_fast` times or more in the original context, divides by the factor the frequencies of
-    those that turn `beta_slow` times or less, and mixes both ways in a ramp between.
+    YaRN does not change pairs that rotate `beta_fast` times or more in the original context, divides the frequencies of
+    those that rotate `beta_slow` times or less by the factor, and interpolates between the two.
     """
     size, scaling = config.head_size, config.rope_scaling
     frequencies = 1.0 / (config.rope_theta ** (torch.arange(0, size, 2, device=device).float() / size))
@@ -47,6 +47,6 @@ def _frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pair (x[i], x[i + D/2]) of every head by its position's i-th angle."""
+    """Rotate the pair (x[i], x[i + D/2]) of every head by the i-th angle of its position."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -1,15 +1,15 @@
-"""MiniMind's language model: a stack of pre-norm transformer layers under tied embeddings.
+"""MiniMind's language model: a stack of pre-norm transformer layers with tied embeddings.
 
 RMSNorm in float32, rotary positions (`rotary`), grouped-query attention, SwiGLU or a mixture of experts (`moe`), an optional
-norm of queries and keys. Parameters have the names that MiniMind and Hugging Face give them, so weights pass between the three
-by name. The module holds parameters and nothing else: no buffers, no state between calls; what decoding must remember is a
-`KVCache` that the caller passes in, and what balances experts is handed from layer to layer as a value.
+norm of queries and keys. Parameters have the names that MiniMind and Hugging Face give them, so weights are exchanged
+by name. The module holds parameters and nothing else: no buffers, no state between calls. Decoding keeps its state in a
+`KVCache` that the caller passes in, and the load-balancing loss of experts is a return value of each layer.
 
 Shapes: B batch, L new positions, T all positions, H hidden size, V vocabulary, D size of a head. Attention keeps the
-heads in the third place, [B, L, heads, D], because that is how the projections lay them out in memory.
+heads in the third dimension, [B, L, heads, D], because that is how the projections lay them out in memory.
 
-Works in float32, under bf16 autocast, and with all weights in bf16. Under autocast the residual stream stays float32
-and the norms hand out bf16, so that the projections after a norm do not each cast the same tensor.
+It works in float32, under bf16 autocast, and with all weights in bf16. Under autocast the residual stream stays float32
+and the norms return bf16, so that the projections after a norm do not each cast the same tensor.
 """
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minimind_train.model.config import ModelConfig
-from minimind_train.model.documents import Documents
+from minimind_train.model.document_attention import DocumentAttention
 from minimind_train.model.moe import MLP, Mixture
 from minimind_train.model.rotary import Rotary, rotary_tables, rotate
 
@@ -29,15 +29,14 @@ __all__ = [
     "MiniMind",
     "ModelConfig",
     "RMSNorm",
-    "count_parameters",
     "initialize",
 ]
 
 
 class KVCache:
-    """Keys and values of the positions that were already read: the memory of one decoding, without gradients.
+    """Keys and values of the positions read so far: the state of one decoding, without gradients.
 
-    Room is made as it is needed, by doubling, so a short answer does not pay for the longest one.
+    It grows by doubling, so that a short answer does not take the memory of the longest one.
     """
 
     def __init__(self) -> None:
@@ -45,9 +44,9 @@ class KVCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's [B, L, heads, D] behind what is there, and return all of it as [B, T, heads, D].
+        """Append one layer's keys and values, [B, L, heads, D], and return all so far as [B, T, heads, D].
 
-        Every layer of one pass appends at the same place; `advance` moves it when the pass is over.
+        Every layer of a pass appends at the same position; `advance` moves it when the pass is over.
         """
         end = self.length + keys.shape[1]
         stored = self._layers.get(layer)
@@ -58,8 +57,8 @@ class KVCache:
                 for new, old in zip(grown, stored, strict=True):
                     new[:, : self.length] = old[:, : self.length]
             stored = self._layers[layer] = (grown[0], grown[1])
-        for room_for, new in zip(stored, (keys, values), strict=True):
-            room_for[:, self.length : end] = new
+        for buffer, new in zip(stored, (keys, values), strict=True):
+            buffer[:, self.length : end] = new
         return stored[0][:, :end], stored[1][:, :end]
 
     def advance(self, num_positions: int) -> None:
@@ -68,7 +67,7 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
-    """Divide by the root mean square and scale, computed in float32 whatever comes in."""
+    """Root mean square normalisation, computed in float32 whatever the input's dtype."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -76,7 +75,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Norm the last axis."""
+        """Normalise the last axis."""
         normed = functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
         device = x.device.type
         return normed.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
@@ -98,9 +97,14 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(
-        self, x: Tensor, rotary: Rotary, cache: KVCache | None, layer: int, documents: Documents | None
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        cache: KVCache | None,
+        layer: int,
+        documents: DocumentAttention | None,
     ) -> Tensor:
-        """Let each position of [B, L, H] read those up to its own, of all or of its document."""
+        """Return the attention of each position of [B, L, H] to those up to its own, in the row or in its document."""
         queries, keys, values = (
             project(x).unflatten(-1, (-1, self.head_size))
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -121,7 +125,7 @@ class Attention(nn.Module):
     @staticmethod
     def _attend(queries: Tensor, keys: Tensor, values: Tensor, dropout_p: float) -> Tensor:
         num_new, num_all = queries.shape[1], keys.shape[1]
-        # `is_causal` would align the first new position with the first of all; a single new one sees everything.
+        # `is_causal` would align the first new position with the first of all; a single new one attends to all.
         mask = None
         if 1 < num_new < num_all:
             mask = queries.new_ones((num_new, num_all), dtype=torch.bool).tril(num_all - num_new)
@@ -138,7 +142,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, or experts in its place, each after a norm and added to the residual stream."""
+    """Attention, then an MLP or a mixture of experts, each after a norm and added to the residual stream."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -148,9 +152,14 @@ class Layer(nn.Module):
         self.mlp = Mixture(config) if config.use_moe else MLP(config.hidden_size, config.mlp_size)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, cache: KVCache | None, layer: int, documents: Documents | None
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        cache: KVCache | None,
+        layer: int,
+        documents: DocumentAttention | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Take [B, L, H] to [B, L, H], and say of experts how unevenly they were used, float32 []; of an MLP nothing."""
+        """Return the new residual stream, [B, L, H], and the imbalance of the experts, float32 [], or None for an MLP."""
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache, layer, documents)
         mixed: Tensor
         imbalance: Tensor | None = None
@@ -162,7 +171,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The model without its output matrix; a module of its own only for the `model.` in the parameter names."""
+    """The model without its output matrix; it is a separate module only for the `model.` in the parameter names."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -172,7 +181,7 @@ class Decoder(nn.Module):
 
 
 class MiniMind(nn.Module):
-    """The language model. Its weights are torch's until `initialize` or `load_state_dict` sets them."""
+    """The language model. `initialize` or `load_state_dict` sets its weights."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -183,7 +192,7 @@ class MiniMind(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The output matrix [V, H]: the embedding's own where they are tied."""
+        """The output matrix [V, H]; where they are tied it is the embedding matrix."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(
@@ -193,23 +202,23 @@ class MiniMind(nn.Module):
 
         Args:
             input_ids: tokens, int64 [B, L].
-            position_ids: the place of each token in its document, int64 [B, L], from 0 without a gap, below L. A document begins
-                at every 0; a token reads only what stands before it in its own. Without it a row is one document.
-            cache: what was read before; `input_ids` continues it, and is read into it. A cache is of one document a row, so it
-                does not go with `position_ids`.
+            position_ids: the position of each token in its document, int64 [B, L], counting up from 0, below L. A document begins
+                at every 0, and a token attends only to its own document. Without it a row is one document.
+            cache: the tokens read before; `input_ids` continues them and is added to the cache. It holds one document for each row, so
+                it cannot be combined with `position_ids`.
 
         Raises:
-            ValueError: the sequence would be longer than the model can read, or there is a cache beside `position_ids`.
+            ValueError: the sequence is longer than the model can read, or both `cache` and `position_ids` are given.
         """
         return self._read(input_ids, position_ids, cache)[0]
 
     def hidden_and_balance(
         self, input_ids: Tensor, *, position_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the hidden states as `forward` does, and the loss that balances the experts of all layers.
+        """Return the hidden states as `forward` does, and the load-balancing loss of the experts of all layers.
 
-        That loss is float32 [], a mean over the windows with its coefficient, to be added to a mean loss over targets. It is None
-        where there is nothing to balance: in a dense model, with the coefficient 0, and outside of training.
+        This loss is float32 [], a mean over the windows times its coefficient, to be added to a mean loss over targets. It is None
+        where nothing is balanced: in a dense model, with the coefficient 0, and outside of training.
         """
         hidden, imbalances = self._read(input_ids, position_ids, None)
         if not imbalances:
@@ -220,7 +229,7 @@ class MiniMind(nn.Module):
         self, input_ids: Tensor, position_ids: Tensor | None, cache: KVCache | None
     ) -> tuple[Tensor, list[Tensor]]:
         if cache is not None and position_ids is not None:
-            raise ValueError("a cache holds one document a row; leave position_ids out to continue it")
+            raise ValueError("a cache holds one document for each row; leave position_ids out to continue it")
         start = 0 if cache is None else cache.length
         stop = start + input_ids.shape[1]
         if stop > self.config.longest_sequence:
@@ -230,7 +239,10 @@ class MiniMind(nn.Module):
             )
         rotary, documents = rotary_tables(start, stop, self.config, input_ids.device), None
         if position_ids is not None:
-            rotary, documents = (rotary[0][position_ids], rotary[1][position_ids]), Documents(position_ids)
+            rotary, documents = (
+                (rotary[0][position_ids], rotary[1][position_ids]),
+                DocumentAttention(position_ids),
+            )
             documents.prepare(self._example_query(), self.config.dropout if self.training else 0.0)
         x = functional.dropout(self.model.embed_tokens(input_ids), self.config.dropout, self.training)
         imbalances = []
@@ -256,8 +268,8 @@ class MiniMind(nn.Module):
 def initialize(model: MiniMind, seed: int) -> None:
     """Set every weight from `seed` alone: normal(0, 0.02) for matrices, ones for norms, as MiniMind starts.
 
-    The numbers are drawn on the CPU in the order of the parameters, so neither the device nor the state of the
-    global generator has a say.
+    The numbers are drawn on the CPU in the order of the parameters, so they depend neither on the device nor on the state of
+    the global generator.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -266,8 +278,3 @@ def initialize(model: MiniMind, seed: int) -> None:
                 parameter.fill_(1.0)
             else:
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of weights, shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())

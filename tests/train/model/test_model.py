@@ -8,7 +8,8 @@ import torch
 
 from minimind_train.model.config import ModelConfig
 from minimind_train.model.rotary import rotary_tables, rotate
-from minimind_train.model.transformer import Attention, KVCache, MiniMind, count_parameters, initialize
+from minimind_train.model.transformer import Attention, KVCache, MiniMind, initialize
+from tests.helpers.models import count_parameters
 from tests.helpers.runs import SMALL_MODEL
 
 

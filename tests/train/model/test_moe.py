@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from minimind_train.model import moe
 from minimind_train.model.config import ModelConfig, parameter_line
 from minimind_train.model.moe import Mixture, imbalance
-from minimind_train.model.transformer import KVCache, MiniMind, count_parameters, initialize
+from minimind_train.model.transformer import KVCache, MiniMind, initialize
+from tests.helpers.models import count_parameters
 from tests.helpers.runs import SMALL_MODEL
 
 SMALL = dataclasses.replace(

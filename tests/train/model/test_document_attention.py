@@ -14,8 +14,8 @@ from torch.nn import functional
 from minimind_data.dataset.format import IGNORED
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.windows.opening import open_windows
-from minimind_train.model import documents
-from minimind_train.model.documents import Documents, flash_kernel
+from minimind_train.model import document_attention
+from minimind_train.model.document_attention import DocumentAttention, flash_kernel
 from minimind_train.model.transformer import KVCache, MiniMind, initialize
 from minimind_train.objectives.losses import summed_cross_entropy
 from tests.helpers.runs import SMALL_MODEL
@@ -69,7 +69,7 @@ def loss_and_gradients(model, micro_batches):
 @pytest.fixture(params=["mask", "one by one"])
 def way(request, monkeypatch):
     """Both ways of the CPU, whatever the length of the window."""
-    monkeypatch.setattr(documents, "_LONGEST_MASKED", SEQ_LEN if request.param == "mask" else 0)
+    monkeypatch.setattr(document_attention, "_LONGEST_MASKED", SEQ_LEN if request.param == "mask" else 0)
 
 
 MODELS = [{}, {"qk_norm": False}, {"num_key_value_heads": 6}, {"num_key_value_heads": 1}]
@@ -136,9 +136,9 @@ def test_a_document_that_a_window_cuts_begins_again_there(dataset):
 def test_positions_begin_again_with_each_document(dataset, monkeypatch):
     """Seen in the keys: rotary scores depend on distances alone, so logits would not show it but in their last digits."""
     seen = []
-    attend = Documents.attend
+    attend = DocumentAttention.attend
     monkeypatch.setattr(
-        Documents, "attend", lambda self, *qkv: (seen.append(qkv[1].detach()), attend(self, *qkv))[1]
+        DocumentAttention, "attend", lambda self, *qkv: (seen.append(qkv[1].detach()), attend(self, *qkv))[1]
     )
     batch, found = batch_of(dataset, "pack", slice(0, 2))
     model = make_model()
@@ -175,7 +175,7 @@ def test_a_cache_is_of_one_document():
 
 def test_windows_are_never_joined():
     """Also where the positions of a window do not begin at 0."""
-    found = Documents(torch.tensor([[0, 1, 0, 1], [2, 3, 0, 0]]))
+    found = DocumentAttention(torch.tensor([[0, 1, 0, 1], [2, 3, 0, 0]]))
     assert found.lengths == [2, 2, 2, 1, 1]
     assert found.starts.tolist() == [0, 2, 4, 6, 7, 8]
 
@@ -220,7 +220,7 @@ def flash_by_hand(query, key, value, cu_q, cu_k, max_q, max_k, *, window_size, e
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(1, 3), st.sampled_from([1, 2, 4]))
 def test_all_ways_give_the_same(lengths, rows, groups):
     positions, tensors = inputs_of(lengths, rows, groups=groups)
-    found = Documents(positions)
+    found = DocumentAttention(positions)
     expected = with_gradients(lambda *qkv: found._flash(flash_by_hand, *qkv), tensors)
     for attend in (found._one_by_one, found._masked):
         for ours, reference in zip(
@@ -232,7 +232,7 @@ def test_all_ways_give_the_same(lengths, rows, groups):
 @pytest.mark.usefixtures("way")
 def test_dropout_drops_and_a_seed_repeats_it():
     positions, tensors = inputs_of([9, 7], 2)
-    found = Documents(positions)
+    found = DocumentAttention(positions)
 
     def dropped(seed):
         torch.manual_seed(seed)
@@ -258,7 +258,7 @@ def test_under_autocast_it_is_near():
 def test_long_windows_are_read_one_document_at_a_time():
     for length, masked in [(340, True), (512, True), (513, False)]:
         positions, tensors = inputs_of([length - 5, 5], 1)
-        found = Documents(positions)
+        found = DocumentAttention(positions)
         found.attend(*tensors)
         assert ("mask" in vars(found)) is masked
 
@@ -273,11 +273,11 @@ def test_of_torch_only_the_kernel_with_groups_of_heads_is_used(monkeypatch):
         (lambda query, *, window_size=(-1, -1), enable_gqa=False: query, True),
         (lambda query, is_causal=False: query, False),  # as in the first torch that had one
     ]:
-        documents._VARLEN.clear()
+        document_attention._VARLEN.clear()
         with monkeypatch.context() as patch:
             patch.setattr(varlen, "varlen_attn", kernel)
-            assert (documents._varlen_attention() is kernel) is known
-    documents._VARLEN.clear()
+            assert (document_attention._varlen_attention() is kernel) is known
+    document_attention._VARLEN.clear()
 
 
 @pytest.mark.gpu
@@ -286,13 +286,13 @@ def test_of_torch_only_the_kernel_with_groups_of_heads_is_used(monkeypatch):
 @pytest.mark.parametrize("groups", [2, 4])
 def test_on_a_gpu_it_is_what_it_is_on_the_cpu(dtype, groups):
     positions, tensors = inputs_of([37, 1, 90, 128], 3, groups=groups, size=64)
-    expected = with_gradients(Documents(positions).attend, tensors)
+    expected = with_gradients(DocumentAttention(positions).attend, tensors)
     there = [tensor.detach().to("cuda", dtype).requires_grad_() for tensor in tensors]
-    found = Documents(positions.cuda())
+    found = DocumentAttention(positions.cuda())
     weights = torch.randn(expected[0].shape, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
     mixed = found.attend(*there)
     ours = (mixed, *torch.autograd.grad((mixed * weights).sum(), there))
-    if dtype == torch.bfloat16 and documents._varlen_attention() and flash_kernel(there[0]):
+    if dtype == torch.bfloat16 and document_attention._varlen_attention() and flash_kernel(there[0]):
         assert "mask" not in vars(found)  # the kernel was taken
     for here, reference in zip(ours, expected, strict=True):
         error = (here.float().cpu() - reference).abs().max() / reference.abs().max()
