@@ -124,7 +124,7 @@ class Training:
 
     @staticmethod
     def _state(record: dict[str, int]) -> CheckpointState:
-        return CheckpointState(step=record["step"], cursor=0, config={}, dataset="", metrics_lines=0)
+        return CheckpointState(step=record["step"], position=0, config={}, dataset="", metrics_lines=0)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from minimind_data.reporting import ByteProgress, counted
 from minimind_data.tokenizer.training import train_tokenizer as run_training
 from minimind_data.windows.base import Layout, LongDocuments
 from minimind_train.batches.datasets import data_of_run, read_sources, source_texts
-from minimind_train.batches.places import place_of
+from minimind_train.batches.positions import window_at
 
 from . import rearrange
 from .flags import in_flags
@@ -273,7 +273,7 @@ def locate(
     except ValueError as error:
         raise typer.BadParameter(str(error).removeprefix("--shards").removeprefix(":").strip()) from None
     windows, ordered, skips = data_of_run(options, _say)
-    place = place_of(ordered, windows, position) | (
+    place = window_at(ordered, windows, position) | (
         {"left_out": True} if not skips.count(position, position + 1) else {}
     )
     if as_json:

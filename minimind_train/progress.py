@@ -60,24 +60,24 @@ class TrainingProgress:
         if "reward_margin" in record:
             numbers += f"  margin {record['reward_margin']:.3f}"
         shard = record.get("shard")
-        place = f"  next {shard}:{record['offset']}" if shard else ""
+        position = f"  next {shard}:{record['offset']}" if shard else ""
         epochs: dict[str, float] = record.get("epochs", {})
         if epochs:
-            place += "  epochs " + " ".join(f"{name} {done:.2f}" for name, done in epochs.items())
+            position += "  epochs " + " ".join(f"{name} {done:.2f}" for name, done in epochs.items())
         if self._bar is None:
             now = time.monotonic()
             if logged and (
                 record["step"] == self.total_steps or now - self._last_line >= _SECONDS_BETWEEN_LINES
             ):
                 self._last_line = now
-                self._say(f"step {record['step']}/{self.total_steps}  {numbers}{place}")
+                self._say(f"step {record['step']}/{self.total_steps}  {numbers}{position}")
             return
         self._bar.postfix = numbers.replace("  ", " ")
         self._bar.update()
         shown = (shard, [int(done) for done in epochs.values()])
         if shown != self._shown:  # the line has no room for what seldom changes
-            if place:
-                self._say(f"step {record['step']}:{place}".replace("  ", " "))
+            if position:
+                self._say(f"step {record['step']}:{position}".replace("  ", " "))
             self._shown = shown
 
     def __enter__(self) -> Self:

@@ -4,7 +4,7 @@ One thread reads ahead, there are no worker processes (a batch is one gather fro
 cost more), and what a `StepLoader` yields is an optimizer step.
 
 All count in positions (see `minimind_train.sampler`). The loader does not decide what has been learned: each step says which positions it
-holds, and the loop that completes a step moves the cursor.
+holds, and the loop that completes a step knows the position.
 """
 
 import weakref
@@ -40,8 +40,8 @@ class StepBatch:
     """What one rank learns in one optimizer step.
 
     Attributes:
-        start: the cursor before the step. The batch is made of the positions from here to `stop` that are not left out.
-        stop: the position behind its last; the cursor after the step.
+        start: the position before the step. The batch is made of the positions from here to `stop` that are not left out.
+        stop: the position behind its last: the position after the step.
         micro_batches: this rank's share, cut into tensors [micro_batch or less, seq_len], of fewer columns where they are trimmed. Where
             shares differ a rank may have one fewer than another, or none.
         stand_in: where this rank has one fewer, a micro-batch of one window in its place, which is not learned: ranks that add up
@@ -92,7 +92,7 @@ class StepLoader:
     Args:
         windows: where samples are read.
         order: which sample comes when.
-        start: the position to begin at: the cursor.
+        start: the position to begin at.
         stop: the position to end at.
         global_batch: samples in a step over all ranks.
         micro_batch: the most samples of a rank in one forward pass.
@@ -179,7 +179,7 @@ class StepLoader:
 
     def positions(self, batch: StepBatch) -> NDArray[np.int64]:
         """Return the positions of a step, those of all ranks; this rank's windows are every `world_size`-th of them from `rank` on."""
-        first, last = (self.skips.kept_before(place) for place in (batch.start, batch.stop))
+        first, last = (self.skips.kept_before(position) for position in (batch.start, batch.stop))
         return self.skips.kept(np.arange(first, last, dtype=np.int64))
 
     def _iterate(self) -> Generator[StepBatch, None, None]:
@@ -203,14 +203,14 @@ class StepLoader:
 
     def _share(self, number: int) -> _Share:
         """What this rank reads for a step."""
-        block, place = divmod(number, self._planned_steps)
+        block, index = divmod(number, self._planned_steps)
         shares = self._planned.get(block)
         if shares is None:
             shares = self._plan(block)
             if len(self._planned) > 1:
                 del self._planned[min(self._planned)]
             self._planned[block] = shares
-        return shares[place]
+        return shares[index]
 
     def _plan(self, block: int) -> list[_Share]:
         """Put many steps in order at once: numpy takes as long for a few positions as for hundreds."""

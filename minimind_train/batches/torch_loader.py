@@ -4,7 +4,7 @@
 `torch.utils.data.DataLoader`, or torchdata's `StatefulDataLoader`.
 
 All count in positions (see `minimind_train.order.sample_order`). No loader decides what has been learned: each batch says which positions it
-holds, and the loop that completes a step moves the cursor.
+holds, and the loop that completes a step knows the position.
 """
 
 from collections.abc import Iterator
@@ -67,22 +67,22 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
 
 
 class ResumableBatchSampler(Sampler[list[int]]):
-    """A batch sampler whose place is one number: `DataLoader(WindowDataset(windows), batch_sampler=sampler)`.
+    """A batch sampler whose state is one number, its position: `DataLoader(WindowDataset(windows), batch_sampler=sampler)`.
 
-    An iteration runs from the sampler's place to the end of the epoch, and the next one through the next epoch, in another order;
+    An iteration runs from the sampler's position to the end of the epoch, and the next one through the next epoch, in another order;
     there is no `set_epoch`. With `stop` it runs to that position instead, through as many epochs as that takes. An iteration
     that is broken off does not count: the next begins where it began. (Unless a loader with workers had already taken its last
     batch. To go on after breaking off, load a state.)
 
-    The place is a position: it counts samples, so it means the same with another `global_batch` or `world_size`. At the end of
+    A position counts samples, so it means the same with another `global_batch` or `world_size`. At the end of
     an epoch it is the beginning of the next, so a loop over epochs goes on with `for epoch in range(sampler.epoch, …)`.
 
-    To save the place:
+    To save the position:
 
     - torchdata's `StatefulDataLoader` does it by itself, with any number of workers.
     - A `DataLoader` with workers asks for batches long before it hands them out, and the sampler cannot know how long. Count the
       batches that your loop has consumed since the iteration began, and save `state_after(batches_consumed)`.
-    - `state_dict()` is the place after the last batch that the *loader* took. That is exact where nothing reads ahead
+    - `state_dict()` is the position after the last batch that the *loader* took. That is exact where nothing reads ahead
       (`num_workers=0`), and at the end of an epoch. Anywhere else it is too far, and a resume from it would leave samples out.
 
     Args:
@@ -129,7 +129,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
         return len(self._iteration(self._next_start))
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Begin at the place.
+        """Begin at the position.
 
         Raises:
             UserError: the last batch would leave a rank without a sample, where every rank must take part.
@@ -145,23 +145,23 @@ class ResumableBatchSampler(Sampler[list[int]]):
         return iteration
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place after the last batch that was taken from this sampler."""
+        """Return the position after the last batch that was taken from this sampler."""
         return self._state(self._latest.position)
 
     def state_after(self, batches_consumed: int) -> dict[str, Any]:
-        """Return the place after so many batches of the present iteration, however far a loader has read ahead."""
+        """Return the position after so many batches of the present iteration, however far a loader has read ahead."""
         if not 0 <= batches_consumed <= len(self._latest):
             raise ValueError(
                 f"the iteration has {len(self._latest)} batches, so {batches_consumed} cannot have been consumed"
             )
         end = self.skips.after(self._latest.start, batches_consumed * self.global_batch)
-        return self._state(self._latest.place_after(end))
+        return self._state(self._latest.position_after(end))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved place.
+        """Go to a saved position.
 
         Raises:
-            UserError: the place belongs to another order of samples, or lies behind the end.
+            UserError: the position belongs to another order of samples, or lies behind the end.
         """
         here = self._state(int(state["position"]))
         different = [name for name in here | state if state.get(name) != here.get(name)]
@@ -169,12 +169,10 @@ class ResumableBatchSampler(Sampler[list[int]]):
             sides = "; ".join(
                 f"{name} is {state.get(name)} in the saved state, {here.get(name)} here" for name in different
             )
-            raise UserError(f"the saved place belongs to another order of samples: {sides}")
+            raise UserError(f"the saved position belongs to another order of samples: {sides}")
         position = int(state["position"])
         if self.stop is not None and position > self.stop:
-            raise UserError(
-                f"the saved place, position {position}, lies behind the end of this run at {self.stop}"
-            )
+            raise UserError(f"the saved position {position} lies behind the end of this run at {self.stop}")
         self._latest = self._iteration(position)
 
     @property
@@ -200,7 +198,7 @@ class _Iteration(Iterator[list[int]]):
         self.sampler = sampler
         self.start = start
         self.stop = stop
-        self.position = self.place_after(start)
+        self.position = self.position_after(start)
         self.finished = False
 
     def __len__(self) -> int:
@@ -216,12 +214,12 @@ class _Iteration(Iterator[list[int]]):
         first = sampler.skips.kept_before(self.position)
         last = min(first + sampler.global_batch, sampler.skips.kept_before(self.stop))
         positions = sampler.skips.kept(rank_positions(first, last, sampler.rank, sampler.world_size))
-        self.position = self.place_after(sampler.skips.after(self.position, last - first))
+        self.position = self.position_after(sampler.skips.after(self.position, last - first))
         windows: list[int] = sampler.order.windows(positions).tolist()
         return windows
 
-    def place_after(self, end: int) -> int:
-        """Where the place is when everything before `end` is done: a remainder that is dropped is passed over."""
+    def position_after(self, end: int) -> int:
+        """The position when everything before `end` is done: a remainder that is dropped is passed over."""
         needed = self.sampler.global_batch if self.sampler.drop_last else 1
         return self.stop if self.sampler.skips.count(end, self.stop) < needed else end
 

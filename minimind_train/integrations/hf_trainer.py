@@ -95,7 +95,7 @@ class OrderedTrainer(Trainer):  # type: ignore[misc]
         folder = (
             get_last_checkpoint(args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         )
-        step, place = _place_of(Path(folder)) if folder else (0, None)
+        step, position = _position_of(Path(folder)) if folder else (0, None)
         self._sampler = _StepSampler(
             self._order,
             self._micro_batch,
@@ -105,8 +105,8 @@ class OrderedTrainer(Trainer):  # type: ignore[misc]
             world_size=args.world_size,
             skips=self._skips,
         )
-        if place:
-            self._sampler.load_state_dict(place)
+        if position:
+            self._sampler.load_state_dict(position)
         if self._max_steps <= 0:
             end = math.ceil(args.num_train_epochs * self._order.num_windows)
             args.max_steps = step + self._sampler.steps_to(end)
@@ -131,7 +131,10 @@ class OrderedTrainer(Trainer):  # type: ignore[misc]
 
 
 class PlaceCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Keeps the place after each step, for the log and for `trainer_state.json`; `OrderedTrainer` adds it itself."""
+    """Keeps the position after each step, for the log and for `trainer_state.json`; `OrderedTrainer` adds it itself.
+
+    Its own name, and that of its attribute, stand in checkpoints.
+    """
 
     def __init__(self) -> None:
         self.place: dict[str, Any] = {}
@@ -147,21 +150,21 @@ class PlaceCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         control: TrainerControl,  # noqa: ARG002
         **others: Any,
     ) -> None:
-        """Note the place at which the run starts."""
-        self._note_place(others["train_dataloader"].batch_sampler, state)
+        """Note the position at which the run starts."""
+        self._note_position(others["train_dataloader"].batch_sampler, state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
-        """Note the place after a step; where an epoch ended in the step, ask for what is due then."""
+        """Note the position after a step; where an epoch ended in the step, ask for what is due then."""
         sampler: _StepSampler = others["train_dataloader"].batch_sampler
         epoch = self.place["position"] // sampler.order.num_windows
-        self._note_place(sampler, state)
+        self._note_position(sampler, state)
         # `Trainer` itself asks for what is due at the end of the run.
         if state.epoch >= epoch + 1 and state.global_step < state.max_steps:
             DefaultFlowCallback().on_epoch_end(args, state, control)
 
-    def _note_place(self, sampler: "_StepSampler", state: TrainerState) -> None:
+    def _note_position(self, sampler: "_StepSampler", state: TrainerState) -> None:
         self.place = sampler.state_after_step(state.global_step)
         state.epoch = self.place["position"] / sampler.order.num_windows
 
@@ -195,12 +198,12 @@ class _StepSampler(ResumableBatchSampler):
         self._latest = self._iteration(self._next_start)
 
     def state_after_step(self, step: int) -> dict[str, Any]:
-        """Return the place after a step of this run."""
+        """Return the position after a step of this run."""
         return self.state_after((step - self._first_step) * self._accumulation)
 
 
-def _place_of(checkpoint: Path) -> tuple[int, dict[str, Any]]:
-    """Return the step and the place at which a checkpoint was taken.
+def _position_of(checkpoint: Path) -> tuple[int, dict[str, Any]]:
+    """Return the step and the position at which a checkpoint was taken.
 
     Raises:
         UserError: the checkpoint records none.

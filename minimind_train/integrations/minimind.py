@@ -8,7 +8,7 @@
   the same for any number of devices: a step of the same global batch has the same samples on all of them.
 - `SkipBatchSampler(sampler, batch_size, skip_batches)` yields MiniMind's batches. It finds the first batch by arithmetic.
 
-MiniMind keeps its place in steps of one device, and rounds them down where the number of devices has changed. A **position** here is
+MiniMind keeps its position in steps of one device, and rounds it down where the number of devices has changed. A **position** here is
 the number of samples of the epoch that all devices together have consumed: `SkipBatchSampler.position_after` returns it, to be saved
 beside the step, and `SkipBatchSampler(..., position=...)` starts exactly there, on any number of devices and with any batch size.
 

@@ -6,7 +6,7 @@ its share (Tijdeman, "The chairman assignment problem", 1980, whose bound of 1 -
 many windows a part has given before a position is then a division and a look into the pattern, and what it gives next is its own
 `SampleOrder` at that number: each part has epochs of its own, shuffled by a seed of its own.
 
-Where the shares change on the way a new **stage** (`MixtureStage`) begins. It says what each part had given by then, so no part loses its place.
+Where the shares change on the way a new **stage** (`MixtureStage`) begins. It says what each part had given by then, so every part goes on where it was.
 """
 
 import math
@@ -91,8 +91,8 @@ class MixtureStage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixturePlace:
-    """What stands at a position."""
+class PartWindow:
+    """The window of a mixture that stands at a position."""
 
     part: int
     epoch: int
@@ -203,11 +203,11 @@ class MixtureOrder:
             windows[here] = self.parts[part].windows(numbers[here]) + self.starts[part]
         return windows
 
-    def place(self, position: int) -> MixturePlace:
+    def window(self, position: int) -> PartWindow:
         """The part whose turn a position is, and its window there."""
         (owner,), (number,) = self._turns(np.array([position], np.int64))
         epoch, window = self.parts[owner].window(int(number))
-        return MixturePlace(part=int(owner), epoch=epoch, window=window)
+        return PartWindow(part=int(owner), epoch=epoch, window=window)
 
     def taken(self, position: int) -> tuple[int, ...]:
         """How many windows each part has given before a position."""
@@ -223,7 +223,7 @@ class MixtureOrder:
         )
 
     def reweighted(self, position: int, shares: tuple[int, ...]) -> Self:
-        """Return the order in which other shares hold from a position on, and no part loses its place.
+        """Return the order in which other shares hold from a position on, while every part goes on where it was.
 
         What was to hold from there on or later holds no longer.
         """

@@ -1,7 +1,7 @@
 """Which sample comes when: the order of a run, as arithmetic on its position.
 
-A **position** counts samples from the beginning of the run, across epochs. `SampleOrder` turns positions into windows and back,
-`SampleCursor` is the one number that a run stores, and `rank_positions` is a rank's share of a global batch. None of them knows of
+A **position** counts samples from the beginning of the run, across epochs. It is the one number that a run stores of its way through the
+data. `SampleOrder` turns positions into windows and back, and `rank_positions` is a rank's share of a global batch. Neither knows of
 devices, micro-batches or prefetching, so none of these can change the order.
 """
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from minimind_data.permutation import Permutation
 from minimind_train.order.block_permutation import BlockPermutation
 
-__all__ = ["OrderKind", "SampleCursor", "SampleOrder", "check_range", "check_shares", "rank_positions"]
+__all__ = ["OrderKind", "SampleOrder", "check_range", "check_shares", "rank_positions"]
 
 OrderKind = Literal["shuffled", "sequential"]
 
@@ -54,7 +54,7 @@ class SampleOrder:
         Permutation(self.num_windows, self.seed, 0)  # refuses what it cannot take
 
     def described(self, position: int) -> dict[str, Any]:  # noqa: ARG002 - the same everywhere, as against a mixture
-        """What decides the order before a position, as JSON holds it: what a saved place must agree in."""
+        """What decides the order before a position, as JSON holds it: what a saved position must agree in."""
         description = {"num_windows": self.num_windows, "seed": self.seed, "order": self.kind}
         return description | ({"shuffle_block": self.block} if self.block > 1 else {})
 
@@ -99,26 +99,6 @@ class SampleOrder:
         if self.block == 1:
             return _permutation(self.num_windows, self.seed, epoch)
         return _block_permutation(self.num_windows, self.block, self.seed, epoch)
-
-
-@dataclass
-class SampleCursor:
-    """How many samples the completed optimizer steps have consumed: all that a run needs to know of its place in the data.
-
-    It belongs to the training loop, which advances it after a step, not to a loader, which reads ahead.
-    """
-
-    position: int = 0
-
-    def __post_init__(self) -> None:
-        if self.position < 0:
-            raise ValueError(f"a position counts samples from 0, and cannot be {self.position}")
-
-    def advance(self, num_samples: int) -> None:
-        """Count the samples of a completed step."""
-        if num_samples < 0:
-            raise ValueError(f"a cursor only moves forward, not by {num_samples}")
-        self.position += num_samples
 
 
 def rank_positions(start: int, stop: int, rank: int, world_size: int) -> NDArray[np.int64]:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from minimind_data.errors import UserError
 from minimind_train.parallel.interrupt import acknowledge
-from minimind_train.parallel.world import LostRankError, Place, World, process_group
+from minimind_train.parallel.world import LostRankError, RankPlace, World, process_group
 
 __all__ = ["launch_ranks"]
 
@@ -105,7 +105,7 @@ class _Ranks:
         """Start them all."""
         context = multiprocessing.get_context("spawn")
         for rank in range(nproc):
-            place = Place(rank=rank, size=nproc, local_rank=rank, local_size=nproc)
+            place = RankPlace(rank=rank, size=nproc, local_rank=rank, local_size=nproc)
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_be_rank, args=(work, place, self._store.port, theirs), name=f"rank-{rank}"
@@ -196,7 +196,7 @@ def _sentence(rank: int, end: _End, nproc: int) -> str:
     return f"rank {rank} of {nproc} {end.result}, so the others were ended too; go on with --resume, which may have another --nproc"
 
 
-def _be_rank(work: Callable[[World], Any], place: Place, port: int, pipe: Connection) -> None:
+def _be_rank(work: Callable[[World], Any], place: RankPlace, port: int, pipe: Connection) -> None:
     """Be one of the ranks: what the spawned process does."""
     world = World(place, launched=True)
     threading.Thread(target=_listen, args=(pipe, world), name="listener", daemon=True).start()

@@ -37,7 +37,7 @@ class LostRankError(UserError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class RankPlace:
     """Where a process stands among those that learn together."""
 
     rank: int
@@ -63,7 +63,7 @@ class World:
         forwarded_signal: a signal that the launching process received and passed on to its ranks, or None.
     """
 
-    def __init__(self, place: Place, group: Any = None, *, launched: bool = False) -> None:
+    def __init__(self, place: RankPlace, group: Any = None, *, launched: bool = False) -> None:
         self.place = place
         self.launched = launched
         self.forwarded_signal: signal.Signals | None = None
@@ -179,11 +179,11 @@ class World:
         self.all_reduce_sum((0.0,))
 
 
-ALONE = World(Place(rank=0, size=1, local_rank=0, local_size=1))
+ALONE = World(RankPlace(rank=0, size=1, local_rank=0, local_size=1))
 """The world of a run in one process."""
 
 
-def torchrun_place() -> Place | None:
+def torchrun_place() -> RankPlace | None:
     """Return the place that the environment variables of `torchrun` give this process; None where they are not set.
 
     Raises:
@@ -192,10 +192,10 @@ def torchrun_place() -> Place | None:
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return None
     missing = [name for name in _LAUNCHED if not os.environ.get(name)]
-    place: Place | None
+    place: RankPlace | None
     try:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        place = Place(
+        place = RankPlace(
             rank=rank,
             size=size,
             local_rank=int(os.environ.get("LOCAL_RANK", rank)),

@@ -1,7 +1,7 @@
 """The data of a run: its windows, the order in which they are learned, where the run begins and ends in it, what validates it.
 
-Everything here is arithmetic on the cursor and the options; nothing is learned or saved. Opening datasets is in `parts`, reading batches in
-`step_loader`.
+Everything here is arithmetic on the position and the options; nothing is learned or saved. Opening datasets is in
+`batches.datasets`, reading batches in `batches.steps`.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.tokenizer.loading import refuse_other_tokenizer
 from minimind_train.batches.datasets import Datasets, shown_weights
-from minimind_train.batches.places import epochs_of, introduce
+from minimind_train.batches.positions import epochs_of, introduce
 from minimind_train.batches.samples import MixedWindows
 from minimind_train.order.mixture import MixtureOrder, MixtureStage
 from minimind_train.order.skips import Skips
@@ -64,16 +64,16 @@ class RunData:
         """Return where the run begins in the data.
 
         Raises:
-            UserError: there is no such place, or nothing to learn from there on.
+            UserError: there is no such token, or nothing to learn from there on.
         """
-        place = self._data.resume_from
-        first = self.position_of(place, cursor=0) if place else 0
+        token = self._data.resume_from
+        first = self.position_of(token, near=0) if token else 0
         if not self.end(0, first)[1]:
             raise UserError("--skip-positions leaves out all that the run would learn; leave less out")
         return first
 
-    def position_of(self, place: str, *, cursor: int) -> int:
-        """Return the position, in the epoch of the cursor, of the window that holds the token SHARD:OFFSET.
+    def position_of(self, token: str, *, near: int) -> int:
+        """Return the position of the window that holds the token SHARD:OFFSET, in the epoch of the position `near`.
 
         Raises:
             UserError: the order is not sequential, or there is no such token.
@@ -82,42 +82,42 @@ class RunData:
             raise UserError(NEEDS_SEQUENTIAL)
         if isinstance(self.order, MixtureOrder) or isinstance(self.windows, MixedWindows):
             raise UserError(
-                "--resume-from needs one dataset: the parts of a mixture are in many places at once"
+                "--resume-from needs one dataset: the parts of a mixture are at many tokens at once"
             )
-        shard, _, offset = place.rpartition(":")
+        shard, _, offset = token.rpartition(":")
         window = self.windows.window_of(shard, int(offset))
         begin_shard, begin = self.windows.locate(window)
-        self._say(f"beginning at window {window}, which begins at {begin_shard}:{begin} and holds {place}")
-        return self.order.position_of(window, cursor // len(self.windows))
+        self._say(f"beginning at window {window}, which begins at {begin_shard}:{begin} and holds {token}")
+        return self.order.position_of(window, near // len(self.windows))
 
-    def reweight(self, cursor: int) -> None:
-        """Let the weights on the command line hold from the cursor on; every part goes on where it is."""
+    def reweight(self, position: int) -> None:
+        """Let the weights on the command line hold from a position on; every part goes on where it is."""
         assert isinstance(self.order, MixtureOrder)
         assert isinstance(self.windows, MixedWindows)
-        self.order = self.order.reweighted(cursor, self._datasets.shares(self.windows))
+        self.order = self.order.reweighted(position, self._datasets.shares(self.windows))
 
-    def end(self, step: int, cursor: int) -> tuple[int, int]:
-        """Return the position at which the run ends and the steps of the whole run, as seen from a step and its cursor."""
+    def end(self, step: int, position: int) -> tuple[int, int]:
+        """Return the position at which the run ends and the steps of the whole run, as seen from a step and its position."""
         training = self._training
         if training.steps is not None:
             left = max(0, training.steps - step)
-            return self.skips.after(cursor, left * training.global_batch), training.steps
+            return self.skips.after(position, left * training.global_batch), training.steps
         assert training.epochs is not None  # since the options are resolved
         end = training.epochs * len(self.windows)
-        return end, step + -(-self.skips.count(cursor, end) // training.global_batch)
+        return end, step + -(-self.skips.count(position, end) // training.global_batch)
 
     def describe(self, position: int) -> dict[str, Any]:
-        """Say of a cursor which epoch its last sample was in and, in sequential order, where the next one begins.
+        """Say of a position which epoch its last sample was in and, in sequential order, where the next one begins.
 
         Of a mixture, an epoch is as many samples as all parts have windows, and `epochs` says how often each was gone through.
         """
-        place: dict[str, Any] = {"epoch": max(0, position - 1) // len(self.windows)}
+        details: dict[str, Any] = {"epoch": max(0, position - 1) // len(self.windows)}
         if isinstance(self.order, MixtureOrder):
-            place["epochs"] = epochs_of(self.order, position)
+            details["epochs"] = epochs_of(self.order, position)
         elif self._data.order == "sequential":
             _, window = self.order.window(position)
-            place["shard"], place["offset"] = self.windows.locate(window)
-        return place
+            details["shard"], details["offset"] = self.windows.locate(window)
+        return details
 
     def evaluator(self, compute: Compute) -> Evaluator | None:
         """Return what measures a model on `--val-shards`, each rank its share, or None where there is none.

@@ -28,7 +28,7 @@ from minimind_train.run.reconcile import reconciled, record_of, refuse_idle_chan
 from minimind_train.run.toml import describe
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder import record as runs
-from minimind_train.run_folder.record import WEIGHTS, RunRecord, moved_cursor
+from minimind_train.run_folder.record import WEIGHTS, RunRecord, move
 from minimind_train.training import loop
 
 __all__ = ["begin", "resume"]
@@ -182,21 +182,21 @@ def _prepare_resumed(
         job = RankJob(options, shards, InitialWeights(options, say), say=say, world=world)
         if "from_weight" in options_given:
             job.origin.weights("--from-weight says where they are now")
-        cursor = kept.cursor_at(step, found.state.cursor if found else job.data.first_position())
+        position = kept.position_at(step, found.state.position if found else job.data.first_position())
         if "resume_from" in options_given:
-            moved = job.data.position_of(options_given["resume_from"], cursor=cursor)
-            new_record = new_record.changed([moved_cursor(step, cursor, moved)])
-            cursor = moved
+            moved = job.data.position_of(options_given["resume_from"], near=position)
+            new_record = new_record.changed([move(step, position, moved)])
+            position = moved
         if any(change.name == WEIGHTS for change in new_record.changes[len(kept.changes) :]):
-            job.reweight(cursor)
+            job.reweight(position)
             new_record = replace(new_record, options=recorded(job.options))
-        new_record = replace(new_record.placed(step, cursor), finished=record.finished)
+        new_record = replace(new_record.dated(step, position), finished=record.finished)
         described = describe(job.options, new_record.changes)
         update = partial(runs.update, run, record, new_record, shards.folder, described)
-        if found and step >= job.data.end(step, cursor)[1]:
+        if found and step >= job.data.end(step, position)[1]:
             refuse_idle_changes(options, step, new_record.changes[len(kept.changes) :])
             update()  # of the end itself
-        yield job, Start(options=job.options, checkpoint=found, step=step, position=cursor), update
+        yield job, Start(options=job.options, checkpoint=found, step=step, position=position), update
 
 
 def _open_shards(words: Sequence[str]) -> Datasets:

@@ -192,9 +192,7 @@ PHASE_OPTIONS: Mapping[str, type[RunOptions]] = {
 }
 """The options of each phase, by what `mm-train` calls it."""
 
-NEEDS_SEQUENTIAL = (
-    "--resume-from needs --order sequential: in a shuffled order no place of a shard is a place of the run"
-)
+NEEDS_SEQUENTIAL = "--resume-from needs --order sequential: in a shuffled order a token does not say how far the run has come"
 
 
 def window_options(data: DataOptions) -> dict[str, Any]:

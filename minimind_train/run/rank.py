@@ -217,7 +217,7 @@ class RankJob:
         def state(record: Mapping[str, Any]) -> CheckpointState:
             return CheckpointState(
                 step=record["step"],
-                cursor=record["position"],
+                position=record["position"],
                 config=options,
                 dataset=self.datasets.fingerprint,
                 metrics_lines=metrics.num_lines,

@@ -21,7 +21,7 @@ from minimind_train.order.skips import Skips
 from minimind_train.parallel.devices import resolve_device
 from minimind_train.resume_policy import Resume, names_of, policies
 from minimind_train.run.options import PHASE_OPTIONS, RunOptions, recorded
-from minimind_train.run_folder.record import CURSOR, WEIGHTS, Change, RunRecord
+from minimind_train.run_folder.record import MOVE, WEIGHTS, Change, RunRecord
 
 _SKIPS = "skip_positions"
 
@@ -29,7 +29,7 @@ _ALLOWING = {WEIGHTS: "--reweight-at-resume"}
 """Changes that have a flag of their own."""
 
 _FLAGS = _ALLOWING | {
-    CURSOR: "--resume-from",
+    MOVE: "--resume-from",
     "dataset": "--shards",
     "tokenizer": "--shards",
 }

@@ -5,7 +5,7 @@
         optimizer.safetensors   the optimizer's tensors as KEY.PARAMETER, such as `exp_avg.model.norm.weight`
                                 (both are as many files, `model-00001-of-00004.safetensors`, where as many ranks hold the weights
                                 in shards, and each writes what it holds; see `stored`)
-        state.json              step, cursor, options, the dataset's fingerprint, what validation gave at this step, size and
+        state.json              step, position (`cursor`), options, the dataset's fingerprint, what validation gave at this step, size and
                                 SHA-256 of the two files, and of itself
 
 A checkpoint is written under a temporary name beside its own, flushed to the disk and renamed; old ones are renamed away
@@ -57,6 +57,9 @@ FORMAT_VERSION = 2  # 1 did not count the lines of metrics
 STATE_NAME = "state.json"
 _CHECKSUM = "sha256"
 
+_KEYS = {"position": "cursor"}
+"""Fields of a `CheckpointState` that state.json calls otherwise."""
+
 _NAME = re.compile(r"step-(\d{9,})")
 
 
@@ -79,8 +82,8 @@ class CheckpointState:
 
     step: int
     """Completed optimizer steps."""
-    cursor: int
-    """Samples consumed by them: the position of the next sample."""
+    position: int
+    """Samples consumed by them, so where the next one stands; in state.json it is called `cursor`."""
     config: dict[str, Any]
     """The run's options, resolved."""
     dataset: str
@@ -156,7 +159,7 @@ def save(
 
     Args:
         run: the run folder.
-        state: step, cursor and what they belong to.
+        state: step, position and what they belong to.
         tensors: what `tensors_of` gave, or a copy of it.
         go_on: called between two files; what it raises ends the save without a trace.
         world: the ranks that write it together, all of which come here.
@@ -316,7 +319,9 @@ def _write(folder: Path, tensors: Tensors, go_on: Callable[[], object]) -> dict[
 
 
 def _write_state(folder: Path, state: CheckpointState, files: dict[str, Any]) -> None:
-    content = {"format_version": FORMAT_VERSION, **asdict(state), "files": files}
+    # In the order of the fields, each under its name on disk.
+    content = {_KEYS.get(name, name): value for name, value in asdict(state).items()}
+    content = {"format_version": FORMAT_VERSION, **content, "files": files}
     write_checked(folder / STATE_NAME, content, key=_CHECKSUM)
     for name in files:  # safetensors lets nobody else read what it writes; the user's umask shall decide
         shutil.copymode(folder / STATE_NAME, folder / name)
@@ -329,8 +334,8 @@ def _state_in(folder: Path, *, with_files: bool = False) -> CheckpointState:
         problem = _problem(folder, content["files"]) if with_files else None
         version = content["format_version"]
         if problem is None and version == FORMAT_VERSION:
-            known = {field.name for field in fields(CheckpointState)}
-            return CheckpointState(**{name: value for name, value in content.items() if name in known})
+            keys = {field.name: _KEYS.get(field.name, field.name) for field in fields(CheckpointState)}
+            return CheckpointState(**{name: content[key] for name, key in keys.items() if key in content})
     except PermissionError:
         raise  # not damaged, and nothing that should be deleted
     except OSError as error:

@@ -42,8 +42,8 @@ _RESTORE = (
 )
 _LOCK_NAME = ".lock"
 _CHECKSUM = "sha256"
-CURSOR = "cursor"
-"""What a move of the position by hand is called."""
+MOVE = "cursor"
+"""What records call a move of the position by hand; on disk a position has this name."""
 
 WEIGHTS = "weights"
 """What a change of a mixture's weights is called."""
@@ -51,7 +51,7 @@ WEIGHTS = "weights"
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A setting of the run that was changed on purpose, or the cursor where it was moved by hand."""
+    """A setting of the run that was changed on purpose, or the position where it was moved by hand."""
 
     step: int
     """Optimizer steps that were done before it."""
@@ -108,21 +108,21 @@ class RunRecord:
         return replace(self, changes=(*self.changes, *changes))
 
     def without_moves_after(self, step: int) -> Self:
-        """Return the record without the cursor's moves after `step`: going back to a checkpoint before one undoes it."""
-        kept = [change for change in self.changes if change.name != CURSOR or change.step <= step]
+        """Return the record without the moves of the position after `step`: going back to a checkpoint before one undoes it."""
+        kept = [change for change in self.changes if change.name != MOVE or change.step <= step]
         return replace(self, changes=tuple(kept))
 
-    def placed(self, step: int, cursor: int) -> Self:
-        """Return the record with the changes that hold from here on noted at this place.
+    def dated(self, step: int, position: int) -> Self:
+        """Return the record in which the changes that hold from here on say so, by this step and position.
 
         They are those of this step, and those of later ones, where the run has gone back to a checkpoint before them; but the
-        weights of a mixture hold from a place in the data, from wherever the run comes there.
+        weights of a mixture hold from a position on, whenever the run comes there.
         """
         changes = [
             change
             if change.step < step
             or (change.position is not None and (change.step == step or change.name == WEIGHTS))
-            else replace(change, step=step, position=cursor)
+            else replace(change, step=step, position=position)
             for change in self.changes
         ]
         return replace(self, changes=tuple(changes))
@@ -136,10 +136,10 @@ class RunRecord:
                 return tuple(change.new)
         return tuple(changes[0].old if changes else self.options.get(name, ()))
 
-    def cursor_at(self, step: int, cursor: int) -> int:
-        """Return the cursor from which a checkpoint of `step` goes on: its own, or where it was moved since."""
-        moves = [change.new for change in self.changes if change.name == CURSOR and change.step == step]
-        return moves[-1] if moves else cursor
+    def position_at(self, step: int, position: int) -> int:
+        """Return the position from which a checkpoint of `step` goes on: its own, or where it was moved since."""
+        moves = [change.new for change in self.changes if change.name == MOVE and change.step == step]
+        return moves[-1] if moves else position
 
 
 def _no_run(run: Path) -> str:
@@ -156,9 +156,9 @@ def _no_run(run: Path) -> str:
     )
 
 
-def moved_cursor(step: int, old: int, new: int) -> Change:
+def move(step: int, old: int, new: int) -> Change:
     """Return the note that a run goes on elsewhere in the data than its checkpoint says."""
-    return Change(step=step, name=CURSOR, old=old, new=new)
+    return Change(step=step, name=MOVE, old=old, new=new)
 
 
 def lock(run: Path) -> FolderLock:

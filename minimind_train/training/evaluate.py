@@ -194,9 +194,9 @@ class Evaluator:
         return range(0, self._count, self._batch)
 
     def _fetched(self, first: int) -> dict[str, NDArray[np.int64]]:
-        places = np.arange(first, min(first + self._batch, self._count), dtype=np.int64)
+        numbers = np.arange(first, min(first + self._batch, self._count), dtype=np.int64)
         # Nothing is balanced outside of training, so what is trimmed changes nothing, with experts either.
-        return trimmed(self.samples.fetch(places * len(self.samples) // self._count))
+        return trimmed(self.samples.fetch(numbers * len(self.samples) // self._count))
 
 
 def open_evaluator(

@@ -72,7 +72,7 @@ class NonfiniteGuard:
         self._last_step = step
         self.skipped += 1
         guilty = self._blamed(batch, positions)
-        places = Skips.of([f"{position}:{position + 1}" for position in guilty]).as_texts()
+        ranges = Skips.of([f"{position}:{position + 1}" for position in guilty]).as_texts()
         shown = (
             f"from {_shown(guilty)} of the" if guilty else "from no window alone but from the whole of the"
         )
@@ -85,7 +85,7 @@ class NonfiniteGuard:
             return
         again = f"{self._in_a_row} steps in a row: " if self._policy == "skip" else ""
         leave_out = " ".join(
-            f"--skip-positions {place}" for place in places or (f"{batch.start}:{batch.stop}",)
+            f"--skip-positions {each}" for each in ranges or (f"{batch.start}:{batch.stop}",)
         )
         raise UserError(
             f"{again}{what}; no weight has moved and the checkpoints before are intact; {look}, leave it out with "
@@ -102,16 +102,16 @@ class NonfiniteGuard:
             for row in range(len(next(iter(micro_batch.values()))))
         ]
         if batch.rows is not None:
-            windows = [windows[place] for place in np.argsort(batch.rows)]
+            windows = [windows[row] for row in np.argsort(batch.rows)]
         flags = [0.0] * len(positions)
         for row in range(-(-len(positions) // world.size)):
-            place = world.rank + row * world.size
+            number = world.rank + row * world.size
             # Ranks whose weights are spread over all of them must make as many passes each.
-            window = windows[row] if place < len(positions) else (batch.stand_in or windows[0])
+            window = windows[row] if number < len(positions) else (batch.stand_in or windows[0])
             with torch.no_grad(), self._learner.compute.forward():
                 loss = self._learner.objective(window).summed
-            if place < len(positions):
-                flags[place] = float(not loss.isfinite())
+            if number < len(positions):
+                flags[number] = float(not loss.isfinite())
         guilty = np.array(world.all_reduce_sum(flags)) > 0
         blamed: list[int] = positions[guilty].tolist()
         return blamed

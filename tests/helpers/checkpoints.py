@@ -29,7 +29,7 @@ def train(model, optimizer, steps):
 
 def state(step):
     return CheckpointState(
-        step=step, cursor=step * 8, config={"seed": 1, "lr": 5e-4}, dataset="abc", metrics_lines=step
+        step=step, position=step * 8, config={"seed": 1, "lr": 5e-4}, dataset="abc", metrics_lines=step
     )
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from minimind_data.options import build
-from minimind_train.parallel.world import Place, World, process_group
+from minimind_train.parallel.world import RankPlace, World, process_group
 from minimind_train.run import entry
 from minimind_train.run.options import PHASE_OPTIONS
 from minimind_train.training import loop
@@ -47,7 +47,7 @@ def run(*, source, rank, size, meeting, names):
 
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    world = World(Place(rank=rank, size=size, local_rank=rank, local_size=size))
+    world = World(RankPlace(rank=rank, size=size, local_rank=rank, local_size=size))
     known = {"os": os, "torch": torch, "dist": dist, "train": train, "before_each_step": before_each_step}
     known |= {"rank": rank, "size": size, "world": world, "report": report, "leave": leave}
     try:

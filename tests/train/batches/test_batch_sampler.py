@@ -1,4 +1,4 @@
-"""ResumableBatchSampler: exactly the rest of the order, from any place, in anybody's DataLoader."""
+"""ResumableBatchSampler: exactly the rest of the order, from any position, in anybody's DataLoader."""
 
 import copy
 import json
@@ -135,7 +135,7 @@ def test_resumes_from_every_batch_with_the_same_and_another_batch_size():
         ({"n": 23, "kind": "sequential"}, "order is shuffled in the saved state, sequential here"),
     ],
 )
-def test_a_place_in_another_order_is_refused_with_both_sides(changed, sides):
+def test_a_position_in_another_order_is_refused_with_both_sides(changed, sides):
     state = ResumableBatchSampler(order_of(23), 4).state_dict()
     with pytest.raises(UserError, match=sides):
         ResumableBatchSampler(order_of(**changed), 4).load_state_dict(state)
@@ -156,7 +156,7 @@ def test_sampler_refuses_what_makes_no_sense():
         iter(ResumableBatchSampler(order, 4, world_size=4))
     with pytest.raises(ValueError, match="3 batches, so 4"):
         ResumableBatchSampler(order, 4).state_after(4)
-    with pytest.raises(UserError, match="position 9, lies behind the end of this run at 8"):
+    with pytest.raises(UserError, match="position 9 lies behind the end of this run at 8"):
         ResumableBatchSampler(order, 4, stop=8).load_state_dict(
             ResumableBatchSampler(order, 4, start=9).state_dict()
         )
@@ -206,7 +206,7 @@ def test_in_a_dataloader_every_epoch_has_every_window_once_in_order(dataset, num
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_place_in_a_dataloader_is_that_of_the_batches_consumed(dataset, num_workers):
+def test_the_position_in_a_dataloader_is_that_of_the_batches_consumed(dataset, num_workers):
     order = order_of(30)
     for consumed in (1, 5, 8):
         sampler = ResumableBatchSampler(order, 4)
@@ -312,7 +312,7 @@ def test_torchdata_stopped_again_and_again_on_every_rank_leaves_nothing_out(
     assert union == windows_in(order, 0, 70)
 
 
-def test_a_mixture_has_a_place_too_and_new_shares_at_it_are_no_other_order():
+def test_a_mixture_has_a_position_too_and_new_shares_at_it_are_no_other_order():
     first = MixtureStage(start=0, shares=(1, 2), taken=(0, 0))
     order = MixtureOrder.of({"a": 30, "b": 21}, seed=1, stages=[first])
     sampler = ResumableBatchSampler(order, 4, stop=120)
@@ -329,7 +329,7 @@ def test_a_mixture_has_a_place_too_and_new_shares_at_it_are_no_other_order():
 
 
 @pytest.mark.parametrize(("there", "here"), [(8, 1), (1, 8), (8, 4)])
-def test_a_place_in_another_shuffle_block_is_refused_with_both_sides(there, here):
+def test_a_position_in_another_shuffle_block_is_refused_with_both_sides(there, here):
     state = ResumableBatchSampler(SampleOrder(num_windows=30, block=there), 4).state_dict()
     with pytest.raises(UserError, match="shuffle_block is .* in the saved state, .* here"):
         ResumableBatchSampler(SampleOrder(num_windows=30, block=here), 4).load_state_dict(state)

@@ -79,7 +79,7 @@ def walk(legs, block=1):
             step += 1
             taken = 0
             while taken < batch:
-                part = order.place(position).part
+                part = order.window(position).part
                 own = order.parts[part]
                 window = int(own.windows(np.array([counts[part]]))[0])
                 counts[part] += 1
@@ -98,9 +98,9 @@ def named(order, step, positions, numbers):
     ]
 
 
-def batches_of(leg, order, skips, cursor, batch, rank):
-    """Yield (cursor after, windows) of the steps of one rank."""
-    share = {"rank": rank, "world_size": leg.world_size, "skips": skips, "start": cursor, "stop": 10**6}
+def batches_of(leg, order, skips, position, batch, rank):
+    """Yield (position after, windows) of the steps of one rank."""
+    share = {"rank": rank, "world_size": leg.world_size, "skips": skips, "start": position, "stop": 10**6}
     if leg.workers is None:
         loader = StepLoader(
             NumberedWindows(), order, global_batch=batch, micro_batch=leg.micro_batch, **share
@@ -118,19 +118,19 @@ def batches_of(leg, order, skips, cursor, batch, rank):
 def run(legs, block=1):
     """What is seen when all of that happens."""
     order, batch, skips = first_order(block), 8, Skips()
-    cursor, seen, redone = 0, [], {}
+    position, seen, redone = 0, [], {}
     for leg in legs:
         batch = leg.global_batch or batch
         skips = Skips.of([*skips.as_texts(), *leg.skips])
         if leg.shares:
-            order = order.reweighted(cursor, leg.shares)
+            order = order.reweighted(position, leg.shares)
         if leg.global_batch or leg.shares or leg.skips:
             redone = {}
         step = seen[-1][0] if seen else 0
-        ranks = [list(batches_of(leg, order, skips, cursor, batch, rank)) for rank in range(leg.world_size)]
+        ranks = [list(batches_of(leg, order, skips, position, batch, rank)) for rank in range(leg.world_size)]
         for number, shares in enumerate(zip(*ranks, strict=True), 1):
             (stop,) = {stop for stop, _ in shares}
-            first = skips.kept_before(cursor)
+            first = skips.kept_before(position)
             numbers = np.empty(batch, np.int64)
             for rank, (_, windows) in enumerate(shares):
                 numbers[rank :: leg.world_size] = windows
@@ -138,9 +138,9 @@ def run(legs, block=1):
             assert redone.setdefault(step + number, these) == these  # a crash undid it, and here it is again
             if leg.saved is None or number <= leg.saved:
                 seen += these
-                cursor_saved = stop
-            cursor = stop
-        cursor = cursor_saved if seen else 0
+                position_saved = stop
+            position = stop
+        position = position_saved if seen else 0
     return seen
 
 
@@ -234,7 +234,7 @@ def expected_steps(order, batches, *, start=0, step=0):
     for batch in batches:
         step += 1
         for position in range(start, start + batch):
-            place = order.place(position)
+            place = order.window(position)
             told.append((step, order.names[place.part], place.window))
         start += batch
     return told

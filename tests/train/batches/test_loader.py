@@ -83,14 +83,14 @@ def test_steps_are_the_order_across_epochs_and_a_short_last_one(kind, start, sto
     ) as loader:
         steps = list(loader)
     assert len(steps) == len(loader)
-    cursor = start
+    position = start
     for step in steps:
-        assert (step.start, step.stop) == (cursor, min(cursor + global_batch, stop))
+        assert (step.start, step.stop) == (position, min(position + global_batch, stop))
         assert [w for batch in step.micro_batches for w in numbers(batch)] == windows_in(
             order, step.start, step.stop
         )
-        cursor = step.stop
-    assert cursor == stop
+        position = step.stop
+    assert position == stop
 
 
 def test_a_micro_batch_is_int64_of_the_asked_size_and_targets_are_counted():

@@ -70,7 +70,7 @@ def test_every_part_goes_through_its_own_order_without_a_gap(shares, data):
 
 @settings(max_examples=40)
 @given(shares=SHARES, changes=st.lists(st.tuples(st.integers(0, 80), SHARES), max_size=4))
-def test_new_shares_take_no_part_from_its_place(shares, changes):
+def test_new_shares_leave_every_part_where_it_is(shares, changes):
     k = len(shares)
     order, begins = mixture({f"part-{i}": 11 for i in range(k)}, shares), 0
     for gap, other in changes:
@@ -86,7 +86,7 @@ def test_new_shares_take_no_part_from_its_place(shares, changes):
         assert order.taken(position) == tuple(counts[part] for part in range(k))
 
 
-def test_shares_that_change_twice_at_one_place_are_those_of_the_last_word():
+def test_shares_that_change_twice_at_one_position_are_those_of_the_last_word():
     order = mixture({"a": 9, "b": 9}, (1, 1)).reweighted(40, (3, 1)).reweighted(60, (1, 9))
     assert order.reweighted(40, (1, 3)) == mixture({"a": 9, "b": 9}, (1, 1)).reweighted(40, (1, 3))
     assert order.reweighted(0, (1, 3)).stages == (MixtureStage(start=0, shares=(1, 3), taken=(0, 0)),)
@@ -95,21 +95,21 @@ def test_shares_that_change_twice_at_one_place_are_those_of_the_last_word():
 @given(position=st.integers(0, 10**15), shares=SHARES)
 def test_any_position_costs_what_the_first_does_and_agrees_with_its_neighbours(position, shares):
     order = mixture({f"part-{i}": 10**9 + i for i in range(len(shares))}, shares)
-    place = order.place(position)
+    there = order.window(position)
     before, after = order.taken(position), order.taken(position + 1)
     assert [b - a for a, b in zip(before, after, strict=True)] == [
-        int(part == place.part) for part in range(len(shares))
+        int(part == there.part) for part in range(len(shares))
     ]
-    own = order.parts[place.part]
-    assert own.window(before[place.part]) == (place.epoch, place.window)
+    own = order.parts[there.part]
+    assert own.window(before[there.part]) == (there.epoch, there.window)
     (window,) = order.windows(np.array([position]))
-    assert window == order.starts[place.part] + place.window
+    assert window == order.starts[there.part] + there.window
 
 
 def test_positions_may_come_in_any_order_across_stages():
     order = mixture({"a": 5, "b": 7, "c": 3}, (5, 3, 1)).reweighted(50, (1, 0, 1)).reweighted(111, (0, 4, 3))
     positions = np.random.default_rng(0).permutation(300)
-    expected = [order.starts[p.part] + p.window for p in map(order.place, range(300))]
+    expected = [order.starts[p.part] + p.window for p in map(order.window, range(300))]
     assert order.windows(positions).tolist() == [expected[p] for p in positions]
     assert order.windows(np.array([], np.int64)).size == 0
 
@@ -176,7 +176,7 @@ def test_what_makes_no_mixture_is_refused():
         MixtureOrder(
             names=good.names, parts=good.parts, stages=(MixtureStage(start=0, shares=(1,), taken=(0,)),)
         )
-    for call in (good.place, good.taken, lambda position: good.windows(np.array([position]))):
+    for call in (good.window, good.taken, lambda position: good.windows(np.array([position]))):
         with pytest.raises(ValueError, match="cannot be -1"):
             call(-1)
 

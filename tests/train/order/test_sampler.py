@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minimind_data.permutation import Permutation
-from minimind_train.order.sample_order import SampleCursor, SampleOrder, rank_positions
+from minimind_train.order.sample_order import SampleOrder, check_range, rank_positions
 
 KINDS = ("shuffled", "sequential")
 
@@ -62,19 +62,12 @@ def test_ranks_partition_every_batch(world_size, batch):
         assert share.tolist() == list(range(*batch))[rank::world_size]
 
 
-def test_a_cursor_is_its_position():
-    cursor = SampleCursor()
-    cursor.advance(5)
-    cursor.advance(0)
-    assert cursor == SampleCursor(5)
-
-
-def test_a_cursor_that_changes_the_global_batch_goes_on_at_the_same_sample():
+def test_a_run_that_changes_the_global_batch_goes_on_at_the_same_sample():
     order = SampleOrder(num_windows=10, seed=0)
-    cursor, seen = SampleCursor(), []
+    position, seen = 0, []
     for batch in (4, 4, 3, 3, 7, 1, 8):
-        seen += order.windows(np.arange(cursor.position, cursor.position + batch)).tolist()
-        cursor.advance(batch)
+        seen += order.windows(np.arange(position, position + batch)).tolist()
+        position += batch
     assert seen == order.windows(np.arange(30)).tolist()
 
 
@@ -98,10 +91,12 @@ def test_refuses_what_makes_no_sense():
         rank_positions(0, 10, 2, 2)
     with pytest.raises(ValueError, match="range of positions"):
         rank_positions(10, 9, 0, 1)
-    with pytest.raises(ValueError, match="only moves forward"):
-        SampleCursor().advance(-1)
-    with pytest.raises(ValueError, match="cannot be -3"):
-        SampleCursor(-3)
+    with pytest.raises(ValueError, match="range of positions"):
+        rank_positions(-3, 9, 0, 1)
+    with pytest.raises(ValueError, match="goes forward, not from 5 to 4"):
+        check_range(5, 4)
+    with pytest.raises(ValueError, match="positions count from 0"):
+        check_range(-3, 4)
 
 
 def test_the_order_is_pinned():

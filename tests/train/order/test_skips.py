@@ -24,14 +24,14 @@ def test_what_is_kept_is_what_is_in_no_range(ranges):
 
 @given(ranges=RANGES, start=st.integers(0, 120), batches=st.lists(st.integers(0, 9), max_size=9))
 def test_batches_of_any_size_are_the_kept_positions_one_after_the_other(ranges, start, batches):
-    skips, cursor, seen = skips_of(ranges), start, []
+    skips, position, seen = skips_of(ranges), start, []
     for size in batches:
-        first = skips.kept_before(cursor)
+        first = skips.kept_before(position)
         seen += skips.kept(np.arange(first, first + size)).tolist()
-        behind = skips.after(cursor, size)
-        assert skips.count(cursor, behind) == size
-        assert behind == (seen[-1] + 1 if size else cursor)
-        cursor = behind
+        behind = skips.after(position, size)
+        assert skips.count(position, behind) == size
+        assert behind == (seen[-1] + 1 if size else position)
+        position = behind
     first = skips.kept_before(start)
     assert seen == skips.kept(np.arange(first, first + sum(batches))).tolist()
 

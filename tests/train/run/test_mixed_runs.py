@@ -11,7 +11,7 @@ from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.windows.opening import open_windows
 from minimind_train.batches.datasets import Datasets, read_sources
-from minimind_train.batches.places import place_of
+from minimind_train.batches.positions import window_at
 from minimind_train.batches.samples import MixedWindows
 from minimind_train.order.mixture import MixtureStage
 from minimind_train.run import entry
@@ -99,7 +99,7 @@ def test_a_mixed_run_resumes_bit_for_bit_however_its_parts_are_listed(
     assert RunRecord.read(tmp_path / "run").changes == ()
 
 
-def test_new_weights_hold_from_the_cursor_on_and_in_every_later_resume(begin_mixed, tmp_path, parts):
+def test_new_weights_hold_from_the_position_on_and_in_every_later_resume(begin_mixed, tmp_path, parts):
     run = tmp_path / "run"
     begin_mixed()
     before = metrics(run)
@@ -176,12 +176,12 @@ def test_a_run_over_a_mixture_in_any_layout_keeps_documents_apart(tmp_path, smal
 
 
 @pytest.mark.parametrize("order", ["shuffled", "sequential"])
-def test_place_of_says_where_a_window_lies(parts, order):
+def test_window_at_says_where_a_window_lies(parts, order):
     datasets = Datasets.open(parts)
     windows = datasets.windows(layout="concat", seq_len=16, say=Said())
     ordered = datasets.order(windows, seed=42, kind=order)
     for position in (0, 1, 500, 10**9):
-        told = place_of(ordered, windows, position)
+        told = window_at(ordered, windows, position)
         (window,) = ordered.windows(np.array([position]))
         assert windows.locate(int(window)) == (f"{told['part']}/{told['shard']}", told["offset"])
 

@@ -43,7 +43,7 @@ def test_a_run_folder_has_all_that_the_run_is(whole_run, small_dataset):
     assert told["shards"] == str(small_dataset.resolve())
     assert "run" not in told
     assert checkpoint.steps_of(whole_run) == [3, 6, 9, 12]
-    assert checkpoint.load(whole_run, 9).state.cursor == 72
+    assert checkpoint.load(whole_run, 9).state.position == 72
     assert steps(whole_run) == list(range(1, 13))
 
 

@@ -1,4 +1,4 @@
-"""`--resume`: the run that was, unless a change is asked for by name; and moving the cursor by hand."""
+"""`--resume`: the run that was, unless a change is asked for by name; and moving the position by hand."""
 
 import math
 import shutil
@@ -293,7 +293,7 @@ def test_a_run_can_begin_at_a_token_of_a_shard(begin, tmp_path, small_dataset):
         assert resume(tmp_path / "run", {}, say=Said()) == outcome
 
 
-def test_the_cursor_can_be_moved_by_hand(begin, tmp_path, small_dataset):
+def test_the_position_can_be_moved_by_hand(begin, tmp_path, small_dataset):
     run = tmp_path / "run"
     windows = open_windows(ShardSet.open(small_dataset), layout="concat", seq_len=16)
     place = windows.window_of("text-00001", 200)
@@ -311,7 +311,7 @@ def test_the_cursor_can_be_moved_by_hand(begin, tmp_path, small_dataset):
         assert metrics(run) == there
 
 
-def test_going_back_before_a_moved_cursor_undoes_the_move(begin, tmp_path):
+def test_going_back_before_a_moved_position_undoes_the_move(begin, tmp_path):
     run = tmp_path / "run"
     begin(order="sequential", steps=None, epochs=1, keep=0)
     unmoved = metrics(run)

@@ -39,11 +39,11 @@ def test_a_step_loader_gives_what_is_kept_in_whole_batches(windows, ranges, worl
     steps = [
         list(StepLoader(windows, order, rank=rank, skips=skips, **options)) for rank in range(world_size)
     ]
-    cursor = 4
+    position = 4
     for number, shares in enumerate(zip(*steps, strict=True)):
         batch = kept[7 * number : 7 * number + 7]
-        assert {share.start for share in shares} == {cursor}
-        assert {share.stop for share in shares} == {cursor := batch[-1] + 1}
+        assert {share.start for share in shares} == {position}
+        assert {share.stop for share in shares} == {position := batch[-1] + 1}
         for rank, share in enumerate(shares):
             expected = windows.fetch(order.windows(np.array(batch[rank::world_size])))["input_ids"].tolist()
             assert rows([share]) == expected

@@ -44,7 +44,7 @@ class Training:
         loss = record.get("val_loss")
         return CheckpointState(
             step=record["step"],
-            cursor=record["step"] * 8,
+            position=record["step"] * 8,
             config={},
             dataset="abc",
             metrics_lines=0,
@@ -104,7 +104,7 @@ def test_without_save_best_nothing_is_saved_or_kept_for_a_loss(tmp_path):
 def test_losses_on_different_things_are_not_compared(tmp_path):
     for step, on in ((1, "those"), (2, "these"), (3, "these")):
         told = CheckpointState(
-            step=step, cursor=0, config={}, dataset="", metrics_lines=0, val_loss=float(step), val_on=on
+            step=step, position=0, config={}, dataset="", metrics_lines=0, val_loss=float(step), val_on=on
         )
         checkpoint.save(tmp_path, told, tensors_of(*make()))
     assert checkpoint.load_best(tmp_path).state.step == 2

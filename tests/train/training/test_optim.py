@@ -292,7 +292,7 @@ def test_muon_resumes_from_a_checkpoint_bit_for_bit(tmp_path, stopped_after):
     first = mixture()
     optimizer = make_optimizer(first, MUON)
     learn(first, optimizer, steps[:stopped_after])
-    state = checkpoint.CheckpointState(step=stopped_after, cursor=0, config={}, dataset="", metrics_lines=0)
+    state = checkpoint.CheckpointState(step=stopped_after, position=0, config={}, dataset="", metrics_lines=0)
     checkpoint.save(tmp_path, state, tensors_of(first, optimizer))
     second = mixture(seed=9)
     optimizer = make_optimizer(second, MUON)

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from minimind_data.errors import UserError
 from minimind_data.options import build
-from minimind_train.parallel.world import ALONE, Place, World, torchrun_place
+from minimind_train.parallel.world import ALONE, RankPlace, World, torchrun_place
 from minimind_train.run import entry
 from minimind_train.run.entry import resume
 from minimind_train.run.options import PretrainOptions
@@ -154,7 +154,7 @@ def test_torchrun_says_who_a_process_is(monkeypatch):
         torchrun_place()
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1234")
-    assert torchrun_place() == Place(rank=5, size=8, local_rank=1, local_size=4)
+    assert torchrun_place() == RankPlace(rank=5, size=8, local_rank=1, local_size=4)
     monkeypatch.setenv("RANK", "8")
     with pytest.raises(UserError, match="start it by torchrun"):
         torchrun_place()
@@ -168,7 +168,7 @@ def test_every_rank_has_a_device_of_its_own_or_says_that_there_is_none(monkeypat
     )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    world = World(Place(rank=3, size=4, local_rank=1, local_size=2))  # the second machine's second
+    world = World(RankPlace(rank=3, size=4, local_rank=1, local_size=2))  # the second machine's second
     assert world.device("cpu") == torch.device("cpu")
     assert chosen == []
     assert world.device("auto") == torch.device("cuda:1")
@@ -178,7 +178,7 @@ def test_every_rank_has_a_device_of_its_own_or_says_that_there_is_none(monkeypat
     ):
         world.device("cuda:1")
     with pytest.raises(UserError, match="4 processes on a machine with 2 cuda devices"):
-        World(Place(rank=0, size=4, local_rank=0, local_size=4)).device("cuda")
+        World(RankPlace(rank=0, size=4, local_rank=0, local_size=4)).device("cuda")
 
 
 def test_a_batch_that_is_smaller_than_the_ranks_is_refused_before_anything_is_written(

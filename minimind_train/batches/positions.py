@@ -1,4 +1,4 @@
-"""Words about a place in the order: which epoch of which part a position stands in."""
+"""What stands at a position: which window, of which epoch, of which part of a mixture."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,13 +25,13 @@ def introduce(order: MixtureOrder, position: int, wanted: str) -> list[str]:
     return lines
 
 
-def place_of(order: Order, windows: Windows | MixedWindows, position: int) -> dict[str, Any]:
+def window_at(order: Order, windows: Windows | MixedWindows, position: int) -> dict[str, Any]:
     """Say which window stands at a position: `part` (of a mixture), `epoch`, `window`, `shard` and `offset`, all of the part."""
     if isinstance(order, MixtureOrder) and isinstance(windows, MixedWindows):
-        place = order.place(position)
-        shard, offset = windows.parts[place.part].locate(place.window)
-        part = {"part": order.names[place.part]}
-        return part | {"epoch": place.epoch, "window": place.window, "shard": shard, "offset": offset}
+        there = order.window(position)
+        shard, offset = windows.parts[there.part].locate(there.window)
+        part = {"part": order.names[there.part]}
+        return part | {"epoch": there.epoch, "window": there.window, "shard": shard, "offset": offset}
     assert isinstance(order, SampleOrder)
     epoch, window = order.window(position)
     shard, offset = windows.locate(window)
