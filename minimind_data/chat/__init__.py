@@ -1,1 +1,1 @@
-"""Conversations: their forms, their templates, special tokens that stay text, and which tokens are learned."""
+"""Conversations: what a record must hold, chat templates, special tokens as text, and the ids and loss masks that come out."""

@@ -1,17 +1,17 @@
-"""Conversations out of records: which fields and roles there are, and what is wrong with a record that has others.
+"""Conversations out of records: the fields and roles that are known, and what is wrong with a record that has others.
 
     {"conversations": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
     {"messages": […], "tools": […]}
     {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}], "system": "…"}
 
-A message may also have `reasoning_content` and `tool_calls`, a system message `tools`; both lists may be JSON in a string, as
-MiniMind's files have them. A content may be a list of parts, all of them text: `[{"type": "text", "text": "…"}, …]`. Pairs for
+A message may also have `reasoning_content` and `tool_calls`, a system message `tools`. Both lists may be JSON in a string, as in
+MiniMind's files. A content may be a list of parts, all of them text: `[{"type": "text", "text": "…"}, …]`. Pairs for
 preference learning are two conversations, or two answers to a prompt:
 
     {"chosen": [{"role": …}, …], "rejected": [{"role": …}, …]}
     {"prompt": "…" or [{"role": …}, …], "chosen": "…" or […], "rejected": "…" or […]}
 
-Nothing is repaired: what does not fit makes a bad record.
+Nothing is repaired: a record that does not fit is a bad record.
 """
 
 import json
@@ -34,28 +34,28 @@ ROLES = {
     "observation": "tool",
     "function_call": "assistant",
 }
-"""Names of roles, ShareGPT's included, and the role that each means. A `function_call` holds a call in place of words."""
+"""Names of roles, ShareGPT's included, and the role that each means. A `function_call` holds a call where others hold text."""
 MESSAGES_FIELDS = ("conversations", "messages")
 SIDE_FIELDS = ("chosen", "rejected")
 OTHER_FIELDS: dict[ChatKind, tuple[str, ...]] = {"sft": ("system", "tools"), "dpo": ("prompt", "tools")}
-"""What a record may have beside its messages."""
+"""What a record may have besides its messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """Messages in order, and the tools that were at hand."""
+    """Messages in order, and the tools that could be called."""
 
     messages: tuple[dict[str, Any], ...]
     tools: list[dict[str, Any]] | None = None
 
     @property
     def num_answers(self) -> int:
-        """How many turns are the assistant's."""
+        """Number of turns of the assistant."""
         return sum(message["role"] == "assistant" for message in self.messages)
 
 
 class BadConversationError(Exception):
-    """A record is no conversation; the message says why and, after a semicolon, what can be done."""
+    """A record is no conversation; the message says why and, after a semicolon, what to do."""
 
 
 def conversations_of(record: object, kind: ChatKind) -> tuple[Conversation, ...]:
@@ -78,7 +78,7 @@ _EXAMPLES: dict[ChatKind, str] = {
 
 
 def has_different_prompts(chosen: Conversation, rejected: Conversation) -> bool:
-    """Tell whether the first message in which two conversations differ is anything but two answers."""
+    """Tell whether the first difference between two conversations is anything but a different answer."""
     for one, other in zip(_as_texts(chosen), _as_texts(rejected), strict=False):
         if one != other:
             return not one["role"] == other["role"] == "assistant"
@@ -86,22 +86,22 @@ def has_different_prompts(chosen: Conversation, rejected: Conversation) -> bool:
 
 
 def text_of(content: Any) -> str:
-    """Return a content as one text: parts are joined with nothing between them."""
+    """Return a content as one text, its parts joined with nothing between them."""
     return "".join(part["text"] for part in content) if isinstance(content, list) else str(content or "")
 
 
 def _as_texts(conversation: Conversation) -> list[dict[str, Any]]:
-    """Return the messages of a conversation, so that those which say the same are equal."""
+    """Return the messages of a conversation with each content as one text, so that messages which say the same are equal."""
     return [{**message, "content": text_of(message.get("content"))} for message in conversation.messages]
 
 
 def _single(record: Mapping[str, Any]) -> Conversation:
-    there = [name for name in MESSAGES_FIELDS if name in record]
-    name = next((name for name in there if record[name] is not None), there[0] if there else None)
+    present = [name for name in MESSAGES_FIELDS if name in record]
+    name = next((name for name in present if record[name] is not None), present[0] if present else None)
     if name is None:
-        found = ", ".join(list(record)[:5]) or "none at all"
+        fields = ", ".join(list(record)[:5]) or "none at all"
         raise BadConversationError(
-            f"no field 'conversations' or 'messages' (its fields: {found}); write it as {_EXAMPLES['sft']}"
+            f"no field 'conversations' or 'messages' (its fields: {fields}); write it as {_EXAMPLES['sft']}"
         )
     messages = _messages(record[name], name)
     system = record.get("system")
@@ -114,9 +114,9 @@ def _pair(record: Mapping[str, Any]) -> tuple[Conversation, ...]:
     sides = []
     for name in SIDE_FIELDS:
         if name not in record:
-            found = ", ".join(list(record)[:5]) or "none at all"
+            fields = ", ".join(list(record)[:5]) or "none at all"
             raise BadConversationError(
-                f"no field {name!r} (its fields: {found}); write it as {_EXAMPLES['dpo']}"
+                f"no field {name!r} (its fields: {fields}); write it as {_EXAMPLES['dpo']}"
             )
         sides.append(_conversation(_side(record, name), record.get("tools"), name))
     if sides[0].tools == sides[1].tools and _as_texts(sides[0]) == _as_texts(sides[1]):
@@ -127,9 +127,9 @@ def _pair(record: Mapping[str, Any]) -> tuple[Conversation, ...]:
 
 
 def _side(record: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """Return the messages of one side of a pair: as they are, or behind the prompt where they are an answer alone."""
-    told, prompt = record[name], record.get("prompt")
-    messages = [{"role": "assistant", "content": told}] if isinstance(told, str) else _messages(told, name)
+    """Return the messages of one side of a pair, the prompt's before them if they are an answer alone."""
+    side, prompt = record[name], record.get("prompt")
+    messages = [{"role": "assistant", "content": side}] if isinstance(side, str) else _messages(side, name)
     if any(message["role"] == "user" for message in messages):
         return messages
     if prompt is None:
@@ -140,20 +140,20 @@ def _side(record: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     return before + messages
 
 
-def _messages(told: object, where: str) -> list[dict[str, Any]]:
-    if not isinstance(told, Sequence) or isinstance(told, str | bytes):
-        raise BadConversationError(f"{where} is {kind_of(told)}, not a list; write a list of messages")
-    if not told:
+def _messages(value: object, where: str) -> list[dict[str, Any]]:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise BadConversationError(f"{where} is {kind_of(value)}, not a list; write a list of messages")
+    if not value:
         raise BadConversationError(f"{where} is an empty list; give it messages, or leave the record out")
-    return [_message(one, f"message {number} of {where}") for number, one in enumerate(told, 1)]
+    return [_message(one, f"message {number} of {where}") for number, one in enumerate(value, 1)]
 
 
-def _message(told: object, where: str) -> dict[str, Any]:
-    if not isinstance(told, Mapping):
+def _message(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
         raise BadConversationError(
-            f'{where} is {kind_of(told)}, not an object; write it as {{"role": …, "content": …}}'
+            f'{where} is {kind_of(value)}, not an object; write it as {{"role": …, "content": …}}'
         )
-    message = {name: value for name, value in told.items() if value is not None}
+    message = {name: field for name, field in value.items() if field is not None}
     for theirs, ours in (("from", "role"), ("value", "content")):
         if theirs in message and ours not in message:
             message[ours] = message.pop(theirs)
@@ -171,7 +171,7 @@ def _message(told: object, where: str) -> dict[str, Any]:
 
 
 def _check_texts(message: dict[str, Any], where: str) -> None:
-    """Check that content and reasoning are texts, or the content parts, all of them texts."""
+    """Check that content and reasoning are texts; the content may also be parts that are texts."""
     content = message.get("content")
     if isinstance(content, list):
         message["content"] = _parts(content, f"content of {where}")
@@ -183,10 +183,10 @@ def _check_texts(message: dict[str, Any], where: str) -> None:
             )
 
 
-def _parts(told: list[Any], where: str) -> list[dict[str, str]] | str:
-    """Return the parts of a content, all of them text; "" where there are none."""
+def _parts(content: list[Any], where: str) -> list[dict[str, str]] | str:
+    """Return the parts of a content, all of them text; "" if there are none."""
     parts = []
-    for number, part in enumerate(told, 1):
+    for number, part in enumerate(content, 1):
         here = f"part {number} of the {where}"
         if not isinstance(part, Mapping):
             raise BadConversationError(
@@ -206,11 +206,11 @@ def _parts(told: list[Any], where: str) -> list[dict[str, str]] | str:
 
 
 def _name_role(message: dict[str, Any], where: str) -> None:
-    """Give a message the role that its own name of it means."""
+    """Replace the name of a message's role by the role that it means."""
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        shown = "none" if role is None else json.dumps(role, ensure_ascii=False)[:40]
-        raise BadConversationError(f"{where} has the role {shown}; known are {', '.join(ROLES)}")
+        name = "none" if role is None else json.dumps(role, ensure_ascii=False)[:40]
+        raise BadConversationError(f"{where} has the role {name}; known are {', '.join(ROLES)}")
     message["role"] = ROLES[role]
     if role == "function_call":
         message["tool_calls"] = message.pop("content", None)
@@ -224,43 +224,43 @@ def _says_something(message: Mapping[str, Any]) -> bool:
     return bool(message.get("tool_calls") or str(message.get("reasoning_content", "")).strip())
 
 
-def _list_of_objects(told: Any, where: str) -> list[dict[str, Any]]:
-    """Return a list of objects, which may be JSON in a string, or a list of such strings, or one object alone."""
-    if isinstance(told, str):
-        if not told.strip():
+def _list_of_objects(value: Any, where: str) -> list[dict[str, Any]]:
+    """Return a list of objects; it may be JSON in a string, a list of such strings, or one object alone."""
+    if isinstance(value, str):
+        if not value.strip():
             return []
-        told = _json(told, where)
-    if isinstance(told, dict):
-        told = [told]
-    if isinstance(told, list):
-        told = [
+        value = _json(value, where)
+    if isinstance(value, dict):
+        value = [value]
+    if isinstance(value, list):
+        value = [
             _json(one, f"entry {number} of {where}") if isinstance(one, str) else one
-            for number, one in enumerate(told, 1)
+            for number, one in enumerate(value, 1)
         ]
-    if not isinstance(told, list) or not all(isinstance(one, dict) for one in told):
-        raise BadConversationError(f"{where} is {kind_of(told)}, not a list of objects; write it as one")
-    return told
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise BadConversationError(f"{where} is {kind_of(value)}, not a list of objects; write it as one")
+    return value
 
 
-def _json(told: str, where: str) -> Any:
+def _json(value: str, where: str) -> Any:
     try:
-        return json.loads(told)
+        return json.loads(value)
     except ValueError as error:
         raise BadConversationError(f"{where} is a string that is no JSON ({error}); mend it") from None
 
 
 def _conversation(messages: list[dict[str, Any]], tools: Any, where: str) -> Conversation:
-    found = None if tools is None else _list_of_objects(tools, "tools")
+    functions = None if tools is None else _list_of_objects(tools, "tools")
     for message in messages:
         if own := message.pop("tools", None):
             if message["role"] != "system":
                 raise BadConversationError(
                     f"{where} has tools in a message of the {message['role']}; they belong to the system's"
                 )
-            found = own
-    made = Conversation(messages=tuple(messages), tools=found or None)
-    if not made.num_answers:
+            functions = own
+    conversation = Conversation(messages=tuple(messages), tools=functions or None)
+    if not conversation.num_answers:
         raise BadConversationError(
             f"{where} has no turn of the assistant's, so nothing to learn; add one, or leave the record out"
         )
-    return made
+    return conversation

@@ -56,9 +56,9 @@ def encode_prompt(
 
 
 def ends_of_answers(tokenizer: Tokenizer, template: ChatTemplate) -> frozenset[int]:
-    """Return the ids that end an answer: EOS, and the special token that the template closes the assistant's turn with."""
+    """Return the ids that end an answer: EOS, and the special token with which the template closes the assistant's turn."""
     ends = {tokenizer.info.eos_id}
-    with contextlib.suppress(UserError):  # a template whose turns no token closes: EOS has to do
+    with contextlib.suppress(UserError):  # a template that closes turns with no token: EOS must do
         marks = find_answer_marks(tokenizer, template)
         if marks is not None:
             ends.add(marks.closes[0])

@@ -1,4 +1,4 @@
-"""Special tokens that somebody wrote in a conversation stay text: they can neither close his turn nor open another.
+"""Special tokens as text: those that somebody wrote in a conversation can neither close his turn nor open another.
 
 `Disguise` replaces the characters that special tokens are made of by characters that no text holds, so that two renderings can be
 compared (see `rendering`). `GuardedTokenizer` encodes the result: it is the same tokenizer, but its special tokens have their names in that
@@ -22,11 +22,11 @@ _THOUGHTS = {"<think>", "</think>"}
 
 
 class Disguise:
-    """Characters that stand for those of special tokens.
+    """Characters in place of those that special tokens are made of.
 
     Args:
         tokens: the special tokens.
-        constants: texts that stand in the template.
+        constants: texts in the template, which keep their characters where that is safe.
 
     Attributes:
         signs: finds what `hide` would replace.
@@ -37,8 +37,8 @@ class Disguise:
         self._hidden = {ord(char): chr(_FIRST_STAND_IN + place) for place, char in enumerate(alphabet)}
         self._shown = {_FIRST_STAND_IN + place: char for place, char in enumerate(alphabet)}
         self._tokens = re.compile(_any_of(tokens))
-        # A token that begins in a text shows by its first character. Only where the template itself begins tokens that a
-        # text may go on with, as in '<|' + name + '|>', are all characters needed.
+        # The first character of a token is enough to see one that begins in a text. All characters are needed only if the
+        # template itself begins tokens that a text may continue, as in '<|' + name + '|>'.
         begins = tuple({token[:length] for token in tokens for length in range(1, len(token))})
         continued = any(self._tokens.sub("", constant).endswith(begins) for constant in constants)
         replaced = {token[0] for token in tokens}
@@ -55,7 +55,7 @@ class Disguise:
 
     @staticmethod
     def _could_build(text: str, tokens: tuple[str, ...]) -> bool:
-        """Tell whether a special token could come of this text with others around it."""
+        """Tell whether this text with others around it could become a special token."""
         return any(
             token in text
             or text in token
@@ -78,7 +78,7 @@ class Disguise:
         return text.translate(self._shown)
 
     def places(self, text: str) -> list[tuple[int, int]]:
-        """Return where special tokens stand in a text."""
+        """Return where special tokens are in a text."""
         return [match.span() for match in self._tokens.finditer(text)]
 
     def disguised(self, text: str, places: list[tuple[int, int]]) -> str:
@@ -91,12 +91,12 @@ class Disguise:
         return "".join([*parts, text[done:]])
 
     def name(self, token: str) -> str:
-        """Return what a special token is called in a disguised text."""
+        """Return the name of a special token in a disguised text."""
         return token.translate(self._hidden)
 
 
 def _any_of(texts: tuple[str, ...] | list[str]) -> str:
-    """Return a pattern of any of these texts, the longest first; of nothing where there are none."""
+    """Return a pattern that matches any of these texts, the longest first, or nothing if there are none."""
     return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
 
 
@@ -109,7 +109,7 @@ def control_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
 
 
 def normalizes_control(tokenizer: Tokenizer) -> bool:
-    """Tell whether a normalizer may make such tokens of other characters, as of full-width ones."""
+    """Tell whether a normalizer may turn other characters into such tokens, as full-width ones."""
     control = control_tokens(tokenizer)
     added = tokenizer.reference.get_added_tokens_decoder().values()
     return tokenizer.reference.normalizer is not None and any(
@@ -121,7 +121,7 @@ class GuardedTokenizer:
     """A tokenizer for which special tokens have other names, so that their own names are text to it.
 
     Raises:
-        UserError: it cannot be made from this one.
+        UserError: the tokenizer cannot be given other names for them.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -170,7 +170,7 @@ _CANNOT_GUARD = (
 
 
 def _rename(model: dict[str, Any], names: dict[str, str]) -> None:
-    """Give tokens of a model other names, and leave out the merges that make them of text."""
+    """Give tokens of a model other names, and leave out the merges that would make them out of text."""
     vocab = model.get("vocab")
     if isinstance(vocab, dict):
         model["vocab"] = {names.get(token, token): token_id for token, token_id in vocab.items()}

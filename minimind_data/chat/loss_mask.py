@@ -42,8 +42,8 @@ class AnswerMarks:
 def find_answer_marks(tokenizer: Tokenizer, template: ChatTemplate) -> AnswerMarks | None:
     """Find the ids around answers; None where the template marks answers by itself.
 
-    MiniMind's are tried first: BOS with `assistant` and a line feed, EOS with a line feed. Then those that the template ends a
-    prompt with, and those that stand between a question and its answer.
+    MiniMind's are tried first: BOS with `assistant` and a line feed, and EOS with a line feed. Then come those that the template ends a
+    prompt with, and those between a question and its answer.
 
     Raises:
         UserError: none single out the answers.
@@ -96,35 +96,33 @@ class _Probe:
         bos = str(self._tokenizer.reference.id_to_token(self._tokenizer.info.bos_id))
         between = self._text.partition(_ASKED[0])[2].partition(_ANSWERED[0])[0]
         starts = sorted({place for token in self._control for place in _occurrences(between, token)})
-        found = [f"{bos}assistant\n", prompt, *(between[start:] for start in reversed(starts))]
-        found += [
-            text.rstrip() for text in found
-        ]  # the white space before an answer may be one token with its first word
+        texts = [f"{bos}assistant\n", prompt, *(between[start:] for start in reversed(starts))]
+        # The white space before an answer may be one token with its first word.
+        texts += [text.rstrip() for text in texts]
         # What also stands between an answer and the next question opens anybody's turn.
-        theirs = self._text.partition(_ANSWERED[0])[2].partition(_ASKED[1])[0]
-        return [text for text in found if text.startswith(self._control) and text not in theirs]
+        before_question = self._text.partition(_ANSWERED[0])[2].partition(_ASKED[1])[0]
+        return [text for text in texts if text.startswith(self._control) and text not in before_question]
 
     def closings(self) -> list[str]:
-        """Return texts that may close them; all begin with a special token, and go on with white space at most."""
+        """Return texts that may close them: a special token each, with the white space behind it."""
         eos = str(self._tokenizer.reference.id_to_token(self._tokenizer.info.eos_id))
         inside = self._text.partition(_ANSWERED[0])[2].partition(_ASKED[1])[0]
         common = _common_prefix(inside, self._text.partition(_ANSWERED[1])[2])
-        found = [f"{eos}\n"]
+        texts = [f"{eos}\n"]
         for token in self._control:
             for start in _occurrences(common, token):
                 rest = common[start + len(token) :]
-                found.append(token + rest[: len(rest) - len(rest.lstrip())])
-        return [text for text in found if text.startswith(self._control)]
+                texts.append(token + rest[: len(rest) - len(rest.lstrip())])
+        return [text for text in texts if text.startswith(self._control)]
 
     def fits(self, marks: AnswerMarks) -> bool:
-        """Tell whether marks make both answers learned, and neither question."""
+        """Tell whether the mask that they make holds both answers, and neither question."""
         ids = np.array(self._encoding.ids, np.uint32)
         mask, _ = mask_between(ids, np.array([0, len(ids)]), marks)
-        wanted = [(text, True) for text in _ANSWERED] + [(text, False) for text in _ASKED]
-        for text, is_learned in wanted:
+        for text, is_answer in [*((text, True) for text in _ANSWERED), *((text, False) for text in _ASKED)]:
             start = self._text.index(text)
             inside = mask_of_spans(self._encoding.offsets, ((start, start + len(text)),))
-            if not (inside.any() and (mask[inside > 0] == is_learned).all()):
+            if not (inside.any() and (mask[inside > 0] == is_answer).all()):
                 return False
         return True
 
@@ -141,15 +139,15 @@ def _common_prefix(one: str, other: str) -> str:
 def mask_between(
     ids: NDArray[Any], offsets: Offsets, marks: AnswerMarks
 ) -> tuple[MaskArray, NDArray[np.int64]]:
-    """Return (mask uint8 [T], answers that were found in each sequence int64 [n]).
+    """Return (mask uint8 [T], number of answers in each sequence int64 [n]).
 
     Args:
         ids: integers [T], sequences end to end.
         offsets: int64 [n + 1], where each begins.
-        marks: what stands around what is learned.
+        marks: the ids around answers.
     """
     mask = np.zeros(len(ids), np.uint8)
-    found = np.zeros(len(offsets) - 1, np.int64)
+    num_answers = np.zeros(len(offsets) - 1, np.int64)
     opens = _places(ids, marks.opens) + len(marks.opens)
     closes = _places(ids, marks.closes)
     first_open = first_close = 0
@@ -166,21 +164,21 @@ def mask_between(
             if first_close < len(closes) and closes[first_close] + len(marks.closes) <= stop:
                 end = int(closes[first_close]) + len(marks.closes)
             mask[begin:end] = 1
-            found[number] += 1
+            num_answers[number] += 1
             at = end
-    return mask, found
+    return mask, num_answers
 
 
-def _places(ids: NDArray[Any], wanted: tuple[int, ...]) -> NDArray[np.int64]:
-    """Return where these ids stand one behind the other."""
-    places = np.flatnonzero(ids[: max(0, len(ids) - len(wanted) + 1)] == wanted[0])
-    for shift, token in enumerate(wanted[1:], 1):
+def _places(ids: NDArray[Any], run: tuple[int, ...]) -> NDArray[np.int64]:
+    """Return where the ids of a run follow one another."""
+    places = np.flatnonzero(ids[: max(0, len(ids) - len(run) + 1)] == run[0])
+    for shift, token in enumerate(run[1:], 1):
         places = places[ids[places + shift] == token]
     return places
 
 
 def mask_of_spans(offsets: list[tuple[int, int]], spans: tuple[tuple[int, int], ...]) -> MaskArray:
-    """Mark the tokens of which a character stands in a span; both are in order."""
+    """Return the mask of the tokens that have a character in a span; tokens and spans are in order."""
     mask = np.zeros(len(offsets), np.uint8)
     places = np.array(offsets, np.int64).reshape(-1, 2)
     for start, stop in spans:

@@ -113,13 +113,13 @@ class RenderSpec:
 
     template: ChatTemplate
     control_tokens: tuple[str, ...]
-    """What nobody but the template may write; empty where everybody may."""
+    """The special tokens that only the template may write; empty if anybody may."""
     guards_all: bool = False
-    """Other characters may become special tokens too, so that a text without any does not show that nobody wrote one."""
+    """Whether other characters may become special tokens too, so that any text may hide one."""
     empty_think_ratio: float = 1.0
-    """Share of the texts that keep empty thoughts."""
+    """Share of the texts that keep empty <think> blocks."""
     today: str | None = None
-    """The date that the template may write, YYYY-MM-DD."""
+    """The date for templates that write today's, YYYY-MM-DD."""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, template: ChatTemplate, options: ChatOptions | None = None) -> Self:
@@ -140,9 +140,9 @@ class RenderedConversation:
 
     text: str
     guarded: str | None
-    """The same, with the template's special tokens in disguise, where somebody else wrote some; see this module's docstring."""
+    """The same with the template's special tokens in disguise, if somebody else wrote some; see this module's docstring."""
     spans: tuple[tuple[int, int], ...] | None
-    """What the assistant wrote, [start, stop) in characters; None where the template does not say."""
+    """What the assistant wrote, [start, stop) in characters; None if the template does not mark it."""
     num_answers: int
     """Turns of the assistant's."""
 
@@ -167,21 +167,21 @@ class Renderer:
         """Render a conversation.
 
         Args:
-            conversation: what was said.
+            conversation: the messages and tools.
             add_generation_prompt: end with what the assistant's next turn begins with.
 
         Raises:
-            RenderError: the template fails, or cannot keep apart what it wrote and what others wrote.
+            RenderError: the template fails, or what it wrote cannot be told apart from what others wrote.
         """
         messages, tools = with_parts_joined(self._spec.template, conversation.messages), conversation.tools
-        said = [{name: value for name, value in message.items() if name != "role"} for message in messages]
-        if self._has_spans and (_holds(_SPAN_MARKS, said) or _holds(_SPAN_MARKS, tools)):
+        fields = [{name: value for name, value in message.items() if name != "role"} for message in messages]
+        if self._has_spans and (_holds(_SPAN_MARKS, fields) or _holds(_SPAN_MARKS, tools)):
             raise RenderError("it holds U+FDD0 or U+FDD1, which are no characters; remove them")
         text, spans = self._text(messages, tools, add_generation_prompt)
         guarded = None
         disguise = self._disguise
         if disguise is not None and (
-            self._spec.guards_all or _holds(disguise.signs, said) or _holds(disguise.signs, tools)
+            self._spec.guards_all or _holds(disguise.signs, fields) or _holds(disguise.signs, tools)
         ):
             guarded = self._guarded(
                 disguise, text, messages, tools, add_generation_prompt=add_generation_prompt
@@ -199,7 +199,7 @@ class Renderer:
         *,
         add_generation_prompt: bool,
     ) -> str | None:
-        """Return the text with the template's own special tokens in disguise, None where all of them are its own."""
+        """Return the text with the template's own special tokens in disguise; None if all of them are its own."""
         try:
             hidden, _ = self._text(
                 [_hide_message(disguise, message) for message in messages],
@@ -231,14 +231,14 @@ class Renderer:
             mark_generation=self._has_spans,
         )
         if self._spec.empty_think_ratio < 1 and _EMPTY_THINK in text:
-            shown = self._disguise.show(text) if self._disguise else text
-            if not belongs_to_share(shown, self._spec.empty_think_ratio, b"empty think"):
+            undisguised = self._disguise.show(text) if self._disguise else text
+            if not belongs_to_share(undisguised, self._spec.empty_think_ratio, b"empty think"):
                 text = text.replace(_EMPTY_THINK, "")
         return _without_span_marks(text) if self._has_spans else (text, None)
 
 
 def _holds(pattern: re.Pattern[str], value: Any) -> bool:
-    """Tell whether a pattern is found in any string of a JSON value, names of fields included."""
+    """Tell whether a pattern matches in any string of a JSON value, names of fields included."""
     if isinstance(value, str):
         return pattern.search(value) is not None
     if isinstance(value, Mapping):
@@ -247,7 +247,7 @@ def _holds(pattern: re.Pattern[str], value: Any) -> bool:
 
 
 def _hide_message(disguise: Disguise, message: Message) -> Message:
-    """Hide what a message says; its role, the names of its fields and those in the parts of its content are ours."""
+    """Hide what a message says, but not its role and the names of fields, which are ours."""
     hidden = {name: value if name == "role" else disguise.hide(value) for name, value in message.items()}
     if isinstance(message.get("content"), list):
         hidden["content"] = [{**part, "text": disguise.hide(part["text"])} for part in message["content"]]
@@ -255,7 +255,7 @@ def _hide_message(disguise: Disguise, message: Message) -> Message:
 
 
 def _without_span_marks(marked: str) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """Take the marks out of a text; return it, and the [start, stop) that stood between them."""
+    """Return a text without the marks, and the spans [start, stop) that were between them."""
     parts: list[str] = []
     spans: list[tuple[int, int]] = []
     place = start = depth = 0

@@ -1,7 +1,7 @@
 """The chat template: how a conversation becomes one text, exactly as `transformers.apply_chat_template` renders it.
 
-A template is a program in Jinja that stands in a tokenizer's `chat_template.jinja` or `tokenizer_config.json`, and comes from
-whoever made the tokenizer. So it runs in Jinja's sandbox, and sees plain JSON values alone.
+A template is a program in Jinja. It comes with the tokenizer, in `chat_template.jinja` or `tokenizer_config.json`, from whoever made
+that. So it runs in Jinja's sandbox, and sees only plain JSON values.
 
 Not here: what a record must look like (`conversations`), and how special tokens in what people wrote are kept from being
 taken for the template's own (`rendering`).
@@ -32,22 +32,22 @@ from minimind_data.errors import UserError
 from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
 
 SPAN_OPENS, SPAN_CLOSES = "\ufdd0", "\ufdd1"
-"""Stand around what a template marks by {% generation %}; noncharacters, which no text holds."""
+"""Put around what a template marks by {% generation %}; noncharacters, which no text holds."""
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
-"""What a message's reasoning is called here and there; templates read the first, gpt-oss's the second."""
+"""Names of the field with a message's reasoning; templates read the first, gpt-oss's the second."""
 
 Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatTemplate:
-    """A template, and the special tokens that it may name."""
+    """A chat template, and the special tokens that it may name."""
 
     text: str
     special_tokens: tuple[tuple[str, Any], ...] = ()
-    """(name, value), as tokenizer_config.json has them: `bos_token` and its like, and lists of further ones."""
+    """(name, value) as in tokenizer_config.json: `bos_token` and the like, and lists of additional ones."""
 
     @property
     def is_dated(self) -> bool:
@@ -56,13 +56,13 @@ class ChatTemplate:
 
     @property
     def marks_generation(self) -> bool:
-        """Whether it says by {% generation %} itself what the assistant wrote."""
+        """Whether it marks by {% generation %} what the assistant wrote."""
         marks = _environment().parse(self.text).find_all(nodes.ExtensionAttribute)
         return any(mark.name == _Generation.method for mark in marks)
 
     @property
     def constants(self) -> frozenset[str]:
-        """The texts that stand in it: those that it writes, those that it compares with, and names of fields."""
+        """The texts in it: those that it writes, those that it compares with, and names of fields."""
         tree = _environment().parse(self.text)
         strings = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
         strings |= {node.attr for node in tree.find_all(nodes.Getattr)}
@@ -70,7 +70,7 @@ class ChatTemplate:
 
     @property
     def config_json(self) -> str:
-        """The `tokenizer_config.json` that hands it on: `transformers` reads it, and so does `chat_template_of`."""
+        """A `tokenizer_config.json` with it, which `transformers` reads, and `chat_template_of` too."""
         config = {
             **dict(self.special_tokens),
             "clean_up_tokenization_spaces": False,
@@ -81,21 +81,21 @@ class ChatTemplate:
 
 
 class RenderError(Exception):
-    """A template refused a conversation, or failed on it; the message is a phrase that says why."""
+    """A template refused a conversation, or failed on it; the message says why."""
 
 
 def chat_template_of(path: Path | None, file: Path | None = None) -> ChatTemplate | None:
     """Return the chat template of a tokenizer, or None where it has none.
 
-    `chat_template.jinja` counts before `tokenizer_config.json`. Where the latter has several templates, `default` is taken.
+    `chat_template.jinja` takes precedence over `tokenizer_config.json`. If the latter has several templates, `default` is taken.
 
     Args:
         path: a folder with a tokenizer in it (a dataset, a run, a Hugging Face folder), a tokenizer.json, or None for the
             tokenizer that ships with this package.
-        file: a file that holds another template, to be taken in place of the tokenizer's own.
+        file: a file with another template, which is taken instead of the tokenizer's own.
 
     Raises:
-        UserError: a file is not what it should be, or the template is no Jinja.
+        UserError: a file cannot be read, or the template is no Jinja.
     """
     folder = DEFAULT_TOKENIZER if path is None else path if path.is_dir() else path.parent
     config_path = folder / CONFIG_NAME
@@ -216,9 +216,9 @@ def _render(
 
 
 def with_parts_joined(template: ChatTemplate, messages: Sequence[Message]) -> list[Message]:
-    """Return messages in which a content in parts is one text, but for the roles whose parts the template takes.
+    """Return messages in which a content in parts is one text, except for the roles whose parts the template takes.
 
-    A template that does not know parts leaves them out in silence (MiniMind's do), fails on them, or writes them down as a list.
+    A template that does not know parts silently leaves them out (MiniMind's do), fails on them, or writes them as a list.
     """
     joined: list[Message] = []
     for message in messages:
@@ -245,7 +245,7 @@ _PROBE_TOOLS: Sequence[Mapping[str, Any]] = ({"type": "function", "function": {"
 
 @functools.lru_cache(maxsize=8)
 def roles_in_parts(template: ChatTemplate) -> frozenset[str]:
-    """Return the roles whose contents a template takes in parts: those for which one part gives what the text itself gives."""
+    """Return the roles whose contents a template takes in parts: those for which one part renders as the text itself does."""
     return frozenset(role for role in ("system", "user", "assistant", "tool") if _takes_parts(template, role))
 
 
@@ -257,18 +257,18 @@ def _takes_parts(template: ChatTemplate, role: str) -> bool:
         {**one, "content": [{"type": "text", "text": one["content"]}]} if one["role"] == role else one
         for one in whole
     ]
-    said = [one["content"] for one in whole if one["role"] == role]
+    contents = [one["content"] for one in whole if one["role"] == role]
     takes = False
     for tools in (None, _PROBE_TOOLS):
         try:
-            wanted = _render(template, whole, tools, {}, now=_at_any_time, mark_generation=False)
+            rendered = _render(template, whole, tools, {}, now=_at_any_time, mark_generation=False)
         except RenderError:
             continue  # it has no such role, or no tools
         try:
-            takes = wanted == _render(template, parted, tools, {}, now=_at_any_time, mark_generation=False)
+            takes = rendered == _render(template, parted, tools, {}, now=_at_any_time, mark_generation=False)
         except RenderError:
             return False
-        if not (takes and all(text in wanted for text in said)):
+        if not (takes and all(text in rendered for text in contents)):
             return False
     return takes
 
@@ -278,14 +278,14 @@ def _at_any_time() -> datetime:
 
 
 def _as_templates_want(message: Message) -> dict[str, Any]:
-    """Leave out what is null, which many templates would write as None, and give the reasoning its common names."""
+    """Leave out nulls, which many templates would write as None, and give the reasoning all of its names."""
     fields = {name: value for name, value in message.items() if value is not None}
     reasoning = next((fields[name] for name in _REASONING_NAMES if name in fields), None)
     return fields if reasoning is None else {"thinking": reasoning, **fields, "reasoning_content": reasoning}
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} … {% endgeneration %}: around what the assistant writes."""
+    """{% generation %} … {% endgeneration %}, which templates put around what the assistant writes."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
     method = "_mark"
@@ -300,7 +300,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _MarkedGeneration(_Generation):
-    """The same, with marks around it."""
+    """The same, with `SPAN_OPENS` and `SPAN_CLOSES` around it in the text."""
 
     def _mark(self, caller: Macro) -> str:
         return f"{SPAN_OPENS}{caller()}{SPAN_CLOSES}"
@@ -318,7 +318,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """`namespace` for templates, without names that reach into Python."""
+    """`namespace` for templates, without names that lead into Python."""
 
     def __init__(*args: Any, **named: Any) -> None:
         self, *pairs = args
@@ -368,7 +368,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Write JSON as it is; Jinja's own filter escapes what HTML would read."""
+    """Write JSON unescaped; Jinja's own filter escapes it for HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
