@@ -24,16 +24,16 @@ class Split:
 
     source: Source
     start: int
-    """A byte offset; in Parquet, the number of a row group."""
+    """Byte offset; in Parquet, the number of a row group."""
     stop: int
     num_bytes: int
-    """What the split weighs, for progress: bytes of the input as it is stored."""
+    """Size for progress: bytes of the input as it is stored."""
     more: tuple[Source, ...] = ()
-    """Where each file is one document: the files that share this split with the first."""
+    """Further files of the split, if each file is one document."""
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """Everything that it is read from."""
+        """All files that it is read from."""
         return (self.source, *self.more)
 
     @property
@@ -43,16 +43,16 @@ class Split:
 
 
 class RecordReader(Protocol):
-    """The records of one split. What it says of itself holds for what was read so far."""
+    """Reads the records of one split. Its attributes are about what was read so far."""
 
     @property
     def begin(self) -> int:
-        """Where the first record begins, in the split's unit."""
+        """Where the first record begins, in bytes or row groups as `Split.start`."""
         ...
 
     @property
     def end(self) -> int:
-        """Where the last one ends."""
+        """Where the last record ends."""
         ...
 
     @property
@@ -62,7 +62,7 @@ class RecordReader(Protocol):
 
     @property
     def sha256(self) -> str:
-        """Of what was read."""
+        """SHA-256 of what was read."""
         ...
 
     def blocks(self) -> Generator[Block, None, None]:
@@ -84,7 +84,7 @@ class Form(ABC):
 
     @abstractmethod
     def splits(self, sources: Sequence[Source], split_bytes: int) -> list[list[Split]]:
-        """Cut sources that follow one another: a list for each, empty for one that shares a split with one before it.
+        """Cut consecutive sources into splits: a list for each source, empty if it shares a split with one before it.
 
         Args:
             sources: all of this form.
@@ -103,16 +103,16 @@ class Form(ABC):
         """Count the records of a source before a split."""
 
     def content(self, split: Split) -> tuple[int, int, str]:
-        """Return (begin, end, SHA-256) of the records in a split: what its reader says at its end, but without making texts, if possible."""
+        """Return (begin, end, SHA-256) of the records in a split, as its reader has them after reading; faster than reading, where possible."""
         reader = self.reader(split)
         for _ in reader.blocks():
             pass
         return reader.begin, reader.end, reader.sha256
 
     def place(self, split: Split, number: int) -> str:
-        """Return path:line, for a message, of the record with this number in a split; in a table the row stands for the line."""
+        """Return the place of a record for a message, path:line or path:row; `number` counts from 1 at the first of the split."""
         return f"{split.source.name}:{self.records_before(split) + number}"
 
     def sample(self, split: Split, num_bytes: int) -> Split:  # noqa: ARG002 - for those forms that can
-        """Return a smaller split for a look at some of its texts, about so many bytes, where one can be had."""
+        """Return a split of about so many bytes that has some of its texts, or itself if there is no such."""
         return split

@@ -1,4 +1,4 @@
-"""What reading gives: blocks of the texts in a split, and the records that make none.
+"""The results of reading a split: blocks of texts, and the records that make none.
 
 `ConversationCollector` collects the conversations, or pairs of them, that the readers of JSON lines and of Parquet find.
 """
@@ -25,7 +25,7 @@ class BadRecord:
     line: int
     """Its number, from 1 at the first of the split: a line, a row, or a text."""
     reason: str
-    """What is wrong with it and, after a semicolon, what can be done."""
+    """What is wrong with it and, after a semicolon, what to do."""
     data: bytes
     """The record itself, without its end."""
 
@@ -35,28 +35,28 @@ class Block:
     """Some of the records of a split, in order."""
 
     texts: list[str]
-    """Those of a document end to end: one, or two of a pair."""
+    """One for each document, or two for each pair."""
     empty_texts: int
     bad: list[BadRecord]
     num_bytes: int
-    """How far this block went on in the input, for progress."""
+    """Bytes of the input that were read for it, for progress."""
     texts_each: int = 1
     """Texts of a document."""
     conversations: list[RenderedConversation] | None = None
     """What the texts were rendered from, where they are conversations; as many as texts."""
     different_prompts: int = 0
-    """Pairs whose two conversations do not begin alike."""
+    """Pairs whose two conversations have different prompts."""
 
     @property
     def documents(self) -> list[str]:
-        """What tells documents apart: the text, or those of a pair together."""
+        """A text for each document that is equal only if the documents are: its own, or those of a pair together."""
         if self.texts_each == 1:
             return self.texts
         pairs = zip(self.texts[::2], self.texts[1::2], strict=True)
         return [f"{len(chosen)}:{chosen}{rejected}" for chosen, rejected in pairs]
 
     def keep(self, documents: list[int]) -> "Block":
-        """Return the block with some of its documents alone, by their places in it."""
+        """Return the block with only some of its documents, by their places in it."""
         each = self.texts_each
         places = [place * each + side for place in documents for side in range(each)]
         return replace(
@@ -86,12 +86,12 @@ class ConversationCollector:
         self._different_prompts = 0
 
     def add(self, number: int, read: Callable[[], object], data: Callable[[], bytes]) -> None:
-        """Take in a record.
+        """Add a record.
 
         Args:
             number: of the record, from 1 at the first of the split.
             read: returns it, or raises BadConversationError.
-            data: returns its bytes, to be set aside.
+            data: returns its bytes, for a bad record.
         """
         try:
             conversations = conversations_of(read(), self._kind)
@@ -105,7 +105,7 @@ class ConversationCollector:
             self._different_prompts += self._kind == "dpo" and has_different_prompts(*conversations)
 
     def take(self, num_bytes: int) -> Block:
-        """Return what was collected, and begin anew."""
+        """Return what was collected as a block, and begin the next one."""
         block = Block(
             texts=[one.text for one in self._rendered],
             empty_texts=0,

@@ -36,7 +36,7 @@ class Delimited(Form):
         source = split.source
         if source.compression is not None:
             lines = LineReader(source, split.start, split.stop, self.ends)
-            for _ in lines.pieces():
+            for _ in lines.lines():
                 pass
             return lines.begin, lines.end, lines.sha256
         with source.reading(), source.open() as file:
@@ -49,11 +49,11 @@ class Delimited(Form):
         if not split.start:
             return 0
         lines = LineReader(split.source, 0, split.start, self.ends)
-        return sum(map(len, lines.pieces()))
+        return sum(map(len, lines.lines()))
 
 
 class DelimitedReader:
-    """What the readers of such splits share."""
+    """What the readers of delimited records share."""
 
     def __init__(self, split: Split, spec: RecordSpec, ends: Delimiter) -> None:
         self._split = split
@@ -62,17 +62,17 @@ class DelimitedReader:
 
     @property
     def begin(self) -> int:
-        """The first byte of the first record; the end of the split where none begins in it."""
+        """The first byte of the first record; the end of the split if none begins in it."""
         return self._lines.begin
 
     @property
     def end(self) -> int:
-        """The byte after the last record read, delimiter included."""
+        """The byte after the last record read so far, delimiter included."""
         return self._lines.end
 
     @property
     def num_lines(self) -> int:
-        """Records read, those of white space included."""
+        """Records read so far, those of white space included."""
         return self._lines.num_lines
 
     @property
@@ -80,19 +80,22 @@ class DelimitedReader:
         """Of the bytes [begin, end)."""
         return self._lines.sha256
 
-    def _pieces(self) -> Iterator[tuple[int, list[bytes], int]]:
-        """Yield (number of the first, pieces, bytes of input that they took)."""
+    def _records(self) -> Iterator[tuple[int, list[bytes], int]]:
+        """Yield (number of the first, records, bytes of input that they took)."""
         progress = _Progress(self._split)
         number = 1
-        for pieces in self._lines.pieces():
+        for records in self._lines.lines():
             if number == 1 and self.begin == 0:
-                pieces[0] = pieces[0].removeprefix(BYTE_ORDER_MARK)
-            yield number, pieces, progress.at(self._lines.begin, self._lines.end)
-            number += len(pieces)
+                records[0] = records[0].removeprefix(BYTE_ORDER_MARK)
+            yield number, records, progress.at(self._lines.begin, self._lines.end)
+            number += len(records)
 
 
 class _Progress:
-    """How far reading went on in the input as it is stored; a compressed file's end is told when it comes."""
+    """How far reading is in the input as it is stored.
+
+    What a compressed file holds may be longer than the file: then progress stands still at the file's size.
+    """
 
     def __init__(self, split: Split) -> None:
         self._is_compressed = split.source.compression is not None

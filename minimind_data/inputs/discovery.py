@@ -1,7 +1,7 @@
 """Which files inputs stand for (files, folders, globs and object stores), and what form each of them has.
 
-The content says it first, where a form or a compression has a magic number, and then the name; what neither says is refused, not
-guessed.
+The content decides if a form or a compression has a magic number, otherwise the name does. A file that neither says anything about is
+refused, unless it begins as JSON lines do.
 
 Sources of the magic numbers: RFC 1952 (gzip), RFC 8878 (zstd), the Apache Parquet format specification.
 """
@@ -30,7 +30,7 @@ _OTHER_MAGICS = {
     b"ARROW1": "Arrow",
     b"ORC": "ORC",
 }
-"""Of what no form here is; the file gets a sentence of its own."""
+"""Of forms that are not read here; such a file gets an error of its own."""
 _SUFFIXES = {suffix: name for name, entry in FORMS.items() for suffix in entry.suffixes}
 _GLOB = re.compile(r"[*?\[]")
 _HEAD_BYTES = 4096
@@ -38,17 +38,17 @@ _MAX_STEM_BYTES = 160  # file systems take 255, and what a build appends takes s
 
 
 def find_sources(inputs: Sequence[str], form: FormChoice = AUTO) -> tuple[list[Source], list[str]]:
-    """Find the files that inputs name, in order, and look what form each has.
+    """Find the files that inputs name, in order, and the form of each.
 
     Args:
         inputs: paths, folders, globs and URIs. A folder or a glob stands for its files sorted by name.
-        form: what form all of them have; `auto` tells it from each.
+        form: of all of them; `auto` detects it for each.
 
     Returns:
-        (the sources, what the user should know about files of a folder that were left out).
+        (the sources, notes for the user about files of a folder that were left out).
 
     Raises:
-        UserError: an input is missing, empty, no file, named twice, or of no form that can be told.
+        UserError: an input is missing, empty, no file, named twice, or of unknown form.
     """
     sources: list[Source] = []
     notes: list[str] = []
@@ -76,15 +76,15 @@ def find_sources(inputs: Sequence[str], form: FormChoice = AUTO) -> tuple[list[S
 
 
 def source_of(location: str, form: FormChoice = AUTO, *, name: str | None = None) -> Source:
-    """Look at a file and find out what form it has.
+    """Look at a file and detect its form.
 
     Args:
         location: a path or a URI.
-        form: what form it has; `auto` looks.
+        form: that it has; `auto` detects it.
         name: what messages and the manifest call it; by default the path, or the URI without its credentials.
 
     Raises:
-        UserError: it is missing, empty, no file, or its form cannot be told.
+        UserError: it is missing, empty, no file, or of unknown form.
     """
     source = Source(name=name or _shown(location), location=location, form=AUTO)
     _check_is_file(source)
@@ -110,7 +110,7 @@ def source_of(location: str, form: FormChoice = AUTO, *, name: str | None = None
     return replace(source, form=_form_in(source, head, form))
 
 
-def _form_in(source: Source, head: bytes, wanted: FormChoice) -> str:
+def _form_in(source: Source, head: bytes, choice: FormChoice) -> str:
     """Return the form of a source whose text begins with `head`."""
     name = source.name
     by_magic = next(
@@ -123,9 +123,9 @@ def _form_in(source: Source, head: bytes, wanted: FormChoice) -> str:
     elif source.compression is not None and not FORMS[by_magic].may_be_compressed:
         title = FORMS[by_magic].title
         raise UserError(f"{name}: a compressed {title} file; decompress it, for {title} is read in parts")
-    elif wanted in (AUTO, by_magic):
+    elif choice in (AUTO, by_magic):
         return by_magic
-    form = _form_by_name(name) or _form_by_start(head) if wanted == AUTO else wanted
+    form = _form_by_name(name) or _form_by_start(head) if choice == AUTO else choice
     if form is None:
         raise UserError(
             "its form cannot be told", where=name, remedy=f"say `format` {', '.join(FORMS)}", option="format"
@@ -142,7 +142,7 @@ def _form_in(source: Source, head: bytes, wanted: FormChoice) -> str:
 
 
 def _form_by_name(name: str) -> str | None:
-    """Return the form that a name, as it is shown, promises; None where it promises none."""
+    """Return the form that the suffix of a name stands for; None if it stands for none."""
     base = name.lower()
     for suffix in _COMPRESSION_SUFFIXES:
         base = base.removesuffix(suffix)
@@ -150,14 +150,14 @@ def _form_by_name(name: str) -> str | None:
 
 
 def _form_by_start(head: bytes) -> str | None:
-    """Return the form that a text beginning so most likely has; None where none is likely."""
+    """Return the form that a text with this beginning most likely has; None if none is likely."""
     start = head.removeprefix(BYTE_ORDER_MARK).lstrip()
     likely = ((form, entry.likely_start) for form, entry in FORMS.items() if entry.likely_start)
     return next((form for form, first in likely if start.startswith(first)), None)
 
 
 def stem_of(source: Source) -> str:
-    """Return the name of a source's shards: its file's name without what says its form."""
+    """Return the name of a source's shards: that of its file without the suffixes of compression and form."""
     if source.name == STDIN:
         return "stdin"
     name = stores.name_of(source.name) if stores.is_uri(source.name) else PurePosixPath(source.name).name
@@ -215,7 +215,7 @@ def _below(folder: Path) -> list[str]:
 
 
 def _of_known_form(folder: str, files: list[str], form: FormChoice) -> tuple[list[str], list[str]]:
-    """Return (files, files left out) of a folder, by what their names say."""
+    """Return (files, files left out) of a folder, by the suffixes of their names."""
     if form != AUTO:
         known, left_out = files, []
     else:

@@ -1,6 +1,6 @@
-"""The forms that inputs may have, in one table: what a file of each is known by, and what reads it.
+"""The forms that inputs may have, in one table: how a file of each is recognized, and what reads it.
 
-A form is a subclass of `base.Form` in a module of its own, and a row here.
+To add a form, write a subclass of `base.Form` in a module of its own, and add a row here.
 """
 
 from collections.abc import Callable
@@ -20,19 +20,19 @@ class FormEntry:
     """A row of the table."""
 
     title: str
-    """What messages call it."""
+    """Its name in messages."""
     make: Callable[[RecordSpec, Kind], Form]
     suffixes: tuple[str, ...]
-    """Of files' names, with a suffix of compression behind it or not."""
+    """Of files' names, apart from a suffix of compression behind it."""
     magic: bytes = b""
-    """What every file of this form, and no other, begins with; empty where there is no such thing."""
+    """The bytes that every file of this form, and no other, begins with; empty if there are none."""
     likely_start: bytes = b""
-    """What a file begins with, white space aside, that has this form if its name does not say which it has."""
+    """What a file begins with, white space aside, that is taken for this form if its name says nothing."""
     objection: Callable[[bytes], str | None] = lambda _: None
-    """Says why a file that begins so cannot have this form, whatever its name promises; None where it can."""
+    """Says why a file with this beginning cannot have this form, whatever its name says; None if it can."""
     may_be_compressed: bool = True
     record_options: tuple[str, ...] = ()
-    """The fields of `RecordSpec` that say how texts are made of this form alone."""
+    """The fields of `RecordSpec` that apply to this form but not to every form."""
     holds_conversations: bool = True
 
 
@@ -71,27 +71,27 @@ FORMS: dict[str, FormEntry] = {
         holds_conversations=False,
     ),
 }
-"""By the name that the option `format` takes and the manifest has."""
+"""By name, as in the manifest and in `TokenizeOptions.format`."""
 
 AUTO = "auto"
 if TYPE_CHECKING:
     FormChoice = str
 else:
     FormChoice = Literal[(AUTO, *FORMS)]
-"""What a user may say of all inputs; `auto` looks at each."""
+"""What a user can choose for all inputs; `auto` detects the form of each."""
 
 
 def titles(which: Callable[[FormEntry], bool] = lambda _: True, *, joined_by: str = "and") -> str:
-    """Return the titles of the forms that are such, for a message: `JSON lines and Parquet`."""
+    """Return the titles of those forms for which `which` holds, for a message: `JSON lines and Parquet`."""
     *others, last = [entry.title for entry in FORMS.values() if which(entry)]
     return f"{', '.join(others)} {joined_by} {last}" if others else last
 
 
 def form_of(source: Source, spec: RecordSpec, kind: Kind = "pretrain") -> Form:
-    """Return what cuts and reads a source.
+    """Return what cuts a source into splits and reads them.
 
     Args:
-        source: it.
+        source: any of this form.
         spec: what makes a text of a record.
         kind: what the records are.
     """

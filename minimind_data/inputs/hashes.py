@@ -10,7 +10,7 @@ from minimind_data.inputs.sources import Source
 
 
 class InputHashes:
-    """Hashes whole inputs in the background, and notices an input that changes under the build."""
+    """Hashes whole inputs in the background, and notices an input that changes meanwhile."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self._sources = sources
@@ -20,15 +20,15 @@ class InputHashes:
         self._thread = threading.Thread(target=self._hash, daemon=True)
 
     def begin(self) -> None:
-        """Read the inputs in the background from now on, where `entries` will be asked for."""
+        """Start reading the inputs in the background; `entries` would start it otherwise."""
         if self._thread.ident is None:
             self._thread.start()
 
     def entries(self) -> tuple[InputEntry, ...]:
-        """Wait for the hashes.
+        """Wait for the hashes, and return what a manifest says of the inputs.
 
         Raises:
-            UserError: an input changed since this was made, or cannot be read.
+            UserError: an input changed since this object was made, or cannot be read.
         """
         self.begin()
         self._thread.join()

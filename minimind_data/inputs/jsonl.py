@@ -63,7 +63,7 @@ class JsonTexts(DelimitedReader):
         """Yield the texts; see `RecordReader`."""
         get_text = text_getter(self._spec)
         max_word_chars = self._spec.max_word_chars
-        for first, lines, num_bytes in self._pieces():
+        for first, lines, num_bytes in self._records():
             texts: list[str] = []
             bad: list[BadRecord] = []
             empty_texts = 0
@@ -96,7 +96,7 @@ class JsonConversations(DelimitedReader):
 
     def blocks(self) -> Generator[Block, None, None]:
         """Yield the conversations as texts; see `RecordReader`."""
-        for first, lines, num_bytes in self._pieces():
+        for first, lines, num_bytes in self._records():
             for number, line in enumerate(lines, first):
                 if line.strip():
                     self._conversations.add(

@@ -1,7 +1,7 @@
 """Parquet: the texts and conversations in a file, row group by row group; only the columns that hold them are read.
 
-Conversations are lists of structs, as Hugging Face datasets writes them, or JSON in Arrow's type for it. Arrow gives every struct all
-fields of its type, and fills those that a message does not have with nulls; so a null in a struct is a field that is not there.
+Conversations are lists of structs, as Hugging Face datasets writes them, or JSON in Arrow's type for it. In Arrow every struct has all
+fields of its type, and those that a message does not have are null. So a null in a struct means that the field is missing.
 
 Source of the format: https://parquet.apache.org/docs/file-format/ (row groups, column chunks), read by pyarrow.
 """
@@ -32,10 +32,10 @@ _MAX_NAMES = 8
 
 
 class Parquet(Form):
-    """Parquet: a split is some row groups, so its borders are numbers of these."""
+    """Parquet: a split is some row groups, and its borders are their numbers."""
 
     def splits(self, sources: Sequence[Source], split_bytes: int) -> list[list[Split]]:
-        """Take row groups together as long as the columns that are read are below `split_bytes` uncompressed; one at least.
+        """Put row groups into one split as long as the columns that are read are below `split_bytes` uncompressed; at least one.
 
         Raises:
             UserError: a file is damaged, or a column is missing or holds something else.
@@ -49,7 +49,7 @@ class Parquet(Form):
     def _row_group_splits(self, source: Source, split_bytes: int) -> Iterator[Split]:
         with source.open() as file:
             parquet = pq.ParquetFile(file)
-            wanted = _columns(parquet.schema_arrow, source, self._spec, self._kind)
+            columns = _columns(parquet.schema_arrow, source, self._spec, self._kind)
             start, weight, stored = 0, 0, 0
             for index in range(parquet.num_row_groups):
                 group = parquet.metadata.row_group(index)
@@ -59,7 +59,7 @@ class Parquet(Form):
                     for chunk in chunks
                     if any(
                         chunk.path_in_schema == name or chunk.path_in_schema.startswith(f"{name}.")
-                        for name in wanted
+                        for name in columns
                     )
                 )
                 if index > start and weight + size > split_bytes:
@@ -89,32 +89,36 @@ class Parquet(Form):
 
 
 def _columns(schema: Any, source: Source, spec: RecordSpec, kind: Kind) -> list[str]:
-    """Return the columns that are read, after a look at their types."""
+    """Return the columns to read, after checking their types."""
     return _text_columns(schema, source, spec) if kind == "pretrain" else _chat_columns(schema, source, kind)
 
 
 def _chat_columns(schema: Any, source: Source, kind: Literal["sft", "dpo"]) -> list[str]:
     names = ", ".join(schema.names[:_MAX_NAMES])
     if kind == "sft":
-        wanted = [name for name in MESSAGES_FIELDS if name in schema.names]
-        if not wanted:
+        columns = [name for name in MESSAGES_FIELDS if name in schema.names]
+        if not columns:
             raise UserError(
                 f"{source.name}: no column 'conversations' or 'messages' (its columns: {names}); rename the one with the messages"
             )
     else:
-        wanted = list(SIDE_FIELDS)
-        for name in wanted:
+        columns = list(SIDE_FIELDS)
+        for name in columns:
             if name not in schema.names:
                 raise UserError(
                     f"{source.name}: no column {name!r} (its columns: {names}); rename the one with that side of the pairs"
                 )
-    for name in wanted:
-        held = schema.field(name).type
-        if not (_is_list(held) or _is_json(held) or (kind == "dpo" and _is_string(held))):
+    for name in columns:
+        column_type = schema.field(name).type
+        if not (
+            _is_list(column_type) or _is_json(column_type) or (kind == "dpo" and _is_string(column_type))
+        ):
             raise UserError(
-                f"{source.name}: column {name!r} holds {held}, where lists of messages are wanted"
+                f"column {name!r} holds {column_type}, not lists of messages",
+                where=source.name,
+                remedy="write each as a list of structs with role and content",
             )
-    return wanted + [name for name in OTHER_FIELDS[kind] if name in schema.names]
+    return columns + [name for name in OTHER_FIELDS[kind] if name in schema.names]
 
 
 def _text_columns(schema: Any, source: Source, spec: RecordSpec) -> list[str]:
@@ -166,7 +170,7 @@ def _count_rows(source: Source, groups: range) -> int:
 
 
 class ParquetRows:
-    """The rows of a split's row groups, in the fields that make documents of this kind."""
+    """The rows of a split, with the fields that make documents of this kind."""
 
     def __init__(self, split: Split, spec: RecordSpec, kind: Kind) -> None:
         self._split = split
@@ -190,18 +194,18 @@ class ParquetRows:
         with source.reading(as_container=True), source.open() as file:
             parquet = pq.ParquetFile(file)
             schema = parquet.schema_arrow
-            wanted = _columns(schema, source, self._spec, self._kind)
-            fields = self._spec.fields if self._kind == "pretrain" else wanted
-            for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=list(groups), columns=wanted):
-                columns = [_column(batch, schema, field) for field in fields]
-                rows = list(zip(*map(_values, columns), strict=True))
+            columns = _columns(schema, source, self._spec, self._kind)
+            fields = self._spec.fields if self._kind == "pretrain" else columns
+            for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=list(groups), columns=columns):
+                arrays = [_column(batch, schema, field) for field in fields]
+                rows = list(zip(*map(_values, arrays), strict=True))
                 # The same bytes wherever a batch ends: rows joined by commas.
                 self._digest.update(orjson.dumps(rows, default=repr)[1:-1] + b",")
                 first = self.num_lines + 1
                 self.num_lines += len(rows)
                 done = self._split.num_bytes * self.num_lines // total_rows
                 records = [dict(zip(fields, row, strict=True)) for row in rows]
-                yield first, records, [column.type for column in columns], done - reported
+                yield first, records, [array.type for array in arrays], done - reported
                 reported = done
 
 
@@ -274,7 +278,7 @@ def _is_json(kind: Any) -> bool:
 
 
 def _values(column: Any) -> list[Any]:
-    """Return a column's values, in which a string that is no UTF-8 stands as bytes."""
+    """Return a column's values; a string that is no UTF-8 comes as bytes."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     try:
@@ -286,7 +290,7 @@ def _values(column: Any) -> list[Any]:
 
 
 def _with_bytes(kind: Any) -> Any:
-    """Return a type with bytes in the place of strings."""
+    """Return a type with bytes in place of strings."""
     if isinstance(kind, pa.BaseExtensionType):
         return _with_bytes(kind.storage_type)
     if pa.types.is_dictionary(kind):
@@ -323,13 +327,13 @@ def _decoded(value: Any, kind: Any) -> Any:
 
 
 def _json_record(record: dict[str, Any], types: list[pa.DataType]) -> dict[str, Any]:
-    """Return the record that a line of JSON would hold in place of this row."""
+    """Return the record that a line of JSON would hold for this row."""
     fields = zip(record.items(), types, strict=True)
     return {name: _json_value(value, kind, name) for (name, value), kind in fields}
 
 
 def _json_value(value: Any, kind: Any, name: str) -> Any:
-    """Return a value as JSON has it: without the nulls that fill structs, and with what JSON in Arrow's type for it says.
+    """Return a value as JSON has it: without the nulls that fill structs, and with JSON in Arrow's type for it parsed.
 
     Args:
         value: as pyarrow gives it.
@@ -362,6 +366,8 @@ def _json_value(value: Any, kind: Any, name: str) -> Any:
     if not isinstance(value, str | bool | int | float) or (
         isinstance(value, float) and not math.isfinite(value)
     ):
-        told = kind_of(value) if isinstance(value, bytes) else f"{str(value)[:40]} of type {kind}"
-        raise BadConversationError(f"{name} holds {told}, which JSON has no form for; write it as a string")
+        content = kind_of(value) if isinstance(value, bytes) else f"{str(value)[:40]} of type {kind}"
+        raise BadConversationError(
+            f"{name} holds {content}, which JSON has no form for; write it as a string"
+        )
     return value

@@ -22,9 +22,9 @@ class Source:
     """One input: where it lies and how to read it."""
 
     name: str
-    """As messages and the manifest show it: the path or the URI, without credentials."""
+    """In messages and the manifest: the path or the URI, without credentials."""
     location: str
-    """What is opened."""
+    """The path or URI that is opened."""
     form: str
     """What its bytes are: a name in `forms.FORMS`."""
     compression: Compression | None = None
@@ -39,13 +39,13 @@ class Source:
         return self.is_remote or Path(self.location).is_absolute()
 
     def absolute(self) -> "Source":
-        """Return the same source to be written down: it can be opened from any working directory, and holds no credentials."""
+        """Return the same source to be written to a file: it can be opened from any working directory, and holds no credentials."""
         if self.is_remote:
             return replace(self, location=stores.without_secrets(self.location))
         return replace(self, location=str(Path(self.location).absolute()))
 
     def open(self) -> BinaryIO:
-        """Open its bytes as they are stored; they can be sought in.
+        """Open its bytes as they are stored; the file can seek.
 
         Raises:
             UserError: it cannot be opened.
@@ -62,7 +62,7 @@ class Source:
             raise UserError(f"{self.name}: cannot be opened ({error.strerror})") from None
 
     def open_text(self) -> BinaryIO:
-        """Open its bytes decompressed; they can be sought in only where nothing was compressed."""
+        """Open its bytes decompressed; the file can seek only if nothing was compressed."""
         raw = self.open()
         if self.compression is None:
             return raw
@@ -77,16 +77,16 @@ class Source:
         return status.st_size, status.st_mtime_ns
 
     def is_gone(self) -> bool:
-        """Tell whether there is no such file any more; an object of a store is only missed when it is read."""
+        """Tell whether there is no such file any more; a missing object in a store is noticed only when it is read."""
         return not self.is_remote and not Path(self.location).exists()
 
     @contextlib.contextmanager
     def reading(self, *, as_container: bool = False) -> Iterator[None]:
-        """Turn what goes wrong with its bytes inside the block into a sentence about it.
+        """Turn what goes wrong with its bytes inside the block into a UserError about it.
 
         Args:
-            as_container: the bytes have an inner order, as Parquet's have: what cannot be read is damaged, and a name inside
-                that is no UTF-8 is damage too.
+            as_container: the bytes have an inner structure, as Parquet's have, so an error means that they are damaged. So does a
+                name in them that is no UTF-8.
         """
         try:
             yield
@@ -114,7 +114,7 @@ def spool(stream: BinaryIO, path: Path, report: Report) -> None:
 
     Args:
         stream: standard input.
-        path: the file, made anew.
+        path: of the file; it is overwritten.
         report: takes the bytes of each block.
 
     Raises:

@@ -54,11 +54,11 @@ class RecordSpec:
 
     @property
     def separator_bytes(self) -> bytes | None:
-        r"""The separator in UTF-8, its \n, \t and \\ read."""
+        r"""The separator in UTF-8, with a line feed for \n and so on."""
         if self.separator is None:
             return None
         escapes = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
-        return re.sub(r"\\[ntr\\]", lambda found: escapes[found[0]], self.separator).encode()
+        return re.sub(r"\\[ntr\\]", lambda escape: escapes[escape[0]], self.separator).encode()
 
 
 def template_fields(template: str) -> tuple[str, ...]:
@@ -89,23 +89,23 @@ def _parse(template: str) -> list[tuple[str, str | None, str | None, str | None]
 def text_getter(spec: RecordSpec) -> Callable[[Any], Any]:
     """Return a function from a record to its text.
 
-    What it returns where a field is missing or no string is None or no string; `reason` then says why. It may also raise
-    LookupError or TypeError.
+    Where a field is missing or is no string, the function returns None or what is there, or raises LookupError or TypeError; `reason`
+    then says what is wrong.
     """
     if spec.template is None:
         return _getter(spec.field)
     parts = [(literal, name and _getter(name)) for literal, name, _, _ in _parse(spec.template)]
 
     def join(record: Any) -> str | None:
-        made: list[str] = []
+        texts: list[str] = []
         for literal, get in parts:
-            made.append(literal)
+            texts.append(literal)
             if get:
                 value = get(record)
                 if not isinstance(value, str):
                     return None
-                made.append(value)
-        return "".join(made)
+                texts.append(value)
+        return "".join(texts)
 
     return join
 
@@ -128,13 +128,13 @@ def _getter(field: str) -> Callable[[Any], Any]:
 def reason(
     record: object, text: object, spec: RecordSpec, remedy: str = "name the field of the text with `field`"
 ) -> str | None:
-    """Say why a record makes no document and, after a semicolon, what can be done; None where it does make one.
+    """Say why a record makes no document and, after a semicolon, what to do; None if it makes one.
 
     Args:
         record: as it was parsed.
-        text: what `text_getter` gave for it, None where that raised.
-        spec: what was looked for.
-        remedy: for a field that is missing or of another kind.
+        text: what the function from `text_getter` returned for it; None if that raised.
+        spec: what makes a text of it.
+        remedy: what to do about a field that is missing or no string.
     """
     if not isinstance(record, Mapping):
         example = json.dumps(spec.fields[0], ensure_ascii=False)
@@ -145,8 +145,8 @@ def reason(
         try:
             value = _getter(field)(record)
         except (LookupError, TypeError):
-            found = ", ".join(str(name) for name in list(record)[:5]) or "none at all"
-            return f"no field {field!r} (its fields: {found}); {remedy}"
+            names = ", ".join(str(name) for name in list(record)[:5]) or "none at all"
+            return f"no field {field!r} (its fields: {names}); {remedy}"
         if not isinstance(value, str):
             return f"field {field!r} is {kind_of(value)}, not a string; {remedy}"
     assert isinstance(text, str)
@@ -154,7 +154,7 @@ def reason(
 
 
 def long_word(text: str, max_word_chars: int) -> str | None:
-    """Say that a text holds a longer run of letters, of digits, of signs or of white space than is allowed, or None."""
+    """Say that a run of letters, of digits, of signs or of white space in a text is longer than allowed; None if none is."""
     if len(text) <= max_word_chars:
         return None
     longest = max((match.end() - match.start() for match in _WORD.finditer(text)), default=0)
@@ -164,7 +164,7 @@ def long_word(text: str, max_word_chars: int) -> str | None:
 
 
 def no_utf8(data: bytes, what: str) -> str | None:
-    """Say that bytes are no UTF-8, what they are being named by `what`, or None where they are."""
+    """Say that bytes are no UTF-8, or None if they are; `what` says of what, such as a line."""
     try:
         data.decode()
     except UnicodeDecodeError as error:

@@ -1,7 +1,7 @@
 """Object stores (`s3://`, `gs://`, `abfs://`, …) through pyarrow's file systems: what a URI stands for, and how to open it.
 
-Credentials come from the environment, or stand in the URI; they are never shown and never written down. `AWS_ENDPOINT_URL` and
-`?endpoint_override=HOST:PORT&scheme=http&region=…` lead to another server than Amazon's.
+Credentials come from the environment or from the URI; they are never shown and never written to a file. `AWS_ENDPOINT_URL` and
+`?endpoint_override=HOST:PORT&scheme=http&region=…` name another server than Amazon's.
 
 Source of the URIs' options: https://arrow.apache.org/docs/python/filesystems.html.
 """
@@ -26,7 +26,7 @@ _NO_SECRETS = frozenset((
 ))  # fmt: skip
 _REBUILT = frozenset(("endpoint_override", "region", "scheme"))
 _TRIES = 4
-"""Of a request to S3. A server that refuses connections is given up after 4 seconds, one that never answers after 20."""
+"""Of a request to S3. With so many, a server that refuses connections costs 4 seconds, one that never answers 20."""
 _SHORTEST_SECRET = 4
 
 
@@ -54,20 +54,20 @@ def _cut(uri: str) -> tuple[str, str, str, str]:
 
 
 def shown(uri: str) -> str:
-    """Return a URI as messages and manifests may show it: without credentials and options."""
+    """Return a URI as messages and manifests show it: without credentials and options."""
     scheme, _, path, _ = _cut(uri)
     return scheme + path
 
 
 def without_secrets(uri: str) -> str:
-    """Return a URI that still leads to the same place for whom the environment gives credentials."""
+    """Return a URI of the same place without credentials, which then must come from the environment."""
     scheme, _, path, query = _cut(uri)
-    kept = [
+    options = [
         (name, re.sub(r"[^/]*@", "", value))
         for name, value in parse_qsl(query, keep_blank_values=True)
         if name in _NO_SECRETS
     ]
-    return _with_query(scheme + path, urlencode(kept))
+    return _with_query(scheme + path, urlencode(options))
 
 
 def name_of(uri: str) -> str:
@@ -77,7 +77,7 @@ def name_of(uri: str) -> str:
 
 @contextlib.contextmanager
 def reaching(uri: str) -> Iterator[None]:
-    """Turn what goes wrong with a store inside the block into a sentence about a URI."""
+    """Turn what goes wrong with a store inside the block into a UserError about a URI."""
     try:
         yield
     except Exception as error:
@@ -90,15 +90,15 @@ def reaching(uri: str) -> Iterator[None]:
 
 
 def without_its_secrets(text: str, uri: str) -> str:
-    """Return a message without the credentials that stand in a URI."""
+    """Return a message without the credentials in a URI."""
     _, credentials, _, query = _cut(uri)
-    pieces = [credentials.rstrip("@"), *re.findall(r"//([^/@]+)@", unquote(query))]
-    pieces += [value for name, value in parse_qsl(query) if name not in _NO_SECRETS]
-    pieces += [part for piece in pieces for part in piece.split(":")]
+    secrets = [credentials.rstrip("@"), *re.findall(r"//([^/@]+)@", unquote(query))]
+    secrets += [value for name, value in parse_qsl(query) if name not in _NO_SECRETS]
+    secrets += [part for secret in secrets for part in secret.split(":")]
     text = text.replace(uri, shown(uri)).replace(_escaped(uri), shown(uri))
-    for piece in sorted({*pieces, *map(unquote, pieces)}, key=len, reverse=True):
-        if len(piece) >= _SHORTEST_SECRET:
-            text = text.replace(piece, "…")
+    for secret in sorted({*secrets, *map(unquote, secrets)}, key=len, reverse=True):
+        if len(secret) >= _SHORTEST_SECRET:
+            text = text.replace(secret, "…")
     return text
 
 
@@ -106,21 +106,21 @@ def filesystem(uri: str) -> tuple[Any, str]:
     """Return pyarrow's file system for a URI, and the path in it.
 
     Raises:
-        UserError: there is none, or the region of a bucket cannot be found out.
+        UserError: there is none, or the region of a bucket cannot be determined.
     """
     from pyarrow import fs  # noqa: PLC0415 - takes a tenth of a second
 
     with reaching(uri):
-        found, path = fs.FileSystem.from_uri(_escaped(uri))
+        store, path = fs.FileSystem.from_uri(_escaped(uri))
         scheme, credentials, _, query = _cut(uri)
         options = dict(parse_qsl(query))
         if scheme.lower() != "s3://" or options.keys() - _REBUILT:
-            return found, path
-        # The same again, but with fewer tries: as it is, a server that never answers would hold us for minutes.
+            return store, path
+        # The same with fewer tries: otherwise a server that never answers would keep us waiting for minutes.
         user, _, secret = credentials.rstrip("@").partition(":")
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         options.setdefault("endpoint_override", endpoint or "")
-        options["region"] = options.get("region") or found.region
+        options["region"] = options.get("region") or store.region
         bounded = fs.S3FileSystem(
             access_key=unquote(user) or None,
             secret_key=unquote(secret) or None,
@@ -136,19 +136,19 @@ def open_file(uri: str) -> BinaryIO:
     Raises:
         UserError: it cannot be opened.
     """
-    found, path = filesystem(uri)
+    store, path = filesystem(uri)
     with reaching(uri):
         try:
-            return cast("BinaryIO", found.open_input_file(path))
+            return cast("BinaryIO", store.open_input_file(path))
         except FileNotFoundError:
             raise UserError(f"{shown(uri)}: no such file") from None
 
 
 def stamp(uri: str) -> tuple[int, int]:
     """Return (size in bytes, time of the last change in nanoseconds, 0 where that is not known)."""
-    found, path = filesystem(uri)
+    store, path = filesystem(uri)
     with reaching(uri):
-        info = found.get_file_info(path)
+        info = store.get_file_info(path)
     return int(info.size or 0), int(info.mtime_ns or 0)
 
 
@@ -156,7 +156,7 @@ def files(uri: str) -> tuple[list[str], bool]:
     """Find what a URI stands for: a file, the files below a prefix sorted by name, or those that match `*`, `[…]` and `**`.
 
     Returns:
-        (URIs, whether the one given is a prefix).
+        (URIs, whether `uri` is a prefix).
 
     Raises:
         UserError: nothing is there, or it cannot be reached.
@@ -167,10 +167,10 @@ def files(uri: str) -> tuple[list[str], bool]:
     folder, patterns = path.rstrip("/"), None
     wild = _WILD.search(path)
     if wild is None or folder[: wild.start()].strip("/"):
-        found, place = filesystem(uri)
+        store, place = filesystem(uri)
         with reaching(uri):
-            info = found.get_file_info(place)
-        if info.type == fs.FileType.File:  # also where its name has a * in it
+            info = store.get_file_info(place)
+        if info.type == fs.FileType.File:  # even if its name has a * in it
             return [uri], False
         if info.type == fs.FileType.NotFound and wild is None:
             raise UserError(f"{shown(uri)}: no such file; check the bucket and the key")
@@ -180,11 +180,11 @@ def files(uri: str) -> tuple[list[str], bool]:
     if not folder and scheme.lower() != "file://":
         raise UserError(f"{shown(uri)}: names no bucket; name one, and files in it")
     base = scheme + credentials + folder
-    found, place = filesystem(_with_query(f"{base}/", query))
+    store, place = filesystem(_with_query(f"{base}/", query))
     with reaching(uri):
-        listed = found.get_file_info(fs.FileSelector(place.rstrip("/"), recursive=True))
+        infos = store.get_file_info(fs.FileSelector(place.rstrip("/"), recursive=True))
     inside = sorted(
-        one.path[len(place.rstrip("/")) :].strip("/") for one in listed if one.type == fs.FileType.File
+        info.path[len(place.rstrip("/")) :].strip("/") for info in infos if info.type == fs.FileType.File
     )
     if patterns is None:
         chosen = [one for one in inside if not any(part.startswith(".") for part in one.split("/"))]
@@ -197,11 +197,13 @@ def files(uri: str) -> tuple[list[str], bool]:
 
 def _pattern(part: str) -> str:
     """Return a part of a glob as fnmatch reads it; what is escaped in the URI stands for itself."""
-    return unquote(re.sub(r"%(2A|5B|3F)", lambda found: f"[{unquote(found[0])}]", part, flags=re.IGNORECASE))
+    return unquote(
+        re.sub(r"%(2A|5B|3F)", lambda escape: f"[{unquote(escape[0])}]", part, flags=re.IGNORECASE)
+    )
 
 
 def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
-    """Match part by part, as the shell does: `**` stands for any folders, and a dot in front is matched by a dot alone."""
+    """Match part by part, as a shell does: `**` stands for any folders, and only a dot matches a dot at the start of a name."""
     if not patterns:
         return not parts
     if patterns[0] == "**":
@@ -220,19 +222,19 @@ def _with_query(uri: str, query: str) -> str:
 
 
 def _escaped(uri: str) -> str:
-    """Escape what a URI may not hold and a key may: white space, letters beyond ASCII, brackets, and #, which begins nothing here."""
+    """Escape what a key may hold and a URI may not: white space, letters beyond ASCII, brackets, and #, which begins no fragment here."""
     scheme, credentials, path, query = _cut(uri)
     return _with_query(scheme + credentials + quote(path, safe="/%:@!$&'()*+,;=~-._"), query)
 
 
 def is_of_reading(error: Exception) -> bool:
-    """Tell an error of the system or of pyarrow from everything else; pyarrow's have several unrelated bases."""
+    """Tell whether an error comes from the system or from pyarrow, whose errors have several unrelated bases."""
     if isinstance(error, BrokenPipeError):
         return False
     return isinstance(error, OSError) or type(error).__module__.startswith("pyarrow")
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says, in one line."""
+    """Return the message of an error, in one line."""
     text = getattr(error, "strerror", None) or str(error)
     return text.strip().splitlines()[0] if text.strip() else type(error).__name__

@@ -33,7 +33,7 @@ class TextFiles(Form):
     """Plain text files, each one document; small ones share a split."""
 
     def splits(self, sources: Sequence[Source], split_bytes: int) -> list[list[Split]]:
-        """Let files share a split as long as they are below `split_bytes` together; it is the first one's."""
+        """Put files into one split as long as they are below `split_bytes` together; it belongs to the first of them."""
         sizes = [source.stamp()[0] for source in sources]
         splits: list[list[Split]] = [[] for _ in sources]
         for first, stop in _groups(sizes, split_bytes):
@@ -64,7 +64,7 @@ class TextFiles(Form):
 
 
 def _groups(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """Yield [first, stop) of neighbours of which each group has at most `most` together, or is one alone."""
+    """Yield the [first, stop) of groups of neighbours whose sizes sum up to at most `most`; a larger one is a group alone."""
     first = weight = 0
     for place, size in enumerate(sizes):
         if place > first and weight + size > most:
@@ -85,7 +85,7 @@ class _Texts:
         self._empty_texts = 0
 
     def add(self, number: int, data: bytes) -> None:
-        """Take in a text; one of white space alone is empty."""
+        """Add a text; one of white space alone counts as empty."""
         why = no_utf8(data, "text")
         text = "" if why else data.decode()
         why = why or long_word(text, self._spec.max_word_chars)
@@ -97,7 +97,7 @@ class _Texts:
             self._texts.append(text)
 
     def take(self, num_bytes: int) -> Block:
-        """Return what was collected, and begin anew."""
+        """Return what was collected as a block, and begin the next one."""
         block = Block(texts=self._texts, empty_texts=self._empty_texts, bad=self._bad, num_bytes=num_bytes)
         self._texts, self._bad, self._empty_texts = [], [], 0
         return block
@@ -109,9 +109,9 @@ class SeparatedTexts(DelimitedReader):
     def blocks(self) -> Generator[Block, None, None]:
         """Yield the texts; see `RecordReader`."""
         texts = _Texts(self._spec)
-        for first, pieces, num_bytes in self._pieces():
-            for number, piece in enumerate(pieces, first):
-                texts.add(number, piece)
+        for first, records, num_bytes in self._records():
+            for number, record in enumerate(records, first):
+                texts.add(number, record)
             yield texts.take(num_bytes)
 
 

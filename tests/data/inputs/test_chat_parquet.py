@@ -203,7 +203,7 @@ def test_what_json_has_no_form_for_is_a_bad_row(tmp_path):
     ("kind", "table", "reason"),
     [
         ("sft", {"text": ["a"]}, "no column 'conversations' or 'messages' (its columns: text)"),
-        ("sft", {"messages": ["a"]}, "column 'messages' holds string, where lists of messages are wanted"),
+        ("sft", {"messages": ["a"]}, "column 'messages' holds string, not lists of messages; write each"),
         ("dpo", {"chosen": ["a"]}, "no column 'rejected' (its columns: chosen)"),
         ("dpo", {"chosen": ["a"], "rejected": [1]}, "column 'rejected' holds int64"),
     ],

@@ -43,7 +43,7 @@ def test_splits_hold_every_piece_once_and_in_order(tmp_path_factory, data, delim
     borders = [*range(0, len(data), size), len(data)]
     readers = [LineReader(source, start, stop, ends) for start, stop in itertools.pairwise(borders)]
     with patch.object(lines, "_BLOCK_BYTES", block):
-        found = [piece for reader in readers for pieces in reader.pieces() for piece in pieces]
+        found = [piece for reader in readers for lines in reader.lines() for piece in lines]
         for reader, (start, stop) in zip(readers, itertools.pairwise(borders), strict=True):
             with path.open("rb") as file:
                 begin = border(file, ends, start, stop)
@@ -85,4 +85,4 @@ def test_a_line_beyond_reason_is_refused_with_its_number(tmp_path, monkeypatch):
             Source(name="x.jsonl", location=str(path), form="jsonl"), start, path.stat().st_size
         )
         with pytest.raises(UserError, match=r"x\.jsonl:301: a record of over 1 MiB; write one record a line"):
-            list(reader.pieces())
+            list(reader.lines())
