@@ -13,6 +13,7 @@ import os
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -111,7 +112,7 @@ class Training:
                 then = time.perf_counter()
                 saver.after_step({"step": self.number}, leaving=False)
                 pauses.append(time.perf_counter() - then)
-                while saver.is_writing:
+                while any(thread.name == "checkpoint" for thread in threading.enumerate()):
                     steps.append(self.step())
                 saver.wait()
                 writings.append(time.perf_counter() - then)

@@ -1,7 +1,7 @@
-"""metrics.jsonl: one line of JSON for every logged step, each step once, whatever happened to the process.
+"""metrics.jsonl: one line of JSON for every logged step, each step once, also in runs that were killed and resumed.
 
-A line reaches the kernel before the next step begins, so a kill costs at most a line that was being written. A resumed run
-goes back to its checkpoint, and so does the file: lines after the checkpoint's step are cut off before the first new one.
+A line reaches the kernel before the next step begins, so a kill costs at most the line that is being written. A resumed run
+goes back to its checkpoint, and so does the file: lines of later steps are removed before the first new one is written.
 """
 
 import json
@@ -17,7 +17,7 @@ FILE_NAME = "metrics.jsonl"
 
 
 class Records(Protocol):
-    """What takes lines of metrics."""
+    """Anything that takes lines of metrics."""
 
     def write(self, record: dict[str, Any]) -> None:
         """Take one line."""
@@ -28,21 +28,21 @@ class MetricsLog:
 
     Args:
         path: the file; it is created if missing.
-        last_step: lines of later steps, and what is no line of metrics, are removed first. 0 begins anew.
+        last_step: lines of later steps, and lines that are no metrics, are removed first. 0 removes all.
 
     Attributes:
         num_lines: how many lines the file has.
-        former_last_step: of its last line before any was removed; 0 where there was none.
+        former_last_step: the step of its last line before any was removed; 0 where there was none.
     """
 
     def __init__(self, path: Path, *, last_step: int) -> None:
         self._path = path
         self.num_lines, self.former_last_step = _cut_back(path, last_step)
-        # Unbuffered: one line is one system call, which survives the end of the process in whatever way it comes.
+        # Unbuffered: each line is one system call, after which it survives the end of the process.
         self._file = path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line. `record` has a `step` greater than those before it, and finite numbers only."""
+        """Append one line; the `step` of `record` is greater than those before it, and all its numbers are finite."""
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         try:
             written = self._file.write(line)
@@ -53,7 +53,7 @@ class MetricsLog:
         self.num_lines += 1
 
     def sync(self) -> None:
-        """Bring what was written to the disk itself, so that a checkpoint is never ahead of its metrics."""
+        """Flush the lines to the disk, so that a checkpoint is never ahead of its metrics."""
         os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:
@@ -66,7 +66,7 @@ class MetricsLog:
 
 
 class NoMetrics:
-    """Takes what a `MetricsLog` takes, and writes nothing: that of the ranks that do not write."""
+    """A `MetricsLog` that writes nothing, for the ranks that do not write."""
 
     num_lines = 0
     former_last_step = 0
@@ -86,9 +86,9 @@ class NoMetrics:
 
 
 def _cut_back(path: Path, last_step: int) -> tuple[int, int]:
-    """Keep the whole lines up to a step, and return their number and the last step that there was a line of.
+    """Remove all lines but the whole ones up to a step; return (how many are left, the last step before the removal).
 
-    The file changes as a whole or not at all.
+    The file is changed as a whole or not at all.
     """
     if not path.exists():
         return 0, 0

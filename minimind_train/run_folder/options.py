@@ -1,4 +1,4 @@
-"""The options of a run's folder: which checkpoint to read, when to save and what stays, what curves are drawn over. Imports no torch."""
+"""The options of a run's folder: which checkpoint to read, when to save and which to keep, the axis of curves. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -11,10 +11,10 @@ CheckpointChoice = int | Literal["best"] | None
 
 
 def parse_step(text: str) -> CheckpointChoice:
-    """Read what names a checkpoint: a step, or `best`.
+    """Read the name of a checkpoint: a step, or `best`.
 
     Raises:
-        ValueError: the text is neither; the message says so.
+        ValueError: the text is neither.
     """
     if text == "best":
         return "best"
@@ -28,7 +28,7 @@ _LIMITS = {"save_every": (0, 10**12), "keep": (0, 10**12), "keep_every": (0, 10*
 
 @dataclass(frozen=True, kw_only=True)
 class SaveOptions:
-    """When a run saves, and what stays."""
+    """When a run saves, and which checkpoints it keeps."""
 
     save_every: Annotated[int, "Steps between checkpoints; 0 saves only when the run ends.", Resume.FREE] = (
         1000

@@ -1,7 +1,7 @@
-"""Curves of runs, side by side: a page of HTML that needs nothing, or a picture by matplotlib.
+"""Curves of runs, side by side: a page of HTML that needs nothing else, or a picture drawn by matplotlib.
 
-What is drawn is what `metrics.jsonl` has, of runs that still train too. The page is one file that loads nothing from anywhere (see
-`minimind_data.report.page`); values show under the pointer, runs can be hidden, and the axis can be changed there.
+The data are those of `metrics.jsonl`, also of runs that are still training. The page is one file that loads nothing (see
+`minimind_data.html`); it shows values under the pointer, hides runs and changes the axis.
 """
 
 import io
@@ -21,7 +21,7 @@ from minimind_train.run_folder.record import RunRecord
 _TEMPLATE_NAME = "plot.html"
 _PICTURES = (".png", ".svg", ".pdf")
 _MAX_POINTS = 4000
-"""Of a run; more than a screen has columns only makes a page slow."""
+"""Points of a run at most; more than a screen has columns would only make the page slow."""
 
 _PANELS = {
     "loss": "Loss",
@@ -31,26 +31,26 @@ _PANELS = {
     "auxiliary_loss": "Auxiliary loss",
 }
 _DASHED = {"loss": "val_loss"}
-"""By panel: what is drawn over it, dashed, where runs have it."""
+"""For each panel the metric that is drawn over it, dashed, where runs have it."""
 _NO_CURVES = frozenset({"step", "position", "epoch", "targets", "offset", "loss_scale", "skipped_steps"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """What is drawn of one run; all lists are as long as there are lines of metrics, None where a line does not say."""
+    """The curves of one run; all lists have one entry for each line of metrics, None where the line lacks the value."""
 
     name: str
     x: dict[Axis, list[int]]
     y: dict[str, list[float | None]]
     lines: int
-    """Lines of metrics that the run has; at most `_MAX_POINTS` of them are drawn, evenly chosen."""
+    """How many lines of metrics the run has; at most `_MAX_POINTS` of them are drawn, evenly spaced."""
 
 
 def read_curves(runs: Sequence[Path]) -> list[Curves]:
-    """Read what is drawn of several runs.
+    """Read the curves of several runs.
 
     Raises:
-        UserError: one is no run, or has no metrics yet.
+        UserError: a folder is no run, or has no metrics yet.
     """
     names = [run.absolute().name for run in runs]
     return [
@@ -67,7 +67,7 @@ def _read(run: Path, name: str) -> Curves:
             f"{run}: no line of metrics yet; the first comes with the first step, others every --log-every steps"
         )
     stride = -(-len(lines) // _MAX_POINTS)
-    # A validation is seldom, so none of them is left out.
+    # Validations are rare, so none of them is left out.
     chosen = [
         line for i, line in enumerate(lines) if i % stride == 0 or i == len(lines) - 1 or "val_loss" in line
     ]
@@ -92,22 +92,22 @@ def _is_curve(metric: str, value: Any) -> bool:
 
 
 def panels_of(curves: Sequence[Curves]) -> list[tuple[str, str, str | None]]:
-    """Return (metric, title, what is drawn over it or None) of the panels: the usual ones, then what else the runs measure."""
-    there = {metric for one in curves for metric in one.y}
-    more = sorted(there - _PANELS.keys() - set(_DASHED.values()))
+    """Return (metric, title, metric drawn over it or None) of each panel: the usual ones, then all others that the runs have."""
+    present = {metric for one in curves for metric in one.y}
+    more = sorted(present - _PANELS.keys() - set(_DASHED.values()))
     titles = _PANELS | {metric: metric.replace("_", " ").capitalize() for metric in more}
     return [
-        (metric, title, over if (over := _DASHED.get(metric)) in there else None)
+        (metric, title, over if (over := _DASHED.get(metric)) in present else None)
         for metric, title in titles.items()
-        if metric in there
+        if metric in present
     ]
 
 
 def draw(runs: Sequence[Path], out: Path, *, axis: Axis = "step") -> None:
-    """Draw runs into a file, a page or a picture by its suffix; written whole or not at all.
+    """Draw the curves of runs into a file, a page or a picture by its suffix; it is written whole or not at all.
 
     Raises:
-        UserError: a run cannot be read, the suffix is none of those, or matplotlib is missing.
+        UserError: a run cannot be read, the suffix is unknown, or matplotlib is missing.
     """
     if out.suffix.lower() not in {".html", *_PICTURES}:
         raise UserError(

@@ -1,9 +1,9 @@
-"""When checkpoints are due, which of them are kept, and how they are saved without stopping the training for longer than a copy.
+"""Saver: when checkpoints are due, which of them are kept, and how they are saved while training goes on.
 
-The tensors are copied to memory of the host that is kept for this; a thread writes, flushes, checks and renames while the next
-steps run. One save is in flight at most: the next one waits for it, so a disk that is slower than `--save-every` slows the run down
-and fills no memory. On CUDA the copies are queued behind the step that they belong to, into pinned memory, and not even they are
-waited for. The price is memory of the host for one more set of weights and optimizer state.
+Training waits only while the tensors are copied into host memory, which is kept for this; a thread writes, flushes, checks and renames
+the files while the next steps run. At most one save is running: the next one waits for it, so a disk that is slower than `save_every`
+slows the run down, but fills no memory. On CUDA the copies are queued behind their step, into pinned memory, and training does not
+wait for them either. The price is host memory for one more set of weights and optimizer state.
 """
 
 import math
@@ -27,39 +27,44 @@ from minimind_train.run_folder.tensors import Tensors
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """What a checkpoint can have for a reason to stay; one is enough."""
+    """Which checkpoints are kept: all those that one of these rules names."""
 
     newest: int = 3
-    """It is one of so many newest ones; 0 keeps all."""
+    """Keep this many of the newest; 0 keeps all."""
     every: int = 0
-    """Its step is a multiple of this; 0 is no reason."""
+    """Keep those whose step is a multiple of this; 0 for none."""
     best: bool = False
-    """It has the lowest validation loss."""
+    """Keep the one with the lowest validation loss."""
 
     def apply(self, run: Path, *, newest: int) -> None:
-        """Delete the checkpoints of a run that have no reason to stay, the newest whole one being of step `newest`."""
-        # Anything newer was passed over as damaged, so it must not count among those that stay.
-        there = [step for step in checkpoint.steps_of(run) if step <= newest]
-        stay = set(there[-self.newest :] if self.newest else there)
+        """Delete the checkpoints of a run that no rule keeps.
+
+        Args:
+            run: the run folder.
+            newest: the step of the newest whole checkpoint.
+        """
+        # Later ones were skipped because they are damaged, so they must not take the place of others.
+        steps = [step for step in checkpoint.steps_of(run) if step <= newest]
+        kept = set(steps[-self.newest :] if self.newest else steps)
         if self.every:
-            stay |= {step for step in there if step % self.every == 0}
+            kept |= {step for step in steps if step % self.every == 0}
         if self.best and (best := checkpoint.best_of(run, last_step=newest)):
-            stay.add(best.step)
-        for step in there:
-            if step not in stay:
+            kept.add(best.step)
+        for step in steps:
+            if step not in kept:
                 checkpoint.delete(checkpoint.folder_of(run, step))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """How a checkpoint is taken of a run as it is now."""
+    """The functions that return the present state of a run for a checkpoint."""
 
     tensors: Callable[[], Tensors]
-    """Returns what is to be saved; see `tensors.tensors_of`."""
+    """Returns the tensors; see `tensors_of`."""
     state: Callable[[Mapping[str, Any]], CheckpointState]
-    """Returns what else the checkpoint says, of a line of metrics (with `step` and `position`)."""
+    """Returns the rest of the checkpoint, for a line of metrics (with `step` and `position`)."""
     flush: Callable[[], None] = lambda: None
-    """Brings to the disk what must be there before the checkpoint gets its name; called in the thread that writes."""
+    """Flushes what must be on the disk before the checkpoint gets its name; called in the thread that writes."""
 
 
 class _Abandoned(BaseException):
@@ -67,14 +72,14 @@ class _Abandoned(BaseException):
 
 
 class Saver:
-    """Saves the checkpoints of one run; a context manager, which is left only when nothing is being written any more.
+    """Saves the checkpoints of one run; a context manager that waits at its end until nothing is being written.
 
     Args:
         run: the run folder.
-        config: when, and what stays.
-        snapshot: how a checkpoint is taken.
-        best: what the checkpoint with the lowest validation loss so far says.
-        writers: the ranks that write a checkpoint together, by a line of their own; None where this rank does not write.
+        config: when to save, and which checkpoints to keep.
+        snapshot: returns the present state of the run.
+        best: the state of the checkpoint with the lowest validation loss so far.
+        writers: the ranks that write a checkpoint together, over a connection of their own; None where this rank does not write.
         say: takes lines for the user.
     """
 
@@ -101,11 +106,11 @@ class Saver:
         self._abandoned = threading.Event()
 
     def after_step(self, record: Mapping[str, Any], *, leaving: bool) -> None:
-        """Save where that is due, and wait for it where the run is `leaving`.
+        """Save a checkpoint where one is due; at the end of the run, wait until it is written.
 
         Args:
             record: the step's line of metrics.
-            leaving: no step follows.
+            leaving: whether this is the last step.
 
         Raises:
             UserError: this or an earlier checkpoint could not be written.
@@ -120,11 +125,6 @@ class Saver:
             self._save(self._snapshot.state(record))
         if leaving:
             self.wait()
-
-    @property
-    def is_writing(self) -> bool:
-        """Whether a checkpoint is being written now."""
-        return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
         """Wait until nothing is being written.
@@ -147,7 +147,7 @@ class Saver:
             self.wait()
             return
         if not isinstance(error, Exception):
-            self._abandoned.set()  # a second Ctrl-C: whoever sends it does not want to wait for a disk
+            self._abandoned.set()  # a second Ctrl-C: the user does not want to wait for the disk
         try:
             self.wait()
         except Exception as failure:  # noqa: BLE001 - the first error is the one that is raised
@@ -158,13 +158,13 @@ class Saver:
         writers = self._writers
         assert writers is not None
         self.wait()
-        tensors, arrived = self._copy(self._snapshot.tensors())
+        tensors, wait_for_copies = self._copy(self._snapshot.tensors())
 
         def write() -> None:
             try:
-                arrived()
+                wait_for_copies()
                 self._snapshot.flush()
-                checkpoint.save(self._run, state, tensors, go_on=self._go_on, world=writers)
+                checkpoint.save(self._run, state, tensors, go_on=self._check_abandoned, world=writers)
                 if writers.is_main:
                     self._retention.apply(self._run, newest=state.step)
             except _Abandoned:
@@ -172,11 +172,11 @@ class Saver:
             except BaseException as error:  # noqa: BLE001 - it is raised where the training sees it
                 self._error = error
 
-        # A daemon, so that an interpreter that must end does.
+        # A daemon thread, so that it does not keep the interpreter from ending.
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def _go_on(self) -> None:
+    def _check_abandoned(self) -> None:
         if self._abandoned.is_set():
             raise _Abandoned
 
@@ -186,23 +186,25 @@ class Saver:
             raise error
 
     def _copy(self, tensors: Tensors) -> tuple[Tensors, Callable[[], None]]:
-        """Return copies in memory of the host, and what waits until they have arrived there."""
+        """Return copies in host memory, and a function that waits until they are complete."""
         self._copies = {
             file: {
                 name: _copy_into(self._copies.get(file, {}).get(name), tensor)
-                for name, tensor in named.items()
+                for name, tensor in by_name.items()
             }
-            for file, named in tensors.items()
+            for file, by_name in tensors.items()
         }
-        devices = [tensor.device for named in tensors.values() for tensor in named.values() if tensor.is_cuda]
+        devices = [
+            tensor.device for by_name in tensors.values() for tensor in by_name.values() if tensor.is_cuda
+        ]
         if not devices:
             return self._copies, lambda: None
-        # On the stream of the device that they come from, which need not be the one that is used by default.
+        # On the stream of the device that they come from, which need not be the default device.
         return self._copies, torch.cuda.current_stream(devices[0]).record_event().synchronize
 
 
 def _copy_into(buffer: Tensor | None, tensor: Tensor) -> Tensor:
-    """Copy a tensor into host memory, that of the copy before if there is one, without waiting for a CUDA device."""
+    """Copy a tensor into host memory, reusing the buffer of the last copy, without waiting for a CUDA device."""
     if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
         buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return buffer.copy_(tensor, non_blocking=tensor.is_cuda)

@@ -1,8 +1,8 @@
-"""The tensors of a checkpoint: which of a model and its optimizer they are, how they lie in files, and how they come back.
+"""The tensors of a checkpoint: which tensors of a model and its optimizer are saved, how they are laid out in files, and restoring them.
 
 A tensor is stored whole in one safetensors file, or in parts of some rows each: a part of `NAME` that begins at row 128 is `NAME@128`.
-So files that several ranks wrote, each what it held, are read by any other number of ranks, and none of them reads more than it will
-hold. What the files of a checkpoint are besides, and when they are believed, is in `checkpoint`.
+So files that several ranks wrote, each its own shard, can be read by any other number of ranks, and no rank reads more than it
+holds. The other files of a checkpoint, and how they are checked, are in `checkpoint`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,33 +17,38 @@ from torch.optim import Optimizer
 from minimind_data.errors import UserError
 from minimind_train.parallel.sharding import is_sharded, own_rows, sharded_like
 
-_MARK = "@"
+MODEL_NAME = "model.safetensors"
+OPTIMIZER_NAME = "optimizer.safetensors"
+_ROW_MARK = "@"
+
+Tensors = dict[str, dict[str, Tensor]]
+"""All tensors of a checkpoint, by file and by name."""
 
 
-def to_be_stored(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Return tensors by the names under which they are stored: of the sharded ones the rows that this rank holds, if any."""
-    stored: dict[str, Tensor] = {}
-    for name, tensor in named:
+def named_parts(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return tensors by the names under which they are stored; of sharded tensors the rows that this rank holds, if any."""
+    parts: dict[str, Tensor] = {}
+    for name, tensor in tensors:
         if not is_sharded(tensor):
-            stored[name] = tensor.detach().contiguous()
+            parts[name] = tensor.detach().contiguous()
             continue
         rows, first = own_rows(tensor)
         if len(rows):
-            stored[f"{name}{_MARK}{first}"] = rows.detach().contiguous()
-    return stored
+            parts[f"{name}{_ROW_MARK}{first}"] = rows.detach().contiguous()
+    return parts
 
 
 class StoredTensors:
-    """The tensors in some files.
+    """The tensors of some files, read when they are asked for.
 
     Args:
-        files: all parts of every tensor.
+        files: they hold all parts of every tensor.
 
     Attributes:
-        shapes: of the whole tensors, by name.
+        shapes: the shapes of the whole tensors, by name.
 
     Raises:
-        OSError, SafetensorError: one cannot be read.
+        OSError, SafetensorError: a file cannot be read.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -51,72 +56,63 @@ class StoredTensors:
         self.shapes: dict[str, list[int]] = {}
         for path in files:
             file: Any = safe_open(path, framework="pt")
-            for stored in file.keys():  # noqa: SIM118 - not a dict
-                name, _, first = stored.partition(_MARK)
-                shape = file.get_slice(stored).get_shape()
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                name, _, first = key.partition(_ROW_MARK)
+                shape = file.get_slice(key).get_shape()
                 if shape:
                     shape[0] += int(first or 0)
                 self.shapes[name] = max(shape, self.shapes.get(name, shape))
-                self._parts.setdefault(name, {})[int(first or 0)] = (file, stored)
+                self._parts.setdefault(name, {})[int(first or 0)] = (file, key)
 
     def whole(self, name: str) -> Tensor:
-        """Return a tensor, on the CPU; a map of the file where it stands in one."""
-        parts = self._parts[name]
-        found = [file.get_tensor(stored) for _, (file, stored) in sorted(parts.items())]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        """Return a tensor, on the CPU; it is a memory map where one file holds all of it."""
+        parts = [file.get_tensor(key) for _, (file, key) in sorted(self._parts[name].items())]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def rows(self, name: str, first: int, count: int) -> Tensor:
-        """Return so many rows of a tensor, on the CPU."""
-        found = []
-        for begin, (file, stored) in sorted(self._parts[name].items()):
-            part = file.get_slice(stored)
+        """Return `count` rows of a tensor from row `first` on, on the CPU."""
+        rows = []
+        for begin, (file, key) in sorted(self._parts[name].items()):
+            part = file.get_slice(key)
             end = begin + part.get_shape()[0]
-            here = slice(max(first, begin) - begin, max(min(first + count, end), begin) - begin)
-            found.append(part[here.start : max(here.start, here.stop)])
-        return torch.cat(found)
-
-
-MODEL_NAME = "model.safetensors"
-
-OPTIMIZER_NAME = "optimizer.safetensors"
-
-Tensors = dict[str, dict[str, Tensor]]
-
-"""By file, by name: all the tensors of a checkpoint."""
+            start = max(first, begin) - begin
+            stop = max(min(first + count, end), begin) - begin
+            rows.append(part[start : max(start, stop)])
+        return torch.cat(rows)
 
 
 def tensors_of(model: nn.Module, optimizer: Optimizer) -> Tensors:
-    """Return the tensors themselves that a checkpoint of these is made of; the next step changes them.
+    """Return the tensors that a checkpoint holds; they are not copied, so the next step changes them.
 
     Args:
         model: its `state_dict` is saved as it is, so a shared tensor must have one name in it; frozen parameters are left out.
-        optimizer: its state for every parameter of the model.
+        optimizer: its state for every parameter of the model is saved.
     """
-    weights = _learned(model)
+    weights = _trainable_state(model)
     meshes = [tensor.device_mesh for tensor in weights.values() if is_sharded(tensor)]
 
-    def of_this_rank(name: str) -> str:
+    def file_of_this_rank(name: str) -> str:
         if not meshes:
             return name
         stem, _, suffix = name.rpartition(".")
         return f"{stem}-{meshes[0].get_local_rank() + 1:05d}-of-{meshes[0].size():05d}.{suffix}"
 
     return {
-        of_this_rank(MODEL_NAME): to_be_stored(weights.items()),
-        of_this_rank(OPTIMIZER_NAME): to_be_stored(_flat_state(optimizer, model)),
+        file_of_this_rank(MODEL_NAME): named_parts(weights.items()),
+        file_of_this_rank(OPTIMIZER_NAME): named_parts(_flat_state(optimizer, model)),
     }
 
 
 def put_weights(folder: Path, model: nn.Module, stored: StoredTensors) -> None:
-    """Put the stored weights into a model, bit for bit; a rank that holds rows of a weight reads those alone.
+    """Load the stored weights into a model, bit for bit; a rank that holds some rows of a weight reads only those.
 
     Raises:
         UserError: the model is not the one that was saved in `folder`.
     """
-    here = _learned(model)
-    _refuse_other_shapes(folder, stored.shapes, here)
+    weights = _trainable_state(model)
+    _refuse_other_shapes(folder, stored.shapes, weights)
     with torch.no_grad():
-        for name, tensor in here.items():
+        for name, tensor in weights.items():
             if is_sharded(tensor):
                 rows, first = own_rows(tensor)
                 rows.copy_(stored.rows(name, first, len(rows)))
@@ -124,7 +120,7 @@ def put_weights(folder: Path, model: nn.Module, stored: StoredTensors) -> None:
                 tensor.copy_(stored.whole(name))
 
 
-def _learned(model: nn.Module) -> dict[str, Tensor]:
+def _trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state of a model without the parameters that are frozen."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
@@ -137,7 +133,7 @@ def _flat_state(optimizer: Optimizer, model: nn.Module) -> Iterator[tuple[str, T
 
 
 def put_optimizer_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors) -> None:
-    """Give an optimizer the state that `_flat_state` took from another one over the same parameters."""
+    """Load the stored state of an optimizer of the same parameters."""
     parameters = dict(model.named_parameters())
     by_name: dict[str, dict[str, Tensor]] = {}
     for key_and_name, shape in stored.shapes.items():
@@ -147,7 +143,7 @@ def put_optimizer_state(optimizer: Optimizer, model: nn.Module, stored: StoredTe
             rows, first = own_rows(parameter)
             value: Tensor = sharded_like(parameter, stored.rows(key_and_name, first, len(rows)))
         else:
-            # A copy, because what was loaded is a map of the file, and aligned otherwise than the allocator's own tensors.
+            # A copy, because the loaded tensor is a memory map of the file, and aligned otherwise than the allocator's own tensors.
             value = stored.whole(key_and_name).clone()
         by_name.setdefault(name, {})[key] = value
     names = {parameter: name for name, parameter in parameters.items()}

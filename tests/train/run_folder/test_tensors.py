@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minimind_train.run_folder.tensors import StoredTensors, to_be_stored
+from minimind_train.run_folder.tensors import StoredTensors, named_parts
 
 TENSOR = torch.arange(21.0).view(7, 3)
 
@@ -36,7 +36,7 @@ def test_any_rows_are_read_across_parts(stored):
 
 
 def test_a_plain_tensor_keeps_its_name():
-    named = to_be_stored([("w", torch.nn.Parameter(TENSOR).t())])
+    named = named_parts([("w", torch.nn.Parameter(TENSOR).t())])
     assert list(named) == ["w"]
     assert named["w"].is_contiguous()
     assert not named["w"].requires_grad
