@@ -28,6 +28,7 @@ PROGRAMS = ("mm-data", "mm-train")
 SMALL = "--hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 --num-key-value-heads 1"
 SHORT = "--seq-len 64 --steps 2 --global-batch 2 --threads 1 --device cpu --dtype fp32"
 OF_OTHERS = {
+    "CONTRIBUTING.md": {"--module"},  # that of tests.mutation
     "benchmarks/README.md": {"--data"},  # train_step.py's, as in docs/speed.md
     "docs/speed.md": {"--data"},
     "docs/from-minimind.md": {"--historys", "--weight"},  # MiniMind's

@@ -1,0 +1,133 @@
+"""Whether the tests notice mistakes: `python -m tests.mutation` makes them in a copy of the project, one by one, and says which no test minds.
+
+A mutant that no test can mind, because it does the same, stands in equal.txt with the reason. The exit status is 1 if there are others.
+"""
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tests.mutation.mutants import Mutant, mutants_of
+from tests.mutation.running import Tests, copy_project
+
+ROOT = Path(__file__).parents[2]
+EQUAL = Path(__file__).with_name("equal.txt")
+NEAREST = {
+    "minimind_data/permutation.py": ["tests/data/test_permutation.py"],
+    "minimind_train/order": ["tests/train/order"],
+    "minimind_data/dataset": [
+        "tests/data/dataset",
+        "tests/data/windows/test_windows.py",
+        "tests/data/interchange",
+    ],
+    "minimind_data/windows": ["tests/data/windows"],
+    "minimind_data/inputs": ["tests/data/inputs", "tests/data/build/test_build.py"],
+    "minimind_data/chat": ["tests/data/chat", "tests/data/build/test_chat_datasets.py"],
+    "minimind_train/objectives": ["tests/train/objectives"],
+    "minimind_train/batches": ["tests/train/batches", "tests/train/training/test_loop.py"],
+    "minimind_train/run_folder": ["tests/train/run_folder", "tests/train/run/test_finished_runs.py"],
+}
+"""The packages that are mutated, and the tests nearest to each."""
+
+
+def read_equal(text: str) -> dict[tuple[str, str, str], str]:
+    """Mutants that are judged equal: the reason by (path, line, mutated line)."""
+    reasons = {}
+    for block in text.split("\n\n"):
+        lines = [line for line in block.strip().splitlines() if not line.startswith("#")]
+        if lines:
+            path, was, becomes, *reason = lines
+            reasons[path, was.removeprefix("- "), becomes.removeprefix("+ ")] = " ".join(reason)
+    return reasons
+
+
+def modules_of(names: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield (a package, paths of its modules) for what the command line names: packages, or single modules."""
+    for package in NEAREST:
+        modules = sorted((ROOT / package).glob("*.py")) or [ROOT / package]
+        paths = [path.relative_to(ROOT).as_posix() for path in modules]
+        paths = [path for path in paths if not names or any(path.startswith(name) for name in names)]
+        if paths:
+            yield package, paths
+
+
+def sampled(mutants: list[tuple[str, Mutant]], every: int, seed: int) -> list[tuple[str, Mutant]]:
+    """One of so many, the same ones for a seed."""
+    number = len(mutants) // every if every > 1 else len(mutants)
+    chosen = random.Random(seed).sample(range(len(mutants)), max(number, 1))
+    return [mutants[index] for index in sorted(chosen)]
+
+
+def main() -> int:
+    """Mutate, test, and say what survived."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
+    parser.add_argument(
+        "--module",
+        action="append",
+        default=[],
+        help="a package or module, as a path; by default all that have tests",
+    )
+    parser.add_argument("--every", type=int, default=1, help="one mutant of so many")
+    parser.add_argument("--seed", type=int, default=0, help="which ones")
+    arguments = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
+    equal = read_equal(EQUAL.read_text("utf-8"))
+    known, survivors, num_tested, began = set(), [], 0, time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        copy = Path(folder).resolve() / "project"
+        copy.mkdir()
+        copy_project(ROOT, copy)
+        for package, paths in modules_of(arguments.module):
+            mutants = [
+                (path, mutant) for path in paths for mutant in mutants_of((copy / path).read_text("utf-8"))
+            ]
+            known |= {(path, mutant.was, mutant.becomes) for path, mutant in mutants}
+            mutants = sampled(mutants, arguments.every, arguments.seed)
+            mutants = [each for each in mutants if (each[0], each[1].was, each[1].becomes) not in equal]
+            print(f"{package}: {len(mutants)} mutants", flush=True)
+            num_tested += len(mutants)
+            survivors += survivors_of(copy, NEAREST[package], paths, mutants)
+        stale = [
+            key
+            for key in equal
+            if any(key[0] in paths for _, paths in modules_of(arguments.module)) and key not in known
+        ]
+    minutes = (time.monotonic() - began) / 60
+    print(f"{num_tested} mutants in {minutes:.0f} minutes, {len(survivors)} of which no test minds")
+    for path, was, becomes in stale:
+        print(f"equal.txt has what is no mutant any more: {path}\n- {was}\n+ {becomes}")
+    return 1 if survivors or stale else 0
+
+
+def survivors_of(
+    copy: Path, nearest: Sequence[str], paths: Sequence[str], mutants: Sequence[tuple[str, Mutant]]
+) -> list[Mutant]:
+    """The mutants that all tests pass with; each is printed when it is found."""
+    tests = Tests(copy, nearest)
+    coverage = tests.trace(paths)
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    sys.dont_write_bytecode = True
+    survivors = []
+    for path, mutant in mutants:
+        file = copy / path
+        original = file.read_text("utf-8")
+        for compiled in (file.parent / "__pycache__").glob(f"{file.stem}.*"):
+            compiled.unlink()
+        file.write_text(mutant.source, "utf-8")
+        names = coverage.of(path, mutant.line, mutant.last_line)
+        if not (names and len(names) < 400 and not tests.pass_with(names)) and tests.pass_with(None):
+            survivors.append(mutant)
+            print(f"{path}:{mutant.line}\n- {mutant.was}\n+ {mutant.becomes}\n", flush=True)
+        file.write_text(original, "utf-8")
+    sys.dont_write_bytecode = False
+    os.environ["PYTHONDONTWRITEBYTECODE"] = ""
+    return survivors
+
+
+if __name__ == "__main__":
+    sys.exit(main())

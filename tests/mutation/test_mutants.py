@@ -1,0 +1,97 @@
+"""The mutants are the mistakes that they are said to be, and none that nobody could notice."""
+
+import ast
+import textwrap
+
+from tests.mutation.__main__ import EQUAL, NEAREST, ROOT, modules_of, read_equal, sampled
+from tests.mutation.mutants import mutants_of
+
+SOURCE = '''
+"""Text with 1 number."""
+__all__ = ["f"]
+Pair = tuple[int, int]
+
+
+def f(n: int = 3, *, exact: bool = False) -> list[int]:
+    """Nothing here is a mutant: 5 < 6."""
+    if n < 0 and exact:
+        raise ValueError(f"{n + 1} is below {2}")
+    self.total -= len(rows[: n + 1])
+    return [i for i in range(n) if i % 2]
+'''
+
+
+def test_each_mistake_is_made_once_and_text_and_types_are_left_alone():
+    mutants = mutants_of(SOURCE)
+    assert {(mutant.was, mutant.becomes) for mutant in mutants} == {
+        (was, becomes)
+        for was, changed in {
+            "def f(n: int = 3, *, exact: bool = False) -> list[int]:": {
+                "def f(n: int = 4, *, exact: bool = False) -> list[int]:",
+                "def f(n: int = 2, *, exact: bool = False) -> list[int]:",
+                "def f(n: int = 3, *, exact: bool = True) -> list[int]:",
+            },
+            "if n < 0 and exact:": {
+                "if False:",
+                "if True:",
+                "if ((n < 0) or (exact)):",
+                "if (n) <= (0) and exact:",
+                "if (n) >= (0) and exact:",
+                "if n < 1 and exact:",
+                "if n < (-1) and exact:",
+            },
+            'raise ValueError(f"{n + 1} is below {2}")': {"pass"},
+            "self.total -= len(rows[: n + 1])": {
+                "pass",
+                "self.total += len(rows[:n + 1])",
+                "self.total -= len(rows[: (n + 1) + 1])",
+                "self.total -= len(rows[: ((n) - (1))])",
+                "self.total -= len(rows[: n + 2])",
+                "self.total -= len(rows[: n + 0])",
+            },
+            "return [i for i in range(n) if i % 2]": {
+                "return None",
+                "return [i for i in range((n) + 1) if i % 2]",
+                "return [i for i in range(n) if True]",
+                "return [i for i in range(n) if ((i) // (2))]",
+                "return [i for i in range(n) if i % 3]",
+                "return [i for i in range(n) if i % 1]",
+            },
+        }.items()
+        for becomes in changed
+    }
+    for mutant in mutants:
+        ast.parse(mutant.source)
+        assert SOURCE.splitlines()[mutant.line - 1].strip().startswith(mutant.was[:10])
+
+
+def test_a_change_of_several_lines_is_one_mutant_and_characters_are_not_bytes():
+    source = textwrap.dedent("""
+        name = "北京", 1
+        print(
+            name,
+        )
+    """)
+    assert [(mutant.was, mutant.becomes) for mutant in mutants_of(source)] == [
+        ('name = "北京", 1', 'name = "北京", 2'),
+        ('name = "北京", 1', 'name = "北京", 0'),
+        ("print( name, )", "pass"),
+    ]
+
+
+def test_a_sample_is_the_same_every_time_and_all_is_all():
+    mutants = [("a.py", mutant) for mutant in mutants_of(SOURCE)]
+    assert sampled(mutants, 1, 0) == mutants
+    assert sampled(mutants, 5, 3) == sampled(mutants, 5, 3)
+    assert len(sampled(mutants, 5, 3)) == len(mutants) // 5
+
+
+def test_the_packages_and_their_tests_exist_and_what_is_judged_equal_has_a_reason():
+    assert [package for package, _ in modules_of([])] == list(NEAREST)
+    assert all((ROOT / test).exists() for tests in NEAREST.values() for test in tests)
+    assert all(read_equal(EQUAL.read_text("utf-8")).values())
+
+
+def test_a_list_of_equal_mutants_is_read():
+    text = "# a note\n\nfolder/a.py\n- if a < b:\n+ if a <= b:\nthey are never\nthe same\n"
+    assert read_equal(text) == {("folder/a.py", "if a < b:", "if a <= b:"): "they are never the same"}
