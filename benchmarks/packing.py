@@ -23,7 +23,15 @@ import numpy as np
 from machine import describe_machine
 from numpy.typing import NDArray
 
-from minimind_data.dataset.format import IndexHeader, Manifest, ShardEntry, TokenizerInfo, index_bytes
+from minimind_data.dataset.format import (
+    IndexHeader,
+    Manifest,
+    ShardEntry,
+    ShardOrigin,
+    TokenizerInfo,
+    WrittenShard,
+    index_bytes,
+)
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.windows.bin_packing import best_fit
 from minimind_data.windows.pack_plan import open_plan
@@ -111,16 +119,15 @@ def make_indexes(folder: Path, num_documents: int, width: int) -> ShardSet:
         entries.append(
             ShardEntry(
                 name=name,
-                documents=count,
-                sequences=count,
-                tokens=num_tokens,
-                bytes=2 * num_tokens,
-                sha256="",
-                index_sha256="",
-                input=0,
-                input_start=0,
-                input_stop=0,
-                input_sha256="",
+                written=WrittenShard(
+                    documents=count,
+                    sequences=count,
+                    tokens=num_tokens,
+                    bytes=2 * num_tokens,
+                    sha256="",
+                    index_sha256="",
+                ),
+                origin=ShardOrigin(input=0, input_start=0, input_stop=0, input_sha256=""),
             )
         )
     info = TokenizerInfo(

@@ -8,7 +8,6 @@ Document lengths are lognormal, so that `pack` has something to pack. The page c
 """
 
 import argparse
-import dataclasses
 import hashlib
 import statistics
 import tempfile
@@ -21,7 +20,7 @@ import numpy as np
 from machine import describe_machine
 from numpy.typing import NDArray
 
-from minimind_data.dataset.format import Manifest, ShardEntry, TokenizerInfo
+from minimind_data.dataset.format import Manifest, ShardEntry, ShardOrigin, TokenizerInfo
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.dataset.writer import ShardWriter
 from minimind_data.windows.base import Layout
@@ -48,14 +47,8 @@ def make_dataset(folder: Path, num_shards: int, num_tokens: int) -> ShardSet:
         with ShardWriter(folder, f"random-{index:05d}", "uint16") as writer:
             writer.append(tokens, lengths)
             written = writer.commit()
-        place = {
-            "name": f"random-{index:05d}",
-            "input": 0,
-            "input_start": 0,
-            "input_stop": 0,
-            "input_sha256": "",
-        }
-        entries.append(ShardEntry(**place, **dataclasses.asdict(written)))
+        origin = ShardOrigin(input=0, input_start=0, input_stop=0, input_sha256="")
+        entries.append(ShardEntry(name=f"random-{index:05d}", written=written, origin=origin))
     info = TokenizerInfo(
         sha256=hashlib.sha256(b"{}").hexdigest(), vocab_size=6400, bos_id=1, eos_id=2, pad_id=0
     )

@@ -121,11 +121,11 @@ def _print_summary(out: Path, summary: Summary) -> None:
 
 def _print_doubts(manifest: Manifest) -> None:
     """Print what should be checked in conversations and pairs."""
-    if different := sum(entry.different_prompts for entry in manifest.shards):
+    if different := manifest.different_prompts:
         print(
             f"  prompts    {counted(different, 'pair')} with different prompts in chosen and rejected; please check them"
         )
-    if unlearned := sum(entry.unlearned for entry in manifest.shards):
+    if unlearned := manifest.unlearned:
         print(
             f"  unlearned  {counted(unlearned, 'conversation')} with an answer that is not learned: its first or last token also "
             "covers text around it"
@@ -153,7 +153,7 @@ def train_tokenizer(
 def info(folder: _Folder, as_json: _Json = False) -> None:
     """Show what a dataset holds."""
     manifest = ShardSet.open(folder).manifest
-    num_bytes = sum(entry.bytes for entry in manifest.shards)
+    num_bytes = manifest.num_bytes
     facts = {
         "kind": manifest.kind,
         "documents": manifest.num_documents,
@@ -164,8 +164,8 @@ def info(folder: _Folder, as_json: _Json = False) -> None:
         "empty_texts": manifest.empty_texts,
         "set_aside": manifest.set_aside,
         "duplicates": manifest.duplicates,
-        "different_prompts": sum(entry.different_prompts for entry in manifest.shards),
-        "unlearned": sum(entry.unlearned for entry in manifest.shards),
+        "different_prompts": manifest.different_prompts,
+        "unlearned": manifest.unlearned,
         "chat_template": manifest.tokenizer_config_sha256 is not None,
         "tokenizer": asdict(manifest.tokenizer),
         "options": manifest.options,

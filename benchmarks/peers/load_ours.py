@@ -3,7 +3,6 @@
 A grown dataset is one shard of documents of 2^30 tokens in a sparse file.
 """
 
-import dataclasses
 import hashlib
 import shutil
 from collections.abc import Iterator
@@ -12,7 +11,15 @@ import numpy as np
 from load_task import LoadTask, run
 from torch import Tensor
 
-from minimind_data.dataset.format import IndexHeader, Manifest, ShardEntry, TokenizerInfo, index_bytes
+from minimind_data.dataset.format import (
+    IndexHeader,
+    Manifest,
+    ShardEntry,
+    ShardOrigin,
+    TokenizerInfo,
+    WrittenShard,
+    index_bytes,
+)
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.dataset.writer import ShardWriter
 from minimind_data.windows.base import Windows
@@ -24,7 +31,7 @@ _SHARD_TOKENS = 20_000_000
 """What a split of 64 MiB of text makes."""
 _GROWN_DOCUMENT_TOKENS = 2**30
 _TOKEN_BYTES = 2
-_UNKNOWN = {"input": 0, "input_start": 0, "input_stop": 0, "input_sha256": ""}
+_UNKNOWN = ShardOrigin(input=0, input_start=0, input_stop=0, input_sha256="")
 
 
 def write(task: LoadTask) -> None:
@@ -38,7 +45,7 @@ def write(task: LoadTask) -> None:
         stop = int(stops[documents[-1]])
         with ShardWriter(task.folder, name, "uint16") as writer:
             writer.append(tokens[begun:stop], lengths[documents])
-            entries.append(ShardEntry(name=name, **_UNKNOWN, **dataclasses.asdict(writer.commit())))
+            entries.append(ShardEntry(name=name, written=writer.commit(), origin=_UNKNOWN))
         begun = stop
     _finish(task, entries)
 
@@ -54,8 +61,15 @@ def grow(task: LoadTask) -> None:
         file.write(np.array([task.bos_id], "<u2").tobytes())
         file.seek((tokens - 1) * _TOKEN_BYTES)
         file.write(np.array([task.eos_id], "<u2").tobytes())
-    sizes = {"documents": count, "sequences": count, "tokens": tokens, "bytes": tokens * _TOKEN_BYTES}
-    _finish(task, [ShardEntry(name=name, **_UNKNOWN, **sizes, sha256="", index_sha256="")])
+    written = WrittenShard(
+        documents=count,
+        sequences=count,
+        tokens=tokens,
+        bytes=tokens * _TOKEN_BYTES,
+        sha256="",
+        index_sha256="",
+    )
+    _finish(task, [ShardEntry(name=name, written=written, origin=_UNKNOWN)])
 
 
 def _finish(task: LoadTask, entries: list[ShardEntry]) -> None:

@@ -279,8 +279,8 @@ class _Build:
     def _is_whole(self, previous: FinishedDataset) -> bool:
         val_shards = previous.validation.shards if previous.validation else ()
         return all(
-            is_there(self._options.out, entry.name, entry) for entry in previous.manifest.shards
-        ) and all(is_there(self._work.val, entry.name, entry) for entry in val_shards)
+            is_there(self._options.out, entry.name, entry.written) for entry in previous.manifest.shards
+        ) and all(is_there(self._work.val, entry.name, entry.written) for entry in val_shards)
 
     def _refuse_other(self, previous: FinishedDataset) -> None:
         """Refuse other settings than those of the finished dataset."""

@@ -89,9 +89,9 @@ def assemble(
         options=settings["options"],
         inputs=inputs,
         shards=shards,
-        empty_texts=sum(result.empty_texts for result in results),
-        set_aside=sum(result.set_aside for result in results),
-        duplicates=sum(result.duplicates for result in results),
+        empty_texts=sum(result.origin.empty_texts for result in results),
+        set_aside=sum(result.origin.set_aside for result in results),
+        duplicates=sum(result.origin.duplicates for result in results),
         set_aside_sha256=sha256_of_bytes(set_aside) if set_aside else None,
         tokenizer_config_sha256=None if config_json is None else sha256_of_bytes(config_json.encode()),
     )
@@ -116,7 +116,7 @@ def _bad_records(
     """Return the bad records of all splits as JSON lines, their numbers counted from the first line of the file."""
     lines: list[bytes] = []
     for task, result, first_line in zip(tasks, results, first_lines(tasks, results), strict=True):
-        if not result.set_aside:
+        if not result.origin.set_aside:
             continue
         path = set_aside_path(work.path, task.name)
         if path.exists():

@@ -6,7 +6,7 @@ alone; `verify` reads them.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,13 @@ from minimind_data.dataset.format import (
     MANIFEST_NAME,
     SET_ASIDE_NAME,
     VALIDATION_NAME,
-    IndexHeader,
     InputEntry,
     Manifest,
     ShardEntry,
+    WrittenShard,
 )
-from minimind_data.dataset.writer import WrittenShard
 from minimind_data.inputs.forms import form_of
 from minimind_data.reporting import Say
-
-_WRITTEN = tuple(one.name for one in fields(WrittenShard))
-
-_SAME_NAMES = (
-    "name", "input", "input_start", "input_stop", "input_sha256", "inputs", "lines", "empty_texts", "set_aside", "duplicates",
-    "duplicates_sha256", "different_prompts", "unlearned",
-)  # fmt: skip
 
 
 class FinishedDataset:
@@ -60,21 +52,23 @@ class FinishedDataset:
 
     def input_sha256(self, result: SplitResult) -> list[str]:
         """Return the checksums of the whole inputs that a split's shard came from."""
-        return [entry.sha256 for entry in self.manifest.inputs[result.input : result.input + result.inputs]]
+        first, number = result.origin.input, result.origin.inputs
+        return [entry.sha256 for entry in self.manifest.inputs[first : first + number]]
 
     def result_of(self, name: str) -> SplitResult | None:
         """Return what the split of this name gave, or None where it has no shard."""
-        entry = self._entries.get(name) or self._val_entries.get(name)
-        if entry is None:
+        entry, val_entry = self._entries.get(name), self._val_entries.get(name)
+        some_entry = entry or val_entry
+        if some_entry is None:
             return None
-        same = {field: getattr(entry, field) for field in _SAME_NAMES}
         return SplitResult(
-            **same,
+            name=name,
+            origin=some_entry.origin,
             compared=0,
             backend="",
             difference=None,
-            shard=_written(self._entries.get(name)),
-            val_shard=_written(self._val_entries.get(name)),
+            shard=None if entry is None else entry.written,
+            val_shard=None if val_entry is None else val_entry.written,
         )
 
     def differs(self, result: SplitResult) -> bool:
@@ -84,7 +78,7 @@ class FinishedDataset:
 
     def bad_records(self, task: SplitTask, result: SplitResult) -> list[dict[str, Any]]:
         """Return the bad records of a split, their lines counted from its first."""
-        if not result.set_aside:
+        if not result.origin.set_aside:
             return []
         if self._bad_records is None:
             self._bad_records = {}
@@ -98,11 +92,11 @@ class FinishedDataset:
                 for number, source in enumerate(task.split.sources, 1)
                 for record in self._bad_records.get(source.name, [])
             ]
-        entry = self._entries.get(task.name) or self._val_entries[task.name]
-        name = self.manifest.inputs[entry.input].path
-        first, last = entry.first_line + 1, entry.first_line + entry.lines
+        origin = (self._entries.get(task.name) or self._val_entries[task.name]).origin
+        name = self.manifest.inputs[origin.input].path
+        first, last = origin.first_line + 1, origin.first_line + origin.lines
         return [
-            {**record, "line": record["line"] - entry.first_line}
+            {**record, "line": record["line"] - origin.first_line}
             for record in self._bad_records.get(name, [])
             if first <= record["line"] <= last
         ]
@@ -123,43 +117,34 @@ def _first_manifest(*folders: Path) -> Manifest | None:
     return None if folder is None else Manifest.read(folder)
 
 
-def _written(entry: ShardEntry | None) -> WrittenShard | None:
-    return None if entry is None else WrittenShard(**{name: getattr(entry, name) for name in _WRITTEN})
-
-
 def entries_of(
     tasks: Sequence[SplitTask], results: Sequence[SplitResult]
 ) -> tuple[tuple[ShardEntry, ...], tuple[ShardEntry, ...]]:
     """Return what manifests say of the shards that splits gave: (the dataset's, its validation part's)."""
     sides: tuple[list[ShardEntry], list[ShardEntry]] = ([], [])
     for first_line, result in zip(first_lines(tasks, results), results, strict=True):
-        same = {field: getattr(result, field) for field in _SAME_NAMES}
-        for side, shard in zip(sides, (result.shard, result.val_shard), strict=True):
-            if shard is not None:
-                side.append(ShardEntry(**same, first_line=first_line, **asdict(shard)))
+        origin = replace(result.origin, first_line=first_line)
+        for side, written in zip(sides, (result.shard, result.val_shard), strict=True):
+            if written is not None:
+                side.append(ShardEntry(name=result.name, written=written, origin=origin))
     return tuple(sides[0]), tuple(sides[1])
 
 
 def first_lines(tasks: Sequence[SplitTask], results: Sequence[SplitResult]) -> list[int]:
     """Return how many records of its input come before each split."""
-    found: list[int] = []
+    counts: list[int] = []
     lines, current = 0, -1
     for task, result in zip(tasks, results, strict=True):
         if task.input != current:
             lines, current = 0, task.input
-        found.append(lines)
-        lines += result.lines
-    return found
+        counts.append(lines)
+        lines += result.origin.lines
+    return counts
 
 
-def is_there(folder: Path, name: str, shard: WrittenShard | ShardEntry | None) -> bool:
+def is_there(folder: Path, name: str, written: WrittenShard | None) -> bool:
     """Tell by their sizes whether a shard's files are whole; `verify` reads them."""
-    if shard is None:
-        return True
-    header = IndexHeader(dtype="uint16", num_sequences=shard.sequences, num_documents=shard.documents)
-    sizes = {".bin": shard.bytes, ".idx": header.file_bytes} | (
-        {".mask": shard.tokens} if shard.mask_sha256 else {}
-    )
+    sizes = {} if written is None else written.file_sizes()
     try:
         return all((folder / f"{name}{suffix}").stat().st_size == size for suffix, size in sizes.items())
     except FileNotFoundError:
@@ -195,9 +180,9 @@ def reusable(
         result, is_new = _result_of(work, task, options, previous)
         if result is None:
             continue
-        here = [entry.sha256 for entry in previous_inputs[task.input : task.input + result.inputs]]
+        here = [entry.sha256 for entry in previous_inputs[task.input : task.input + result.origin.inputs]]
         is_untouched = previous is not None and not is_new and here == previous.input_sha256(result)
-        if result.duplicates_sha256 != task.duplicates_sha256 or not (
+        if result.origin.duplicates_sha256 != task.duplicates_sha256 or not (
             is_untouched or _is_content_of(task, result, options)
         ):
             if previous is not None and task.name in previous.names:
@@ -206,7 +191,7 @@ def reusable(
                 say(f"{task.split.path}: changed since {task.name} was made; such splits are made again")
                 announced.add(task.split.path)
         elif is_there(work.out, task.name, result.shard) and is_there(work.val, task.name, result.val_shard):
-            kept[task.name] = replace(result, input=task.input)
+            kept[task.name] = replace(result, origin=replace(result.origin, input=task.input))
     return kept, changed
 
 
@@ -215,11 +200,12 @@ def _result_of(
 ) -> tuple[SplitResult | None, bool]:
     """Return (what the split gave, whether in the build that is under way); its bad records may not be wanted any more."""
     result = work.read_result(task.name)
-    if result is not None and not (result.set_aside and options.on_bad_record == "stop"):
+    if result is not None and not (result.origin.set_aside and options.on_bad_record == "stop"):
         return result, True
     return (previous.result_of(task.name) if previous else None), False
 
 
 def _is_content_of(task: SplitTask, result: SplitResult, options: TokenizeOptions) -> bool:
     content = form_of(task.split.source, options.records, options.kind).content(task.split)
-    return content == (result.input_start, result.input_stop, result.input_sha256)
+    origin = result.origin
+    return content == (origin.input_start, origin.input_stop, origin.input_sha256)

@@ -9,10 +9,10 @@ import contextlib
 import functools
 import re
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import orjson
@@ -24,13 +24,16 @@ from minimind_data.chat.encoding import ChatEncoding, encode_conversations
 from minimind_data.dataset.format import (
     VALIDATION_NAME,
     MaskArray,
+    ShardOrigin,
     TokenArray,
     TokenDtype,
     TokenizerInfo,
+    WrittenShard,
     numpy_dtype,
+    take_fields,
 )
 from minimind_data.dataset.framing import frame_texts
-from minimind_data.dataset.writer import ShardWriter, WrittenShard
+from minimind_data.dataset.writer import ShardWriter
 from minimind_data.errors import UserError
 from minimind_data.files import sha256_of_bytes, user_error_on_full_disk, write_atomic
 from minimind_data.hashing import STRIDE
@@ -96,27 +99,35 @@ class SplitResult:
     """The result of one split; kept beside the shard until the manifest takes it over."""
 
     name: str
-    input: int
-    input_start: int
-    input_stop: int
-    input_sha256: str
-    lines: int
-    inputs: int
-    empty_texts: int
-    set_aside: int
-    duplicates: int
-    duplicates_sha256: str
+    origin: ShardOrigin
+    """Without `first_line`, which is known when all splits before it are made."""
     compared: int
     """Documents whose ids were compared with the reference's."""
     backend: str
     difference: str | None
     """How the fast backend differed from the reference, which then did the split; None where it did not."""
-    different_prompts: int
-    unlearned: int
     shard: WrittenShard | None
     """None where the split holds no document: it makes no shard."""
     val_shard: WrittenShard | None
     """What went to the validation part, likewise."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object that stands for it on disk: the facts of its origin stand beside the others."""
+        content = asdict(self)
+        origin = content.pop("origin")
+        del origin["first_line"]
+        return {**origin, **content}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        """Read such an object."""
+        rest = dict(content)
+        origin = take_fields(ShardOrigin, rest)
+        shard, val_shard = (
+            None if written is None else WrittenShard(**written)
+            for written in (rest.pop("shard"), rest.pop("val_shard"))
+        )
+        return cls(**rest, origin=origin, shard=shard, val_shard=val_shard)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,21 +201,23 @@ def _build(job: Job, task: SplitTask, backend: str, difference: str | None, repo
         write_atomic(set_aside_path(job.work_folder, task.name), b"".join(map(_set_aside_line, bad)))
     return SplitResult(
         name=task.name,
-        input=task.input,
-        input_start=reader.begin,
-        input_stop=reader.end,
-        input_sha256=reader.sha256,
-        inputs=1 + len(task.split.more),
-        lines=reader.num_lines,
-        empty_texts=empty_texts,
-        set_aside=len(bad),
-        duplicates=0 if task.drop is None else len(task.drop),
-        duplicates_sha256=task.duplicates_sha256,
+        origin=ShardOrigin(
+            input=task.input,
+            input_start=reader.begin,
+            input_stop=reader.end,
+            input_sha256=reader.sha256,
+            inputs=1 + len(task.split.more),
+            lines=reader.num_lines,
+            empty_texts=empty_texts,
+            set_aside=len(bad),
+            duplicates=0 if task.drop is None else len(task.drop),
+            duplicates_sha256=task.duplicates_sha256,
+            different_prompts=different_prompts,
+            unlearned=unlearned,
+        ),
         compared=compared,
         backend=backend,
         difference=difference,
-        different_prompts=different_prompts,
-        unlearned=unlearned,
         shard=shard,
         val_shard=val_shard,
     )

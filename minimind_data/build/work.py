@@ -10,7 +10,6 @@ import contextlib
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from minimind_data.dataset.format import (
     TOKENIZER_NAME,
     VALIDATION_NAME,
 )
-from minimind_data.dataset.writer import WrittenShard
 from minimind_data.errors import UserError
 from minimind_data.files import (
     FolderLock,
@@ -171,7 +169,7 @@ class WorkFolder:
 
     def write_result(self, result: SplitResult) -> None:
         """Put down that a split is made."""
-        write_checked(self.path / f"{result.name}{_RESULT_SUFFIX}", asdict(result), key=_CHECKSUM)
+        write_checked(self.path / f"{result.name}{_RESULT_SUFFIX}", result.to_json(), key=_CHECKSUM)
 
     def read_result(self, name: str) -> SplitResult | None:
         """Return what the split of this shard gave, or None where it is not made.
@@ -184,8 +182,7 @@ class WorkFolder:
             content = read_checked(self.path / f"{name}{_RESULT_SUFFIX}", key=_CHECKSUM, remedy=remedy)
         except FileNotFoundError:
             return None
-        shards = {side: content[side] and WrittenShard(**content[side]) for side in ("shard", "val_shard")}
-        return SplitResult(**{**content, **shards})
+        return SplitResult.from_json(content)
 
     def read_hashes(self, tasks: Sequence[SplitTask]) -> list[bytes]:
         """Return the hashes of the texts of each split."""

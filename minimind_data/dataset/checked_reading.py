@@ -60,13 +60,13 @@ def checked_sequences(shards: ShardSet, index: int, report: Report) -> Iterator[
     each = manifest.sequences_per_document
     shard = shards.open_shard(index)
     index_sha256 = hashlib.sha256(shard.index.data).hexdigest()
-    _check(shards.folder / f"{entry.name}.idx", index_sha256, entry.index_sha256)
+    _check(shards.folder / f"{entry.name}.idx", index_sha256, entry.written.index_sha256)
     digest, mask_digest = hashlib.sha256(), hashlib.sha256()
     paths = [shards.folder / f"{entry.name}{suffix}" for suffix in (".bin", ".mask")]
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(paths[0].open("rb"))
         mask_file = stack.enter_context(paths[1].open("rb")) if manifest.has_masks else None
-        for first_document in range(0, entry.documents, BLOCK_TOKENS):
+        for first_document in range(0, entry.written.documents, BLOCK_TOKENS):
             begin = each * first_document
             lengths = shard.lengths[begin : begin + each * BLOCK_TOKENS].astype(np.int64)
             for first, last in document_ranges(lengths.reshape(-1, each).sum(axis=1), BLOCK_TOKENS):
@@ -79,9 +79,9 @@ def checked_sequences(shards: ShardSet, index: int, report: Report) -> Iterator[
                     mask_digest.update(mask.data)
                 report(len(tokens) * item, len(tokens))
                 yield tokens, here, mask
-    _check(paths[0], digest.hexdigest(), entry.sha256)
+    _check(paths[0], digest.hexdigest(), entry.written.sha256)
     if manifest.has_masks:
-        _check(paths[1], mask_digest.hexdigest(), entry.mask_sha256)
+        _check(paths[1], mask_digest.hexdigest(), entry.written.mask_sha256)
 
 
 def carry_set_aside(datasets: Sequence[ShardSet], folder: Path) -> str | None:

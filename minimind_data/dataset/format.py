@@ -30,15 +30,17 @@ Source of the shard layout: Megatron-LM, megatron/core/datasets/indexed_dataset.
 """
 
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minimind_data.errors import UserError
 from minimind_data.files import checked_json, checksum_of_json, read_checked
+
+_T = TypeVar("_T")
 
 FORMAT_VERSION = 1
 
@@ -90,9 +92,8 @@ _CUT_OPTIONS = {"split_bytes", "shard_bytes"}
 
 """Options that decide where one shard ends and the next begins, and nothing else."""
 
-_LEFT_OUT_WHEN_EMPTY = {"tokenizer_config_sha256", "mask_sha256", "different_prompts", "unlearned"}
-
-"""What a manifest says only where there is something to say."""
+_OPTIONAL = ("mask_sha256", "different_prompts", "unlearned", "tokenizer_config_sha256")
+"""What a manifest says only where there is something to say, and then at the end of its object."""
 
 
 class FormatError(UserError):
@@ -109,6 +110,11 @@ def numpy_dtype(dtype: TokenDtype) -> np.dtype[Any]:
     return np.dtype(dtype).newbyteorder("<")
 
 
+def index_size(num_sequences: int, num_documents: int) -> int:
+    """Return the size in bytes of the `.idx` file of a shard."""
+    return INDEX_HEADER_BYTES + num_sequences * 12 + (num_documents + 1) * 8
+
+
 @dataclass(frozen=True, kw_only=True)
 class IndexHeader:
     """The fixed first 34 bytes of an `.idx` file."""
@@ -120,7 +126,7 @@ class IndexHeader:
     @property
     def file_bytes(self) -> int:
         """Size that the whole `.idx` file has."""
-        return INDEX_HEADER_BYTES + self.num_sequences * 12 + (self.num_documents + 1) * 8
+        return index_size(self.num_sequences, self.num_documents)
 
     def pack(self) -> bytes:
         """Return the header as it stands on disk."""
@@ -147,8 +153,9 @@ class IndexHeader:
         return cls(dtype=DTYPES_BY_CODE[code], num_sequences=num_sequences, num_documents=num_starts - 1)
 
 
-def _without_empty(content: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in content.items() if value or name not in _LEFT_OUT_WHEN_EMPTY}
+def _optional_last(content: dict[str, Any]) -> dict[str, Any]:
+    required = {name: value for name, value in content.items() if name not in _OPTIONAL}
+    return required | {name: content[name] for name in _OPTIONAL if content.get(name)}
 
 
 REMAKE = "delete the shard's .bin and .idx and run the same `mm-data tokenize` again: it makes only what is missing"
@@ -210,10 +217,9 @@ class InputEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardEntry:
-    """One shard, and what it was made of."""
+class WrittenShard:
+    """Counts, sizes and checksums of the files of a shard."""
 
-    name: str
     documents: int
     sequences: int
     tokens: int
@@ -223,6 +229,19 @@ class ShardEntry:
     """SHA-256 of the .bin file."""
     index_sha256: str
     """SHA-256 of the .idx file."""
+    mask_sha256: str = ""
+    """SHA-256 of the .mask file; empty where there is none."""
+
+    def file_sizes(self) -> dict[str, int]:
+        """Return the size in bytes that each of its files has, by suffix."""
+        sizes = {".bin": self.bytes, ".idx": index_size(self.sequences, self.documents)}
+        return sizes | {".mask": self.tokens} if self.mask_sha256 else sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardOrigin:
+    """The records that a shard was made of, and what of them made no document."""
+
     input: int
     """Which of the manifest's inputs the documents came from; the first of them, where small text files share a shard."""
     input_start: int
@@ -243,12 +262,48 @@ class ShardEntry:
     """Documents left out because an earlier one has the same text."""
     duplicates_sha256: str = ""
     """SHA-256 of the numbers of those documents, as little-endian int32; empty where none were looked for."""
-    mask_sha256: str = ""
-    """SHA-256 of the .mask file; empty where there is none."""
     different_prompts: int = 0
     """Pairs of the split whose two conversations do not begin alike."""
     unlearned: int = 0
     """Conversations of the split in which an answer is not learned, because its tokens run into those around it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """One shard: its name, its files, and what they were made of. `manifest.json` has the three side by side in one object."""
+
+    name: str
+    written: WrittenShard
+    origin: ShardOrigin
+
+    def moved_by(self, inputs_before: int) -> Self:
+        """Return the entry for a manifest that has more inputs in front of those of this one."""
+        return replace(self, origin=replace(self.origin, input=self.origin.input + inputs_before))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object that stands in `manifest.json`."""
+        return _optional_last({"name": self.name, **asdict(self.written), **asdict(self.origin)})
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        """Read such an object.
+
+        Raises:
+            KeyError, TypeError: it is none.
+        """
+        rest = dict(content)
+        name, written = rest.pop("name"), take_fields(WrittenShard, rest)
+        return cls(name=name, written=written, origin=ShardOrigin(**rest))
+
+
+def take_fields(cls: type[_T], content: dict[str, Any]) -> _T:
+    """Make a dataclass of those of the keys that are its fields, and remove them from `content`.
+
+    Raises:
+        TypeError: one without a default is missing.
+    """
+    names = [field.name for field in fields(cls) if field.name in content]  # type: ignore[arg-type]
+    return cls(**{name: content.pop(name) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,21 +355,36 @@ class Manifest:
     @property
     def num_tokens(self) -> int:
         """Tokens of all shards."""
-        return sum(shard.tokens for shard in self.shards)
+        return sum(entry.written.tokens for entry in self.shards)
 
     @property
     def num_documents(self) -> int:
         """Documents of all shards."""
-        return sum(shard.documents for shard in self.shards)
+        return sum(entry.written.documents for entry in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all `.bin` files."""
+        return sum(entry.written.bytes for entry in self.shards)
+
+    @property
+    def different_prompts(self) -> int:
+        """Pairs whose two conversations do not begin alike."""
+        return sum(entry.origin.different_prompts for entry in self.shards)
+
+    @property
+    def unlearned(self) -> int:
+        """Conversations in which an answer is not learned."""
+        return sum(entry.origin.unlearned for entry in self.shards)
 
     def to_json(self) -> str:
         """Return the text of `manifest.json`."""
         content = {
             "format_version": self.format_version,
             "fingerprint": self.fingerprint,
-            **_without_empty(asdict(self)),
+            **_optional_last(asdict(self)),
         }
-        content["shards"] = [_without_empty(shard) for shard in content["shards"]]
+        content["shards"] = [shard.to_json() for shard in self.shards]
         return checked_json(content, key=_CHECKSUM)
 
     @classmethod
@@ -340,7 +410,7 @@ class Manifest:
                     **content,
                     "tokenizer": TokenizerInfo(**content["tokenizer"]),
                     "inputs": tuple(InputEntry(**entry) for entry in content["inputs"]),
-                    "shards": tuple(ShardEntry(**entry) for entry in content["shards"]),
+                    "shards": tuple(ShardEntry.from_json(entry) for entry in content["shards"]),
                 }
             )
         except (KeyError, TypeError, AttributeError) as error:

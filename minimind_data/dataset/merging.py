@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from minimind_data.dataset.checked_reading import carry_set_aside
-from minimind_data.dataset.format import REMAKE, FormatError, IndexHeader, Manifest, ShardEntry
+from minimind_data.dataset.format import REMAKE, FormatError, Manifest, ShardEntry
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.dataset.staging import new_folder, place_file, unique_names, write_metadata
 from minimind_data.errors import UserError
@@ -50,17 +50,17 @@ def merge(
     for dataset in datasets:
         _refuse_different(datasets[0], dataset)
         for entry in dataset.manifest.shards:
-            _check_sizes(dataset.folder, entry, dataset.manifest)
+            _check_sizes(dataset.folder, entry)
     manifest = _merged([dataset.manifest for dataset in datasets])
     with new_folder(options.out) as folder:
-        with progress("merge", sum(entry.bytes for entry in manifest.shards)) as report:
+        with progress("merge", manifest.num_bytes) as report:
             old = ((dataset.folder, entry) for dataset in datasets for entry in dataset.manifest.shards)
             for (source, entry), new in zip(old, manifest.shards, strict=True):
-                for suffix in (".bin", ".mask", ".idx") if manifest.has_masks else (".bin", ".idx"):
+                for suffix in entry.written.file_sizes():
                     place_file(
                         source / f"{entry.name}{suffix}", folder / f"{new.name}{suffix}", copy=options.copy
                     )
-                report(entry.bytes, entry.tokens)
+                report(entry.written.bytes, entry.written.tokens)
         manifest = dataclasses.replace(manifest, set_aside_sha256=carry_set_aside(datasets, folder))
         write_metadata(folder, manifest, datasets[0].folder)
     return manifest
@@ -83,15 +83,13 @@ def _refuse_different(first: ShardSet, other: ShardSet) -> None:
         )
 
 
-def _check_sizes(folder: Path, entry: ShardEntry, manifest: Manifest) -> None:
-    header = IndexHeader(dtype=manifest.dtype, num_sequences=entry.sequences, num_documents=entry.documents)
-    sizes = [(".bin", entry.bytes), (".idx", header.file_bytes)]
-    for suffix, wanted in [*sizes, (".mask", entry.tokens)] if manifest.has_masks else sizes:
+def _check_sizes(folder: Path, entry: ShardEntry) -> None:
+    for suffix, size in entry.written.file_sizes().items():
         path = folder / f"{entry.name}{suffix}"
-        found = path.stat().st_size if path.is_file() else None
-        if found != wanted:
-            told = "missing" if found is None else f"{found:,} bytes, where the manifest wants {wanted:,}"
-            raise FormatError(f"{path}: {told}; {REMAKE}")
+        if not path.is_file():
+            raise FormatError(f"{path}: missing; {REMAKE}")
+        if (size_here := path.stat().st_size) != size:
+            raise FormatError(f"{path}: {size_here:,} bytes, where the manifest wants {size:,}; {REMAKE}")
 
 
 def _merged(manifests: Sequence[Manifest]) -> Manifest:
@@ -100,7 +98,7 @@ def _merged(manifests: Sequence[Manifest]) -> Manifest:
     shards: list[ShardEntry] = []
     inputs_before = 0
     for manifest in manifests:
-        shards += [dataclasses.replace(entry, input=entry.input + inputs_before) for entry in manifest.shards]
+        shards += [entry.moved_by(inputs_before) for entry in manifest.shards]
         inputs_before += len(manifest.inputs)
     names = unique_names([entry.name for entry in shards])
     return Manifest(

@@ -70,7 +70,9 @@ class Shard:
 
     def __init__(self, folder: Path, entry: ShardEntry, dtype: TokenDtype) -> None:
         self.entry = entry
-        wanted = IndexHeader(dtype=dtype, num_sequences=entry.sequences, num_documents=entry.documents)
+        wanted = IndexHeader(
+            dtype=dtype, num_sequences=entry.written.sequences, num_documents=entry.written.documents
+        )
         index_path = folder / f"{entry.name}.idx"
         # What is looked at here is read, not touched in the map: a fault makes the system read all around it, up to megabytes.
         with _opened(index_path, wanted.file_bytes) as descriptor:
@@ -80,26 +82,26 @@ class Shard:
                     f"{index_path}: its header says {header}, where the manifest wants {wanted}; {REMAKE}"
                 )
             self.index: NDArray[np.uint8] = np.frombuffer(_map(descriptor), np.uint8)
-        lengths_stop = INDEX_HEADER_BYTES + 4 * entry.sequences
-        offsets_stop = lengths_stop + 8 * entry.sequences
+        lengths_stop = INDEX_HEADER_BYTES + 4 * entry.written.sequences
+        offsets_stop = lengths_stop + 8 * entry.written.sequences
         self.lengths: NDArray[np.int32] = self.index[INDEX_HEADER_BYTES:lengths_stop].view("<i4")
         self.offsets: NDArray[np.int64] = self.index[lengths_stop:offsets_stop].view("<i8")
         self.document_starts: NDArray[np.int64] = self.index[offsets_stop:].view("<i8")
         self.ends: tuple[int, int] | None = None
         self._map: mmap.mmap | None = None
         self.tokens: TokenArray = np.empty(0, numpy_dtype(dtype))
-        with _opened(folder / f"{entry.name}.bin", entry.bytes) as descriptor:
-            if entry.bytes:
+        with _opened(folder / f"{entry.name}.bin", entry.written.bytes) as descriptor:
+            if entry.written.bytes:
                 size = self.tokens.itemsize
-                first, last = (os.pread(descriptor, size, place) for place in (0, entry.bytes - size))
+                first, last = (os.pread(descriptor, size, place) for place in (0, entry.written.bytes - size))
                 begin, end = np.frombuffer(first + last, self.tokens.dtype).tolist()
                 self.ends = begin, end
                 self._map = _map(descriptor)
                 self.tokens = np.frombuffer(self._map, self.tokens.dtype)
         self.mask: MaskArray | None = None
         self._mask_map: mmap.mmap | None = None
-        if entry.mask_sha256:
-            with _opened(folder / f"{entry.name}.mask", entry.tokens) as descriptor:
+        if entry.written.mask_sha256:
+            with _opened(folder / f"{entry.name}.mask", entry.written.tokens) as descriptor:
                 self._mask_map = _map(descriptor)
                 self.mask = np.frombuffer(self._mask_map, np.uint8)
 

@@ -52,11 +52,11 @@ class ShardSet:
         self.folder = folder
         self.manifest = manifest
         self.dtype = numpy_dtype(manifest.dtype)
-        counts = [(entry.tokens, entry.documents) for entry in manifest.shards]
+        counts = [(entry.written.tokens, entry.written.documents) for entry in manifest.shards]
         totals = np.cumsum(np.array([(0, 0), *counts], np.int64), axis=0)
         self.token_starts: NDArray[np.int64] = np.ascontiguousarray(totals[:, 0])
         self.document_starts: NDArray[np.int64] = np.ascontiguousarray(totals[:, 1])
-        self._num_sequences = np.array([entry.sequences for entry in manifest.shards], np.int64)
+        self._num_sequences = np.array([entry.written.sequences for entry in manifest.shards], np.int64)
         self.sequence_starts: NDArray[np.int64] = np.cumsum([0, *self._num_sequences.tolist()])
         self._index_by_name = {entry.name: index for index, entry in enumerate(manifest.shards)}
         self._shards: dict[int, Shard] = {}
@@ -281,7 +281,7 @@ class ShardSet:
             UserError: there is no such shard, or it is shorter.
         """
         index = self.index_of(name)
-        num_tokens = self.manifest.shards[index].tokens
+        num_tokens = self.manifest.shards[index].written.tokens
         if not 0 <= offset < num_tokens:
             raise UserError(
                 f"{self.folder}: shard {name} holds tokens 0 to {num_tokens - 1}, there is none at {offset}"

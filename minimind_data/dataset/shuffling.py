@@ -15,7 +15,7 @@ or 10^9. The pages of the maps come on top; the system takes them back when it n
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minimind_data.dataset.checked_reading import carry_set_aside, checked_sequences
-from minimind_data.dataset.format import InputEntry, Manifest, ShardEntry, TokenArray
+from minimind_data.dataset.format import InputEntry, Manifest, ShardEntry, ShardOrigin, TokenArray
 from minimind_data.dataset.framing import document_ranges
 from minimind_data.dataset.shard import Shard, mask_of
 from minimind_data.dataset.shard_set import ShardSet
@@ -84,13 +84,14 @@ def shuffle(
         raise UserError(f"{source}: holds no document; there is nothing to shuffle")
     allow_open_files(2 * len(shards))
     manifest = shards.manifest
-    num_bytes = sum(entry.bytes for entry in manifest.shards)
+    num_bytes = manifest.num_bytes
     with new_folder(options.out) as folder, progress("shuffle", 2 * num_bytes) as report:
         digest = hashlib.sha256()
         for index in range(len(shards)):
             for tokens, _, _ in checked_sequences(shards, index, lambda done, _: report(done, 0)):
                 digest.update(tokens.view(np.uint8).data)
-        whole_source = InputEntry(path=str(source), bytes=num_bytes, sha256=digest.hexdigest())
+        dataset = InputEntry(path=str(source), bytes=num_bytes, sha256=digest.hexdigest())
+        whole_source = ShardOrigin(input=0, input_start=0, input_stop=num_bytes, input_sha256=dataset.sha256)
         entries = []
         for number, (starts, lengths) in enumerate(_groups(shards, options)):
             with ShardWriter(
@@ -110,14 +111,13 @@ def shuffle(
             entries.append(
                 ShardEntry(
                     name=f"shuffled-{number:05d}",
-                    input=0,
-                    input_start=0,
-                    input_stop=whole_source.bytes,
-                    input_sha256=whole_source.sha256,
-                    # Which shard they went to is not known, so the first one counts them all.
-                    different_prompts=0 if number else sum(one.different_prompts for one in manifest.shards),
-                    unlearned=0 if number else sum(one.unlearned for one in manifest.shards),
-                    **asdict(written),
+                    written=written,
+                    # Which shard the doubtful conversations went to is not known, so the first one counts them all.
+                    origin=replace(
+                        whole_source,
+                        different_prompts=0 if number else manifest.different_prompts,
+                        unlearned=0 if number else manifest.unlearned,
+                    ),
                 )
             )
         shuffled = Manifest(
@@ -130,7 +130,7 @@ def shuffle(
                 "order_version": ORDER_VERSION,
                 "shard_bytes": options.shard_bytes,
             },
-            inputs=(whole_source,),
+            inputs=(dataset,),
             shards=tuple(entries),
             empty_texts=manifest.empty_texts,
             set_aside=manifest.set_aside,

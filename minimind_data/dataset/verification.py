@@ -102,10 +102,10 @@ def _files(folder: Path, manifest: Manifest) -> list[_File]:
         _File(folder / TOKENIZER_NAME, manifest.tokenizer.sha256, RESTORE),
     ]
     for entry in manifest.shards:
-        files.append(_File(folder / f"{entry.name}.bin", entry.sha256, REMAKE))
-        files.append(_File(folder / f"{entry.name}.idx", entry.index_sha256, REMAKE))
+        files.append(_File(folder / f"{entry.name}.bin", entry.written.sha256, REMAKE))
+        files.append(_File(folder / f"{entry.name}.idx", entry.written.index_sha256, REMAKE))
         if manifest.has_masks:
-            files.append(_File(folder / f"{entry.name}.mask", entry.mask_sha256, REMAKE))
+            files.append(_File(folder / f"{entry.name}.mask", entry.written.mask_sha256, REMAKE))
     if manifest.tokenizer_config_sha256 is not None:
         files.append(_File(folder / CONFIG_NAME, manifest.tokenizer_config_sha256, RESTORE))
     if manifest.set_aside_sha256 is not None:

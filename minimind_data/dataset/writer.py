@@ -7,7 +7,6 @@ leaves is durable: all files are fsynced before their rename, and the index, wit
 import errno
 import hashlib
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,23 +19,11 @@ from minimind_data.dataset.format import (
     MaskArray,
     TokenArray,
     TokenDtype,
+    WrittenShard,
     index_bytes,
     numpy_dtype,
 )
 from minimind_data.files import partial_name, write_atomic
-
-
-@dataclass(frozen=True, kw_only=True)
-class WrittenShard:
-    """Size and checksums of a shard that was committed; the fields are those of `format.ShardEntry`."""
-
-    documents: int
-    sequences: int
-    tokens: int
-    bytes: int
-    sha256: str
-    index_sha256: str
-    mask_sha256: str = ""
 
 
 class ShardWriter:

@@ -10,7 +10,8 @@ tables alone (hf and parquet), with `labels` beside the ids.
 Where a format tells documents apart, coming back gives the same documents. Streams (nanogpt and llmc) do not; see `streams`.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from minimind_data.dataset.format import (
     InputEntry,
     Manifest,
     ShardEntry,
+    ShardOrigin,
     dtype_for,
     numpy_dtype,
 )
@@ -210,8 +212,7 @@ class _Import:
             )
         # A shard of a whole file has that file's checksum, which was taken once
         shards = tuple(
-            ShardEntry(**{**asdict(entry), "input_sha256": entry.input_sha256 or inputs[entry.input].sha256})
-            for entry in self._entries
+            entry if entry.origin.input_sha256 else _of_whole_input(entry, inputs) for entry in self._entries
         )
         options: dict[str, Any] = {
             "converted_from": self._origin.name,
@@ -277,12 +278,19 @@ class _OpenShard:
         whole = (self._start, self._stop) == (0, path.stat().st_size)
         return ShardEntry(
             name=self._name,
-            input=self.input,
-            input_start=self._start,
-            input_stop=self._stop,
-            input_sha256="" if whole else _sha256_of_part(path, self._start, self._stop),
-            **asdict(written),
+            written=written,
+            origin=ShardOrigin(
+                input=self.input,
+                input_start=self._start,
+                input_stop=self._stop,
+                input_sha256="" if whole else _sha256_of_part(path, self._start, self._stop),
+            ),
         )
+
+
+def _of_whole_input(entry: ShardEntry, inputs: Sequence[InputEntry]) -> ShardEntry:
+    checksum = inputs[entry.origin.input].sha256
+    return replace(entry, origin=replace(entry.origin, input_sha256=checksum))
 
 
 def _sha256_of_part(path: Path, start: int, stop: int) -> str:
@@ -300,7 +308,7 @@ def _export(
     files: list[str] = []
     divided = 0
     with new_folder(options.out) as folder:
-        with progress("convert", sum(entry.bytes for entry in manifest.shards)) as report:
+        with progress("convert", manifest.num_bytes) as report:
             for name, members in _parts(manifest, target, one_file=options.one_file):
                 part = Part(name=name, shards=shards, members=members, report=report)
                 divided += target.write(folder, part, write_options)

@@ -137,7 +137,7 @@ class Stats:
             "documents": manifest.num_documents,
             "tokens": manifest.num_tokens,
             "shards": len(manifest.shards),
-            "bytes": sum(entry.bytes for entry in manifest.shards),
+            "bytes": manifest.num_bytes,
             "vocab_size": manifest.tokenizer.vocab_size,
             "fingerprint": manifest.fingerprint,
             "learned_tokens": self.shards.count_learned(),
@@ -216,7 +216,7 @@ def _length_blocks(shards: ShardSet) -> Iterator[NDArray[np.int64]]:
 def _mapped_shards(shards: ShardSet) -> Iterator[Shard]:
     """Yield the shards that have documents, each mapped only while it is used."""
     entries = enumerate(shards.manifest.shards)
-    return (shards.open_shard(index) for index, entry in entries if entry.sequences)
+    return (shards.open_shard(index) for index, entry in entries if entry.written.sequences)
 
 
 def _distinct(lengths: NDArray[np.int64]) -> Iterable[tuple[int, int]]:
@@ -333,7 +333,7 @@ def count_text(shards: ShardSet, tokenizer: Tokenizer, progress: Progress = no_p
     info = tokenizer.info
     counts = np.zeros(info.vocab_size, np.int64)
     frames = np.zeros(info.vocab_size, np.int64)
-    with progress("count", sum(entry.bytes for entry in shards.manifest.shards)) as report:
+    with progress("count", shards.manifest.num_bytes) as report:
         for shard in _mapped_shards(shards):
             for start in range(0, len(shard.tokens), _BLOCK):
                 block = shard.tokens[start : start + _BLOCK]

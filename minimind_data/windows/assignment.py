@@ -149,19 +149,19 @@ class _Segments:
 def _documents(shards: ShardSet) -> Iterator[tuple[int, NDArray[np.int64]]]:
     """Yield (number of the first document, lengths int64 [B]) of every block of documents."""
     for index, entry in enumerate(shards.manifest.shards):
-        if not entry.sequences:
+        if not entry.written.sequences:
             continue
         shard = shards.open_shard(index)
         num_tokens = 0
-        for start in range(0, entry.sequences, _BLOCK_DOCUMENTS):
+        for start in range(0, entry.written.sequences, _BLOCK_DOCUMENTS):
             lengths = shard.lengths[start : start + _BLOCK_DOCUMENTS].astype(np.int64)
             num_tokens += int(lengths.sum())
             if int(lengths.min()) < 0:
                 break
             yield int(shards.document_starts[index]) + start, lengths
-        if num_tokens != entry.tokens:
+        if num_tokens != entry.written.tokens:
             raise FormatError(
-                f"{shards.folder / entry.name}.idx: damaged (its lengths do not sum up to {entry.tokens:,} tokens); {REMAKE}"
+                f"{shards.folder / entry.name}.idx: damaged (its lengths do not sum up to {entry.written.tokens:,} tokens); {REMAKE}"
             )
 
 

@@ -167,7 +167,7 @@ def open_plan(
         UserError: it can be written neither into the dataset nor into the cache folder, or the disk is full.
         FormatError: a shard's index is damaged.
     """
-    if any(entry.sequences != entry.documents for entry in shards.manifest.shards):
+    if any(entry.written.sequences != entry.written.documents for entry in shards.manifest.shards):
         raise UserError(
             f"{shards.folder}: its documents are of several sequences each, which layout pack does not know"
         )

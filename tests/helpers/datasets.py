@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from minimind_data.dataset.format import (
     Kind,
     Manifest,
     ShardEntry,
+    ShardOrigin,
     TokenizerInfo,
     dtype_for,
     numpy_dtype,
@@ -65,11 +66,8 @@ def write_dataset(
         entries.append(
             ShardEntry(
                 name=name,
-                input=0,
-                input_start=number,
-                input_stop=number + 1,
-                input_sha256="",
-                **asdict(written),
+                written=written,
+                origin=ShardOrigin(input=0, input_start=number, input_stop=number + 1, input_sha256=""),
             )
         )
     manifest = Manifest(

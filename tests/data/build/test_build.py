@@ -69,9 +69,9 @@ def test_another_cut_into_shards_is_the_same_dataset(source, tmp_path):
 def test_the_source_of_a_shard_is_recorded(source, tmp_path):
     manifest = tokenize([source], options(tmp_path / "a")).manifest
     data = source.read_bytes()
-    parts = [data[entry.input_start : entry.input_stop] for entry in manifest.shards]
+    parts = [data[entry.origin.input_start : entry.origin.input_stop] for entry in manifest.shards]
     assert b"".join(parts) == data
-    assert [part.count(b"\n") for part in parts] == [entry.documents for entry in manifest.shards]
+    assert [part.count(b"\n") for part in parts] == [entry.written.documents for entry in manifest.shards]
 
 
 def test_a_second_run_does_nothing(source, tmp_path):
@@ -124,7 +124,7 @@ def test_several_inputs_keep_their_order_and_names(tmp_path, write_jsonl):
     inputs = [write_jsonl(["a"], "b.jsonl"), write_jsonl(["b"], "a.jsonl"), write_jsonl(["c"], "sub/b.jsonl")]
     manifest = tokenize(inputs, options(tmp_path / "out")).manifest
     assert [entry.name for entry in manifest.shards] == ["b-00000", "a-00000", "b~2-00000"]
-    assert [entry.input for entry in manifest.shards] == [0, 1, 2]
+    assert [entry.origin.input for entry in manifest.shards] == [0, 1, 2]
     assert [REFERENCE.decode(document) for document in documents(tmp_path / "out")] == ["a", "b", "c"]
 
 

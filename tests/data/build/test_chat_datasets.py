@@ -98,7 +98,7 @@ def test_sequences_are_the_rendered_conversations_and_nothing_around_them(source
     assert [ids for ids, _ in found] == wanted
     manifest = summary.manifest
     assert (manifest.kind, manifest.num_documents) == (kind, len(RECORDS[kind]))
-    assert sum(entry.sequences for entry in manifest.shards) == len(sides) * manifest.num_documents
+    assert sum(entry.written.sequences for entry in manifest.shards) == len(sides) * manifest.num_documents
     assert len(manifest.shards) > 5
     for number, (ids, mask) in enumerate(found):
         answers = [
@@ -340,7 +340,7 @@ def test_pairs_with_different_prompts_are_counted(tmp_path):
     }
     source = write(tmp_path / "pairs.jsonl", [DPO[0], other, longer, other, parted])
     summary = tokenize([source], options(tmp_path / "out", "dpo"))
-    assert sum(entry.different_prompts for entry in summary.manifest.shards) == 2
+    assert sum(entry.origin.different_prompts for entry in summary.manifest.shards) == 2
 
 
 def test_special_tokens_in_texts_are_text_unless_allowed(tmp_path):
@@ -448,10 +448,10 @@ def test_a_shuffle_keeps_masks_and_pairs(source, tmp_path, kind, monkeypatch):
     wanted = [before[number] for number in np.concatenate(list(order(len(before), 3)))]
     assert documents(tmp_path / "b") == wanted != before
     assert len(made.shards) > 5
-    assert all(entry.bytes <= 1000 for entry in made.shards)
+    assert all(entry.written.bytes <= 1000 for entry in made.shards)
     assert not verify(tmp_path / "b").problems
     assert chat_template_of(tmp_path / "b") == chat_template_of(None)
-    assert sum(entry.different_prompts for entry in made.shards) == (kind == "dpo")
+    assert sum(entry.origin.different_prompts for entry in made.shards) == (kind == "dpo")
     monkeypatch.setattr(shuffle_module, "_FETCH_BYTES", 12)  # between the sides of a pair, too
     monkeypatch.setattr(shuffle_module.order, "__defaults__", (2,))  # of documents at once
     shuffle(tmp_path / "a", ShuffleOptions(out=tmp_path / "c", seed=3, shard_bytes=1000))

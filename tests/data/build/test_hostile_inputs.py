@@ -296,7 +296,7 @@ def check(seed, folder):
         tokenizer = load_tokenizer()
         ids = [tokenizer.reference.encode(text, add_special_tokens=False).ids for text in wanted]
         assert found == [[tokenizer.info.bos_id, *one, tokenizer.info.eos_id] for one in ids]
-    records = sum(entry.lines for entry in manifest.shards)
+    records = sum(entry.origin.lines for entry in manifest.shards)
     assert records >= len(found)
     set_aside = out / "set-aside.jsonl"
     assert manifest.set_aside == (len(set_aside.read_bytes().splitlines()) if set_aside.exists() else 0)

@@ -51,7 +51,7 @@ def test_merged_datasets_stand_one_behind_the_other(make_dataset, tmp_path):
         "text-00001~3",
         "text-00002~2",
     ]
-    assert [entry.input for entry in made.shards] == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert [entry.origin.input for entry in made.shards] == [0, 0, 0, 1, 1, 2, 2, 2]
     assert made.inputs == (*a.manifest.inputs, *b.manifest.inputs, *a.manifest.inputs)
     assert (tmp_path / "c" / "text-00000.bin").stat().st_nlink == 3
 
@@ -133,10 +133,12 @@ def test_every_document_stands_in_a_shuffle_exactly_once(
     wanted = np.concatenate(list(order(source.num_documents, seed)))
     assert found == [documents_of(source)[number] for number in wanted]
     for entry in made.shards:
-        assert entry.bytes <= shard_bytes or entry.documents == 1
+        assert entry.written.bytes <= shard_bytes or entry.written.documents == 1
     for entry, following in itertools.pairwise(made.shards):
         first = ShardSet.open(base / "out").shard(made.shards.index(following)).lengths[0]
-        assert entry.bytes + first * source.dtype.itemsize > shard_bytes  # it could not have been longer
+        assert (
+            entry.written.bytes + first * source.dtype.itemsize > shard_bytes
+        )  # it could not have been longer
 
 
 def test_a_shuffle_is_the_same_every_time_however_it_is_cut(make_dataset, tmp_path, monkeypatch):
@@ -162,9 +164,9 @@ def test_a_shuffle_names_its_source_by_its_tokens(make_dataset, tmp_path):
     (told,) = made.inputs
     assert (told.path, told.bytes) == (str(source.folder), len(stream))
     assert told.sha256 == hashlib.sha256(stream).hexdigest()
-    assert {(entry.input, entry.input_start, entry.input_stop) for entry in made.shards} == {
-        (0, 0, len(stream))
-    }
+    assert {
+        (entry.origin.input, entry.origin.input_start, entry.origin.input_stop) for entry in made.shards
+    } == {(0, 0, len(stream))}
     assert made.options["shuffled_from"] == source.manifest.fingerprint
 
 

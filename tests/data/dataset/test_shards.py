@@ -161,7 +161,9 @@ def test_the_manifest_reads_back(make_dataset):
 def test_an_index_header_knows_its_file_size(make_dataset):
     shards = make_dataset(SHARDS)
     for index, entry in enumerate(shards.manifest.shards):
-        header = IndexHeader(dtype="uint16", num_sequences=entry.sequences, num_documents=entry.documents)
+        header = IndexHeader(
+            dtype="uint16", num_sequences=entry.written.sequences, num_documents=entry.written.documents
+        )
         assert header.file_bytes == (shards.folder / f"text-{index:05d}.idx").stat().st_size
 
 

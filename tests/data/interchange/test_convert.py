@@ -65,13 +65,15 @@ def test_an_import_says_truly_what_it_was_made_of(bring, tmp_path, write_megatro
     data = (tmp_path / "x.bin").read_bytes()
     assert [Path(entry.path).name for entry in manifest.inputs] == ["x.bin", "x.idx"]
     assert manifest.options == {"converted_from": "megatron", "shard_bytes": 30}
-    borders = [(entry.input, entry.input_start, entry.input_stop) for entry in manifest.shards]
+    borders = [
+        (entry.origin.input, entry.origin.input_start, entry.origin.input_stop) for entry in manifest.shards
+    ]
     assert borders == [(0, 0, 16), (0, 16, 76), (0, 76, 80)]
     assert borders[-1][-1] == len(data)
     bring(stem, "again", shard_bytes=2**20)
     again = Manifest.read(tmp_path / "again")
     assert again.fingerprint == manifest.fingerprint  # where shards end is no part of it
-    assert again.shards[0].input_sha256 == manifest.inputs[0].sha256
+    assert again.shards[0].origin.input_sha256 == manifest.inputs[0].sha256
     changed = [DOCUMENTS[0], [*DOCUMENTS[1], *DOCUMENTS[2]], *DOCUMENTS[3:]]  # the same .bin, other borders
     bring(write_megatron(tmp_path / "x", changed), "other")
     assert Manifest.read(tmp_path / "other").fingerprint != manifest.fingerprint

@@ -248,7 +248,7 @@ def test_a_full_disk_is_one_sentence_and_no_reserve_is_none(shards, monkeypatch,
 
 def test_documents_of_several_sequences_are_refused(shards):
     first, *others = shards.manifest.shards
-    entries = (dataclasses.replace(first, documents=1), *others)
+    entries = (dataclasses.replace(first, written=dataclasses.replace(first.written, documents=1)), *others)
     with pytest.raises(UserError, match="of several sequences each, which layout pack does not know"):
         open_plan(ShardSet(shards.folder, dataclasses.replace(shards.manifest, shards=entries)), 19, "cut")
 
