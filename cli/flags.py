@@ -1,13 +1,13 @@
 """From parameters to flags: where the library says `seq_len`, a user of the command line reads --seq-len.
 
-The library names its parameters in backticks and knows of no flags. Here, and nowhere else, they become what the running command calls
-them, in all that it says: errors, notes, and the help of an option that speaks of others.
+The library names its parameters in backticks and knows no flags. Here, and nowhere else, they become the flags of the running command, in
+all that it prints: errors, notes, and the help of options that mention others.
 
     take a longer `seq_len`                        take a longer --seq-len
     go on with `resume` and `compile=False`        go on with --resume and --no-compile
     `resume('runs/it', skip_positions=['3:4'])`    `mm-train pretrain --run runs/it --resume --skip-positions 3:4`
 
-What else stands in backticks, such as a command or a name that no command has for a parameter, stays as it is.
+Anything else in backticks, such as a command or a name that is no parameter of a command, stays as it is.
 """
 
 import ast
@@ -22,10 +22,10 @@ _ELSEWHERE = {
     name: f"--{name.replace('_', '-')}"
     for name in ("kind", "layout", "long_documents", "resume", "run", "seq_len", "shards", "to", "tokenizer")
 }
-"""Flags of other commands than the running one, of which its sentences may speak too."""
+"""Flags of other commands that sentences of the running one may mention."""
 
 _CALLS = {"locate": "mm-data locate --run {}", "resume": "mm-train {command} --run {} --resume"}
-"""Functions whose calls stand in the library's sentences, and the commands that do the same."""
+"""Functions whose calls the library's sentences mention, and the commands that do the same."""
 
 _CODE = re.compile(r"`([^`]+)`")
 
@@ -43,7 +43,7 @@ class Flags:
 
     @classmethod
     def of(cls, command: Any) -> Self:
-        """Return those of a command of typer's. A flag with a name of its own, as --resume has, goes by that name too."""
+        """Return the flags of a typer command. A flag with another name than its parameter, as --resume, is known by both."""
         on, off = {}, {}
         for parameter in command.params:
             if parameter.param_type_name == "argument":
@@ -56,13 +56,13 @@ class Flags:
         return cls(command=command.name, on=on, off=off)
 
     def __call__(self, sentence: str) -> str:
-        """Return a sentence of the library's as the command says it."""
+        """Return a sentence of the library with the command's flags."""
         return _CODE.sub(lambda code: self._translated(code[1]) or code[0], sentence)
 
     def _translated(self, code: str) -> str | None:
         try:
             (node,) = ast.parse(code).body
-        except (SyntaxError, ValueError):  # no Python: a command, or a word in backticks
+        except (SyntaxError, ValueError):  # not Python: a command, or a word in backticks
             return None
         match node:
             case ast.Expr(ast.Name(name)):
@@ -85,15 +85,15 @@ _running: ContextVar[Flags] = ContextVar("flags of the running command", default
 
 
 def use_flags_of(command: Any) -> None:
-    """Let the sentences of this process be those of a command of typer's from here on."""
+    """Use the flags of a typer command in the sentences of this process from here on."""
     _running.set(Flags.of(command))
 
 
 def in_flags(sentence: object) -> str:
-    """Return a sentence of the library's, or an error's, as the running command says it."""
+    """Return a sentence of the library, or an error, with the flags of the running command."""
     return _running.get()(str(sentence))
 
 
 def running_flags() -> Flags:
-    """Return the flags of the running command, which can be pickled and so speak in other processes too."""
+    """Return the flags of the running command; they can be pickled, for use in other processes."""
     return _running.get()

@@ -1,4 +1,4 @@
-"""mm-train generate, eval, export and plot: what is done with a trained model. Their work is imported when they run, as it needs torch."""
+"""`mm-train generate`, `eval`, `export` and `plot`, the commands for a trained model. They import torch only when they run."""
 
 import json
 from dataclasses import asdict
@@ -51,16 +51,18 @@ def generate(
     if system is not None and not chat:
         raise typer.BadParameter("--system goes with --chat")
     if prompt is None and not chat:
-        raise typer.BadParameter("--prompt says what to go on from; to talk with the model pass --chat")
+        raise typer.BadParameter(
+            "--prompt is missing, the text to continue; to chat with the model pass --chat"
+        )
     from minimind_train.generation.chat_session import ChatSession
     from minimind_train.generation.completion import complete
 
     changes = {name: value for name, value in asdict(scaling).items() if name in given}
     if chat:
-        conversation = ChatSession.open(
+        session = ChatSession.open(
             run, options, system=system, step=checkpoint, device=device, changes=changes
         )
-        talk(conversation, prompt)
+        talk(session, prompt)
         return
     assert prompt is not None
     for text in complete(run, prompt, options, step=checkpoint, device=device, changes=changes):
@@ -100,13 +102,13 @@ def evaluate(
     """Evaluate a model on a dataset: loss, perplexity, bits per byte."""
     if len(shards) > 1:
         raise typer.BadParameter(
-            f"--shards stands there {len(shards)} times, and one dataset is measured at a time; call it for each"
+            f"--shards is given {len(shards)} times, but one dataset is evaluated at a time; run the command for each"
         )
     from minimind_train.run.evaluation import evaluate_run
 
     (folder,) = shards
     cut = {"seq_len": seq_len, "layout": layout}
-    found = evaluate_run(
+    evaluation = evaluate_run(
         run,
         folder,
         step=checkpoint,
@@ -118,9 +120,9 @@ def evaluate(
         changes={name: value for name, value in asdict(scaling).items() if name in given},
     )
     if as_json:
-        print(json.dumps(found.as_dict()))
+        print(json.dumps(evaluation.as_dict()))
     else:
-        print(f"{folder}: {found}")
+        print(f"{folder}: {evaluation}")
 
 
 def export(

@@ -1,10 +1,10 @@
-"""From options to flags: a command whose parameter is a dataclass of options gets one flag for each of its fields.
+"""Commands from functions: a parameter that is a dataclass of options becomes one flag for each of its fields.
 
     @command(app)
     def tokenize(inputs: Annotated[list[str], typer.Argument()], options: TokenizeOptions, given: Given) -> None: ...
 
-A parameter annotated `Given` receives the names of the options that the user passed, as against defaults. The
-wrapper is also the border where a `UserError` becomes one sentence and exit status 1, and an interrupt status 130.
+A parameter annotated `Given` receives the names of the options that the user passed, as opposed to defaults. The wrapper
+also turns a `UserError` into one sentence and exit status 1, and an interrupt into exit status 130.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from dataclasses import MISSING, is_dataclass
 from typing import Annotated, Any, NewType, TextIO, get_args, get_origin, get_type_hints
 
 import typer
-from typer.completion import completion_init  # type: ignore[attr-defined] # their own main imports it from there
+from typer.completion import completion_init  # type: ignore[attr-defined] # typer itself imports it from there
 from typer.core import TyperArgument, TyperCommand, TyperOption
 
 from minimind_data.errors import UserError
@@ -31,15 +31,15 @@ Given = NewType("Given", frozenset[str])
 _CONTEXT = "typer_context"
 _TYPED = "minimind_cli.typed"
 _GIVEN = frozenset({"COMMANDLINE", "DEFAULT_MAP"})
-"""Where an option comes from that the user wrote, or that stands in something that the user named, as a preset."""
+"""The sources of options that the user passed, on the command line or in a preset or file named there."""
 
 
 def make_app(help_text: str) -> typer.Typer:
-    """Return an empty application in the house style: plain help, no traceback painting, nothing to install.
+    """Return an empty application with plain help and plain tracebacks.
 
-    Shells that ask it for completions get them: `eval "$(_MM_TRAIN_COMPLETE=source_bash mm-train)"`.
+    Completion in a shell works without an installation: `eval "$(_MM_TRAIN_COMPLETE=source_bash mm-train)"`.
     """
-    completion_init()  # `add_completion` would do it too, with two flags of its own in every help
+    completion_init()  # `add_completion` would also add two flags to every help
     return typer.Typer(
         help=help_text,
         add_completion=False,
@@ -53,12 +53,12 @@ def make_app(help_text: str) -> typer.Typer:
 def command(
     app: typer.Typer, name: str | None = None, *, first: Sequence[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function as a command of `app`, its option dataclasses spread out into flags.
+    """Register a function as a command of `app`, with a flag for each field of its option dataclasses.
 
     Args:
         app: the application.
         name: of the command; the function's by default.
-        first: parameters that its help begins with; the others follow in the order in which they are written.
+        first: parameters that come first in its help; the others follow in the order of the function.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -95,10 +95,10 @@ def command(
 
 
 def refuse_idle(given: Given, layout: str) -> None:
-    """Refuse an option of layout `pack` where the layout is another, in which it would do nothing.
+    """Refuse an option for layout `pack` with another layout, where it would do nothing.
 
     Raises:
-        typer.BadParameter: it is among those that the user wrote.
+        typer.BadParameter: the user passed it.
     """
     if "long_documents" in given and layout != "pack":
         raise typer.BadParameter(
@@ -107,15 +107,15 @@ def refuse_idle(given: Given, layout: str) -> None:
 
 
 def is_typed(flag: str, context: typer.Context) -> bool:
-    """Tell whether an option stands on the command line, also while the command line is still being read."""
+    """Tell whether a flag is on the command line, even while that is still being parsed."""
     return any(word.partition("=")[0] == flag for word in context.meta[_TYPED])
 
 
 def as_defaults(options: Mapping[str, Any], context: typer.Context) -> dict[str, Any]:
-    """Return values by the names of options as a command line takes them for defaults.
+    """Return options as defaults of a command line.
 
     Raises:
-        typer.BadParameter: a value is a list, or true or false, where the option takes none of these.
+        typer.BadParameter: a value is a list or a boolean, and the option does not take that.
     """
     defaults = {}
     flags = {parameter.name: parameter for parameter in context.command.params}
@@ -124,14 +124,14 @@ def as_defaults(options: Mapping[str, Any], context: typer.Context) -> dict[str,
         many = isinstance(value, list)
         if (many and not flag.multiple) or (isinstance(value, bool) and not flag.is_flag):
             raise typer.BadParameter(
-                f"{name} takes no {'list' if many else 'true or false'}, but {value!r} stands there"
+                f"{name} takes no {'list' if many else 'true or false'}, but is {value!r}"
             )
         defaults[name] = [value] if flag.multiple and not many else value
     return defaults
 
 
 class _Command(TyperCommand):
-    """A command whose usage errors say what is wrong and not which class of Python said so, and whose help speaks in flags."""
+    """A command whose usage errors and help speak of flags, not of Python."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -157,7 +157,7 @@ def _flag(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     parser = next((extra for extra in extras if callable(extra)), None)
     settings: dict[str, Any] = {"help": text}
     if parser:
-        kind = str  # typer knows few types; what the parser returns is its own business
+        kind = str  # typer knows few types, and the parser may return any
         settings |= {
             "parser": plain(parser),
             "metavar": parser.__name__.removeprefix("parse_").upper(),
@@ -167,7 +167,7 @@ def _flag(name: str, annotation: Any, default: Any) -> inspect.Parameter:
         kind, default = list[item], list(default)  # type: ignore[valid-type]
         settings["metavar"] = {str: "TEXT", int: "INT"}[item]
     if parser is parse_size and isinstance(default, int):
-        default = format_size(default)  # as a user would write it; the parser reads it back
+        default = format_size(default)  # as a user would write it
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -177,7 +177,7 @@ def _flag(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 def plain(parser: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Let a parser's own sentence be the whole message."""
+    """Return a parser whose error message is only its own sentence."""
 
     @functools.wraps(parser)
     def parse(text: str) -> Any:
@@ -199,28 +199,28 @@ def _argument(kind: Any, name: str, values: dict[str, Any], context: typer.Conte
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     try:
         return build(kind, values)
-    except ValueError as error:  # a value that the dataclass itself refuses is wrong usage
+    except ValueError as error:  # a value that the dataclass refuses is wrong usage
         raise typer.BadParameter(in_flags(error)) from None
 
 
 class _ClosableStderr(io.TextIOBase):
-    """stderr for as long as somebody reads it: a closed pipe or terminal takes the words away, never the work."""
+    """stderr that may be closed: once nobody reads it, messages are dropped and the work goes on."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._gone = False
 
     def write(self, text: str) -> int:
-        """Write, or do nothing once the reader is gone."""
+        """Write, or do nothing if the reader is gone."""
         self._try(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """Flush likewise."""
+        """Flush, or do nothing if the reader is gone."""
         self._try(self._stream.flush)
 
     def isatty(self) -> bool:
-        """Tell whether a terminal reads along."""
+        """Tell whether this is a terminal."""
         return not self._gone and self._stream.isatty()
 
     def fileno(self) -> int:
@@ -239,17 +239,16 @@ class _ClosableStderr(io.TextIOBase):
             action()
         except OSError:
             self._gone = True
-            with contextlib.suppress(
-                OSError
-            ):  # what is buffered must not fail again when the interpreter ends
+            # What is buffered must not fail again when the interpreter ends.
+            with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 class _ErrorBoundary:
-    """Turns what a user can cause into one sentence on stderr and the exit status of the contract."""
+    """Turns an error that a user can cause into one sentence on stderr and an exit status."""
 
     def __enter__(self) -> None:
-        """Let no word about the work stop the work: show escapes for what a terminal cannot show, and let stderr be closed."""
+        """Keep output from stopping the work: escape what a terminal cannot show, and let stderr be closed."""
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
@@ -257,7 +256,7 @@ class _ErrorBoundary:
             sys.stderr = _ClosableStderr(sys.stderr)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, BrokenPipeError):  # `mm-data info | head`: the reader has seen enough
+        if isinstance(error, BrokenPipeError):  # as in `mm-data info | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0)
         if isinstance(error, UserError):

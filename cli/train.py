@@ -1,7 +1,7 @@
-"""`mm-train`: train a model on a dataset, and try it out.
+"""`mm-train`: train a model on a dataset, and use it.
 
-The options of a run stand in modules that need no torch, which takes seconds to import. What a run does is imported when it begins, so
-that help and wrong usage are answered at once.
+The options of a run are in modules that do not import torch, which takes seconds. The code of a run is imported when it begins, so help
+and wrong usage are answered at once.
 """
 
 import os
@@ -37,20 +37,20 @@ _FIRST = (
     *("epochs", "steps", "global_batch", "micro_batch", "seq_len", "layout", "learning_rate"),
     *("device", "nproc", "dtype", "seed"),
 )
-"""What most people set of a run: the help begins with it, and goes on with all the rest by its subject."""
+"""The options that most people set. They come first in the help; the rest follows by subject."""
 
 
 def _use_preset(context: typer.Context, name: str | None) -> str | None:
-    """Let a preset's options be the defaults of this command line, and count as given."""
+    """Make the options of a preset the defaults of this command line; they count as passed by the user."""
     if name is not None:
         if name not in PRESETS:
-            raise typer.BadParameter(f"{name}: the presets are {', '.join(PRESETS)}")
+            raise typer.BadParameter(f"{name}: no such preset; there are {', '.join(PRESETS)}")
         context.default_map = {**(context.default_map or {}), **PRESETS[name]}
     return name
 
 
 def _config_option(kind: type[RunOptions]) -> Any:
-    """Return the option whose file's options are the defaults of the command line, and count as given."""
+    """Return the option --config: the options in its file become defaults, and count as passed by the user."""
     names = [name for name, _, _ in leaves(kind)]
 
     def use(context: typer.Context, path: Path | None) -> Path | None:
@@ -59,7 +59,7 @@ def _config_option(kind: type[RunOptions]) -> Any:
                 options = read_description(path, kind.command, names)
             except ValueError as error:
                 raise typer.BadParameter(str(error)) from None
-            for flag, other in (("--steps", "epochs"), ("--epochs", "steps")):  # two words for one thing
+            for flag, other in (("--steps", "epochs"), ("--epochs", "steps")):  # each replaces the other
                 if is_typed(flag, context):
                     options.pop(other, None)
             context.default_map = {**as_defaults(options, context), **(context.default_map or {})}
@@ -114,11 +114,11 @@ def _register(kind: type[RunOptions], help_text: str) -> None:
         allowed = {name.lstrip("-").replace("-", "_") for name in allow_change or ()}
         if reweight and not (go_on and "shards" in given):
             raise typer.BadParameter(
-                "--reweight-at-resume goes with --resume and every part of the mixture as --shards NAME=DIR:WEIGHT"
+                "--reweight-at-resume needs --resume, and every part of the mixture as --shards NAME=DIR:WEIGHT"
             )
         if unknown := allowed - changeable(kind):
             raise typer.BadParameter(
-                f"--allow-change {min(unknown)}: no option that may change, of which one stands behind each --allow-change; there are {', '.join(sorted(changeable(kind)))}"
+                f"--allow-change {min(unknown)}: not an option that may change; name one of {', '.join(sorted(changeable(kind)))}"
             )
         if not go_on:
             _refuse_in_a_new_run(config.data, allowed, given)
@@ -132,7 +132,7 @@ def _register(kind: type[RunOptions], help_text: str) -> None:
             )
         else:
             outcome = begin(config, names_given=given)
-        if outcome.rank:  # of several processes that torchrun started, the first says it for all
+        if outcome.rank:  # under torchrun, rank 0 prints for all
             raise typer.Exit(outcome.stopped_by or 0)
         if outcome.stopped_by:
             print(
@@ -152,13 +152,13 @@ def _register(kind: type[RunOptions], help_text: str) -> None:
 
 
 def _refuse_in_a_new_run(data: DataOptions, allowed: set[str], given: Given) -> None:
-    """Refuse what a run that begins can do nothing with.
+    """Refuse options that do nothing in a new run.
 
     Raises:
-        typer.BadParameter: it is there.
+        typer.BadParameter: there is one.
     """
     if allowed:
-        raise typer.BadParameter("--allow-change goes with --resume; a new run has no options to differ from")
+        raise typer.BadParameter("--allow-change is for --resume; a new run has no earlier options")
     if data.resume_from and data.order != "sequential":
         raise typer.BadParameter(NEEDS_SEQUENTIAL)
     refuse_idle(given, data.layout)
@@ -182,9 +182,9 @@ command(app)(models.plot)
 def _share_cores() -> None:
     """Let torch's CPU threads sleep soon when they wait for one another.
 
-    GNU OpenMP spins for milliseconds by default. On a core that another process wants too, that is time in which the awaited
-    thread cannot run: training beside one busy process came to a tenth of its speed, against half of it with short spins. On
-    an idle machine a short spin costs a few per cent of a tiny model's speed. Must be set before torch is imported.
+    By default GNU OpenMP spins for milliseconds. On a core that another process uses too, the awaited thread cannot run in that
+    time: beside one busy process, training ran at a tenth of its speed, and at half of it with short spins. On an idle machine
+    a short spin costs a tiny model a few per cent of its speed. This must be set before torch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -48,7 +48,7 @@ def test_a_line_that_is_no_text_is_told_by_its_number(run):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ((), "--prompt says what to go on from; to talk"),
+        ((), "--prompt is missing, the text to continue; to chat"),
         (("--system", "x", "--prompt", "y"), "goes with --chat"),
     ],
 )

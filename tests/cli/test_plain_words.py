@@ -97,7 +97,7 @@ def test_eval_measures_one_dataset(folder):
         "eval", "--run", folder / "run", "--shards", folder / "data", "--shards", folder / "other"
     )
     assert refused.exit_code == 2
-    assert "--shards stands there 2 times, and one dataset is measured at a time" in refused.stderr
+    assert "--shards is given 2 times, but one dataset is evaluated at a time" in refused.stderr
 
 
 @pytest.mark.parametrize(

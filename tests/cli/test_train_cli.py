@@ -116,7 +116,7 @@ def test_a_preset_is_what_nothing_else_says(training_data, tmp_path):
     assert "hidden_size (in the run: 16, on the command line: 768)" in again.stderr
     unknown = mm_train(*begin, "--preset", "minimind-4")
     assert unknown.exit_code == 2
-    assert "the presets are minimind-3, minimind-3-moe, minimind2-small" in re.sub(
+    assert "no such preset; there are minimind-3, minimind-3-moe, minimind2-small" in re.sub(
         r"\s+", " ", unknown.stderr
     )
 
@@ -203,23 +203,23 @@ def test_a_run_says_where_its_positions_lie_with_all_that_changed(training_data,
     ("arguments", "complaint"),
     [
         (["--shards", "data/zh", "--shards", "en=data/en:1"], "NAME=DIR:WEIGHT"),
-        (["--reweight-at-resume"], "goes with --resume"),
-        (["--resume", "--reweight-at-resume"], "goes with --resume and every part"),
+        (["--reweight-at-resume"], "needs --resume"),
+        (["--resume", "--reweight-at-resume"], "needs --resume, and every part"),
         (["--skip-positions", "9:8"], "skip_positions must be A:B"),
         (["--epochs", "1", "--steps", "1"], "pass one of them"),
         (["--resume-from", "text-00000:1"], "needs --order sequential"),
         (["--resume-from", "text-00000"], "must be SHARD:OFFSET"),
-        (["--allow-change", "seed"], "goes with --resume"),
-        (["--resume", "--allow-change", "sed"], "no option that may change, of which one stands behind each"),
+        (["--allow-change", "seed"], "is for --resume"),
+        (["--resume", "--allow-change", "sed"], "not an option that may change; name one of"),
         (["--hidden-size", "7"], "does not divide"),
         (["--layout", "heap"], "concat"),
         (["--track", "wandbb"], "track must be tensorboard, wandb, swanlab, not 'wandbb'"),
-        (["--sample-tokens", "0"], "sample_tokens must be from 1"),
+        (["--sample-tokens", "0"], "--sample-tokens must be from 1"),
         (["--long-documents", "lose"], "fragment"),
         (["--seq-len", "0"], "seq_len"),
-        (["--global-batch", "1000000000000"], "global_batch must be from 1 to 1048576, not 1000000000000"),
+        (["--global-batch", "1000000000000"], "--global-batch must be from 1 to 1048576, not 1000000000000"),
         (["--steps", "1" + "0" * 400], "steps must be from"),
-        (["--num-hidden-layers", "1000000"], "num_hidden_layers must be from"),
+        (["--num-hidden-layers", "1000000"], "--num-hidden-layers must be from"),
         (["--learning-rate", "nan"], "learning_rate must be"),
     ],
 )
@@ -367,7 +367,7 @@ def test_a_run_is_exported(run, tmp_path):
     assert asked.exit_code == 0, asked.stderr
     again = mm_train("export", "--run", run, "--to", "hf", "--out", tmp_path / "hf")
     assert again.exit_code == 1
-    assert "is there already; take another --out" in again.stderr
+    assert "not empty; take another --out" in again.stderr
     assert mm_train("export", "--run", run, "--to", "onnx", "--out", tmp_path / "onnx").exit_code == 2
 
 
