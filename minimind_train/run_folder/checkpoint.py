@@ -1,20 +1,19 @@
-"""Checkpoints: all that a run needs to go on exactly, whole or absent, and no pickle.
+"""Checkpoints: everything that a run needs to continue exactly, whole or absent, and without pickle.
 
     checkpoints/step-000001000/
-        model.safetensors       every weight that is learned under its parameter name, in full precision
+        model.safetensors       every trained weight under its parameter name, in full precision
         optimizer.safetensors   the optimizer's tensors as KEY.PARAMETER, such as `exp_avg.model.norm.weight`
-                                (both are as many files, `model-00001-of-00004.safetensors`, where as many ranks hold the weights
-                                in shards, and each writes what it holds; see `stored`)
-        state.json              step, position (`cursor`), options, the dataset's fingerprint, what validation gave at this step, size and
-                                SHA-256 of the two files, and of itself
+                                (where ranks hold the weights in shards, each writes its own file of either kind, such as
+                                `model-00001-of-00004.safetensors`; see `tensors`)
+        state.json              step, position (`cursor`), options, the dataset's fingerprint, the validation loss of this step, size and
+                                SHA-256 of the other files, and its own SHA-256
 
 A checkpoint is written under a temporary name beside its own, flushed to the disk and renamed; old ones are renamed away
-before they are deleted. So whatever carries a checkpoint's name was once complete, and one that has been damaged since is
+before they are deleted. So a folder with a checkpoint's name was once complete, and damage since then is
 found by its checksums. What can be derived (learning rate, order of samples, random states, which checkpoint is the best) is
 not stored.
 
-This module does not know what a run folder holds besides, nor when a checkpoint is due or has had its time (see `saver`); the caller holds the
-folder's lock.
+When a checkpoint is due and how long it is kept is decided in `saver`. The caller holds the lock of the run folder.
 """
 
 import contextlib
@@ -64,11 +63,11 @@ _NAME = re.compile(r"step-(\d{9,})")
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint is not what was written."""
+    """A file of a checkpoint is damaged or missing."""
 
 
 class GoneCheckpointError(UserError):
-    """A checkpoint was deleted while it was read, as a run that is still training does when it has newer ones."""
+    """A checkpoint was deleted while it was read, by a run that is still training and has newer ones."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(
@@ -78,40 +77,40 @@ class GoneCheckpointError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointState:
-    """What a checkpoint says besides its tensors."""
+    """The contents of a checkpoint besides its tensors."""
 
     step: int
     """Completed optimizer steps."""
     position: int
-    """Samples consumed by them, so where the next one stands; in state.json it is called `cursor`."""
+    """Samples consumed by these steps: the position of the next sample. In state.json it is called `cursor`."""
     config: dict[str, Any]
     """The run's options, resolved."""
     dataset: str
     """Fingerprint of the dataset."""
     metrics_lines: int
-    """Lines that metrics.jsonl had; how often they came may have changed on the way."""
+    """The number of lines in metrics.jsonl; it does not follow from the step, as `log_every` may have changed."""
     loss_scale: dict[str, Any] | None = None
-    """In fp16: what its loss is multiplied by, and how that came about."""
+    """In fp16 the state of its `LossScale`."""
     skipped_steps: int = 0
-    """Steps so far whose loss or gradient was not finite and that moved no weight."""
+    """Steps so far whose loss or gradient was not finite, and which therefore changed no weight."""
     val_loss: float | None = None
-    """Where the run was measured after this step, what came out."""
+    """The validation loss after this step, where it was measured."""
     val_on: str | None = None
-    """What it was measured on; losses on other things cannot be compared with it."""
+    """What it was measured on; losses on something else cannot be compared with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint on disk whose every byte has just been found right."""
+    """A checkpoint on disk whose checksums have just been verified."""
 
     folder: Path
     state: CheckpointState
 
     def restore(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
-        """Put the weights, and the optimizer's state where one is given, in place, bit for bit.
+        """Load the weights into a model, and the state into an optimizer if one is given, bit for bit.
 
         Raises:
-            GoneCheckpointError: it has been deleted since it was found.
+            GoneCheckpointError: it has been deleted since it was verified.
             UserError: the model is not the one that was saved.
         """
         try:
@@ -133,12 +132,12 @@ class Checkpoint:
 
 
 def folder_of(run: Path, step: int) -> Path:
-    """Return where the checkpoint of a step has its place."""
+    """Return the folder of the checkpoint of a step."""
     return run / CHECKPOINTS_NAME / f"step-{step:09d}"
 
 
 def steps_of(run: Path) -> list[int]:
-    """Return the steps of which a run folder has checkpoints, whole or damaged, oldest first."""
+    """Return the steps of the checkpoints in a run folder, whole or damaged ones, oldest first."""
     folder = run / CHECKPOINTS_NAME
     if not folder.is_dir():
         return []
@@ -152,23 +151,23 @@ def save(
     state: CheckpointState,
     tensors: Tensors,
     *,
-    go_on: Callable[[], object] = lambda: None,
+    between_files: Callable[[], object] = lambda: None,
     world: World = ALONE,
 ) -> Path:
-    """Write a checkpoint, or together with other ranks one part of it each.
+    """Write a checkpoint; where several ranks write it together, each writes its own part.
 
     Args:
         run: the run folder.
-        state: step, position and what they belong to.
-        tensors: what `tensors_of` gave, or a copy of it.
-        go_on: called between two files; what it raises ends the save without a trace.
-        world: the ranks that write it together, all of which come here.
+        state: the contents besides the tensors.
+        tensors: the result of `tensors_of`, or a copy of it.
+        between_files: called between two files; an exception from it ends the save and leaves no files behind.
+        world: the ranks that write it together; all of them call this.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        UserError: it could not be written, by one of them; the checkpoints before it are as they were.
+        UserError: one of the ranks could not write its part; earlier checkpoints are unchanged.
     """
     final = folder_of(run, state.step)
     with contextlib.ExitStack() as undo:
@@ -180,21 +179,21 @@ def save(
                 remove_leftovers(run)
                 partial.mkdir()
         partial = world.broadcast(partial if world.is_main else None)
-        written: dict[str, Any] | UserError
+        own_files: dict[str, Any] | UserError
         try:
             with _user_error_on_failed_write(final):
-                written = _write(partial, tensors, go_on)
+                own_files = _write(partial, tensors, between_files)
         except UserError as error:
-            written = error
+            own_files = error
         files: dict[str, Any] = {}
-        for of_rank in world.all_gather(written):
-            if isinstance(of_rank, UserError):
-                raise of_rank
-            files |= of_rank
+        for files_or_error in world.all_gather(own_files):
+            if isinstance(files_or_error, UserError):
+                raise files_or_error
+            files |= files_or_error
         if world.is_main:
             with world.relaying_errors(), _user_error_on_failed_write(final):
                 _write_state(partial, state, files)
-                if final.exists():  # damaged, else the run would have gone on from it
+                if final.exists():  # damaged, or the run would have resumed from it
                     delete(final)
                 partial.rename(final)
                 fsync_folder(final.parent)
@@ -204,7 +203,7 @@ def save(
 
 @contextlib.contextmanager
 def _user_error_on_failed_write(final: Path) -> Iterator[None]:
-    """Turn what the system says against writing a checkpoint into one sentence."""
+    """Turn the errors of a failed write into one sentence."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -214,25 +213,25 @@ def _user_error_on_failed_write(final: Path) -> Iterator[None]:
 def best_of(
     run: Path, *, last_step: int | None = None, measured_on: str | None = None
 ) -> CheckpointState | None:
-    """Return what the checkpoint of the lowest validation loss says, the first one where several have it; None where there is none.
+    """Return the state of the checkpoint with the lowest validation loss, the first of several equal ones; None where there is none.
 
     Args:
         run: the run folder.
-        last_step: those of later steps are left out.
-        measured_on: only losses on this are compared; by default on what was last measured on.
+        last_step: later checkpoints are ignored.
+        measured_on: only losses measured on this are compared; by default that of the newest measured checkpoint.
     """
     measured: list[tuple[float, CheckpointState]] = []
     for step in steps_of(run):
         if last_step is not None and step > last_step:
             break
-        with contextlib.suppress(UserError, OSError):  # damaged or gone: not the best, whatever it was
+        with contextlib.suppress(UserError, OSError):  # damaged or gone, so it cannot be used
             state = _state_in(folder_of(run, step))
             if state.val_loss is not None:
                 measured.append((state.val_loss, state))
     if not measured:
         return None
-    same = measured_on or measured[-1][1].val_on
-    comparable = [(loss, state) for loss, state in measured if state.val_on == same]
+    reference = measured_on or measured[-1][1].val_on
+    comparable = [(loss, state) for loss, state in measured if state.val_on == reference]
     return min(comparable, key=lambda pair: pair[0])[1] if comparable else None
 
 
@@ -242,23 +241,23 @@ def remove_leftovers(run: Path) -> None:
 
 
 def load(run: Path, step: int) -> Checkpoint:
-    """Check the checkpoint of one step and return it.
+    """Verify the checkpoint of a step and return it.
 
     Raises:
-        UserError: there is none, or it is damaged, or it is deleted meanwhile.
+        UserError: there is none, it is damaged, or it was deleted meanwhile.
     """
-    there = steps_of(run)
-    if step not in there:
-        listed = ", ".join(map(str, there)) or "none"
+    steps = steps_of(run)
+    if step not in steps:
+        listed = ", ".join(map(str, steps)) or "none"
         raise UserError(f"{run}: no checkpoint of step {step}; there are: {listed}")
-    return _found(run, step)
+    return _verified(run, step)
 
 
 def load_best(run: Path) -> Checkpoint:
-    """Check the checkpoint of the lowest validation loss and return it.
+    """Verify the checkpoint with the lowest validation loss and return it.
 
     Raises:
-        UserError: no checkpoint was measured, or that one is damaged, or it is deleted meanwhile.
+        UserError: no checkpoint has a validation loss, or this one is damaged, or it was deleted meanwhile.
     """
     best = best_of(run)
     if best is None:
@@ -266,15 +265,15 @@ def load_best(run: Path) -> Checkpoint:
             f"{run}: no checkpoint has a validation loss; one has where --val-every and --save-every fall on the same step, and "
             "with --save-best the best one always does"
         )
-    return _found(run, best.step)
+    return _verified(run, best.step)
 
 
 def load_latest(run: Path, on_damaged: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest whole checkpoint, or None where there has never been one.
+    """Return the newest whole checkpoint, or None where there are none.
 
     Args:
         run: the run folder.
-        on_damaged: is told, in one sentence, of every damaged checkpoint that is passed over.
+        on_damaged: takes a sentence on each damaged checkpoint that is skipped.
 
     Raises:
         GoneCheckpointError: one was deleted while it was read; there are newer ones.
@@ -283,7 +282,7 @@ def load_latest(run: Path, on_damaged: Callable[[str], None]) -> Checkpoint | No
     steps = steps_of(run)
     for step in reversed(steps):
         try:
-            return _found(run, step)
+            return _verified(run, step)
         except DamagedCheckpointError as error:
             on_damaged(f"{error}; trying the one before it")
     if steps:
@@ -294,7 +293,7 @@ def load_latest(run: Path, on_damaged: Callable[[str], None]) -> Checkpoint | No
     return None
 
 
-def _found(run: Path, step: int) -> Checkpoint:
+def _verified(run: Path, step: int) -> Checkpoint:
     folder = folder_of(run, step)
     try:
         return Checkpoint(folder=folder, state=_state_in(folder, with_files=True))
@@ -304,17 +303,17 @@ def _found(run: Path, step: int) -> Checkpoint:
         raise GoneCheckpointError(folder) from None
 
 
-def _write(folder: Path, tensors: Tensors, go_on: Callable[[], object]) -> dict[str, Any]:
+def _write(folder: Path, tensors: Tensors, between_files: Callable[[], object]) -> dict[str, Any]:
     """Write the files of this rank, and return the size and the checksum of each."""
     files = {}
-    for name, named in tensors.items():
+    for name, by_name in tensors.items():
         path = folder / name
-        save_file(named, path)
-        go_on()
+        save_file(by_name, path)
+        between_files()
         with path.open("rb") as file:
             os.fsync(file.fileno())
         files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        go_on()
+        between_files()
     return files
 
 
@@ -323,12 +322,12 @@ def _write_state(folder: Path, state: CheckpointState, files: dict[str, Any]) ->
     content = {_KEYS.get(name, name): value for name, value in asdict(state).items()}
     content = {"format_version": FORMAT_VERSION, **content, "files": files}
     write_checked(folder / STATE_NAME, content, key=_CHECKSUM)
-    for name in files:  # safetensors lets nobody else read what it writes; the user's umask shall decide
+    for name in files:  # safetensors lets nobody else read its files; they get the rights of a usual one
         shutil.copymode(folder / STATE_NAME, folder / name)
 
 
 def _state_in(folder: Path, *, with_files: bool = False) -> CheckpointState:
-    """Read state.json and hold it, and both files where that is asked for, against its checksums."""
+    """Read state.json and verify its checksum, and if asked for those of the other files."""
     try:
         content = read_checked(folder / STATE_NAME, key=_CHECKSUM)
         problem = _problem(folder, content["files"]) if with_files else None
@@ -337,7 +336,7 @@ def _state_in(folder: Path, *, with_files: bool = False) -> CheckpointState:
             keys = {field.name: _KEYS.get(field.name, field.name) for field in fields(CheckpointState)}
             return CheckpointState(**{name: content[key] for name, key in keys.items() if key in content})
     except PermissionError:
-        raise  # not damaged, and nothing that should be deleted
+        raise  # it is not damaged, and must not be deleted
     except OSError as error:
         problem = f"{Path(error.filename or folder).name}: {error.strerror}"
     except DamagedFileError as error:
@@ -352,7 +351,7 @@ def _state_in(folder: Path, *, with_files: bool = False) -> CheckpointState:
 
 
 def _problem(folder: Path, files: dict[str, Any]) -> str | None:
-    """Say which file of a checkpoint is not what was written, or return None."""
+    """Return a clause on the first file that is damaged, or None."""
     for name, entry in files.items():
         num_bytes = (folder / name).stat().st_size
         if num_bytes != entry["bytes"]:
@@ -363,14 +362,14 @@ def _problem(folder: Path, files: dict[str, Any]) -> str | None:
 
 
 def delete(folder: Path) -> None:
-    """Delete a checkpoint: its name goes first, so that one that is half deleted never looks whole."""
-    doomed = partial_name(folder.with_name(f"{folder.name}.deleted"))
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    """Delete a checkpoint; it is renamed first, so that one that is half deleted never looks whole."""
+    renamed = partial_name(folder.with_name(f"{folder.name}.deleted"))
+    folder.rename(renamed)
+    shutil.rmtree(renamed)
 
 
 def _sentence(folder: Path, error: Exception) -> str:
-    # safetensors tells a system's error by its text alone.
+    # safetensors passes a system's error on only as a text.
     full = (isinstance(error, OSError) and is_disk_full(error)) or "os error 28" in str(error)
     remedy = "make room on the disk" if full else "mend that"
     why = getattr(error, "strerror", None) or str(error)

@@ -1,16 +1,16 @@
 """The run folder: its files, the record of the run's options, dataset and changes, and the lock that one process at a time holds.
 
     runs/NAME/
-        config.json       the options, resolved; the dataset's fingerprint; the tokenizer; what was changed on the way; its
+        config.json       the options, resolved; the dataset's fingerprint; the tokenizer; the changes during the run; its
                           own checksum
-        run.toml          the options again, for people and for --config: `description` makes it, nothing reads it by itself
-        tokenizer.json    a copy, so that the weights are never separated from their vocabulary; with it, where the dataset has one,
-                          the tokenizer_config.json, which holds a chat template
+        run.toml          the options again, for people and for --config; `minimind_train.run.toml` makes it, and nothing reads it by itself
+        tokenizer.json    a copy, so that the weights are never separated from their vocabulary; beside it, where the dataset has one,
+                          tokenizer_config.json, which holds a chat template
         metrics.jsonl     see `metrics`
         checkpoints/      see `checkpoint`
 
-`config.json` is written last when a run begins, so a folder that has one has all of it. Here the options are names and values; what they mean
-is in `run.options`, and which of them a resume may change in `run.reconcile`.
+`config.json` is written last when a run begins, so a folder that has one is complete. Here options are names and values; their meaning
+is in `run.options`.
 """
 
 import shlex
@@ -43,31 +43,31 @@ _RESTORE = (
 _LOCK_NAME = ".lock"
 _CHECKSUM = "sha256"
 MOVE = "cursor"
-"""What records call a move of the position by hand; on disk a position has this name."""
+"""The name of a change that moves the position by hand; on disk a position is called so."""
 
 WEIGHTS = "weights"
-"""What a change of a mixture's weights is called."""
+"""The name of a change of the weights of a mixture."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A setting of the run that was changed on purpose, or the position where it was moved by hand."""
+    """A deliberate change of an option of the run, or of its position."""
 
     step: int
-    """Optimizer steps that were done before it."""
+    """Optimizer steps completed before it."""
     name: str
     old: Any
     new: Any
     position: int | None = field(default=None, compare=False)
-    """Samples that the run had consumed by then; None where that was not noted."""
+    """Samples that the run had consumed by then; None where that was not recorded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What `config.json` says."""
+    """The contents of `config.json`."""
 
     command: str
-    """The phase that made the run, such as `pretrain`."""
+    """The phase of the run, such as `pretrain`."""
     options: dict[str, Any]
     """Every option by its flat name, as JSON holds it."""
     dataset: str
@@ -75,7 +75,7 @@ class RunRecord:
     tokenizer: TokenizerInfo
     changes: tuple[Change, ...] = field(default=())
     finished: int | None = None
-    """The step with which it ended last, for there is a checkpoint then."""
+    """The last step of the run, if it has reached its end; then there is a checkpoint of it."""
 
     @classmethod
     def read(cls, run: Path) -> Self:
@@ -104,19 +104,19 @@ class RunRecord:
         write_checked(run / CONFIG_NAME, content, key=_CHECKSUM)
 
     def changed(self, changes: Iterable[Change]) -> Self:
-        """Return the record with more changes noted."""
+        """Return the record with more changes."""
         return replace(self, changes=(*self.changes, *changes))
 
     def without_moves_after(self, step: int) -> Self:
-        """Return the record without the moves of the position after `step`: going back to a checkpoint before one undoes it."""
+        """Return the record without moves of the position after `step`; going back to an earlier checkpoint undoes them."""
         kept = [change for change in self.changes if change.name != MOVE or change.step <= step]
         return replace(self, changes=tuple(kept))
 
     def dated(self, step: int, position: int) -> Self:
-        """Return the record in which the changes that hold from here on say so, by this step and position.
+        """Return the record in which the changes that take effect here have this step and position.
 
-        They are those of this step, and those of later ones, where the run has gone back to a checkpoint before them; but the
-        weights of a mixture hold from a position on, whenever the run comes there.
+        These are the changes of this step, and of later steps where the run has gone back to an earlier checkpoint. The
+        weights of a mixture are an exception: they take effect at a position, whenever the run comes there.
         """
         changes = [
             change
@@ -128,7 +128,7 @@ class RunRecord:
         return replace(self, changes=tuple(changes))
 
     def skip_positions_at(self, position: int) -> tuple[str, ...]:
-        """Return the ranges that were left out when the run came to a position, or that will be."""
+        """Return the ranges of positions that are skipped by the run at a position."""
         name = "skip_positions"
         changes = [change for change in self.changes if change.name == name]
         for change in reversed(changes):
@@ -137,13 +137,13 @@ class RunRecord:
         return tuple(changes[0].old if changes else self.options.get(name, ()))
 
     def position_at(self, step: int, position: int) -> int:
-        """Return the position from which a checkpoint of `step` goes on: its own, or where it was moved since."""
+        """Return the position at which a checkpoint of `step` resumes: its own, or the one to which it has been moved since."""
         moves = [change.new for change in self.changes if change.name == MOVE and change.step == step]
         return moves[-1] if moves else position
 
 
 def _no_run(run: Path) -> str:
-    """Say that a place holds no run, and how one comes there."""
+    """Return the sentence that there is no run, and how to start one."""
     if run.exists() and not run.is_dir():
         return f"{run}: no run but a file; pass the folder of a run by --run"
     for parent in run.absolute().parents[:2]:
@@ -157,7 +157,7 @@ def _no_run(run: Path) -> str:
 
 
 def move(step: int, old: int, new: int) -> Change:
-    """Return the note that a run goes on elsewhere in the data than its checkpoint says."""
+    """Return the change by which a run resumes at another position than that of its checkpoint."""
     return Change(step=step, name=MOVE, old=old, new=new)
 
 
@@ -169,10 +169,10 @@ def lock(run: Path) -> FolderLock:
 
 
 def refuse_occupied(run: Path) -> None:
-    """Refuse to begin a run where there is one.
+    """Refuse to begin a run in a folder that holds one.
 
     Raises:
-        UserError: the folder holds a run, or what is left of one.
+        UserError: the folder holds a run, a part of one, or a dataset.
     """
     if run.exists() and not run.is_dir():
         raise UserError(f"{run}: is a file; take another --run")
@@ -190,7 +190,7 @@ def refuse_occupied(run: Path) -> None:
 
 
 def create(run: Path, record: RunRecord, dataset: Path, description: str) -> None:
-    """Fill a new run folder, with the TOML that describes the run; the caller holds its lock."""
+    """Write the files of a new run; `description` is the text of run.toml. The caller holds the folder's lock."""
     clean(run)
     _copy_tokenizer(run, dataset)
     write_atomic(run / DESCRIPTION_NAME, description)
@@ -198,7 +198,7 @@ def create(run: Path, record: RunRecord, dataset: Path, description: str) -> Non
 
 
 def update(run: Path, old: RunRecord, new: RunRecord, dataset: Path, description: str) -> None:
-    """Bring a run folder up to date with what was changed; the caller holds its lock."""
+    """Write the files of a run that have changed; the caller holds the folder's lock."""
     if new != old or not (run / DESCRIPTION_NAME).exists():
         write_atomic(run / DESCRIPTION_NAME, description)
     path = run / TOKENIZER_NAME
@@ -209,21 +209,21 @@ def update(run: Path, old: RunRecord, new: RunRecord, dataset: Path, description
 
 
 def clean(run: Path) -> None:
-    """Delete what killed processes left half-written in a run folder; the caller holds its lock."""
+    """Delete files that killed processes left half-written in a run folder; the caller holds its lock."""
     ours = {CONFIG_NAME, TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, DESCRIPTION_NAME, metrics.FILE_NAME}
     remove_partials(run, ours)  # the rest may be the user's
     remove_partials(run / CHECKPOINTS_NAME)
 
 
 def refuse_repetition(run: Path, record: RunRecord) -> None:
-    """Refuse to begin a run again that was at its end, which would put other metrics into the place of those it has.
+    """Refuse to start a finished run again, which would overwrite its metrics.
 
     Args:
-        run: a run folder that has no checkpoint.
-        record: what it says of itself.
+        run: a run folder without checkpoints.
+        record: its record.
 
     Raises:
-        UserError: it was finished once.
+        UserError: the run has been finished once.
     """
     if record.finished is not None:
         raise UserError(
@@ -233,7 +233,7 @@ def refuse_repetition(run: Path, record: RunRecord) -> None:
 
 
 def note_finish(run: Path, step: int) -> None:
-    """Write into the record of a run that it has reached its end; the caller holds the folder's lock."""
+    """Record that a run has reached its end; the caller holds the folder's lock."""
     record = RunRecord.read(run)
     if record.finished != step:
         replace(record, finished=step).write(run)
@@ -249,7 +249,7 @@ def load_run_tokenizer(run: Path, info: TokenizerInfo) -> Tokenizer:
     """Return the tokenizer of a run.
 
     Raises:
-        UserError: the file is missing or is another one.
+        UserError: the file is missing, or is another tokenizer.
     """
     path = run / TOKENIZER_NAME
     if not path.is_file() or sha256_of(path) != info.sha256:

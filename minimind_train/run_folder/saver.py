@@ -164,7 +164,7 @@ class Saver:
             try:
                 wait_for_copies()
                 self._snapshot.flush()
-                checkpoint.save(self._run, state, tensors, go_on=self._check_abandoned, world=writers)
+                checkpoint.save(self._run, state, tensors, between_files=self._check_abandoned, world=writers)
                 if writers.is_main:
                     self._retention.apply(self._run, newest=state.step)
             except _Abandoned:
