@@ -5,7 +5,7 @@ all that it prints: errors, notes, and the help of options that mention others.
 
     take a longer `seq_len`                        take a longer --seq-len
     go on with `resume` and `compile=False`        go on with --resume and --no-compile
-    `resume('runs/it', skip_positions=['3:4'])`    `mm-train pretrain --run runs/it --resume --skip-positions 3:4`
+    `resume('runs/it', {'skip_positions': ['3:4']})`    `mm-train pretrain --run runs/it --resume --skip-positions 3:4`
 
 Anything else in backticks, such as a command or a name that is no parameter of a command, stays as it is.
 """
@@ -16,7 +16,11 @@ import shlex
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
+
+from minimind_data.reporting import Say
+from minimind_train.progress import say_on_stderr
 
 _ELSEWHERE = {
     name: f"--{name.replace('_', '-')}"
@@ -69,13 +73,16 @@ class Flags:
                 return self.on.get(name) or _ELSEWHERE.get(name)
             case ast.Assign([ast.Name(name)], ast.Constant(False)):
                 return self.off.get(name)
-            case ast.Expr(ast.Call(ast.Name(name), [ast.Constant(first)], keywords)) if name in _CALLS:
+            case ast.Expr(ast.Call(ast.Name(name), [ast.Constant(first), *options], keywords)) if (
+                name in _CALLS
+            ):
                 words = [_CALLS[name].format(shlex.quote(str(first)), command=self.command)]
-                for keyword in keywords:
-                    value = ast.literal_eval(keyword.value)
-                    flag = f"--{(keyword.arg or '').replace('_', '-')}"
+                named = {keyword.arg or "": ast.literal_eval(keyword.value) for keyword in keywords}
+                for mapping in options:
+                    named |= ast.literal_eval(mapping)
+                for option, value in named.items():
                     many = value if isinstance(value, list) else [value]
-                    words += [f"{flag} {shlex.quote(str(one))}" for one in many]
+                    words += [f"--{option.replace('_', '-')} {shlex.quote(str(one))}" for one in many]
                 return f"`{' '.join(words)}`"
         return None
 
@@ -94,6 +101,10 @@ def in_flags(sentence: object) -> str:
     return _running.get()(str(sentence))
 
 
-def running_flags() -> Flags:
-    """Return the flags of the running command; they can be pickled, for use in other processes."""
-    return _running.get()
+def say_in_flags() -> Say:
+    """Return what prints a line of the library's on stderr as the running command says it; the ranks of a run get it too."""
+    return partial(_say, _running.get())
+
+
+def _say(flags: Flags, line: str) -> None:
+    say_on_stderr(flags(line))

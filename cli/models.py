@@ -13,6 +13,7 @@ from minimind_train.model.config import Dtype, RopeScaling
 from minimind_train.run_folder.options import Axis, parse_step
 from minimind_train.weights.options import Target, WeightDtype
 
+from .flags import say_in_flags
 from .options import Given, plain
 from .talk import talk
 
@@ -144,7 +145,7 @@ def export(
     """Export a model for transformers, peft or MiniMind."""
     from minimind_train.weights.exporting import export as export_weights
 
-    export_weights(run, out, to=to, step=checkpoint, dtype=dtype)
+    export_weights(run, out, to=to, step=checkpoint, dtype=dtype, say=say_in_flags())
 
 
 def plot(

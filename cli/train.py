@@ -25,9 +25,9 @@ from minimind_train.run.options import (
     changeable,
 )
 from minimind_train.run.toml import read_description
-from minimind_train.run_folder.record import WEIGHTS
 
 from . import models
+from .flags import in_flags, say_in_flags
 from .options import Given, as_defaults, command, is_typed, make_app, refuse_idle
 
 app = make_app("Train small language models on datasets made by mm-data.")
@@ -128,15 +128,20 @@ def _register(kind: type[RunOptions], help_text: str) -> None:
         if go_on:
             values = {name: value for name, value in flatten(config).items() if name in given}
             outcome = resume(
-                run, values, command=kind.command, allow_change=allowed | ({WEIGHTS} if reweight else set())
+                run,
+                values,
+                command=kind.command,
+                allow_change=allowed,
+                reweight=reweight,
+                say=say_in_flags(),
             )
         else:
-            outcome = begin(config, names_given=given)
+            outcome = begin(config, say_in_flags(), names_given=given)
         if outcome.rank:  # under torchrun, rank 0 prints for all
             raise typer.Exit(outcome.stopped_by or 0)
         if outcome.stopped_by:
             print(
-                f"stopped by {outcome.stopped_by.what} after step {outcome.step} of {outcome.total_steps}, which is saved; "
+                f"stopped by {in_flags(outcome.stopped_by.what)} after step {outcome.step} of {outcome.total_steps}, which is saved; "
                 f"go on with: mm-train {kind.command} --run {shlex.quote(str(run))} --resume",
                 file=sys.stderr,
             )
@@ -160,7 +165,7 @@ def _refuse_in_a_new_run(data: DataOptions, allowed: set[str], given: Given) -> 
     if allowed:
         raise typer.BadParameter("--allow-change is for --resume; a new run has no earlier options")
     if data.resume_from and data.order != "sequential":
-        raise typer.BadParameter(NEEDS_SEQUENTIAL)
+        raise typer.BadParameter(in_flags(NEEDS_SEQUENTIAL))
     refuse_idle(given, data.layout)
 
 

@@ -58,11 +58,11 @@ def read_sources(texts: Sequence[str]) -> tuple[Source, ...]:
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"--shards: two parts are named {name}; give each a name of its own")
+            raise ValueError(f"`shards`: two parts are named {name}; give each a name of its own")
     if not 1 <= len(sources) <= MAX_PARTS:
-        raise ValueError(f"--shards: a mixture has 1 to {MAX_PARTS} parts, not {len(sources)}")
+        raise ValueError(f"`shards`: a mixture has 1 to {MAX_PARTS} parts, not {len(sources)}")
     if not any(source.weight for source in sources):
-        raise ValueError("--shards: every weight is 0, so there is nothing to learn; give one part a weight")
+        raise ValueError("`shards`: every weight is 0, so there is nothing to learn; give one part a weight")
     return tuple(sources)
 
 
@@ -75,7 +75,7 @@ def _read_source(text: str) -> Source:
     found = _MIXED.fullmatch(text)
     if not found or not _NAME.fullmatch(found["name"]):
         raise ValueError(
-            f"--shards: a part of a mixture is NAME=DIR:WEIGHT, such as zh=data/zh:0.7, not {text!r}"
+            f"`shards`: a part of a mixture is NAME=DIR:WEIGHT, such as zh=data/zh:0.7, not {text!r}"
         )
     try:
         weight = Fraction(found["weight"])
@@ -83,7 +83,7 @@ def _read_source(text: str) -> Source:
         weight = Fraction(-1)
     if not 0 <= weight <= 10**12 or weight.denominator > 10**12:
         raise ValueError(
-            f"--shards {text}: the weight is a number from 0 to 10^12 with at most 12 decimals, such as 0.7 or 1/3, "
+            f"`shards` {text}: the weight is a number from 0 to 10^12 with at most 12 decimals, such as 0.7 or 1/3, "
             f"not {found['weight']!r}"
         )
     return Source(name=found["name"], folder=Path(found["folder"]), weight=weight)

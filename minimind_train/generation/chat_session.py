@@ -87,8 +87,11 @@ class ChatSession:
         trained = open_model(run, step=step, say=say, changes=changes)
         if template is None:
             raise UserError(
-                f"{run}: has no chat template, which says how turns are written; put the tokenizer_config.json or "
-                "chat_template.jinja of its tokenizer into the folder, or leave --chat out"
+                "has no chat template, which says how turns are written",
+                where=run,
+                remedy="put the tokenizer_config.json or chat_template.jinja of its tokenizer into the folder, "
+                "or leave `chat` out",
+                option="chat",
             )
         model = trained.model.to(resolve_device(device))
         return cls(model, trained.tokenizer, template, options, system)

@@ -42,7 +42,9 @@ def complete(
         prompt.encode()
     except UnicodeEncodeError:
         raise UserError(
-            "--prompt: holds bytes that are no text in this terminal's encoding; pass UTF-8"
+            "`prompt`: holds bytes that are no text in this terminal's encoding",
+            remedy="pass UTF-8",
+            option="prompt",
         ) from None
     trained = open_model(run, step=step, say=say, changes=changes)
     model, info = trained.model.to(resolve_device(device)), trained.tokenizer.info

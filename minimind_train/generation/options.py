@@ -23,12 +23,12 @@ class GenerateOptions:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+            raise ValueError(f"`max_new_tokens` must be at least 1, not {self.max_new_tokens}")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be from 0 to 2^63 - 1, not {self.seed}")
+            raise ValueError(f"`seed` must be from 0 to 2^63 - 1, not {self.seed}")
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
+            raise ValueError(f"`temperature` must be 0 or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+            raise ValueError(f"`top_p` must be above 0 and at most 1, not {self.top_p}")
         if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 or more, not {self.top_k}")
+            raise ValueError(f"`top_k` must be 0 or more, not {self.top_k}")

@@ -35,8 +35,9 @@ def _check_prompt(model: MiniMind, prompt_ids: Sequence[int]) -> None:
         raise UserError("the prompt has no tokens; begin it with BOS at least")
     if len(prompt_ids) > config.longest_sequence:
         raise UserError(
-            f"the prompt has {len(prompt_ids)} tokens and the model reads at most {config.longest_sequence}; "
-            "shorten the prompt, or stretch the positions by --inference-rope-scaling"
+            f"the prompt has {len(prompt_ids)} tokens and the model reads at most {config.longest_sequence}",
+            remedy="shorten the prompt, or stretch the positions by `inference_rope_scaling`",
+            option="inference_rope_scaling",
         )
     if max(prompt_ids) >= config.vocab_size:
         raise UserError(
@@ -58,8 +59,10 @@ def _generate(
         logits = _next_logits(model, torch.tensor([unread], device=device), cache)
         if not logits.isfinite().all():
             raise UserError(
-                "the model's weights give no numbers any more, as after a --learning-rate that was far too high; take an "
-                "earlier --checkpoint, or train anew"
+                "the model's weights give no numbers any more, as after a `learning_rate` that was far too "
+                "high",
+                remedy="take an earlier `checkpoint`, or train anew",
+                option="checkpoint",
             )
         chosen = choose(logits, options, generator)
         if chosen == eos_id:

@@ -254,8 +254,10 @@ def _tokenize_once(text: Path, tokenizer: Any, say: Say) -> Path:
     source = Path(getattr(tokenizer, "name_or_path", "")) / TOKENIZER_NAME
     if not source.is_file():
         raise UserError(
-            f"{text}: the tokenizer comes from no folder with a {TOKENIZER_NAME}; make the dataset by `mm-data tokenize {text} "
-            "--tokenizer DIR`, and pass its folder as data_path"
+            f"the tokenizer comes from no folder with a {TOKENIZER_NAME}",
+            where=text,
+            remedy="make the dataset by `tokenize` with the folder of one as `tokenizer`, and pass its folder as `data_path`",
+            option="data_path",
         )
     options = TokenizeOptions(
         out=folder,

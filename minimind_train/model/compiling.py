@@ -46,6 +46,8 @@ def user_error_on_failed_compile() -> Iterator[None]:
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         raise UserError(
-            f"--compile: torch cannot compile the model here ({reason}); on the CPU it needs a C++ compiler such as g++, on a GPU "
-            "Triton and a C compiler; mend that, delete a file that is named there as broken, or go on with --resume --no-compile"
+            f"`compile`: torch cannot compile the model here ({reason})",
+            remedy="on the CPU it needs a C++ compiler such as g++, on a GPU Triton and a C compiler; mend "
+            "that, delete a file that is named there as broken, or go on with `resume` and `compile=False`",
+            option="compile",
         ) from None

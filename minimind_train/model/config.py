@@ -54,19 +54,19 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if not 1 <= self.yarn_factor <= 2**20:
-            raise ValueError(f"yarn_factor must be from 1 to {2**20}, not {self.yarn_factor}")
+            raise ValueError(f"`yarn_factor` must be from 1 to {2**20}, not {self.yarn_factor}")
         if not 1 <= self.yarn_original_max_position_embeddings <= 2**31:
             raise ValueError(
-                "yarn_original_max_position_embeddings must be from 1 to 2^31, not "
+                "`yarn_original_max_position_embeddings` must be from 1 to 2^31, not "
                 f"{self.yarn_original_max_position_embeddings}"
             )
         if not 0 < self.yarn_beta_slow <= self.yarn_beta_fast < math.inf:
             raise ValueError(
-                f"yarn_beta_slow {self.yarn_beta_slow} must be positive and at most yarn_beta_fast {self.yarn_beta_fast}"
+                f"`yarn_beta_slow` {self.yarn_beta_slow} must be positive and at most `yarn_beta_fast` {self.yarn_beta_fast}"
             )
         if not 0 < self.yarn_attention_factor < math.inf:
             raise ValueError(
-                f"yarn_attention_factor must be a positive number, not {self.yarn_attention_factor}"
+                f"`yarn_attention_factor` must be a positive number, not {self.yarn_attention_factor}"
             )
 
 
@@ -135,32 +135,34 @@ class ModelConfig:
         check_limits(self, _LIMITS)
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} attention heads; "
+                f"`hidden_size` {self.hidden_size} does not divide into {self.num_attention_heads} attention heads; "
                 "change one of them, or set head_dim"
             )
         if self.head_size % 2:
-            raise ValueError(f"head_dim must be even for the rotary positions, not {self.head_size}")
+            raise ValueError(f"`head_dim` must be even for the rotary positions, not {self.head_size}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} must be a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
+                f"`num_attention_heads` {self.num_attention_heads} must be a multiple of "
+                f"`num_key_value_heads` {self.num_key_value_heads}"
             )
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+            raise ValueError(f"`dropout` must be at least 0 and below 1, not {self.dropout}")
         for name in ("rms_norm_eps", "rope_theta"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
         if self.rope_scaling.inference_rope_scaling and self.rope_theta <= 1:
-            raise ValueError(f"rope_theta must be above 1 for inference_rope_scaling, not {self.rope_theta}")
+            raise ValueError(
+                f"`rope_theta` must be above 1 for `inference_rope_scaling`, not {self.rope_theta}"
+            )
         self._check_mixture()
 
     def _check_mixture(self) -> None:
         if self.use_moe and self.num_experts_per_tok > self.num_experts:
             raise ValueError(
-                f"num_experts_per_tok {self.num_experts_per_tok} must be at most num_experts {self.num_experts}"
+                f"`num_experts_per_tok` {self.num_experts_per_tok} must be at most `num_experts` {self.num_experts}"
             )
         if not 0 <= self.router_aux_loss_coef < math.inf:
-            raise ValueError(f"router_aux_loss_coef must be 0 or more, not {self.router_aux_loss_coef}")
+            raise ValueError(f"`router_aux_loss_coef` must be 0 or more, not {self.router_aux_loss_coef}")
 
     @property
     def head_size(self) -> int:
@@ -262,9 +264,9 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.lora_rank <= _LARGEST_RANK:
-            raise ValueError(f"lora_rank must be from 0 to {_LARGEST_RANK}, not {self.lora_rank}")
+            raise ValueError(f"`lora_rank` must be from 0 to {_LARGEST_RANK}, not {self.lora_rank}")
         if self.lora_alpha is not None and not 0 < self.lora_alpha < float("inf"):
-            raise ValueError(f"lora_alpha must be a positive number, not {self.lora_alpha}")
+            raise ValueError(f"`lora_alpha` must be a positive number, not {self.lora_alpha}")
         if unknown := sorted({*self.targets} - {*ATTENTION_MATRICES, *MLP_MATRICES}):
             raise ValueError(
                 f"lora_targets has {unknown[0]!r}; the matrices are {', '.join((*ATTENTION_MATRICES, *MLP_MATRICES))}, or all"

@@ -36,8 +36,10 @@ class PreferenceOptions(ObjectiveOptions):
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < float("inf"):
-            raise ValueError(f"beta must be a positive number, not {self.beta}")
+            raise ValueError(f"`beta` must be a positive number, not {self.beta}")
         if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be at least 0 and below 0.5, not {self.label_smoothing}")
+            raise ValueError(
+                f"`label_smoothing` must be at least 0 and below 0.5, not {self.label_smoothing}"
+            )
         if self.label_smoothing and self.loss_type != "sigmoid":
-            raise ValueError(f"label_smoothing goes with loss_type sigmoid, not {self.loss_type}")
+            raise ValueError(f"`label_smoothing` goes with `loss_type` sigmoid, not {self.loss_type}")

@@ -130,8 +130,11 @@ def reference_log_probs(
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot be made ({error.strerror}), so the reference's log-probabilities have no place; make the dataset's "
-            "folder writable, or pass --reference online, which computes them in every step"
+            f"cannot be made ({error.strerror}), so the reference's log-probabilities have no place",
+            where=folder,
+            remedy="make the dataset's folder writable, or pass `reference` online, which computes them in "
+            "every step",
+            option="reference",
         ) from None
     waiting = f"{path}: another process computes the reference's log-probabilities; waiting for it"
     with user_error_on_full_disk(folder), FolderLock(path.with_suffix(".lock"), waiting, wait=say):
@@ -191,8 +194,10 @@ def _make(
     if not np.isfinite(log_probs).all():
         unfinished.unlink()
         raise UserError(
-            f"{windows.shards.folder}: the reference gives log-probabilities that are not finite; begin from other weights, or "
-            "compute them with --dtype fp32"
+            "the reference gives log-probabilities that are not finite",
+            where=windows.shards.folder,
+            remedy="begin from other weights, or compute them with `dtype` fp32",
+            option="dtype",
         )
     with unfinished.open("rb") as file:
         os.fsync(file.fileno())

@@ -44,13 +44,13 @@ class SampleOrder:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(OrderKind):
-            raise ValueError(f"order must be shuffled or sequential, not {self.kind!r}")
+            raise ValueError(f"`order` must be shuffled or sequential, not {self.kind!r}")
         if self.num_windows < 1:
             raise ValueError(
                 "there are no windows to put in order: the dataset is empty, or shorter than one window"
             )
         if self.block < 1:
-            raise ValueError(f"shuffle_block must be at least 1, not {self.block}")
+            raise ValueError(f"`shuffle_block` must be at least 1, not {self.block}")
         Permutation(self.num_windows, self.seed, 0)  # refuses what it cannot take
 
     def described(self, position: int) -> dict[str, Any]:  # noqa: ARG002 - the same everywhere, as against a mixture
@@ -125,7 +125,7 @@ def check_shares(global_batch: int, rank: int, world_size: int) -> None:
         raise ValueError(f"rank must be from 0 to world_size - 1, not {rank} of {world_size}")
     if global_batch < world_size:
         raise ValueError(
-            f"global_batch must be at least one sample for each of {world_size} ranks, not {global_batch}"
+            f"`global_batch` must be at least one sample for each of {world_size} ranks, not {global_batch}"
         )
 
 

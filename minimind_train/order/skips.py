@@ -43,7 +43,7 @@ class Skips:
             first, stop = map(int, found.groups()) if found else (0, 0)
             if not first < stop <= MAX_POSITION:
                 raise ValueError(
-                    f"skip_positions must be A:B, which leaves out the positions A to B - 1, such as 64000:64256, not {text!r}"
+                    f"`skip_positions` must be A:B, which leaves out the positions A to B - 1, such as 64000:64256, not {text!r}"
                 )
             ranges.append((first, stop))
         merged: list[tuple[int, int]] = []

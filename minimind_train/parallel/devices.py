@@ -22,7 +22,11 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    refusal = UserError(f"--device {name}: this machine, or this build of torch, has none; try --device auto")
+    refusal = UserError(
+        f"`device` {name}: this machine, or this build of torch, has none",
+        remedy="try `device` auto",
+        option="device",
+    )
     if name.partition(":")[0] not in _DEVICE_TYPES:
         raise refusal
     try:

@@ -26,7 +26,7 @@ class Stop(IntEnum):
     @property
     def what(self) -> str:
         """As a user knows it."""
-        return "--max-hours" if self is Stop.MAX_HOURS else self.name
+        return "`max_hours`" if self is Stop.MAX_HOURS else self.name
 
 
 def acknowledge(number: int) -> None:

@@ -193,7 +193,7 @@ def _sentence(rank: int, end: _End, nproc: int) -> str:
     """Say why a rank, and with it the run, has ended."""
     if end.kind in {"refused", "lost"}:
         return str(end.result)
-    return f"rank {rank} of {nproc} {end.result}, so the others were ended too; go on with --resume, which may have another --nproc"
+    return f"rank {rank} of {nproc} {end.result}, so the others were ended too; go on with `resume`, which may have another `nproc`"
 
 
 def _be_rank(work: Callable[[World], Any], place: RankPlace, port: int, pipe: Connection) -> None:

@@ -108,13 +108,16 @@ class World:
             return device
         if ":" in name or device.type != "cuda":
             raise UserError(
-                f"--device {name}: {place.size} processes learn together each on a CUDA device of its own, or all on the CPU; write "
-                "--device cuda or --device cpu"
+                f"`device` {name}: {place.size} processes learn together each on a CUDA device of its own, or "
+                "all on the CPU",
+                remedy="write `device` cuda or `device` cpu",
+                option="device",
             )
         if place.local_size > there:
             raise UserError(
-                f"{place.local_size} processes on a machine with {there} cuda devices, and each needs its own; start fewer "
-                "(--nproc), or add --device cpu"
+                f"{place.local_size} processes on a machine with {there} cuda devices, and each needs its own",
+                remedy="start fewer (`nproc`), or add `device` cpu",
+                option="nproc",
             )
         return torch.device("cuda", place.local_rank)
 
@@ -236,8 +239,8 @@ def process_group(world: World, store: Any = None) -> Iterator[None]:
             raise
         reason = str(error).strip().partition("\n")[0]
         raise LostRankError(
-            f"rank {world.rank} of {world.size} has lost the others, of which one has ended ({reason}); what that one says is the "
-            "reason; go on with --resume"
+            f"rank {world.rank} of {world.size} has lost the others, of which one has ended ({reason})",
+            remedy="what that one says is the reason; go on with `resume`",
         ) from None
     # On the way out of an error the group is left as it is: taking it down may wait for ranks that are gone.
     dist.destroy_process_group()

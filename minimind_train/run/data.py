@@ -69,7 +69,11 @@ class RunData:
         token = self._data.resume_from
         first = self.position_of(token, near=0) if token else 0
         if not self.end(0, first)[1]:
-            raise UserError("--skip-positions leaves out all that the run would learn; leave less out")
+            raise UserError(
+                "`skip_positions` leaves out all that the run would learn",
+                remedy="leave less out",
+                option="skip_positions",
+            )
         return first
 
     def position_of(self, token: str, *, near: int) -> int:
@@ -82,7 +86,8 @@ class RunData:
             raise UserError(NEEDS_SEQUENTIAL)
         if isinstance(self.order, MixtureOrder) or isinstance(self.windows, MixedWindows):
             raise UserError(
-                "--resume-from needs one dataset: the parts of a mixture are at many tokens at once"
+                "`resume_from` needs one dataset: the parts of a mixture are at many tokens at once",
+                option="resume_from",
             )
         shard, _, offset = token.rpartition(":")
         window = self.windows.window_of(shard, int(offset))
@@ -139,7 +144,7 @@ class RunData:
             why="a model is measured with its own",
         )
         if shards.manifest.fingerprint in {each.manifest.fingerprint for each in self._datasets.sets}:
-            self._say(f"{shards.folder}: is learned too, so what --val-shards measures is memory")
+            self._say(f"{shards.folder}: is learned too, so what `val_shards` measures is memory")
         training = self._training
         return open_evaluator(
             shards,

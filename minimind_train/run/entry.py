@@ -60,6 +60,7 @@ def resume(
     *,
     command: str | None = None,
     allow_change: Collection[str] = (),
+    reweight: bool = False,
     say: Say = say_on_stderr,
 ) -> loop.RunOutcome:
     """Go on with a run from its newest whole checkpoint.
@@ -69,11 +70,13 @@ def resume(
         options_given: the options that the user wrote, by flat name; `resume_from` moves the position.
         command: the phase that the user takes it for, such as `sft`; any by default.
         allow_change: names of options that may differ from what the run was begun with.
+        reweight: whether the parts of a mixture have new weights, those of the option `shards`, from here on.
         say: takes lines for the user; of several processes, that of rank 0 calls it.
 
     Raises:
         UserError: there is no run, it is of another phase, or an option differs that must not; the message shows both sides.
     """
+    allow_change = {*allow_change, *([WEIGHTS] if reweight else [])}
     prepare = partial(_prepare_resumed, run, options_given, say, command=command, allow_change=allow_change)
     recorded_nproc = RunRecord.read(run).options.get("nproc", 1) if torchrun_place() is None else 1
     return _run_on_ranks(prepare, nproc=options_given.get("nproc", recorded_nproc))
@@ -93,7 +96,9 @@ def _run_on_ranks(
         return launch_ranks(work, nproc)
     if place is not None and nproc > 1:
         raise UserError(
-            f"--nproc {nproc} under torchrun, which starts the processes itself; leave one of the two out"
+            f"`nproc` {nproc} under torchrun, which starts the processes itself",
+            remedy="leave one of the two out",
+            option="nproc",
         )
     world = World(place or ALONE.place)
     with process_group(world):
@@ -120,8 +125,10 @@ def _follow(start: Start, world: World) -> loop.RunOutcome:
     run = start.options.training.run
     if not (run / runs.CONFIG_NAME).is_file():
         raise UserError(
-            f"{run.absolute()}: rank {world.rank} does not see the run that rank 0 has there; take a --run in a folder that all "
-            "machines share"
+            f"rank {world.rank} does not see the run that rank 0 has there",
+            where=run.absolute(),
+            remedy="take a `run` in a folder that all machines share",
+            option="run",
         )
     shards = _open_shards(start.options.data.shards)
     origin = InitialWeights(start.options, _say_nothing)
@@ -181,7 +188,7 @@ def _prepare_resumed(
         refuse_other_kind(options, shards.sets)
         job = RankJob(options, shards, InitialWeights(options, say), say=say, world=world)
         if "from_weight" in options_given:
-            job.origin.weights("--from-weight says where they are now")
+            job.origin.weights("`from_weight` says where they are now")
         position = kept.position_at(step, found.state.position if found else job.data.first_position())
         if "resume_from" in options_given:
             moved = job.data.position_of(options_given["resume_from"], near=position)
@@ -203,7 +210,9 @@ def _open_shards(words: Sequence[str]) -> Datasets:
     try:
         return Datasets.open(words)
     except FormatError as error:
-        raise UserError(f"{error}; if the dataset has moved, say where by --shards") from None
+        raise UserError(
+            str(error), remedy="if the dataset has moved, say where by `shards`", option="shards"
+        ) from None
 
 
 def _say_nothing(_: str) -> None:

@@ -68,7 +68,7 @@ def evaluate_run(
         (shards.folder, shards.manifest.tokenizer),
         (run, trained.tokenizer.info),
         why="a model knows the ids of its own alone",
-        remedy=f"tokenize the text again with --tokenizer {run}",
+        remedy=f"tokenize the text again with `tokenizer` {run}",
         # A run's is a copy of its dataset's; other programs write the same one in their own way.
         same=lambda: trained.record is None and same_encoding(trained.tokenizer.json, shards.tokenizer_json),
     )
@@ -84,8 +84,10 @@ def evaluate_run(
     data = build(DataOptions, known)
     if data.seq_len > (longest := trained.model.config.longest_sequence):
         raise UserError(
-            f"{run}: its model reads at most {longest} tokens, and the windows have {data.seq_len}; take a smaller --seq-len, or "
-            "stretch the positions by --inference-rope-scaling"
+            f"its model reads at most {longest} tokens, and the windows have {data.seq_len}",
+            where=run,
+            remedy="take a smaller `seq_len`, or stretch the positions by `inference_rope_scaling`",
+            option="seq_len",
         )
     where = resolve_device(device)
     compute = Compute(

@@ -23,8 +23,10 @@ def refuse_unfit(options: RunOptions, datasets: Datasets, compute: Compute) -> N
     device, world = compute.device, compute.world
     if options.training.global_batch < world.size:
         raise UserError(
-            f"--global-batch {options.training.global_batch} has no sample for some of {world.size} processes; take a larger one, "
-            "or fewer processes"
+            f"`global_batch` {options.training.global_batch} has no sample for some of {world.size} "
+            "processes",
+            remedy="take a larger one, or fewer processes",
+            option="global_batch",
         )
     vocab_size, room = datasets.tokenizer.vocab_size, options.model.vocab_size
     if vocab_size > room:
@@ -33,8 +35,10 @@ def refuse_unfit(options: RunOptions, datasets: Datasets, compute: Compute) -> N
         )
     if options.data.seq_len > options.model.longest_sequence:
         raise UserError(
-            f"--seq-len {options.data.seq_len} is longer than the model's --max-position-embeddings "
-            f"{options.model.longest_sequence}; change one of them"
+            f"`seq_len` {options.data.seq_len} is longer than the model's `max_position_embeddings` "
+            f"{options.model.longest_sequence}",
+            remedy="change one of them",
+            option="seq_len",
         )
     size = options.model.num_parameters
     what = f"{size / 1e6:,.1f} M parameters, their gradients and the optimizer's averages"
@@ -47,10 +51,10 @@ def refuse_unfit(options: RunOptions, datasets: Datasets, compute: Compute) -> N
         what,
         least * size * on_one_device // share,
         device,
-        "take a smaller --hidden-size or --num-hidden-layers, or more devices with --parallel fsdp",
+        "take a smaller `hidden_size` or `num_hidden_layers`, or more devices with `parallel` fsdp",
     )
     # Two int64 a token, and its position where documents are kept apart.
     samples = (
         (24 if options.data.document_mask else 16) * options.training.global_batch * options.data.seq_len
     )
-    refuse_too_large("the samples of a step", samples, torch.device("cpu"), "take a smaller --global-batch")
+    refuse_too_large("the samples of a step", samples, torch.device("cpu"), "take a smaller `global_batch`")

@@ -41,7 +41,9 @@ def with_initial_weights(
     if origin is None:
         if options.lora.lora_rank:
             raise UserError(
-                "--lora-rank puts adapters beside weights that are there; pass them by --from-weight"
+                "`lora_rank` puts adapters beside weights that are there",
+                remedy="pass them by `from_weight`",
+                option="lora_rank",
             )
         return options, None
     weights = load_weights(Path(origin), step=options.start.from_step, shape=options.model, say=say)
@@ -53,10 +55,11 @@ def with_initial_weights(
     said = here.keys() & set(names_given)
     for name in sorted(said & names_of(ModelConfig, Resume.SHAPE)):
         if here[name] != there[name]:
-            flag = f"--{name.replace('_', '-')}"
             raise UserError(
-                f"{origin}: its {name} is {there[name]}, and {flag} says {here[name]}; the weights decide the shape of the "
-                f"model, so leave {flag} out"
+                f"its {name} is {there[name]}, and `{name}` says {here[name]}",
+                where=origin,
+                remedy=f"the weights decide the shape of the model, so leave `{name}` out",
+                option=name,
             )
     chosen = {name: here[name] for name in names_of(ModelConfig, Resume.TRAINING) | said}
     try:
@@ -104,7 +107,9 @@ class InitialWeights:
         start = self._options.start
         if self._weights is None and start.from_weight is not None:
             if start.from_sha256 is None:
-                raise UserError("the run began from no weights, so leave --from-weight out")
+                raise UserError(
+                    "the run began from no weights, so leave `from_weight` out", option="from_weight"
+                )
             self._weights = load_initial_weights(flatten(self._options), why, self._say)
         return self._weights
 
@@ -131,7 +136,7 @@ def _check_tokenizer(origin: str, weights: Weights, shards: Datasets, say: Say) 
         (origin, weights.tokenizer),
         (shards.folder, shards.tokenizer),
         why="the weights know the ids of theirs alone",
-        remedy=f"tokenize the text again with --tokenizer {origin}",
+        remedy=f"tokenize the text again with `tokenizer` {origin}",
         # A run's is a copy of its dataset's; other programs write the same one in their own way.
         same=lambda: (
             weights.step is None and text is not None and same_encoding(text, shards.sets[0].tokenizer_json)

@@ -80,14 +80,14 @@ class DataOptions:
         read_sources(self.shards)  # refuses what it cannot read
         object.__setattr__(self, "skip_positions", Skips.of(self.skip_positions).as_texts())
         if not 1 <= self.shuffle_block <= 2**40:
-            raise ValueError(f"shuffle_block must be from 1 to 2^40 windows, not {self.shuffle_block}")
+            raise ValueError(f"`shuffle_block` must be from 1 to 2^40 windows, not {self.shuffle_block}")
         if self.seq_len < 1:
-            raise ValueError(f"seq_len must be at least 1, not {self.seq_len}")
+            raise ValueError(f"`seq_len` must be at least 1, not {self.seq_len}")
         if self.resume_from is not None:
             shard, _, offset = self.resume_from.rpartition(":")
             if not shard or not offset.isdecimal():
                 raise ValueError(
-                    f"resume_from must be SHARD:OFFSET, such as text-00000:4096, not {self.resume_from!r}"
+                    f"`resume_from` must be SHARD:OFFSET, such as text-00000:4096, not {self.resume_from!r}"
                 )
 
 
@@ -113,7 +113,7 @@ class StartOptions:
 
     def __post_init__(self) -> None:
         if self.from_step is not None and self.from_weight is None:
-            raise ValueError("from_step says which checkpoint of --from-weight; pass both or neither")
+            raise ValueError("`from_step` says which checkpoint of `from_weight`; pass both or neither")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +184,7 @@ class DpoOptions(RunOptions):
 
     def __post_init__(self) -> None:
         if self.data.layout != "pad":
-            raise ValueError(f"layout must be pad, a pair a window, not {self.data.layout}")
+            raise ValueError(f"`layout` must be pad, a pair a window, not {self.data.layout}")
 
 
 PHASE_OPTIONS: Mapping[str, type[RunOptions]] = {
@@ -192,7 +192,7 @@ PHASE_OPTIONS: Mapping[str, type[RunOptions]] = {
 }
 """The options of each phase, by what `mm-train` calls it."""
 
-NEEDS_SEQUENTIAL = "--resume-from needs --order sequential: in a shuffled order a token does not say how far the run has come"
+NEEDS_SEQUENTIAL = "`resume_from` needs `order` sequential: in a shuffled order a token does not say how far the run has come"
 
 
 def window_options(data: DataOptions) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def _preference(model: MiniMind, options: RunOptions, origin: InitialWeights) ->
     assert isinstance(options, DpoOptions)
     if options.objective.reference == "cached":
         return Preference(model, options.objective, lambda micro_batch: micro_batch[REFERENCE])
-    frozen = origin.model("--reference online compares with it")
+    frozen = origin.model("`reference` online compares with it")
 
     def online(micro_batch: Mapping[str, Tensor]) -> Tensor:
         # Where the model itself is not yet, if it will be sharded.
@@ -107,6 +107,8 @@ def refuse_other_kind(options: RunOptions, sets: Sequence[ShardSet]) -> None:
         kind, wanted = shards.manifest.kind, options.dataset_kind
         if kind != wanted:
             raise UserError(
-                f"{shards.folder}: a dataset of kind {kind}, and `mm-train {options.command}` learns kind {wanted}; make one by "
-                f"`mm-data tokenize --kind {wanted}`, or train on this one by `mm-train {kind}`"
+                f"a dataset of kind {kind}, and `mm-train {options.command}` learns kind {wanted}",
+                where=shards.folder,
+                remedy=f"make one by `mm-data tokenize` with `kind` {wanted}, or train on this one by `mm-train {kind}`",
+                option="shards",
             )

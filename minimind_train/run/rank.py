@@ -91,7 +91,11 @@ class RankJob:
         self.options = with_stages(options, self.data.stages)
         self.evaluator = self.data.evaluator(self.compute)
         if training.saving.save_best and not self.evaluator:
-            raise UserError("--save-best needs something to measure on; pass --val-shards, or leave it out")
+            raise UserError(
+                "`save_best` needs something to measure on",
+                remedy="pass `val_shards`, or leave it out",
+                option="save_best",
+            )
         self._measured_on = self.evaluator.measures_on if self.evaluator else None
 
     def reweight(self, position: int) -> None:
@@ -101,7 +105,7 @@ class RankJob:
 
     @user_error_on_failed_compile()
     @user_error_on_out_of_memory(
-        "go on with --resume and a smaller --micro-batch, or free some memory; earlier checkpoints are intact"
+        "go on with `resume` and a smaller `micro_batch`, or free some memory; earlier checkpoints are intact"
     )
     def train(self, start: Start, before_steps: Callable[[], None] = lambda: None) -> loop.RunOutcome:
         """Build what learns, put what it begins from into it, and run the loop.
@@ -164,7 +168,6 @@ class RankJob:
             learner,
             training.on_nonfinite,
             run=self.run,
-            command=self.options.command,
             skipped=latest.state.skipped_steps if latest else 0,
             say=self.say,
         )

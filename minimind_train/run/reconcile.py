@@ -1,4 +1,4 @@
-"""Which of a run's options `--resume` may change.
+"""Which of a run's options a resume may change.
 
 What the user writes against `config.json` later is taken over where it cannot change the result (devices, micro-batch, logging), and
 otherwise refused with both sides shown, unless the user allows that change by name, in which case it is noted in `config.json`. Which of
@@ -25,13 +25,13 @@ from minimind_train.run_folder.record import MOVE, WEIGHTS, Change, RunRecord
 
 _SKIPS = "skip_positions"
 
-_ALLOWING = {WEIGHTS: "--reweight-at-resume"}
-"""Changes that have a flag of their own."""
+_ALLOWING = {WEIGHTS: "`reweight`"}
+"""Changes that are allowed by a parameter of their own."""
 
-_FLAGS = _ALLOWING | {
-    MOVE: "--resume-from",
-    "dataset": "--shards",
-    "tokenizer": "--shards",
+_PARAMETERS = _ALLOWING | {
+    MOVE: "`resume_from`",
+    "dataset": "`shards`",
+    "tokenizer": "`shards`",
 }
 """What changes are asked for by, where it is not their name."""
 
@@ -132,8 +132,11 @@ def reconciled(
     then, now = read_sources(source_texts(record.options["shards"])), shards.sources
     if [source.name for source in then] != [source.name for source in now]:
         raise UserError(
-            f"{run}: --shards has other parts (in the run: {_names(then)}, on the command line: {_names(now)}); the parts of a "
-            "run stay, where one may wait with weight 0; write them all, or start a new run in another --run"
+            f"`shards` has other parts (in the run: {_names(then)}, asked for: {_names(now)})",
+            where=run,
+            remedy="the parts of a run stay, where one may wait with weight 0; write them all, or start a "
+            "new run in another `run`",
+            option="shards",
         )
     if "shards" in given and shards.mixed:
         sides[WEIGHTS] = (shown_weights(then), shown_weights(now))
@@ -186,7 +189,7 @@ def _agreed_changes(
     Args:
         run: the run folder, for the error.
         kind: the options of its phase.
-        sides: by name, (in the run, on the command line) of whatever decides the result.
+        sides: by name, (in the run, asked for) of whatever decides the result.
         step: after which they hold.
         allowed: names that the user lets change. Either of the options that say when a run ends stands for all, as they replace
             each other.
@@ -197,12 +200,15 @@ def _agreed_changes(
     different = {name: pair for name, pair in sides.items() if pair[0] != pair[1]}
 
     def show(name: str) -> str:
-        where = "in the dataset now" if name in {"dataset", "tokenizer"} else "on the command line"
+        where = "in the dataset now" if name in {"dataset", "tokenizer"} else "asked for"
         return f"{name} (in the run: {different[name][0]}, {where}: {different[name][1]})"
 
     for name in sorted(different.keys() & names_of(kind, Resume.SHAPE)):
         raise UserError(
-            f"{run}: {show(name)} decides the shape of the weights; leave that out, or start a new run in another --run"
+            f"{show(name)} decides the shape of the weights",
+            where=run,
+            remedy="leave that out, or start a new run in another `run`",
+            option="run",
         )
     refused = different.keys() - allowed
     ends = names_of(kind, Resume.END)
@@ -212,9 +218,9 @@ def _agreed_changes(
         shown = "; ".join(map(show, sorted(refused)))
         # Of two ends of a run that change places, the one that holds from here on is enough.
         names = sorted(name for name in refused if name not in ends or different[name][1] is not None)
-        flags = " ".join(_ALLOWING.get(name, f"--allow-change {name}") for name in names)
+        passing = " ".join(_ALLOWING.get(name, f"`allow_change` {name}") for name in names)
         raise UserError(
-            f"{run}: this would be another run: {shown}; leave that out, or pass {flags} to change it from step {step + 1} on"
+            f"{run}: this would be another run: {shown}; leave that out, or pass {passing} to change it from step {step + 1} on"
         )
     return [Change(step=step, name=name, old=old, new=new) for name, (old, new) in different.items()]
 
@@ -228,15 +234,14 @@ def refuse_idle_changes(options: RunOptions, step: int, changes: Sequence[Change
         UserError: there are such changes.
     """
     ends = names_of(type(options), Resume.END)
-    idle = [
-        _FLAGS.get(change.name, f"--{change.name.replace('_', '-')}")
-        for change in changes
-        if change.name not in ends
-    ]
+    idle = [_PARAMETERS.get(change.name, f"`{change.name}`") for change in changes if change.name not in ends]
     if idle:
         raise UserError(
-            f"{options.training.run}: finished already, {step} steps, so there is nothing that {' and '.join(idle)} could change; to "
-            "train on, pass a later end too, such as --epochs N --allow-change epochs; else leave that out"
+            f"finished already, {step} steps, so there is nothing that {' and '.join(idle)} could change",
+            where=options.training.run,
+            remedy="to train on, pass a later end too, such as `epochs` N and `allow_change` epochs; else leave "
+            "that out",
+            option="epochs",
         )
 
 

@@ -71,7 +71,10 @@ class GoneCheckpointError(UserError):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(
-            f"{folder}: deleted while it was read, by a run that is still training; try again, or give the run a larger --keep"
+            "deleted while it was read, by a run that is still training",
+            where=folder,
+            remedy="try again, or give the run a larger `keep`",
+            option="keep",
         )
 
 
@@ -262,8 +265,11 @@ def load_best(run: Path) -> Checkpoint:
     best = best_of(run)
     if best is None:
         raise UserError(
-            f"{run}: no checkpoint has a validation loss; one has where --val-every and --save-every fall on the same step, and "
-            "with --save-best the best one always does"
+            "no checkpoint has a validation loss",
+            where=run,
+            remedy="one has where `val_every` and `save_every` fall on the same step, and with `save_best` "
+            "the best one always does",
+            option="checkpoint",
         )
     return _verified(run, best.step)
 
@@ -373,4 +379,4 @@ def _sentence(folder: Path, error: Exception) -> str:
     full = (isinstance(error, OSError) and is_disk_full(error)) or "os error 28" in str(error)
     remedy = "make room on the disk" if full else "mend that"
     why = getattr(error, "strerror", None) or str(error)
-    return f"{folder}: the checkpoint could not be written ({why}); {remedy} and go on with --resume; earlier checkpoints are intact"
+    return f"{folder}: the checkpoint could not be written ({why}); {remedy} and go on with `resume`; earlier checkpoints are intact"

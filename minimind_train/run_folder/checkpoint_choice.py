@@ -43,6 +43,9 @@ def _newest(run: Path, say: Say) -> Checkpoint:
     newest = checkpoint.load_latest(run, say)
     if newest is None:
         raise UserError(
-            f"{run}: no checkpoint yet; the first comes after --save-every steps, or when the run ends"
+            "no checkpoint yet",
+            where=run,
+            remedy="the first comes after `save_every` steps, or when the run ends",
+            option="save_every",
         )
     return newest

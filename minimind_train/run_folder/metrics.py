@@ -47,9 +47,11 @@ class MetricsLog:
         try:
             written = self._file.write(line)
         except OSError as error:
-            raise UserError(f"{self._path}: {error.strerror}; mend that and go on with --resume") from error
+            raise UserError(
+                error.strerror or str(error), where=self._path, remedy="mend that and go on with `resume`"
+            ) from error
         if written != len(line):
-            raise UserError(f"{self._path}: the disk is full; make room and go on with --resume")
+            raise UserError("the disk is full", where=self._path, remedy="make room and go on with `resume`")
         self.num_lines += 1
 
     def sync(self) -> None:

@@ -64,7 +64,10 @@ def _read(run: Path, name: str) -> Curves:
     lines = [record for record in read_metrics(run / FILE_NAME) if "position" in record]
     if not lines:
         raise UserError(
-            f"{run}: no line of metrics yet; the first comes with the first step, others every --log-every steps"
+            "no line of metrics yet",
+            where=run,
+            remedy="the first comes with the first step, others every `log_every` steps",
+            option="log_every",
         )
     stride = -(-len(lines) // _MAX_POINTS)
     # Validations are rare, so none of them is left out.
@@ -111,10 +114,13 @@ def draw(runs: Sequence[Path], out: Path, *, axis: Axis = "step") -> None:
     """
     if out.suffix.lower() not in {".html", *_PICTURES}:
         raise UserError(
-            f"--out {out}: the suffix says what to draw, a page (.html) or a picture ({', '.join(_PICTURES)})"
+            f"`out` {out}: the suffix says what to draw, a page (.html) or a picture ({', '.join(_PICTURES)})",
+            option="out",
         )
     if not out.absolute().parent.is_dir() or out.is_dir():
-        raise UserError(f"--out {out}: no place for a file; make the folder, or name another one")
+        raise UserError(
+            f"`out` {out}: no place for a file", remedy="make the folder, or name another one", option="out"
+        )
     curves = read_curves(runs)
     write_atomic(out, _page(curves, axis) if out.suffix.lower() == ".html" else _picture(curves, axis, out))
 
@@ -138,8 +144,10 @@ def _picture(curves: Sequence[Curves], axis: Axis, out: Path) -> bytes:
         from matplotlib.figure import Figure  # noqa: PLC0415
     except ImportError:
         raise UserError(
-            f"--out {out}: pictures need matplotlib; pip install 'minimind-pipeline[plot]', or take a page, "
-            f"--out {out.with_suffix('.html')}, which needs nothing"
+            f"`out` {out}: pictures need matplotlib",
+            remedy=f"pip install 'minimind-pipeline[plot]', or take a page, `out` {out.with_suffix('.html')}, "
+            "which needs nothing",
+            option="out",
         ) from None
     panels = panels_of(curves)
     rows = -(-len(panels) // 2)

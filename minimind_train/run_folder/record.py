@@ -38,7 +38,7 @@ CONFIG_NAME = "config.json"
 DESCRIPTION_NAME = "run.toml"
 CHECKPOINTS_NAME = "checkpoints"
 _RESTORE = (
-    "bring it back from a backup; to change an option of a run, pass it with --resume and --allow-change"
+    "bring it back from a backup; to change an option of a run, pass it with `resume` and `allow_change`"
 )
 _LOCK_NAME = ".lock"
 _CHECKSUM = "sha256"
@@ -88,7 +88,7 @@ class RunRecord:
         try:
             content = read_checked(path, key=_CHECKSUM, remedy=_RESTORE, version=FORMAT_VERSION)
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(_no_run(run)) from None
+            raise _no_run(run) from None
         try:
             del content["format_version"]
             tokenizer = TokenizerInfo(**content.pop("tokenizer"))
@@ -142,17 +142,23 @@ class RunRecord:
         return moves[-1] if moves else position
 
 
-def _no_run(run: Path) -> str:
-    """Return the sentence that there is no run, and how to start one."""
+def _no_run(run: Path) -> UserError:
+    """Return the error that there is no run, and how to start one."""
     if run.exists() and not run.is_dir():
-        return f"{run}: no run but a file; pass the folder of a run by --run"
+        return UserError(
+            "no run but a file", where=run, remedy="pass the folder of a run by `run`", option="run"
+        )
     for parent in run.absolute().parents[:2]:
         if (parent / CONFIG_NAME).is_file() and (parent / CHECKPOINTS_NAME).is_dir():
-            return f"{run}: a folder inside of a run; pass --run {shlex.quote(str(parent))}"
+            remedy = f"pass `run` {shlex.quote(str(parent))}"
+            return UserError("a folder inside of a run", where=run, remedy=remedy, option="run")
     what = f"no {CONFIG_NAME} in the folder" if run.exists() else "no such folder"
-    return (
-        f"{run}: no run there ({what}); correct the name, or begin one by "
-        f"`mm-train pretrain --shards DATASET --run {shlex.quote(str(run))}`, without --resume"
+    return UserError(
+        f"no run there ({what})",
+        where=run,
+        remedy="correct the name, or begin one by `mm-train pretrain` with `shards` DATASET and `run` "
+        f"{shlex.quote(str(run))}, without `resume`",
+        option="run",
     )
 
 
@@ -164,7 +170,7 @@ def move(step: int, old: int, new: int) -> Change:
 def lock(run: Path) -> FolderLock:
     """Return the lock of a run folder; it is held as long as a process works on the run."""
     return FolderLock(
-        run / _LOCK_NAME, f"{run}: another process is working on this run; wait for it, or take another --run"
+        run / _LOCK_NAME, f"{run}: another process is working on this run; wait for it, or take another `run`"
     )
 
 
@@ -175,17 +181,28 @@ def refuse_occupied(run: Path) -> None:
         UserError: the folder holds a run, a part of one, or a dataset.
     """
     if run.exists() and not run.is_dir():
-        raise UserError(f"{run}: is a file; take another --run")
+        raise UserError("is a file", where=run, remedy="take another `run`", option="run")
     if (run / CONFIG_NAME).exists():
-        raise UserError(f"{run}: holds a run already; go on with it by --resume, or take another --run")
+        raise UserError(
+            "holds a run already",
+            where=run,
+            remedy="go on with it by `resume`, or take another `run`",
+            option="run",
+        )
     if (run / MANIFEST_NAME).exists():
         raise UserError(
-            f"{run}: is a dataset; take another --run, so that neither overwrites the other's files"
+            "is a dataset",
+            where=run,
+            remedy="take another `run`, so that neither overwrites the other's files",
+            option="run",
         )
     for name in (metrics.FILE_NAME, CHECKPOINTS_NAME):
         if (run / name).exists():
             raise UserError(
-                f"{run}: holds {name} of a run whose {CONFIG_NAME} is gone; bring that back, or take another --run"
+                f"holds {name} of a run whose {CONFIG_NAME} is gone",
+                where=run,
+                remedy="bring that back, or take another `run`",
+                option="run",
             )
 
 
@@ -227,8 +244,10 @@ def refuse_repetition(run: Path, record: RunRecord) -> None:
     """
     if record.finished is not None:
         raise UserError(
-            f"{run}: finished at step {record.finished}, and its checkpoints are gone; bring them back from a backup, or train again in "
-            "another --run"
+            f"finished at step {record.finished}, and its checkpoints are gone",
+            where=run,
+            remedy="bring them back from a backup, or train again in another `run`",
+            option="run",
         )
 
 

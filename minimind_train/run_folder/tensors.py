@@ -158,6 +158,9 @@ def _refuse_other_shapes(folder: Path, there: dict[str, list[int]], model: dict[
         sides = [shapes.get(name, "absent") for shapes in (there, here)]
         if sides[0] != sides[1]:
             raise UserError(
-                f"{folder}: the checkpoint is of another model: {name} is {sides[0]} in the checkpoint and {sides[1]} in this "
-                "model; give the model the options of its run, or start a new one in another --run"
+                f"the checkpoint is of another model: {name} is {sides[0]} in the checkpoint and {sides[1]} "
+                "in this model",
+                where=folder,
+                remedy="give the model the options of its run, or start a new one in another `run`",
+                option="run",
             )

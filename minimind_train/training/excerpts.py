@@ -55,7 +55,9 @@ class Excerpts:
         longest = max(len(ids) for _, ids in self._prompts)
         if longest > (most := learner.model.config.max_position_embeddings):
             raise UserError(
-                f"--sample-prompt has {longest} tokens and the model reads at most {most}; shorten it"
+                f"`sample_prompt` has {longest} tokens and the model reads at most {most}",
+                remedy="shorten it",
+                option="sample_prompt",
             )
 
     def after_step(self, step: int) -> None:

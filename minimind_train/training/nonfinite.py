@@ -3,7 +3,6 @@
 That a step is not finite is found in `step`; overflows that fp16 repairs by a smaller scale are in `precision`.
 """
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +26,6 @@ class NonfiniteGuard:
         learner: what learns, on ranks that all come to the same decision.
         policy: stop at the first such step, or skip it.
         run: the run's folder.
-        command: what `mm-train` calls its phase.
         skipped: steps that were skipped so far.
         say: takes lines for the user.
 
@@ -41,15 +39,13 @@ class NonfiniteGuard:
         policy: OnNonfinite,
         *,
         run: Path,
-        command: str,
         skipped: int = 0,
         say: Say,
     ) -> None:
         self.skipped = skipped
         self._learner = learner
         self._policy = policy
-        self._run = shlex.quote(str(run))
-        self._command = command
+        self._run = str(run)
         self._say = say
         self._last_step = -1
         self._in_a_row = 0
@@ -77,20 +73,19 @@ class NonfiniteGuard:
             f"from {_shown(guilty)} of the" if guilty else "from no window alone but from the whole of the"
         )
         what = f"{error} at step {step}, {shown} positions {batch.start} to {batch.stop - 1}"
-        look = f"look there with `mm-data locate --run {self._run} --position {(*guilty, batch.start)[0]}`"
+        look = f"look there with `locate({self._run!r}, position={(*guilty, batch.start)[0]})`"
         if self._policy == "skip" and self._in_a_row < MOST_IN_A_ROW:
             self._say(
                 f"{what}; the step is skipped ({self._in_a_row} in a row, at {MOST_IN_A_ROW} the run ends); {look}"
             )
             return
         again = f"{self._in_a_row} steps in a row: " if self._policy == "skip" else ""
-        leave_out = " ".join(
-            f"--skip-positions {each}" for each in ranges or (f"{batch.start}:{batch.stop}",)
-        )
+        changes = {"skip_positions": list(ranges or (f"{batch.start}:{batch.stop}",))}
         raise UserError(
-            f"{again}{what}; no weight has moved and the checkpoints before are intact; {look}, leave it out with "
-            f"`mm-train {self._command} --run {self._run} --resume {leave_out}`, let such steps be skipped by "
-            "--on-nonfinite skip, or begin a new run with a lower --learning-rate, a --warmup-steps or --dtype fp32"
+            f"{again}{what}; no weight has moved and the checkpoints before are intact",
+            remedy=f"{look}, leave it out with `resume({self._run!r}, {changes})`, let such steps be skipped by "
+            "`on_nonfinite` skip, or begin a new run with a lower `learning_rate`, a `warmup_steps` or `dtype` fp32",
+            option="on_nonfinite",
         )
 
     def _blamed(self, batch: StepBatch, positions: NDArray[np.int64]) -> list[int]:

@@ -60,7 +60,9 @@ def make_optimizer(model: nn.Module, config: OptimizerOptions) -> Optimizer:
     muon = getattr(torch.optim, "Muon", None)
     if muon is None:
         raise UserError(
-            f"--optimizer muon needs torch 2.9 or newer, and this is {torch.__version__}; update torch, or take --optimizer adamw"
+            f"`optimizer` muon needs torch 2.9 or newer, and this is {torch.__version__}",
+            remedy="update torch, or take `optimizer` adamw",
+            option="optimizer",
         )
     return _Together(
         muon(

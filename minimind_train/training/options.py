@@ -35,15 +35,17 @@ class OptimizerOptions:
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
+                raise ValueError(f"`{name}` must be a positive number, not {getattr(self, name)}")
         if not 0 <= self.warmup_steps <= _MAX_STEPS:
-            raise ValueError(f"warmup_steps must be from 0 to {_MAX_STEPS}, not {self.warmup_steps}")
+            raise ValueError(f"`warmup_steps` must be from 0 to {_MAX_STEPS}, not {self.warmup_steps}")
         for name in ("weight_decay", "grad_clip"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative or without end, but is {getattr(self, name)}")
+                raise ValueError(
+                    f"`{name}` must not be negative or without end, but is {getattr(self, name)}"
+                )
         for name in ("beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+                raise ValueError(f"`{name}` must be at least 0 and below 1, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,7 @@ class TrackOptions:
         object.__setattr__(self, "track", tuple(dict.fromkeys(self.track)))
         for name in self.track:
             if name not in TRACKERS:
-                raise ValueError(f"track must be {', '.join(TRACKERS)}, not {name!r}")
+                raise ValueError(f"`track` must be {', '.join(TRACKERS)}, not {name!r}")
 
 
 Parallel = Literal["ddp", "fsdp"]
@@ -193,5 +195,5 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         if self.epochs is not None and self.steps is not None:
-            raise ValueError("--epochs and --steps both say when the run ends; pass one of them")
+            raise ValueError("`epochs` and `steps` both say when the run ends; pass one of them")
         check_limits(self, _LIMITS)

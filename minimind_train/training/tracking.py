@@ -116,7 +116,7 @@ class Trackers:
             self._trackers[name] = _OPEN[name](run, run_id)
         except ImportError as error:
             self._say(
-                f"--track {name}: {error.name or name} is not installed; pip install 'minimind-pipeline[{name}]'; the run goes on "
+                f"`track` {name}: {error.name or name} is not installed; pip install 'minimind-pipeline[{name}]'; the run goes on "
                 "without it, and metrics.jsonl has all of the numbers"
             )
         except Exception as error:  # noqa: BLE001 - whatever a tracker does, the run goes on
@@ -133,7 +133,7 @@ class Trackers:
         self._trackers.pop(name, None)
         reason = " ".join(str(error).split()) or type(error).__name__
         self._say(
-            f"--track {name}: {reason}; the run goes on without it, and metrics.jsonl has all of the numbers"
+            f"`track` {name}: {reason}; the run goes on without it, and metrics.jsonl has all of the numbers"
         )
 
 

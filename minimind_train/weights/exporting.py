@@ -92,7 +92,10 @@ def _cast(tensors: Mapping[str, Tensor], dtype: WeightDtype, run: Path) -> dict[
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise UserError(
-                f"{run}: {name} holds numbers that {dtype} cannot; export it with --dtype fp32, or take an earlier --checkpoint"
+                f"{name} holds numbers that {dtype} cannot",
+                where=run,
+                remedy="export it with `dtype` fp32, or take an earlier `checkpoint`",
+                option="dtype",
             )
     return weights
 
@@ -157,7 +160,7 @@ def _to_peft(
         _flush(folder)
     say(
         f"{out}: adapters of rank {lora.lora_rank} for {len(adapters_of(model))} matrices; they belong to {base}, which `mm-train "
-        "export --to hf` makes a model that peft puts them on"
+        "export` with `to` hf makes a model that peft puts them on"
     )
     return out
 
@@ -210,5 +213,8 @@ def _sentence_on_failure(out: Path) -> Iterator[None]:
         yield
     except (SafetensorError, RuntimeError) as error:
         raise UserError(
-            f"{out}: could not be written ({str(error).partition(chr(10))[0]}); make room on the disk, or take another --out"
+            f"could not be written ({str(error).partition(chr(10))[0]})",
+            where=out,
+            remedy="make room on the disk, or take another `out`",
+            option="out",
         ) from None

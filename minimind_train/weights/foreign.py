@@ -145,7 +145,10 @@ def parameters_of_model(
         embedding = parameters.get(_EMBEDDING)
         if embedding is None or not torch.equal(parameters.pop(_HEAD), embedding):
             raise UserError(
-                f"{source}: its output matrix is not its embedding matrix; pass --no-tie-word-embeddings"
+                "its output matrix is not its embedding matrix",
+                where=source,
+                remedy="pass `tie_word_embeddings=False`",
+                option="tie_word_embeddings",
             )
     with torch.device("meta"):
         expected = MiniMind(config).state_dict()
@@ -153,8 +156,11 @@ def parameters_of_model(
         sides = [list(side[name].shape) if name in side else "absent" for side in (parameters, expected)]
         if sides[0] != sides[1]:
             raise UserError(
-                f"{source}: the weights belong to another model: {name} is {sides[0]} there and {sides[1]} in a model of these options; "
-                "pass the options that it was made with, such as --hidden-size, --num-hidden-layers, --no-qk-norm, --use-moe or a --preset"
+                f"the weights belong to another model: {name} is {sides[0]} there and {sides[1]} in a model "
+                "of these options",
+                where=source,
+                remedy="pass the options that it was made with, such as `hidden_size`, `num_hidden_layers`, "
+                "`qk_norm=False`, `use_moe` or a `preset`",
             )
     return {name: parameters[name].float() for name in expected}
 

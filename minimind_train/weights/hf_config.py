@@ -114,7 +114,7 @@ def _kind_of(config: ModelConfig) -> str:
     else:
         kind = "qwen3_moe"
         if not config.qk_norm:
-            _refuse("experts without a norm of queries and keys", "use_moe with --no-qk-norm", kind)
+            _refuse("experts without a norm of queries and keys", "use_moe with qk_norm off", kind)
         if config.n_shared_experts:
             _refuse("shared experts", f"n_shared_experts {config.n_shared_experts}", kind)
         if config.scoring_func != "softmax":
@@ -130,8 +130,10 @@ def _kind_of(config: ModelConfig) -> str:
 
 def _refuse(what: str, named: str, kind: str) -> None:
     raise UserError(
-        f"--to hf: {ARCHITECTURES[kind]} cannot hold {what} ({named}), and no other class that is known here can; export it by "
-        "--to minimind if that can, or go on with the run's own checkpoints"
+        f"`to` hf: {ARCHITECTURES[kind]} cannot hold {what} ({named}), and no other class that is "
+        "known here can",
+        remedy="export it by `to` minimind if that can, or go on with the run's own checkpoints",
+        option="to",
     )
 
 

@@ -70,7 +70,12 @@ def open_model(
         tokenizer = load_run_tokenizer(path, record.tokenizer)
         return TrainedModel(model=model, tokenizer=tokenizer, record=record)
     if step is not None:
-        raise UserError(f"{path}: is no run, so it has no checkpoint of a step; leave --checkpoint out")
+        raise UserError(
+            "is no run, so it has no checkpoint of a step",
+            where=path,
+            remedy="leave `checkpoint` out",
+            option="checkpoint",
+        )
     try:
         tokenizer = load_tokenizer(path)
     except UserError as error:
@@ -120,7 +125,12 @@ def load_weights(
         UserError: there are no weights, or no checkpoint of that step, or they are of another model than this program's or `shape`.
     """
     if step is not None and (path.is_file() or is_hf_folder(path)):
-        raise UserError(f"{path}: is no run, so it has no checkpoint of a step; leave --from-step out")
+        raise UserError(
+            "is no run, so it has no checkpoint of a step",
+            where=path,
+            remedy="leave `from_step` out",
+            option="from_step",
+        )
     if path.is_file():
         return _of_file(path, shape)
     if is_hf_folder(path):
@@ -128,7 +138,11 @@ def load_weights(
     if not (path / CONFIG_NAME).is_file():
         there = "no weights there" if path.exists() else "no such folder"
         raise UserError(
-            f"{path}: {there}; pass the folder of a run, a Hugging Face folder on this machine or a .pth by --from-weight"
+            there,
+            where=path,
+            remedy="pass the folder of a run, a Hugging Face folder on this machine or a .pth by "
+            "`from_weight`",
+            option="from_weight",
         )
     tokenizer = RunRecord.read(path).tokenizer
     model, step = _model_and_step_of(path, step, say, {})
@@ -161,12 +175,16 @@ def load_initial_weights(options: Mapping[str, Any], why: str, say: Say) -> Weig
         )
     except UserError as error:
         raise UserError(
-            f"{need}, and these are gone ({error}); put them back, or say where they are by --resume --from-weight"
+            f"{need}, and these are gone ({error})",
+            remedy="put them back, or say where they are by `resume` with `from_weight`",
+            option="from_weight",
         ) from None
     if (actual := checksum_of_tensors(weights.tensors)) != checksum:
         raise UserError(
-            f"{need}, and {path} holds others (in the run: {checksum[:12]}…, there: {actual[:12]}…); say where they are by "
-            "--resume --from-weight, with --from-step where they are no newest checkpoint"
+            f"{need}, and {path} holds others (in the run: {checksum[:12]}…, there: {actual[:12]}…)",
+            remedy="say where they are by `resume` with `from_weight`, and with `from_step` where they are no newest "
+            "checkpoint",
+            option="from_weight",
         )
     return weights
 
@@ -198,7 +216,9 @@ def adapted_model(run: Path, *, step: CheckpointChoice, say: Say) -> tuple[MiniM
     def restore(checkpoint: Checkpoint) -> tuple[MiniMind, LoraConfig]:
         lora = build(LoraConfig, checkpoint.state.config)
         if not lora.lora_rank:
-            raise UserError(f"{run}: has no adapters, since it was trained without --lora-rank")
+            raise UserError(
+                "has no adapters, since it was trained without `lora_rank`", where=run, option="lora_rank"
+            )
         return _restore(checkpoint, {}, say), lora
 
     return with_checkpoint(run, step, restore, say)

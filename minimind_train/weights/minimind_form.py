@@ -83,8 +83,10 @@ def minimind_form(config: ModelConfig) -> MiniMindForm:
     for is_there, name in _obstacles(config):
         if is_there:
             raise UserError(
-                f"--to minimind: {generation}, the generation of MiniMind {'with' if config.qk_norm else 'without'} a norm of queries "
-                f"and keys, has no {name}; export it by --to hf if that can hold it, or go on with the run's own checkpoints"
+                f"`to` minimind: {generation}, the generation of MiniMind "
+                f"{'with' if config.qk_norm else 'without'} a norm of queries and keys, has no {name}",
+                remedy="export it by `to` hf if that can hold it, or go on with the run's own checkpoints",
+                option="to",
             )
     options = {name: getattr(config, name) for name in _OPTIONS_OF_BOTH}
     if config.rope_scaling.inference_rope_scaling:
@@ -126,7 +128,7 @@ def _obstacles(config: ModelConfig) -> list[tuple[bool, str]]:
         ]
     return [
         *obstacles,
-        (not config.tie_word_embeddings, "output matrix of its own (--no-tie-word-embeddings)"),
+        (not config.tie_word_embeddings, "output matrix of its own (tie_word_embeddings off)"),
         (
             config.head_size * config.num_attention_heads != config.hidden_size,
             f"head_dim of its own ({config.head_size})",

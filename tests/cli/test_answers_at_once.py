@@ -48,7 +48,7 @@ WRONG = {
     "pretrain --allow-change seq_len": "--allow-change is for --resume",
     "pretrain --resume --allow-change hidden_size": "not an option that may change",
     "generate --run here --checkpoint newest": "names no checkpoint",
-    "generate --run here --top-p 2": "top_p must be above 0",
+    "generate --run here --top-p 2": "--top-p must be above 0",
     "generate --run here --system Be.": "--system goes with --chat",
     "generate --run here": "--prompt is missing, the text to continue",
     "eval --run here": "Missing option '--shards'",

@@ -34,7 +34,7 @@ def test_flags_of_another_command():
 
 def test_calls_become_commands():
     assert (
-        flags("sft")("go on with `resume('my run', skip_positions=['3:4', '7:9'])`")
+        flags("sft")("go on with `resume('my run', {'skip_positions': ['3:4', '7:9']})`")
         == "go on with `mm-train sft --run 'my run' --resume --skip-positions 3:4 --skip-positions 7:9`"
     )
     assert (

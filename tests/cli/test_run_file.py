@@ -102,7 +102,7 @@ def test_with_resume_a_file_is_held_against_the_run_like_flags(training_data, tm
     file.write_text("learning_rate = 0.5")
     other = mm_train("pretrain", "--run", run, "--resume", "--config", file)
     assert other.exit_code == 1
-    assert "learning_rate (in the run: 0.01, on the command line: 0.5)" in other.stderr
+    assert "learning_rate (in the run: 0.01, asked for: 0.5)" in other.stderr
     more = ["--steps", 5, "--allow-change", "steps"]
     assert mm_train("pretrain", "--run", run, "--resume", *more).exit_code == 0
     text = (run / "run.toml").read_text()

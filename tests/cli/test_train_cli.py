@@ -113,7 +113,7 @@ def test_a_preset_is_what_nothing_else_says(training_data, tmp_path):
     assert (options["use_moe"], options["num_experts_per_tok"], options["qk_norm"]) == (True, 2, False)
     again = mm_train("pretrain", "--run", run, "--resume", "--preset", "minimind-3")
     assert again.exit_code == 1
-    assert "hidden_size (in the run: 16, on the command line: 768)" in again.stderr
+    assert "hidden_size (in the run: 16, asked for: 768)" in again.stderr
     unknown = mm_train(*begin, "--preset", "minimind-4")
     assert unknown.exit_code == 2
     assert "no such preset; there are minimind-3, minimind-3-moe, minimind2-small" in re.sub(
@@ -135,7 +135,7 @@ def test_only_what_stands_on_the_command_line_is_held_against_the_run(run, train
     assert mm_train("pretrain", "--run", run, "--resume", *TINY, "--steps", 4).exit_code == 0
     result = mm_train("pretrain", "--run", run, "--resume", "--learning-rate", 1, "--seed", 7)
     assert result.exit_code == 1
-    assert "learning_rate (in the run: 0.0005, on the command line: 1.0)" in result.stderr
+    assert "learning_rate (in the run: 0.0005, asked for: 1.0)" in result.stderr
     assert "--allow-change learning_rate --allow-change seed" in result.stderr
     assert "Traceback" not in result.stderr
 
@@ -162,7 +162,7 @@ def test_a_mixture_is_one_shards_for_each_part(training_data, tmp_path):
     parts = ["--shards", f"zh={training_data}:1", "--shards", f"en={training_data}:1"]
     refused = mm_train(*again, *parts)
     assert refused.exit_code == 1
-    assert "weights (in the run: en=0.3 zh=0.7, on the command line: en=0.5 zh=0.5)" in refused.stderr
+    assert "weights (in the run: en=0.3 zh=0.7, asked for: en=0.5 zh=0.5)" in refused.stderr
     result = mm_train(*again, *parts, "--reweight-at-resume")
     assert result.exit_code == 0, result.stderr
     assert "zh: 1 of 2 windows" in result.stderr
@@ -205,7 +205,7 @@ def test_a_run_says_where_its_positions_lie_with_all_that_changed(training_data,
         (["--shards", "data/zh", "--shards", "en=data/en:1"], "NAME=DIR:WEIGHT"),
         (["--reweight-at-resume"], "needs --resume"),
         (["--resume", "--reweight-at-resume"], "needs --resume, and every part"),
-        (["--skip-positions", "9:8"], "skip_positions must be A:B"),
+        (["--skip-positions", "9:8"], "--skip-positions must be A:B"),
         (["--epochs", "1", "--steps", "1"], "pass one of them"),
         (["--resume-from", "text-00000:1"], "needs --order sequential"),
         (["--resume-from", "text-00000"], "must be SHARD:OFFSET"),
@@ -213,14 +213,14 @@ def test_a_run_says_where_its_positions_lie_with_all_that_changed(training_data,
         (["--resume", "--allow-change", "sed"], "not an option that may change; name one of"),
         (["--hidden-size", "7"], "does not divide"),
         (["--layout", "heap"], "concat"),
-        (["--track", "wandbb"], "track must be tensorboard, wandb, swanlab, not 'wandbb'"),
+        (["--track", "wandbb"], "--track must be tensorboard, wandb, swanlab, not 'wandbb'"),
         (["--sample-tokens", "0"], "--sample-tokens must be from 1"),
         (["--long-documents", "lose"], "fragment"),
-        (["--seq-len", "0"], "seq_len"),
+        (["--seq-len", "0"], "--seq-len must be at least 1"),
         (["--global-batch", "1000000000000"], "--global-batch must be from 1 to 1048576, not 1000000000000"),
-        (["--steps", "1" + "0" * 400], "steps must be from"),
+        (["--steps", "1" + "0" * 400], "--steps must be from"),
         (["--num-hidden-layers", "1000000"], "--num-hidden-layers must be from"),
-        (["--learning-rate", "nan"], "learning_rate must be"),
+        (["--learning-rate", "nan"], "--learning-rate must be"),
     ],
 )
 def test_wrong_usage_is_status_2(arguments, complaint, tmp_path):
@@ -254,7 +254,7 @@ def test_a_run_writes_after_a_prompt(run):
     assert stretched.exit_code == 0
     refused = mm_train(*greedy, "--inference-rope-scaling", "--yarn-factor", 0)
     assert refused.exit_code == 2
-    assert "yarn_factor must be from 1" in refused.stderr
+    assert "--yarn-factor must be from 1" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_a_run_writes_after_a_prompt(run):
         (["--checkpoint", "3"], 1, "no checkpoint of step 3; there are: 2, 4"),
         (["--checkpoint", "best"], 1, "no checkpoint has a validation loss"),
         (["--checkpoint", "newest"], 2, "names no checkpoint"),
-        (["--top-p", "2"], 2, "top_p"),
+        (["--top-p", "2"], 2, "--top-p must"),
         (["--run", "nowhere"], 1, "nowhere: no run"),
     ],
 )

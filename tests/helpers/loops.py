@@ -107,7 +107,6 @@ class Run:
             self.learner,
             self.config.on_nonfinite,
             run=Path("runs/it"),
-            command="pretrain",
             say=self.said.append,
         )
 

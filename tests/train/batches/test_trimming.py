@@ -179,9 +179,7 @@ def test_a_window_that_spoils_a_step_is_named_by_its_own_position(token):
     model = make_model(tie_word_embeddings=False)
     with torch.no_grad():
         model.model.embed_tokens.weight[token] = float("inf")  # the number of one window, in no other
-    guard = NonfiniteGuard(
-        learner_of(NextToken(model)), "stop", run="runs/it", command="pretrain", say=Said()
-    )
+    guard = NonfiniteGuard(learner_of(NextToken(model)), "stop", run="runs/it", say=Said())
     place = loader.order.windows(np.arange(NUM_WINDOWS)).tolist().index(token - 1)
     with pytest.raises(UserError, match=f"from position {place} of the positions 0 to 12"):
         guard.handle(

@@ -109,5 +109,5 @@ def test_the_same_seed_gives_the_same_conversation(talk):
 
 
 def test_a_folder_without_a_template(whole_run):
-    with pytest.raises(UserError, match=r"has no chat template, .* or leave --chat out"):
+    with pytest.raises(UserError, match=r"has no chat template, .* or leave `chat` out"):
         ChatSession.open(whole_run, OPTIONS, say=Said())

@@ -86,7 +86,7 @@ def test_a_checkpoint_that_was_asked_for_and_is_deleted_meanwhile_is_named(train
 
 def test_what_has_no_checkpoint_says_so(tmp_path, whole_run):
     shutil.copy(whole_run / "config.json", tmp_path)
-    with pytest.raises(UserError, match="no checkpoint yet; the first comes after --save-every steps"):
+    with pytest.raises(UserError, match="no checkpoint yet; the first comes after `save_every` steps"):
         text_of(tmp_path)
     with pytest.raises(UserError, match=r"no such folder.*begin one by `mm-train pretrain"):
         text_of(tmp_path / "nowhere")

@@ -123,7 +123,7 @@ def test_weights_that_are_no_numbers_are_a_sentence():
     with torch.no_grad():
         broken.model.norm.weight[3] = float("nan")
     for temperature in (0.0, 1.0):
-        with pytest.raises(UserError, match="give no numbers any more.*earlier --checkpoint"):
+        with pytest.raises(UserError, match="give no numbers any more.*earlier `checkpoint`"):
             ids_from(broken, temperature=temperature)
 
 

@@ -116,7 +116,7 @@ def test_another_tokenizer_is_refused(folder, tokenizer, small_dataset, text):
     nowhere = transformers.AutoTokenizer.from_pretrained(str(DEFAULT_TOKENIZER))
     nowhere.name_or_path = "somebody/tokenizer"
     with pytest.raises(
-        UserError, match=r"comes from no folder with a tokenizer\.json; make the dataset by `mm-data tokenize"
+        UserError, match=r"comes from no folder with a tokenizer\.json; make the dataset by `tokenize` with"
     ):
         PretrainDataset(text, nowhere)
 

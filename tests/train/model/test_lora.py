@@ -78,8 +78,8 @@ def test_merged_they_do_the_same(alpha):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"lora_rank": -1}, "lora_rank must be from 0"),
-        ({"lora_alpha": 0.0}, "lora_alpha must be a positive number"),
+        ({"lora_rank": -1}, "`lora_rank` must be from 0"),
+        ({"lora_alpha": 0.0}, "`lora_alpha` must be a positive number"),
         ({"lora_targets": "q_proj,w_proj"}, "lora_targets has 'w_proj'; the matrices are q_proj"),
         ({"lora_targets": ""}, "lora_targets has ''"),
     ],
@@ -188,17 +188,17 @@ def test_adapters_on_adapters(adapt):
 
 def test_what_adapters_are_cannot_change_on_the_way(adapt):
     run, _ = adapt(steps=3)
-    with pytest.raises(UserError, match=r"lora_rank \(in the run: 2, on the command line: 3\)"):
+    with pytest.raises(UserError, match=r"lora_rank \(in the run: 2, asked for: 3\)"):
         resume(run, {"lora_rank": 3}, say=Said())
 
 
 def test_adapters_need_weights(adapt):
-    with pytest.raises(UserError, match="--lora-rank puts adapters beside weights that are there"):
+    with pytest.raises(UserError, match="`lora_rank` puts adapters beside weights that are there"):
         adapt(from_weight=None)
 
 
 def test_a_run_without_adapters_has_none_to_export(whole_run, tmp_path):
-    with pytest.raises(UserError, match="has no adapters, since it was trained without --lora-rank"):
+    with pytest.raises(UserError, match="has no adapters, since it was trained without `lora_rank`"):
         export(whole_run, tmp_path / "out", to="peft", say=Said())
     assert not (tmp_path / "out").exists()
 

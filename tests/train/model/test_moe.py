@@ -376,11 +376,11 @@ def test_the_line_of_parameters_is_minimind_s():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_experts_per_tok": 6}, "num_experts_per_tok 6 must be at most num_experts 5"),
-        ({"num_experts": 0}, "num_experts must be from 1"),
-        ({"n_shared_experts": -1}, "n_shared_experts must be from 0"),
-        ({"moe_intermediate_size": 0}, "moe_intermediate_size must be from 1"),
-        ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef must be 0 or more"),
+        ({"num_experts_per_tok": 6}, "`num_experts_per_tok` 6 must be at most `num_experts` 5"),
+        ({"num_experts": 0}, "`num_experts` must be from 1"),
+        ({"n_shared_experts": -1}, "`n_shared_experts` must be from 0"),
+        ({"moe_intermediate_size": 0}, "`moe_intermediate_size` must be from 1"),
+        ({"router_aux_loss_coef": -0.1}, "`router_aux_loss_coef` must be 0 or more"),
         ({"router_aux_loss_coef": float("inf")}, "router_aux_loss_coef"),
     ],
 )

@@ -94,12 +94,15 @@ def test_a_stretched_model_reads_further():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"yarn_factor": 0.5}, "yarn_factor must be from 1"),
+        ({"yarn_factor": 0.5}, "`yarn_factor` must be from 1"),
         ({"yarn_factor": float("nan")}, "yarn_factor"),
         ({"yarn_original_max_position_embeddings": 0}, "yarn_original_max_position_embeddings"),
-        ({"yarn_beta_slow": 40.0}, "yarn_beta_slow 40.0 must be positive and at most yarn_beta_fast 32.0"),
+        (
+            {"yarn_beta_slow": 40.0},
+            "`yarn_beta_slow` 40.0 must be positive and at most `yarn_beta_fast` 32.0",
+        ),
         ({"yarn_beta_slow": 0.0}, "yarn_beta_slow"),
-        ({"yarn_attention_factor": 0.0}, "yarn_attention_factor must be a positive number"),
+        ({"yarn_attention_factor": 0.0}, "`yarn_attention_factor` must be a positive number"),
     ],
 )
 def test_impossible_stretchings_are_refused(options, message):
@@ -108,5 +111,7 @@ def test_impossible_stretchings_are_refused(options, message):
 
 
 def test_stretching_needs_a_base_above_one():
-    with pytest.raises(ValueError, match="rope_theta must be above 1 for inference_rope_scaling, not 0.5"):
+    with pytest.raises(
+        ValueError, match="`rope_theta` must be above 1 for `inference_rope_scaling`, not 0.5"
+    ):
         ModelConfig(rope_theta=0.5, rope_scaling=YARN)

@@ -142,10 +142,10 @@ def test_padding_and_micro_batches_have_no_say(model):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"beta": 0.0}, "beta must be a positive number"),
-        ({"beta": float("nan")}, "beta must be a positive number"),
+        ({"beta": 0.0}, "`beta` must be a positive number"),
+        ({"beta": float("nan")}, "`beta` must be a positive number"),
         ({"label_smoothing": 0.5}, "at least 0 and below 0.5"),
-        ({"label_smoothing": 0.1, "loss_type": "ipo"}, "goes with loss_type sigmoid, not ipo"),
+        ({"label_smoothing": 0.1, "loss_type": "ipo"}, "goes with `loss_type` sigmoid, not ipo"),
     ],
 )
 def test_options_that_mean_nothing(options, complaint):

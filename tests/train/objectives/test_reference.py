@@ -222,13 +222,13 @@ def test_a_reference_that_gives_no_numbers(dataset):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_a_dataset_that_cannot_be_written(dataset):
     dataset.chmod(0o555)
-    with pytest.raises(UserError, match="--reference online"):
+    with pytest.raises(UserError, match="`reference` online"):
         make(PairsInMemory(dataset))
 
 
 def test_a_file_in_the_place_of_the_folder(dataset):
     (dataset / FOLDER_NAME).write_text("")
-    with pytest.raises(UserError, match="--reference online"):
+    with pytest.raises(UserError, match="`reference` online"):
         make(PairsInMemory(dataset))
 
 

@@ -81,7 +81,7 @@ def test_blocks_of_one_are_the_order_that_there_was_before():
 
 
 def test_refuses_what_makes_no_sense():
-    with pytest.raises(ValueError, match="shuffle_block must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="`shuffle_block` must be at least 1, not 0"):
         SampleOrder(num_windows=5, block=0)
     with pytest.raises(ValueError, match="at least 1 window, not 0"):
         BlockPermutation(5, 0, 0, 0)

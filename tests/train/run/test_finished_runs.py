@@ -32,9 +32,7 @@ def test_epochs_extend_it_with_what_else_is_changed_then(begin, tmp_path):
     first, _ = begin(steps=None, epochs=1, save_every=0)
     run = tmp_path / "run"
     n = first.position
-    with pytest.raises(
-        UserError, match=r"epochs \(in the run: 1, on the command line: 3\).*--allow-change epochs"
-    ):
+    with pytest.raises(UserError, match=r"epochs \(in the run: 1, asked for: 3\).*`allow_change` epochs"):
         resume(run, {"epochs": 3}, say=Said())
     outcome = resume(
         run, {"epochs": 3, "skip_positions": (f"{n + 4}:{n + 20}",)}, allow_change={"epochs"}, say=Said()
@@ -45,17 +43,17 @@ def test_epochs_extend_it_with_what_else_is_changed_then(begin, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "allowed", "flag"),
+    ("given", "allowed", "name"),
     [
-        ({"skip_positions": ("200:210",)}, (), "--skip-positions"),
-        ({"learning_rate": 0.1}, ("learning_rate",), "--learning-rate"),
-        ({"steps": 11, "seed": 1}, ("steps", "seed"), "--seed"),
+        ({"skip_positions": ("200:210",)}, (), "`skip_positions`"),
+        ({"learning_rate": 0.1}, ("learning_rate",), "`learning_rate`"),
+        ({"steps": 11, "seed": 1}, ("steps", "seed"), "`seed`"),
     ],
 )
-def test_what_could_change_nothing_any_more_is_refused(finished, given, allowed, flag):
+def test_what_could_change_nothing_any_more_is_refused(finished, given, allowed, name):
     before = files_of(finished)
     with pytest.raises(
-        UserError, match=f"finished already, 12 steps, so there is nothing that {flag} could change"
+        UserError, match=f"finished already, 12 steps, so there is nothing that {name} could change"
     ):
         resume(finished, given, allow_change=allowed, say=Said())
     assert files_of(finished) == before
@@ -68,7 +66,7 @@ def test_new_weights_of_a_mixture_too(tmp_path, small_dataset, other_dataset):
     run = tmp_path / "run"
     entry.begin(config_of(run, parts(1, 1), steps=2), Said())
     before = files_of(run)
-    with pytest.raises(UserError, match="nothing that --reweight-at-resume could change"):
+    with pytest.raises(UserError, match="nothing that `reweight` could change"):
         resume(run, {"shards": parts(1, 3)}, allow_change={"weights"}, say=Said())
     assert files_of(run) == before
     resume(run, {"shards": parts(1, 3), "steps": 3}, allow_change={"weights", "steps"}, say=Said())

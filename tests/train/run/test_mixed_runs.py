@@ -107,7 +107,7 @@ def test_new_weights_hold_from_the_position_on_and_in_every_later_resume(begin_m
     other = [part.replace("0.75", "1").replace("0.25", "3") for part in parts]
     with pytest.raises(
         UserError,
-        match=r"weights \(in the run: a=0\.75 b=0\.25, on the command line: a=0\.25 b=0\.75\).*--reweight-at-resume",
+        match=r"weights \(in the run: a=0\.75 b=0\.25, asked for: a=0\.25 b=0\.75\).*`reweight`",
     ):
         resume(run, {"shards": other}, say=Said())
     resume(run, {"shards": other}, allow_change={"weights"}, say=Said())
@@ -229,15 +229,15 @@ def test_the_parts_of_a_run_stay(begin_mixed, tmp_path, parts, whole_run, small_
     run = tmp_path / "run"
     config = (run / "config.json").read_bytes()
     for words, shown in (
-        ((parts[0],), "in the run: a, b, on the command line: a"),
-        ((*parts, f"c={small_dataset}:1"), "on the command line: a, b, c"),
-        ((str(small_dataset),), "on the command line: one dataset without a name"),
+        ((parts[0],), "in the run: a, b, asked for: a"),
+        ((*parts, f"c={small_dataset}:1"), "asked for: a, b, c"),
+        ((str(small_dataset),), "asked for: one dataset without a name"),
     ):
         with pytest.raises(UserError, match=shown):
             resume(
                 run, {"shards": words, "steps": 4}, allow_change={"steps", "weights", "dataset"}, say=Said()
             )
-    with pytest.raises(UserError, match="in the run: one dataset without a name, on the command line: a, b"):
+    with pytest.raises(UserError, match="in the run: one dataset without a name, asked for: a, b"):
         resume(whole_run, {"shards": parts}, say=Said())
     assert (run / "config.json").read_bytes() == config
 
@@ -253,7 +253,7 @@ def test_another_dataset_in_a_part_is_refused(begin_mixed, tmp_path, parts):
 
 
 def test_a_place_in_one_dataset_is_none_in_a_mixture(begin_mixed):
-    with pytest.raises(UserError, match="--resume-from needs one dataset"):
+    with pytest.raises(UserError, match="`resume_from` needs one dataset"):
         begin_mixed(order="sequential", resume_from="text-00000:5")
 
 
@@ -264,7 +264,7 @@ def test_a_moved_part_is_the_same_part(begin_mixed, tmp_path, parts, other_datas
     stop_after(run, 6)
     moved = Path(other_dataset).rename(tmp_path / "moved")
     try:
-        with pytest.raises(UserError, match="no dataset.*moved, say where by --shards"):
+        with pytest.raises(UserError, match="no dataset.*moved, say where by `shards`"):
             resume(run, {}, say=Said())
         resume(run, {"shards": (parts[0], f"b={moved}:1/4")}, say=Said())
     finally:

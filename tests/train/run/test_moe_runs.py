@@ -81,7 +81,7 @@ def test_a_micro_batch_that_has_a_say_is_part_of_the_run(small_dataset, tmp_path
     run = tmp_path / "run"
     entry.begin(config_of(run, small_dataset, seq_aux=False, **MIXTURE), Said())
     stop_after(run, 6)
-    with pytest.raises(UserError, match=r"micro_batch \(in the run: 4, on the command line: 2\)"):
+    with pytest.raises(UserError, match=r"micro_batch \(in the run: 4, asked for: 2\)"):
         resume(run, {"micro_batch": 2}, say=Said())
     resume(run, {"micro_batch": 2}, allow_change={"micro_batch"}, say=Said())
     assert RunRecord.read(run).options["micro_batch"] == 2
@@ -91,12 +91,10 @@ def test_experts_are_part_of_what_a_run_is(whole_mixture, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole_mixture[0], run)
     stop_after(run, 6)
-    with pytest.raises(
-        UserError, match=r"num_experts \(in the run: 3, on the command line: 4\) decides the shape"
-    ):
+    with pytest.raises(UserError, match=r"num_experts \(in the run: 3, asked for: 4\) decides the shape"):
         resume(run, {"num_experts": 4}, say=Said())
     with pytest.raises(
-        UserError, match=r"num_experts_per_tok \(in the run: 2, .*--allow-change num_experts_per_tok"
+        UserError, match=r"num_experts_per_tok \(in the run: 2, .*`allow_change` num_experts_per_tok"
     ):
         resume(run, {"num_experts_per_tok": 1}, say=Said())
 
@@ -108,7 +106,7 @@ def test_a_run_from_before_mixtures_goes_on_dense(stopped_run):
     for name in since:
         del record.options[name]
     record.write(stopped_run)
-    with pytest.raises(UserError, match=r"use_moe \(in the run: False, on the command line: True\)"):
+    with pytest.raises(UserError, match=r"use_moe \(in the run: False, asked for: True\)"):
         resume(stopped_run, {"use_moe": True}, say=Said())
     resume(stopped_run, {"seq_len": 16}, say=Said())
     assert checkpoint.steps_of(stopped_run)[-1] == 12
@@ -140,7 +138,7 @@ def test_positions_can_be_stretched_where_a_run_is_asked(tmp_path, small_dataset
         "yarn_original_max_position_embeddings": 16,
     }
     with pytest.raises(
-        UserError, match="has 41 tokens and the model reads at most 32.*--inference-rope-scaling"
+        UserError, match="has 41 tokens and the model reads at most 32.*`inference_rope_scaling`"
     ):
         list(complete(run, "a" * 40, options, device="cpu", changes=stretched, say=Said()))
     assert length(**stretched) > length()

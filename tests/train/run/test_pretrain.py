@@ -107,14 +107,14 @@ def test_a_run_of_more_steps_than_the_dataset_has_goes_on_into_further_epochs(be
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"seq_len": 100_000, "max_position_embeddings": 200_000}, "shorter --seq-len"),
-        ({"max_position_embeddings": 15}, "longer than the model's --max-position-embeddings 15"),
+        ({"seq_len": 100_000, "max_position_embeddings": 200_000}, "shorter `seq_len`"),
+        ({"max_position_embeddings": 15}, "longer than the model's `max_position_embeddings` 15"),
         ({"shards": Path("nowhere")}, "no dataset"),
-        ({"hidden_size": 2**20}, "parameters, .* GiB; take a smaller --hidden-size"),
-        ({"num_hidden_layers": 4096, "intermediate_size": 2**22}, "or --num-hidden-layers"),
-        ({"device": "cuda:77"}, "--device cuda:77"),
-        ({"device": "abacus"}, "--device abacus"),
-        ({"resume_from": "text-00000:4"}, "needs --order sequential"),
+        ({"hidden_size": 2**20}, "parameters, .* GiB; take a smaller `hidden_size`"),
+        ({"num_hidden_layers": 4096, "intermediate_size": 2**22}, "or `num_hidden_layers`"),
+        ({"device": "cuda:77"}, "`device` cuda:77"),
+        ({"device": "abacus"}, "`device` abacus"),
+        ({"resume_from": "text-00000:4"}, "needs `order` sequential"),
         ({"order": "sequential", "resume_from": "text-00007:4"}, "text-00007"),
         ({"order": "sequential", "resume_from": "text-00000:4000000"}, "4000000"),
     ],
@@ -129,7 +129,7 @@ def test_a_step_that_cannot_fit_leaves_no_folder(begin, tmp_path, monkeypatch):
     sizes = iter([10**9, 10**9])
     monkeypatch.setattr(devices, "memory_of", lambda _: next(sizes))
     with pytest.raises(
-        UserError, match="the samples of a step take at least .* take a smaller --global-batch"
+        UserError, match="the samples of a step take at least .* take a smaller `global_batch`"
     ):
         begin(global_batch=2**20, seq_len=100)
     assert not (tmp_path / "run").exists()
@@ -154,7 +154,7 @@ def test_memory_that_runs_out_is_a_sentence(begin, tmp_path, monkeypatch, error)
     with monkeypatch.context() as patch:
         patch.setattr("minimind_train.training.loop.take_step", fail)
         with pytest.raises(
-            UserError, match=r"^the memory is used up \(.+\); go on with --resume and a smaller"
+            UserError, match=r"^the memory is used up \(.+\); go on with `resume` and a smaller"
         ):
             begin()
     assert resume(tmp_path / "run", {"micro_batch": 1}, say=Said()).step == 12

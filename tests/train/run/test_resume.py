@@ -70,7 +70,7 @@ def test_a_moved_dataset_is_the_same_dataset(stopped_run, whole_run, small_datas
     record = RunRecord.read(stopped_run)
     record.options["shards"] = str(tmp_path / "gone")
     record.write(stopped_run)
-    with pytest.raises(UserError, match=r"gone: no dataset.*moved, say where by --shards"):
+    with pytest.raises(UserError, match=r"gone: no dataset.*moved, say where by `shards`"):
         resume(stopped_run, {})
     resume(stopped_run, {"shards": moved}, say=Said())
     assert weights(stopped_run, 12) == weights(whole_run, 12)
@@ -79,21 +79,21 @@ def test_a_moved_dataset_is_the_same_dataset(stopped_run, whole_run, small_datas
 @pytest.mark.parametrize(
     ("name", "value", "sides"),
     [
-        ("learning_rate", 1e-3, "in the run: 0.0005, on the command line: 0.001"),
-        ("seq_len", 8, "in the run: 16, on the command line: 8"),
-        ("layout", "pad", "in the run: concat, on the command line: pad"),
-        ("document_mask", True, "in the run: False, on the command line: True"),
-        ("order", "sequential", "in the run: shuffled, on the command line: sequential"),
-        ("shuffle_block", 4, "in the run: 1, on the command line: 4"),
-        ("seed", 1, "in the run: 42, on the command line: 1"),
-        ("global_batch", 4, "in the run: 8, on the command line: 4"),
-        ("steps", 13, "in the run: 12, on the command line: 13"),
-        ("epochs", 2, "in the run: None, on the command line: 2"),
-        ("hidden_size", 32, "in the run: 16, on the command line: 32"),
-        ("dropout", 0.0, "in the run: 0.1, on the command line: 0.0"),
-        ("dtype", "bf16", "in the run: fp32, on the command line: bf16"),
-        ("warmup_steps", 2, "in the run: 0, on the command line: 2"),
-        ("beta2", 0.95, "in the run: 0.999, on the command line: 0.95"),
+        ("learning_rate", 1e-3, "in the run: 0.0005, asked for: 0.001"),
+        ("seq_len", 8, "in the run: 16, asked for: 8"),
+        ("layout", "pad", "in the run: concat, asked for: pad"),
+        ("document_mask", True, "in the run: False, asked for: True"),
+        ("order", "sequential", "in the run: shuffled, asked for: sequential"),
+        ("shuffle_block", 4, "in the run: 1, asked for: 4"),
+        ("seed", 1, "in the run: 42, asked for: 1"),
+        ("global_batch", 4, "in the run: 8, asked for: 4"),
+        ("steps", 13, "in the run: 12, asked for: 13"),
+        ("epochs", 2, "in the run: None, asked for: 2"),
+        ("hidden_size", 32, "in the run: 16, asked for: 32"),
+        ("dropout", 0.0, "in the run: 0.1, asked for: 0.0"),
+        ("dtype", "bf16", "in the run: fp32, asked for: bf16"),
+        ("warmup_steps", 2, "in the run: 0, asked for: 2"),
+        ("beta2", 0.95, "in the run: 0.999, asked for: 0.95"),
     ],
 )
 def test_what_would_make_another_run_is_refused_with_both_sides(stopped_run, name, value, sides):
@@ -101,7 +101,7 @@ def test_what_would_make_another_run_is_refused_with_both_sides(stopped_run, nam
     with pytest.raises(UserError) as error:
         resume(stopped_run, {name: value})
     assert f"{name} ({sides})" in str(error.value)
-    remedy = "start a new run in another --run" if name == "hidden_size" else f"--allow-change {name}"
+    remedy = "start a new run in another `run`" if name == "hidden_size" else f"`allow_change` {name}"
     assert remedy in str(error.value)
     assert (stopped_run / "config.json").read_bytes() == before
     assert (name in changeable(PretrainOptions)) is (name != "hidden_size")
@@ -121,7 +121,7 @@ def test_a_run_with_a_document_mask_is_resumed_exactly(begin, tmp_path, masked):
     assert checkpoint.load(run, 6).state.config["document_mask"] is True
     last, told = weights(run, 12), metrics(run)
     stop_after(run, 6)
-    with pytest.raises(UserError, match=r"document_mask \(in the run: True, on the command line: False\)"):
+    with pytest.raises(UserError, match=r"document_mask \(in the run: True, asked for: False\)"):
         resume(run, {"document_mask": False})
     resume(run, {}, say=Said())
     assert (weights(run, 12), metrics(run)) == (last, told)
@@ -139,7 +139,7 @@ def test_a_run_from_before_the_document_mask_goes_on_without_it(begin, tmp_path,
     record = RunRecord.read(run)
     del record.options["document_mask"]
     record.write(run)
-    with pytest.raises(UserError, match=r"document_mask \(in the run: False, on the command line: True\)"):
+    with pytest.raises(UserError, match=r"document_mask \(in the run: False, asked for: True\)"):
         resume(run, {"document_mask": True})
     resume(run, {}, say=Said())
     assert weights(run, 12) == last
@@ -190,8 +190,8 @@ def test_steps_and_epochs_take_each_others_place_and_both_sides_show(stopped_run
     with pytest.raises(UserError) as error:
         resume(stopped_run, {"epochs": 1}, say=Said())
     assert (
-        "epochs (in the run: None, on the command line: 1); steps (in the run: 12, on the command line: None); leave that out, "
-        "or pass --allow-change epochs to change it from step 7 on"
+        "epochs (in the run: None, asked for: 1); steps (in the run: 12, asked for: None); leave that out, "
+        "or pass `allow_change` epochs to change it from step 7 on"
     ) in str(error.value)
     outcome = resume(stopped_run, {"epochs": 1}, allow_change={allowed}, say=Said())
     record = RunRecord.read(stopped_run)
@@ -333,5 +333,5 @@ def test_a_resume_that_fails_leaves_the_record_alone(stopped_run):
 
 
 def test_a_shuffled_run_has_no_place_in_the_shards(stopped_run):
-    with pytest.raises(UserError, match="needs --order sequential"):
+    with pytest.raises(UserError, match="needs `order` sequential"):
         resume(stopped_run, {"resume_from": "text-00000:0"})

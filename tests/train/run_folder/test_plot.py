@@ -122,7 +122,7 @@ def test_what_cannot_be_drawn(tmp_path, runs, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(
-        UserError, match=r"pip install 'minimind-pipeline\[plot\]', or take a page, --out .*p\.html"
+        UserError, match=r"pip install 'minimind-pipeline\[plot\]', or take a page, `out` .*p\.html"
     ):
         draw(runs, tmp_path / "p.png")
     assert list(tmp_path.iterdir()) == []

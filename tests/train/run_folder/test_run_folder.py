@@ -18,7 +18,7 @@ from tests.helpers.runs import Said, config_of
 
 def test_a_folder_that_holds_a_run_is_not_begun_again(begin, tmp_path):
     begin(steps=1)
-    with pytest.raises(UserError, match="holds a run already; go on with it by --resume"):
+    with pytest.raises(UserError, match="holds a run already; go on with it by `resume`"):
         begin(steps=1)
     (tmp_path / "run" / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json is gone"):
@@ -39,20 +39,20 @@ def test_where_there_is_no_run_it_is_said_how_one_is_made(tmp_path):
     for folder, what in ((run, "no such folder"), (tmp_path, r"no config\.json in the folder")):
         with pytest.raises(
             UserError,
-            match=rf"{folder}: no run there \({what}\); correct the name, or begin one by `mm-train pretrain .*, without --resume",
+            match=rf"{folder}: no run there \({what}\); correct the name, or begin one by `mm-train pretrain` .*, without `resume`",
         ):
             resume(folder, {})
     assert list(tmp_path.iterdir()) == []
     file.touch()
     with pytest.raises(UserError, match="file: no run but a file"):
         resume(file, {})
-    with pytest.raises(UserError, match="--run '.*my run'`, without"):
+    with pytest.raises(UserError, match="`run` '.*my run', without"):
         RunRecord.read(run)
 
 
 def test_a_folder_inside_of_a_run_is_led_back_to_it(whole_run):
     for folder in (whole_run / "checkpoints", whole_run / "checkpoints" / "step-000000003"):
-        with pytest.raises(UserError, match=f"{folder}: a folder inside of a run; pass --run {whole_run}$"):
+        with pytest.raises(UserError, match=f"{folder}: a folder inside of a run; pass `run` {whole_run}$"):
             RunRecord.read(folder)
 
 
@@ -70,7 +70,7 @@ def test_a_folder_that_cannot_be_written_is_named(begin, tmp_path, monkeypatch):
 
 def test_a_run_is_not_begun_in_a_file(begin, tmp_path):
     (tmp_path / "run").touch()
-    with pytest.raises(UserError, match="run: is a file; take another --run"):
+    with pytest.raises(UserError, match="run: is a file; take another `run`"):
         begin()
 
 
@@ -113,7 +113,7 @@ def test_an_edited_or_damaged_record_is_named(whole_run, tmp_path, damage):
         with pytest.raises(UserError) as error:
             act(run)
         assert str(error.value).startswith(f"{path}: edited or damaged (")
-        assert "from a backup; to change an option of a run, pass it with --resume" in str(error.value)
+        assert "from a backup; to change an option of a run, pass it with `resume`" in str(error.value)
 
 
 @pytest.mark.parametrize("version", [1, 99])
@@ -128,6 +128,6 @@ def test_a_record_of_another_version_is_refused(whole_run, tmp_path, version):
 
 def test_a_run_is_not_begun_inside_a_dataset(small_dataset):
     before = sorted(small_dataset.iterdir())
-    with pytest.raises(UserError, match="is a dataset; take another --run"):
+    with pytest.raises(UserError, match="is a dataset; take another `run`"):
         entry.begin(config_of(small_dataset, small_dataset), say=Said())
     assert sorted(small_dataset.iterdir()) == before

@@ -97,7 +97,7 @@ def test_the_best_is_saved_when_it_comes_and_stays(tmp_path, losses, best):
 
 def test_without_save_best_nothing_is_saved_or_kept_for_a_loss(tmp_path):
     assert Training(tmp_path, save_every=3, keep=1).go(6, {1: 3.0, 3: 2.0}) == [6]
-    with pytest.raises(UserError, match="no checkpoint has a validation loss.*--save-best"):
+    with pytest.raises(UserError, match="no checkpoint has a validation loss.*`save_best`"):
         checkpoint.load_best(tmp_path)
 
 
@@ -335,7 +335,7 @@ def test_the_best_of_before_a_resume_is_still_the_best_and_is_found_by_name(begi
 
 
 def test_the_best_needs_something_to_be_measured_on(begin, tmp_path):
-    with pytest.raises(UserError, match="--save-best needs .* pass --val-shards"):
+    with pytest.raises(UserError, match="`save_best` needs .* pass `val_shards`"):
         begin(save_best=True)
     assert not (tmp_path / "run").exists()
 

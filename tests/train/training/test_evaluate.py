@@ -238,7 +238,7 @@ def test_what_cannot_be_measured_on_is_refused_before_a_run_begins(tmp_path, sma
 def test_to_be_measured_on_what_is_learned_is_said(tmp_path, small_dataset):
     said = Said()
     entry.begin(config_of(tmp_path / "run", small_dataset, steps=1, val_shards=str(small_dataset)), said)
-    assert "what --val-shards measures is memory" in said.text
+    assert "what `val_shards` measures is memory" in said.text
 
 
 @pytest.mark.parametrize("changes", [{"val_every": 0}, {"val_batches": -1}])

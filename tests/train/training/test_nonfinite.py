@@ -75,15 +75,15 @@ def test_it_stops_the_run_and_moves_nothing(tmp_path, spoil, what):
     assert run.saved == []
 
 
-def test_the_sentence_names_commands_for_exactly_the_guilty_positions(tmp_path):
+def test_the_sentence_names_calls_for_exactly_the_guilty_positions(tmp_path):
     run = Run(tmp_path, kind="sequential", loss=spoiled(in_window_of(20), steps={3}))
     with pytest.raises(UserError) as refusal:
         run.go()
     said = str(refusal.value)
-    assert "`mm-data locate --run runs/it --position 20`" in said
-    assert "`mm-train pretrain --run runs/it --resume --skip-positions 20:21`" in said
+    assert "`locate('runs/it', position=20)`" in said
+    assert "`resume('runs/it', {'skip_positions': ['20:21']})`" in said
     run = Run(tmp_path, kind="sequential", loss=spoiled(only_the_gradient, steps={2}))
-    with pytest.raises(UserError, match=r"--position 8`.*--resume --skip-positions 8:16`"):
+    with pytest.raises(UserError, match=r"position=8\)`.*'skip_positions': \['8:16'\]\}\)`"):
         run.go()
 
 

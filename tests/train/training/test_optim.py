@@ -304,7 +304,7 @@ def test_muon_resumes_from_a_checkpoint_bit_for_bit(tmp_path, stopped_after):
 
 def test_a_torch_without_muon_is_told_of(monkeypatch):
     monkeypatch.delattr(torch.optim, "Muon", raising=False)
-    with pytest.raises(UserError, match=r"--optimizer muon needs torch 2\.9"):
+    with pytest.raises(UserError, match=r"`optimizer` muon needs torch 2\.9"):
         make_optimizer(mixture(), MUON)
 
 

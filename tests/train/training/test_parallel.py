@@ -174,7 +174,7 @@ def test_every_rank_has_a_device_of_its_own_or_says_that_there_is_none(monkeypat
     assert world.device("auto") == torch.device("cuda:1")
     assert chosen == [1]
     with pytest.raises(
-        UserError, match="--device cuda:1: 4 processes learn together each on a CUDA device of its own"
+        UserError, match="`device` cuda:1: 4 processes learn together each on a CUDA device of its own"
     ):
         world.device("cuda:1")
     with pytest.raises(UserError, match="4 processes on a machine with 2 cuda devices"):
@@ -188,8 +188,8 @@ def test_a_batch_that_is_smaller_than_the_ranks_is_refused_before_anything_is_wr
     source = "try:\n    train(world, options)\nexcept ValueError as error:\n    report['said'] = str(error)"
     reports = run_ranks(source, 3, options=options)
     assert {each["said"] for each in reports} == {
-        "--global-batch 2 has no sample for some of 3 processes; take a larger one, or fewer processes"
+        "`global_batch` 2 has no sample for some of 3 processes; take a larger one, or fewer processes"
     }
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="nproc must be from 1 to 1024"):
+    with pytest.raises(ValueError, match="`nproc` must be from 1 to 1024"):
         TrainingOptions(nproc=0)

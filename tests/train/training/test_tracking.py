@@ -127,12 +127,12 @@ def test_a_tracker_has_every_number_once_also_after_a_resume(tmp_path, small_dat
     looks = {"sample_every": 3, "sample_prompt": ("北京",), "sample_tokens": 5}
     said = Said()
     entry.begin(config_of(run, small_dataset, steps=12, **options, **looks), said)
-    assert "--track" not in said.text
+    assert "`track`" not in said.text
     stop_after(run, 6)  # as after a kill: metrics and trackers are ahead of the checkpoint
     before = metrics(run)
     said = Said()
     resume(run, {}, say=said)
-    assert "--track" not in said.text
+    assert "`track`" not in said.text
     assert metrics(run) == before
     scalars, texts, ids = READERS[name](run)
     speed = {"tokens_per_second"}  # differs from time to time, and the others keep what they were sent first
@@ -178,10 +178,10 @@ def test_what_a_tracker_does_ends_no_run(tmp_path, small_dataset, whole_run, mon
     monkeypatch.setitem(_OPEN, "swanlab", refuse)
     run, said = tmp_path / "run", Said()
     entry.begin(config_of(run, small_dataset, track=("wandb", "swanlab"), dropout=0.1), said)
-    told = [line for line in said if "--track" in line]
+    told = [line for line in said if "`track`" in line]
     assert len(told) == 2
-    assert told[0].startswith("--track swanlab: no space for it; the run goes on without it")
-    assert told[1].startswith("--track wandb: the network is gone; the run goes on without it")
+    assert told[0].startswith("`track` swanlab: no space for it; the run goes on without it")
+    assert told[1].startswith("`track` wandb: the network is gone; the run goes on without it")
     assert metrics(run) == metrics(whole_run)
 
 
@@ -192,8 +192,8 @@ def test_a_package_that_is_missing_is_told_at_the_start(tmp_path, small_dataset,
     said = Said()
     outcome = entry.begin(config_of(tmp_path / "run", small_dataset, track=(name,), steps=2), said)
     assert outcome.step == 2
-    (line,) = [line for line in said if "--track" in line]
-    assert f"--track {name}: " in line
+    (line,) = [line for line in said if "`track`" in line]
+    assert f"`track` {name}: " in line
     assert f"is not installed; pip install 'minimind-pipeline[{name}]'" in line
 
 

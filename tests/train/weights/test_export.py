@@ -283,7 +283,7 @@ def test_what_hugging_face_cannot_hold_is_refused_by_name(options, complaint):
             "norm_topk_prob with num_experts_per_tok 1",
         ),
         ({"qk_norm": False, "head_dim": 16}, "head_dim of its own"),
-        ({"qk_norm": False, "tie_word_embeddings": False}, "--no-tie-word-embeddings"),
+        ({"qk_norm": False, "tie_word_embeddings": False}, "tie_word_embeddings off"),
         (YARN, "other YaRN than its own .yarn_factor"),
         ({"inference_rope_scaling": True, "max_position_embeddings": 2048}, "YaRN for a model of max_pos"),
         (

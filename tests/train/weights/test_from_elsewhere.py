@@ -129,7 +129,9 @@ def test_half_precision_and_minimind_s_resume_file_are_read(make_run, tmp_path):
 def test_untied_weights_need_an_untied_model(make_run, begin_from, tmp_path):
     run = make_run(tie_word_embeddings=False)
     path = export(run, tmp_path / "out", to="minimind", dtype="fp32", say=Said())
-    with pytest.raises(UserError, match="its output matrix is not its embedding matrix; pass --no-tie"):
+    with pytest.raises(
+        UserError, match="its output matrix is not its embedding matrix; pass `tie_word_embeddings=False`"
+    ):
         begin_from(path, **SHAPE)
     begun, _ = begin_from(path, **SHAPE, **STILL, tie_word_embeddings=False)
     assert_same(begun, run)
@@ -224,7 +226,7 @@ def test_a_folder_is_measured_and_asked_as_its_run_is(kind, make_run, tmp_path, 
         assert here.loss == pytest.approx(there.loss, rel=1e-6)
     with pytest.raises(UserError, match="have different tokenizers"):
         evaluate_run(run, other, device="cpu", say=Said())
-    with pytest.raises(UserError, match="leave --checkpoint out"):
+    with pytest.raises(UserError, match="leave `checkpoint` out"):
         evaluate_run(folder, small_dataset, step=3, device="cpu", say=Said())
 
 
@@ -241,7 +243,7 @@ def test_windows_may_be_cut_otherwise_than_in_the_run(make_run, tmp_path, small_
 def test_longer_windows_than_the_model_reads_need_stretched_positions(make_run, small_dataset):
     run = make_run(max_position_embeddings=32)
     cut = {"seq_len": 64}
-    with pytest.raises(UserError, match="reads at most 32 tokens, .* 64; take .* --inference-rope-scaling"):
+    with pytest.raises(UserError, match="reads at most 32 tokens, .* 64; take .* `inference_rope_scaling`"):
         evaluate_run(run, small_dataset, device="cpu", cut=cut, say=Said())
     changes = {**STRETCHED, "yarn_original_max_position_embeddings": 32}
     assert evaluate_run(run, small_dataset, device="cpu", cut=cut, changes=changes, say=Said()).targets > 0

@@ -65,15 +65,15 @@ def test_any_checkpoint_of_the_run(tuned, tmp_path, whole_run):
     )
     with pytest.raises(UserError, match=r"no checkpoint of step 7; there are: 3, 6, 9, 12"):
         tuned("other", from_step=7)
-    with pytest.raises(ValueError, match="from_step says which checkpoint of --from-weight"):
+    with pytest.raises(ValueError, match="`from_step` says which checkpoint of `from_weight`"):
         tuned("other", from_weight=None, from_step=6)
 
 
 def test_a_flag_that_contradicts_the_weights_is_refused_with_both_sides(tuned, tmp_path):
-    with pytest.raises(UserError, match=r"its hidden_size is 16, and --hidden-size says 32"):
+    with pytest.raises(UserError, match=r"its hidden_size is 16, and `hidden_size` says 32"):
         tuned(hidden_size=32)
     # Written is written, though it is what stands there without a word.
-    with pytest.raises(UserError, match=r"its hidden_size is 16, and --hidden-size says 768"):
+    with pytest.raises(UserError, match=r"its hidden_size is 16, and `hidden_size` says 768"):
         tuned(names_given={"hidden_size"})
     assert not (tmp_path / "tuned").exists()
     tuned(names_given={"hidden_size", "rope_theta", "steps"}, hidden_size=16, rope_theta=5e5, steps=1)
