@@ -5,14 +5,14 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from minimind_data.chat.conversations import Conversation
 from minimind_data.chat.encoding import encode_conversations, encode_prompt
 from minimind_data.chat.guard import control_tokens, normalizes_control
-from minimind_data.chat.loss_mask import find_answer_marks, mask_between
+from minimind_data.chat.loss_mask import AnswerMarks, find_answer_marks, mask_between
 from minimind_data.chat.rendering import Renderer, RenderSpec
 from minimind_data.chat.template import ChatTemplate, RenderError, chat_template_of
 from minimind_data.errors import UserError
@@ -158,6 +158,33 @@ def test_a_turn_that_ends_nowhere_is_learned_to_the_end_of_its_sequence_alone(ki
     wanted = [plain_mask(sequence, opens, closes) for sequence in sequences]
     assert mask.tolist() == [bit for one in wanted for bit in one]
     assert found.tolist() == [1, 0, 0, 0, 1, 1]
+
+
+@settings(max_examples=400)
+@given(
+    sequences=st.lists(st.lists(st.integers(1, 5), max_size=9), min_size=1, max_size=5),
+    opens=st.sampled_from([(1, 2), (1,), (1, 1)]),
+    closes=st.sampled_from([(3, 4), (3,), (1, 3), (2, 2)]),
+)
+@example(sequences=[[1, 2, 5, 3, 4], [5, 1, 2], [1, 2, 5, 3], [4, 5]], opens=(1, 2), closes=(3, 4))
+def test_marks_count_from_the_first_token_of_a_sequence_to_its_last_and_no_further(sequences, opens, closes):
+    ids = np.array([token for sequence in sequences for token in sequence], np.int64)
+    offsets = np.cumsum([0, *map(len, sequences)])
+    mask, num_answers = mask_between(ids, offsets, AnswerMarks(opens=opens, closes=closes))
+    expected = [plain_mask(sequence, list(opens), list(closes)) for sequence in sequences]
+    assert mask.tolist() == [bit for each in expected for bit in each]
+    for count, sequence in zip(num_answers.tolist(), sequences, strict=True):
+        alone = mask_between(
+            np.array(sequence), np.array([0, len(sequence)]), AnswerMarks(opens=opens, closes=closes)
+        )
+        assert alone[1].tolist() == [count]
+
+
+def test_an_answer_of_which_nothing_is_left_is_an_answer():
+    marks = AnswerMarks(opens=(1, 2), closes=(3, 4))
+    mask, num_answers = mask_between(np.array([1, 2, 1, 2, 5, 3, 4, 1]), np.array([0, 2, 7, 8]), marks)
+    assert mask.tolist() == [0, 0, 0, 0, 1, 1, 1, 0]
+    assert num_answers.tolist() == [1, 1, 0]
 
 
 def test_an_answer_whose_first_tokens_run_into_the_marks_is_counted(tmp_path):

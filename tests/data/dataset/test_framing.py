@@ -1,11 +1,19 @@
 """Framing and cutting documents, against the plainest way to say what they do."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimind_data.dataset.format import TokenizerInfo
-from minimind_data.dataset.framing import document_ranges, frame_documents
+from minimind_data.dataset.framing import (
+    MAX_DOCUMENT_TOKENS,
+    check_ids,
+    check_lengths,
+    document_ranges,
+    frame_documents,
+)
+from minimind_data.errors import UserError
 
 
 @settings(max_examples=200, deadline=None)
@@ -37,3 +45,29 @@ def test_cut_covers_every_document_once_within_the_bound(lengths, most):
     assert [i for first, last in ranges for i in range(first, last)] == list(range(len(lengths)))
     for first, last in ranges:
         assert last == first + 1 or sum(lengths[first:last]) <= most
+
+
+@pytest.mark.parametrize(
+    ("tokens", "place"),
+    [([], None), ([0, 9], None), ([0, 9, 10], 2), ([0, -1, 10], 1), ([10, -1], 0), ([5, 2**31], 1)],
+)
+def test_the_first_id_that_no_vocabulary_has_is_named(tokens, place):
+    def check():
+        check_ids(np.array(tokens, np.int64), 10, lambda number: f"token {number}")
+
+    if place is None:
+        check()
+        return
+    with pytest.raises(
+        UserError, match=f"^token {place} is {tokens[place]}, where the tokenizer has ids 0 to 9"
+    ):
+        check()
+
+
+def test_a_document_that_no_memory_should_hold_is_refused():
+    check_lengths(np.array([], np.int64), "here")
+    check_lengths(np.array([3, MAX_DOCUMENT_TOKENS]), "here")
+    with pytest.raises(
+        UserError, match="^here: a document of 67,108,865 tokens, where 67,108,864 can be held"
+    ):
+        check_lengths(np.array([3, MAX_DOCUMENT_TOKENS + 1]), "here")

@@ -59,6 +59,30 @@ def test_splits_hold_every_piece_once_and_in_order(tmp_path_factory, data, delim
     assert end == len(data)
 
 
+@pytest.mark.parametrize("block", [1, 2, 3, 2**20])
+@pytest.mark.parametrize("delimiter", [b"-", b"--", b"-a-", b"a--"])
+def test_a_border_is_where_the_first_line_from_there_begins(delimiter, block):
+    """All texts of two letters, so that a delimiter ends at, before and behind every border, block and end."""
+    ends = Delimiter(delimiter)
+    with patch.object(lines, "_BLOCK_BYTES", block):
+        for length in range(8):
+            for letters in itertools.product(b"-a", repeat=length):
+                data = bytes(letters)
+                begins = [0, *itertools.accumulate(map(len, split_keeping(data, delimiter)))]
+                for at, stop in itertools.combinations_with_replacement(range(length + 1), 2):
+                    expected = next((begin for begin in begins if begin >= at), length)
+                    assert border(io.BytesIO(data), ends, at, stop) == min(expected, stop), (data, at, stop)
+                    assert border(io.BytesIO(data), ends, at) == expected, (data, at)
+
+
+def split_keeping(data, delimiter):
+    """The lines of a text, each with the delimiter that ends it."""
+    starts = [i for i in range(len(data)) if data.startswith(delimiter, i)]
+    counted = [i for i in starts if not any(i < j < i + len(delimiter) for j in starts)]
+    begins = [0, *(i + len(delimiter) for i in counted)]
+    return [data[start:stop] for start, stop in itertools.pairwise(begins)]
+
+
 def test_a_line_that_fills_many_splits_is_not_read_through_by_each(monkeypatch):
     class Counting(io.BytesIO):
         num_read = 0

@@ -1,5 +1,6 @@
 """What is cut off a micro-batch changes neither loss nor gradients, and everything that is learned stays."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -154,6 +155,34 @@ def test_rows_of_one_length_stay_in_order_and_are_not_copied():
         assert np.shares_memory(batch["input_ids"], samples["input_ids"])
 
 
+def of_lengths(lengths):
+    """Samples of which each learns so many columns; the first token of each is its row."""
+    columns = np.arange(4 * COLUMNS)
+    targets = np.where(columns < np.array(lengths)[:, None], columns + 1, IGNORED)
+    return {"input_ids": np.tile(np.arange(len(lengths))[:, None], len(columns)), "targets": targets}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "batches"),
+    [
+        # Of as many steps of columns, each the last of a step or the first of the next.
+        ([COLUMNS + 1, 2 * COLUMNS, COLUMNS + 5, 2 * COLUMNS], [([0, 1], 2), ([2, 3], 2)]),
+        ([2 * COLUMNS, 2 * COLUMNS + 1, 2 * COLUMNS, 5], [([1, 0], 3), ([2, 3], 2)]),
+        ([COLUMNS, 1, COLUMNS - 1, 40], [([3, 0], 2), ([1, 2], 1)]),
+        ([0, 0, 0], [([0, 1], 1), ([2], 1)]),
+        ([0, 1, 0], [([1, 0], 1), ([2], 1)]),
+        ([3 * COLUMNS], [([0], 3)]),
+        ([COLUMNS, 3 * COLUMNS], [([0, 1], 3)]),  # one batch has nothing to put in order
+    ],
+)
+def test_rows_are_put_in_order_by_whole_steps_of_columns_alone(lengths, batches):
+    samples = of_lengths(lengths)
+    assert lengths_of(samples).tolist() == lengths
+    found = [(rows.tolist(), batch) for rows, batch in alike(samples, 2)]
+    assert [(rows, batch["targets"].shape[1] // COLUMNS) for rows, batch in found] == batches
+    assert all(batch["input_ids"][:, 0].tolist() == rows for rows, batch in found)
+
+
 def test_a_batch_with_nothing_to_learn_keeps_something():
     batch = trimmed(Uneven("text").fetch(np.array([7, 7])))
     assert batch["input_ids"].shape == (2, COLUMNS)
@@ -171,6 +200,40 @@ def test_ranks_cut_their_own_share_and_stand_ins_too(world_size):
         assert step.stand_in is None or step.stand_in["input_ids"].shape[1] <= LENGTH
     assert [token for _, token in sorted(seen)] == whole[0].micro_batches[0]["input_ids"][:, 0].tolist()
     assert num_targets == whole[0].num_targets
+
+
+@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_stand_in_is_the_first_window_of_the_step_cut_where_the_others_are(trim, rank):
+    # Of 13 windows the ranks have 3, 3, 3, 2 and 2, so the last two pass once where the others pass twice.
+    (step,), loader = steps("text", trim=trim, micro_batch=2, rank=rank, world_size=5)
+    if rank == 0:
+        assert step.stand_in is None
+        return
+    window = loader.windows.fetch(loader.order.windows(np.array([0])))
+    expected = trimmed(window) if trim else window
+    assert expected["input_ids"].shape == (1, 3 * COLUMNS if trim else LENGTH)
+    assert {name: tensor.tolist() for name, tensor in step.stand_in.items()} == {
+        name: array.tolist() for name, array in expected.items()
+    }
+
+
+@pytest.mark.parametrize("form", ["text", "pairs", "experts"])
+def test_a_pass_that_stands_in_counts_for_nothing(form):
+    shape = {"use_moe": True, "num_experts": 4, "router_aux_loss_coef": 0.1} if form == "experts" else {}
+    (batch,), loader = steps(form, trim=False, micro_batch=4)
+    stand_in = {name: torch.from_numpy(array) for name, array in loader.windows.fetch(np.array([4])).items()}
+    results, gradients = [], []
+    for each in (batch, replace(batch, stand_in=stand_in)):
+        model = make_model(**shape)
+        learner = learner_of(objective_for(form, model), OptimizerOptions(grad_clip=0.0))
+        results.append(take_step(learner, each, rate=0.0))
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert results[1] == results[0]
+    assert bool(results[0].measures) == (form == "pairs")
+    assert (results[0].auxiliary is not None) == (form == "experts")
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradient, gradients[0][name], rtol=0, atol=0, msg=name)
 
 
 @pytest.mark.parametrize("token", [1, 4, 12])

@@ -68,7 +68,9 @@ def test_an_order_in_blocks_visits_every_window_once_an_epoch():
         assert order.windows(np.array([position])).tolist() == [window]
         assert order.position_of(window, epoch) == position
     assert order.described(0)["shuffle_block"] == 8
-    assert "shuffle_block" not in SampleOrder(num_windows=53, seed=3).described(0)
+    alone = {"num_windows": 53, "seed": 3, "order": "shuffled"}
+    assert SampleOrder(num_windows=53, seed=3).described(0) == alone  # as it was before there were blocks
+    assert SampleOrder(num_windows=53, seed=3, block=2).described(0) == {**alone, "shuffle_block": 2}
 
 
 def test_blocks_of_one_are_the_order_that_there_was_before():

@@ -3,6 +3,7 @@
 import errno
 import resource
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -110,6 +111,22 @@ def test_losses_on_different_things_are_not_compared(tmp_path):
     assert checkpoint.load_best(tmp_path).state.step == 2
     assert checkpoint.best_of(tmp_path, measured_on="those").step == 1
     assert checkpoint.best_of(tmp_path, measured_on="others") is None
+
+
+def test_the_best_is_looked_for_among_what_was_measured_up_to_a_step_on_what_was_measured_last(tmp_path):
+    measured = {1: (3.0, "those"), 2: (2.0, "those"), 3: (2.0, "those"), 4: (5.0, "these"), 5: (None, None)}
+    for step, (loss, on) in measured.items():
+        own = replace(state(step), val_loss=loss, val_on=on)
+        checkpoint.save(tmp_path, own, tensors_of(*make()))
+
+    def best(**given):
+        found = checkpoint.best_of(tmp_path, **given)
+        return None if found is None else found.step
+
+    assert [best(last_step=step) for step in range(6)] == [None, 1, 2, 2, 4, 4]
+    assert [best(last_step=step, measured_on="those") for step in range(6)] == [None, 1, 2, 2, 2, 2]
+    assert best(last_step=3, measured_on="these") is None
+    assert best() == 4
 
 
 @pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 4]), (1, [4]), (3, [2, 3, 4]), (9, [1, 2, 3, 4])])
