@@ -1,6 +1,6 @@
-"""Documents in and out of Arrow and Parquet files, with pyarrow: rows with a list of integers in each column, a record batch at a time.
+"""Reading and writing Arrow and Parquet files with pyarrow: rows with a list of integers in each column, a record batch at a time.
 
-Apart from `tables`, whose formats these are, because importing pyarrow takes a tenth of a second.
+`tables` has the formats. It imports this module only when it reads or writes, because importing pyarrow takes a tenth of a second.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +17,6 @@ from minimind_data.dataset.staging import durable_file
 from minimind_data.errors import UserError
 
 _ROWS_PER_BATCH = 1000
-
 _ARROW_FILE_MAGIC = b"ARROW1"
 
 Table = tuple[int, int, NDArray[Any], NDArray[np.int64]]
@@ -27,16 +26,16 @@ def read_tables(files: tuple[Path, ...], column: str, vocab_size: int, block_tok
     """Read the rows of some files.
 
     Args:
-        files: Arrow IPC streams or files, or Parquet; each is told by its content.
+        files: Arrow IPC streams or files, or Parquet; the content decides.
         column: the list column that holds the ids.
         vocab_size: the largest id plus one.
         block_tokens: of a batch, about.
 
     Yields:
-        (number of the file, bytes that this batch went on in it, tokens [sum(lengths)], lengths int64 [rows]).
+        (number of the file, bytes of it that were read for this batch, tokens [sum(lengths)], lengths int64 [rows]).
 
     Raises:
-        UserError: a file is damaged, has no such column, or holds what is no id of the vocabulary.
+        UserError: a file is damaged, has no such column, or holds something that is no id of the vocabulary.
     """
     for number, path in enumerate(files):
         row = 0
@@ -49,7 +48,7 @@ def read_tables(files: tuple[Path, ...], column: str, vocab_size: int, block_tok
                 for first, last in document_ranges(lengths, block_tokens):
                     part = tokens[stops[first] - lengths[first] : stops[last - 1]]
                     yield number, num_bytes, part, lengths[first:last]
-                    num_bytes = 0  # noqa: PLW2901 - told once for the whole record batch
+                    num_bytes = 0  # noqa: PLW2901 - counted once for the whole record batch
                 row += len(array)
         except (pa.ArrowException, OSError) as error:
             if getattr(error, "errno", None):  # the system's, not the format's
@@ -58,7 +57,7 @@ def read_tables(files: tuple[Path, ...], column: str, vocab_size: int, block_tok
 
 
 def _open(path: Path, column: str) -> Iterator[tuple[int, pa.Array]]:
-    """Yield (bytes gone on in the file, the column) for every record batch."""
+    """Yield (bytes of the file that were read, the column) for every record batch."""
     size = path.stat().st_size
     with path.open("rb") as file:
         magic = file.read(8)
@@ -82,7 +81,7 @@ def _open(path: Path, column: str) -> Iterator[tuple[int, pa.Array]]:
             here = source.tell()
             yield here - before, batch.column(column)
             before = here
-        if before == size:  # pyarrow takes a stream that was cut off between two batches for a finished one
+        if before == size:  # to pyarrow a stream that was cut off between two batches is a finished one
             raise UserError(
                 f"{path}: ends without the mark that ends an Arrow stream; it was cut off, copy it again"
             )
@@ -96,7 +95,9 @@ def _check_column(path: Path, column: str, schema: pa.Schema) -> None:
     kind = schema.field(column).type
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not is_list or not pa.types.is_integer(kind.value_type):
-        raise UserError(f"{path}: column {column!r} is of type {kind}, where lists of integers are wanted")
+        raise UserError(
+            f"{path}: column {column!r} is of type {kind}, not of lists of integers; say with `column` which one holds ids"
+        )
 
 
 def _ids_of(path: Path, column: str, row: int, array: pa.Array) -> tuple[NDArray[np.int64], NDArray[Any]]:
@@ -116,7 +117,7 @@ def _ids_of(path: Path, column: str, row: int, array: pa.Array) -> tuple[NDArray
 
 
 def _place(path: Path, column: str, row: int, lengths: NDArray[np.int64]) -> Callable[[int], str]:
-    """Return what says, of a token of a batch, in which row and place it stands."""
+    """Return a function that names the row and place of a token, from its number in a batch."""
     stops = np.cumsum(lengths)
 
     def place(index: int) -> str:
@@ -127,7 +128,7 @@ def _place(path: Path, column: str, row: int, lengths: NDArray[np.int64]) -> Cal
 
 
 Columns = list[tuple[NDArray[Any], NDArray[np.int64]]]
-"""Of each column the lists of some rows end to end, and the length of each."""
+"""For each column, the lists of some rows end to end, and the length of each."""
 
 
 def write_arrow(

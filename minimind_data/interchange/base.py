@@ -1,11 +1,11 @@
 """What every format of other projects' token files has in common.
 
-`TokenFormat` is what a format must provide: it recognizes its files, finds them, reads documents out of them in batches, and writes parts
-of a dataset. `formats` has the table of those that there are.
+`TokenFormat` says what a format must provide: it recognizes its files, finds them, reads documents out of them in batches, and writes parts
+of a dataset. `formats` has the table of all formats.
 
-Files are read from front to back in blocks of bounded size, so memory does not grow with them. Ids are held against the vocabulary as
-they come; the documents keep whatever frame they have. What is written is read through `checked_documents`, which holds the bytes
-against the manifest's checksums on the way: damage is never passed on.
+Files are read from front to back in blocks of bounded size, so memory does not grow with them. Ids are checked against the vocabulary as
+they are read; the documents keep whatever frame they have. A dataset is written from `checked_documents`, which compares the bytes
+with the manifest's checksums on the way, so damage is never passed on.
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +25,7 @@ from minimind_data.errors import UserError
 from minimind_data.reporting import Report
 
 INDEX_BLOCK = 2**17
-"""Documents whose index entries are read at a time."""
+"""Number of documents whose index entries are read at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +33,13 @@ class Batch:
     """Some whole documents of one file."""
 
     input: int
-    """Which of the token files they begin in."""
+    """Number of the token file in which they begin."""
     start: int
-    """First byte of that file that they were made of."""
+    """First byte of that file that belongs to them."""
     stop: int
     """The byte after the last."""
     num_bytes: int
-    """How far this batch went on in the file, for progress."""
+    """Bytes of the file that were read for it, for progress."""
     tokens: NDArray[Any]
     """[sum(lengths)] integers of the files' own dtype, ids checked."""
     lengths: NDArray[np.int64]
@@ -48,7 +48,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """What a reader must know beside the files."""
+    """What a reader must know besides the files."""
 
     vocab_size: int
     separator_id: int
@@ -61,12 +61,12 @@ class ReadOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class WriteOptions:
-    """What a writer must know beside the dataset."""
+    """What a writer must know besides the dataset."""
 
     column: str
     """Name of the column of ids in Arrow and Parquet tables."""
     copy: bool
-    """Copy shards that could be linked."""
+    """Whether to copy shards that could be linked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class TokenFiles:
     token_files: tuple[Path, ...]
     """In the order of the dataset: by name, or as the format says."""
     index_files: tuple[Path, ...] = ()
-    """What tells where documents begin and so decides the tokens too: one for each of them, or none at all."""
+    """The indexes, which say where documents begin: one for each token file, or none at all."""
 
 
 def read_array(file: BinaryIO, path: Path, dtype: str, offset: int, count: int) -> NDArray[Any]:
@@ -92,7 +92,7 @@ def read_array(file: BinaryIO, path: Path, dtype: str, offset: int, count: int) 
     return array
 
 
-def documents(
+def read_documents(
     path: Path, number: int, options: ReadOptions, *, dtype: str, stops: NDArray[np.int64], first_token: int
 ) -> Iterator[Batch]:
     """Read consecutive documents that end at the tokens `stops` of a file without a header."""
@@ -104,7 +104,7 @@ def documents(
             start = int(stops[first] - lengths[first])
             stop = int(stops[last - 1])
             tokens = read_array(file, path, dtype, start * item, stop - start)
-            check_ids(tokens, options.vocab_size, place(path, start))
+            check_ids(tokens, options.vocab_size, token_place(path, start))
             yield Batch(
                 input=number,
                 start=start * item,
@@ -115,19 +115,20 @@ def documents(
             )
 
 
-def place(path: Path, first_token: int) -> Callable[[int], str]:
-    """Return what says, of a token of a block, where in the file it stands."""
+def token_place(path: Path, first_token: int) -> Callable[[int], str]:
+    """Return a function that names the place of a token in the file, from its number in a block that begins at `first_token`."""
     return lambda index: f"{path}: token {first_token + index:,}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """The shards that become one file (or one pair), and its name without suffix."""
+    """The shards that become one file, or one pair of files."""
 
     name: str
+    """Of the file, without its suffix."""
     shards: ShardSet
     members: range
-    """Places in the manifest."""
+    """Which shards, by their places in the manifest."""
     report: Report
 
     @property
@@ -149,32 +150,32 @@ class Part:
 
 
 class TokenFormat(ABC):
-    """A format of token files: what it looks like, how it is read, and what becomes of a dataset in it.
+    """A format of token files: how its files are recognized and read, and how a dataset is written in it.
 
-    A document of a dataset is BOS + ids + EOS; the class that writes it says what it leaves out of that.
+    A document of a dataset is BOS + ids + EOS. The docstring of a format says what it leaves out of that.
     """
 
     name: ClassVar[str]
-    """What the command line and manifests call it."""
+    """In options and manifests."""
     suffix: ClassVar[str]
-    """Of the files that hold the tokens."""
+    """Of the files with the tokens."""
     index_needed: ClassVar[str] = ""
-    """Where an index lies beside each of them: what a message says of that."""
+    """If each of them has an index beside it: what a message says about it."""
     options: ClassVar[frozenset[str]] = frozenset()
-    """Those options of a conversion that are about this format."""
+    """The options of a conversion that apply to this format but not to every format."""
     divider: ClassVar[Literal["bos", "eos"] | None] = None
-    """What divides documents, where nothing but an id does; other formats know where each ends."""
+    """Which id divides documents, if nothing else says where each ends."""
     takes_conversations: ClassVar[bool] = False
-    """Whether there is a place for what of a document is to be learned, and for pairs."""
+    """Whether it has a place for loss masks and for pairs."""
     is_one_file: ClassVar[bool] = False
-    """Whether its own tools look for one file of all documents."""
+    """Whether its own tools expect all documents in one file."""
 
     def recognizes(self, path: Path, start: bytes) -> bool:  # noqa: ARG002 - for those that can
-        """Tell from a file and its first bytes, 16 where it has as many, that it has this format for certain."""
+        """Tell whether a file certainly has this format, from its first 16 bytes and the files beside it."""
         return False
 
     def recognizes_folder(self, folder: Path) -> bool:  # noqa: ARG002 - for those that can
-        """Tell from what lies in a folder, other than its token files, that it has this format for certain."""
+        """Tell whether a folder certainly holds this format, from what is in it besides token files."""
         return False
 
     def open(self, source: Path) -> TokenFiles:
@@ -204,11 +205,11 @@ class TokenFormat(ABC):
         return TokenFiles(format=self.name, token_files=tuple(files), index_files=tuple(indexes))
 
     def file_of(self, source: Path) -> Path:
-        """Return the file with the tokens that is meant by a path that is no folder."""
+        """Return the token file that a user means by a path that is no folder."""
         return source
 
     def index_of(self, path: Path) -> Path | None:  # noqa: ARG002 - for those that have one
-        """Return the file that tells where the documents of a file with tokens begin; None where there is none."""
+        """Return the index of a token file, which says where documents begin; None if the format has none."""
         return None
 
     @abstractmethod
@@ -219,8 +220,8 @@ class TokenFormat(ABC):
             UserError: a file is damaged or not of this format, or an id is not in the vocabulary.
         """
 
-    def names(self, names: Sequence[str]) -> list[str]:
-        """Return what files are to be called, without their suffix, that would have these names."""
+    def file_names(self, names: Sequence[str]) -> list[str]:
+        """Return the names of files that are to hold parts of these names, without their suffix."""
         return list(names)
 
     @abstractmethod
@@ -228,7 +229,7 @@ class TokenFormat(ABC):
         """Write one part.
 
         Returns:
-            How many of its documents a reader will take for several.
+            Number of its documents that a reader will take for several.
 
         Raises:
             FormatError: a shard is damaged.
@@ -236,11 +237,11 @@ class TokenFormat(ABC):
         """
 
     def finish(self, folder: Path, manifest: Manifest, files: Sequence[str], options: WriteOptions) -> None:  # noqa: B027 - for those that have such files
-        """Write what stands beside the token files, after them.
+        """Write what belongs beside the token files, when these are written.
 
         Args:
-            folder: where they are.
-            manifest: of the dataset that they were made of.
+            folder: that they are in.
+            manifest: of the dataset.
             files: their names, in order.
             options: as for `write`.
         """

@@ -1,13 +1,13 @@
-"""convert(): a dataset of ours out of another project's token files, and the other way round. `formats` has the formats.
+"""convert(): from another project's token files to a dataset of ours, and the other way round. `formats` has the formats.
 
-Coming in, every document gets the frame of ours: a BOS and an EOS that it has already are kept, those that it lacks are
-added and counted. A stream without document borders is cut at a separator. Ids are not looked into, so the tokenizer that
-made them must be named; an id beyond its vocabulary ends the conversion.
+To shards: every document gets our frame. A BOS and an EOS that it has already are kept; those that it lacks are added and counted. A stream
+without borders between documents is cut at a separator. Ids are not decoded, so the tokenizer that made them must be named; an id beyond
+its vocabulary ends the conversion.
 
-Going out, the class of each format says what it leaves out of a document, which is BOS + ids + EOS. Conversations and pairs go out to
-tables alone (hf and parquet), with `labels` beside the ids.
+From shards: a document is BOS + ids + EOS, and the class of each format says what it leaves out of that. Conversations and pairs can be
+converted to tables only (hf and parquet), which have `labels` beside the ids.
 
-Where a format tells documents apart, coming back gives the same documents. Streams (nanogpt and llmc) do not; see `streams`.
+Formats that say where documents end give the same documents when they are converted back. Streams (nanogpt and llmc) may not; see `streams`.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ from minimind_data.tokenizer.loading import SpecialTokens, Tokenizer, load_token
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """How token files become a dataset, or a dataset token files."""
+    """How token files are converted to a dataset, or a dataset to token files."""
 
     out: Annotated[Path, "Folder to write, new or empty."]
     tokenizer: Annotated[
@@ -76,18 +76,18 @@ class ConvertSummary:
     target_format: str
     documents: int
     tokens: int
-    """Of our dataset, on whichever side it is."""
+    """Of our dataset, whichever side it is."""
     files: int
-    """Token files, or pairs, that were made."""
+    """Token files, or pairs of files, that were written."""
     bos_added: int = 0
-    """Documents that came without BOS."""
+    """Documents that had no BOS."""
     eos_added: int = 0
     empty: int = 0
     """Documents without any token of their own; they were left out."""
     separator_id: int | None = None
-    """Where a stream was cut."""
+    """The id at which a stream was cut."""
     divided: int = 0
-    """Documents with the dividing id inside, which readers of the target take for several."""
+    """Documents with the dividing id inside, which readers of the target format take for several."""
 
 
 def convert(
@@ -108,7 +108,7 @@ def convert(
         progress: shows the bytes that are read and the tokens that are done.
 
     Raises:
-        UserError: the source is not what it should be, the formats do not go together, or `out` cannot be made.
+        UserError: the source is damaged or of another format, neither format is `shards`, or `out` cannot be made.
     """
     origin = detect(source) if source_format == "auto" else ALIASES.get(source_format, source_format)
     target = ALIASES.get(target_format, target_format)
@@ -132,7 +132,7 @@ def _import(files: TokenFiles, options: ConvertOptions, progress: Progress) -> C
     origin = FORMATS[files.format]
     if options.tokenizer is None:
         raise UserError(
-            f"{files.token_files[0]}: which vocabulary its ids belong to stands nowhere in it; name the tokenizer.json "
+            f"{files.token_files[0]}: nothing in it says which tokenizer made its ids; name the tokenizer.json "
             "with `tokenizer`"
         )
     tokenizer = load_tokenizer(
@@ -140,7 +140,7 @@ def _import(files: TokenFiles, options: ConvertOptions, progress: Progress) -> C
     )
     separator_id = options.separator_id
     if separator_id is not None and "separator_id" not in origin.options:
-        raise UserError(f"{origin.name} tells documents apart by itself; leave out `separator_id`")
+        raise UserError(f"{origin.name} says itself where documents end; leave out `separator_id`")
     if separator_id is None and origin.divider is not None:
         separator_id = tokenizer.info.bos_id if origin.divider == "bos" else tokenizer.info.eos_id
     with new_folder(options.out) as folder:
@@ -154,7 +154,7 @@ def _import(files: TokenFiles, options: ConvertOptions, progress: Progress) -> C
 
 
 class _Import:
-    """Batches in, shards out; a shard holds documents of one input, and is closed before it grows over `shard_bytes`."""
+    """Writes the batches of token files as shards; a shard holds documents of one input, and at most `shard_bytes` if it can."""
 
     def __init__(
         self,
@@ -175,7 +175,7 @@ class _Import:
 
     def run(self, report: Report) -> None:
         info, item = self._tokenizer.info, numpy_dtype(self._dtype).itemsize
-        wanted = ReadOptions(
+        read_options = ReadOptions(
             vocab_size=info.vocab_size,
             separator_id=-1 if self._separator_id is None else self._separator_id,
             column=self._options.column,
@@ -183,7 +183,7 @@ class _Import:
         )
         shard: _OpenShard | None = None
         try:
-            for batch in self._origin.read(self._files, wanted):
+            for batch in self._origin.read(self._files, read_options):
                 framed = frame_documents(batch.tokens, batch.lengths, info, self._dtype)
                 self._count(framed)
                 if shard and (
@@ -205,12 +205,12 @@ class _Import:
                 shard.writer.__exit__(None, None, None)
 
     def commit(self, inputs: tuple[InputEntry, ...]) -> ConvertSummary:
-        """Write the manifest, last of all."""
+        """Write the manifest."""
         if not self._entries:
             raise UserError(
                 f"{self._files.token_files[0]}: no document with any token in it; nothing to convert"
             )
-        # A shard of a whole file has that file's checksum, which was taken once
+        # A shard of a whole file has the checksum of that file, which is known by now.
         shards = tuple(
             entry if entry.origin.input_sha256 else _of_whole_input(entry, inputs) for entry in self._entries
         )
@@ -245,7 +245,7 @@ class _Import:
         )
 
     def _count(self, framed: Framed) -> None:
-        """Count what was added; a separator that is EOS (else BOS) was there, and is not counted as added again."""
+        """Count the tokens that were added, but not those that stand for a separator: that was there."""
         info = self._tokenizer.info
         self._empty += framed.empty
         self._eos_added += 0 if self._separator_id == info.eos_id else framed.eos_added
@@ -259,7 +259,7 @@ class _Import:
 
 
 class _OpenShard:
-    """A shard that is being written, and the bytes of input that it was made of."""
+    """A shard that is being written, and the bytes of its input that it holds."""
 
     def __init__(self, folder: Path, name: str, dtype: Any, number: int, start: int) -> None:
         self.writer = ShardWriter(folder, name, dtype)
@@ -327,10 +327,10 @@ def _export(
 
 
 def _parts(manifest: Manifest, target: TokenFormat, *, one_file: bool) -> list[tuple[str, range]]:
-    """Say which shards go into which file: the names under which the target's own tools look for them."""
+    """Return (name, shards) of each file to write, named as the target's own tools expect it."""
     number = len(manifest.shards)
     if one_file or target.is_one_file:
         groups, names = [range(number)], ["train"]
     else:
         groups, names = [range(i, i + 1) for i in range(number)], [entry.name for entry in manifest.shards]
-    return list(zip(target.names(names), groups, strict=True))
+    return list(zip(target.file_names(names), groups, strict=True))

@@ -23,15 +23,15 @@ from minimind_data.interchange.base import (
     TokenFiles,
     TokenFormat,
     WriteOptions,
-    documents,
     read_array,
+    read_documents,
 )
 
 _UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 
 
 class Datatrove(TokenFormat):
-    """The documents as they are, with nothing left out."""
+    """Leaves nothing out."""
 
     name = "datatrove"
     suffix = ".ds"
@@ -50,7 +50,7 @@ class Datatrove(TokenFormat):
         for number, (path, index_path) in enumerate(zip(files.token_files, files.index_files, strict=True)):
             if path.with_name(f"{path.name}.loss").exists():
                 raise UserError(
-                    f"{path}.loss: a loss mask, which would be lost; move it away if the tokens alone are what you want"
+                    f"{path}.loss: a loss mask, which would be lost; move it away to convert the tokens alone"
                 )
             size, index_size = path.stat().st_size, index_path.stat().st_size
             num_documents, left_over = divmod(index_size, 8)
@@ -71,10 +71,12 @@ class Datatrove(TokenFormat):
                     stops = read_array(index, index_path, "<u8", 8 * first, count).astype(np.int64)
                     if (np.diff(stops, prepend=done) < 0).any() or int(stops[-1]) > num_tokens:
                         raise UserError(
-                            f"{index_path}: the ends of documents {first:,} to {first + count:,} do not grow from {done:,}; "
+                            f"{index_path}: the ends of documents {first:,} to {first + count:,} do not increase from {done:,}; "
                             "it is damaged: make it again"
                         )
-                    yield from documents(path, number, options, dtype=dtype, stops=stops, first_token=done)
+                    yield from read_documents(
+                        path, number, options, dtype=dtype, stops=stops, first_token=done
+                    )
                     done = int(stops[-1])
 
     def write(self, folder: Path, part: Part, options: WriteOptions) -> int:  # noqa: ARG002 - it has none
@@ -94,7 +96,7 @@ class Datatrove(TokenFormat):
 
 
 def _dtype(path: Path, size: int, num_tokens: int) -> str:
-    """Return the dtype of the ids, which the metadata names and the sizes must bear out."""
+    """Return the dtype of the ids, from the sizes of the files; the metadata must agree."""
     token_bytes = size // num_tokens if num_tokens else 2
     if num_tokens * token_bytes != size or token_bytes not in {2, 4}:
         raise UserError(

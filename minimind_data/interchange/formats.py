@@ -1,12 +1,12 @@
-"""The formats of other projects' token files, in one table, and how a source is recognized by what is in it.
+"""The formats of other projects' token files, in one table, and the detection of the format of a source.
 
 `megatron`                        `megatron`     Megatron-LM's IndexedDataset
 `nanogpt`, `llmc`, `llmc-llama3`  `streams`      nanoGPT's .bin; llm.c's and modded-nanogpt's, with a header
 `datatrove`                       `datatrove`    the files of datatrove's DocumentTokenizer
 `hf`, `parquet`                   `tables`       what Hugging Face datasets saves; Parquet with a column of ids
 
-Each module says at its head what its formats look like on disk, and where that is written down. A format is a subclass of
-`base.TokenFormat` in a module of its own, and a row here.
+The docstring of each module specifies its formats, with their sources. To add a format, write a subclass of `base.TokenFormat` in a
+module of its own, and add a row here.
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ FORMATS: dict[str, TokenFormat] = {
 }
 
 SHARDS = "shards"
-"""What our own format is called."""
+"""The name of our own format."""
 
 ALIASES = {"modded-nanogpt": "llmc"}
 """Other names of formats."""
@@ -44,21 +44,21 @@ _START_BYTES = 16
 
 
 def detect(source: Path) -> str:
-    """Tell by its content what format a source has: `shards` or one of `FORMATS`.
+    """Return the format of a source, judged by its content: `shards` or one of `FORMATS`.
 
     Raises:
-        UserError: there is nothing there, or nothing that says what it is.
+        UserError: there is no such source, or its content does not show its format.
     """
     if source.is_dir():
         if (source / MANIFEST_NAME).exists():
             return SHARDS
-        whole = [name for name, token_format in FORMATS.items() if token_format.recognizes_folder(source)]
-        if whole:
-            return whole[0]
+        for token_format in FORMATS.values():
+            if token_format.recognizes_folder(source):
+                return token_format.name
         files = sorted(path for path in source.iterdir() if path.is_file())
     else:
-        meant = (source, *(token_format.file_of(source) for token_format in FORMATS.values()))
-        files = [path for path in meant if path.exists()][:1]
+        candidates = (source, *(token_format.file_of(source) for token_format in FORMATS.values()))
+        files = [path for path in candidates if path.exists()][:1]
         if not files:
             raise UserError(f"{source}: no such file or folder")
     names = sorted({name for path in files if (name := _format_of(path)) is not None})
@@ -69,14 +69,14 @@ def detect(source: Path) -> str:
             f"{source}: holds files of several formats ({', '.join(names)}); say which with `source_format`"
         )
     raise UserError(
-        f"{source}: nothing in it says what format it is in; nanoGPT's .bin has no header, so say `source_format` nanogpt if it "
+        f"{source}: its content does not show its format; nanoGPT's .bin has no header, so say `source_format` nanogpt if it "
         "is that"
     )
 
 
 def _format_of(path: Path) -> str | None:
-    """Tell the format of one file, None where its content says nothing."""
+    """Return the format of one file, None if its content does not show it."""
     with path.open("rb") as file:
         start = file.read(_START_BYTES)
-    recognized = (name for name, token_format in FORMATS.items() if token_format.recognizes(path, start))
-    return next(recognized, None)
+    names = (name for name, token_format in FORMATS.items() if token_format.recognizes(path, start))
+    return next(names, None)

@@ -24,8 +24,8 @@ from minimind_data.interchange.base import (
     TokenFiles,
     TokenFormat,
     WriteOptions,
-    documents,
     read_array,
+    read_documents,
 )
 
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
@@ -33,7 +33,7 @@ _FLOATS = {6: "float64", 7: "float32"}
 
 
 class Megatron(TokenFormat):
-    """Our shards as they are, with nothing left out: where one file for each is wanted, they are linked."""
+    """Leaves nothing out: our shards have this format, so they are linked, unless several go into one file."""
 
     name = "megatron"
     suffix = ".bin"
@@ -41,13 +41,13 @@ class Megatron(TokenFormat):
     options = frozenset({"copy"})
 
     def recognizes(self, path: Path, start: bytes) -> bool:
-        """See `TokenFormat.recognizes`: the index does, or a .bin beside one."""
+        """See `TokenFormat.recognizes`; an index is recognized, and a .bin beside one."""
         return start.startswith(INDEX_MAGIC) or (
             path.suffix == self.suffix and _starts_with_magic(path.with_suffix(".idx"))
         )
 
     def file_of(self, source: Path) -> Path:
-        """Take the .bin, the .idx, or the common start of both, as Megatron's own tools want it."""
+        """Accept the .bin, the .idx, or the name of both without suffix, as Megatron's own tools have it."""
         stem = source.with_suffix("") if source.suffix in {".bin", ".idx"} else source
         return stem.with_name(f"{stem.name}.bin")
 
@@ -82,7 +82,7 @@ class Megatron(TokenFormat):
                     ends, following = _ends(
                         index, index_path, starts, num_sequences=num_sequences, following=following, item=item
                     )
-                    yield from documents(
+                    yield from read_documents(
                         path,
                         number,
                         options,
@@ -93,7 +93,7 @@ class Megatron(TokenFormat):
                     sequence = last_sequence
                 if following != size:
                     raise UserError(
-                        f"{path}: {size:,} bytes, where its index speaks of {following:,}; copy both files again"
+                        f"{path}: {size:,} bytes, where its index says {following:,}; copy both files again"
                     )
 
     def write(self, folder: Path, part: Part, options: WriteOptions) -> int:
@@ -131,27 +131,27 @@ def _header(index: BinaryIO, path: Path) -> tuple[str, int, int]:
             f"{path}: version {version}, dtype code {code}, {num_starts} document starts; "
             f"known are version {INDEX_VERSION} and dtype codes {sorted(_DTYPES)}"
         )
-    wanted = INDEX_HEADER_BYTES + 12 * num_sequences + 8 * num_starts
+    whole = INDEX_HEADER_BYTES + 12 * num_sequences + 8 * num_starts
     size = path.stat().st_size
-    if num_sequences and size == wanted + num_sequences:
+    if num_sequences and size == whole + num_sequences:
         raise UserError(
             f"{path}: a multimodal index (a mode for each sequence at its end), whose .bin holds more than text; "
-            "only text can be taken over"
+            "only text can be converted"
         )
-    if size != wanted:
-        raise UserError(f"{path}: {size:,} bytes, where its header wants {wanted:,}; copy it again")
+    if size != whole:
+        raise UserError(f"{path}: {size:,} bytes, where its header says {whole:,}; copy it again")
     return _DTYPES[code], num_sequences, num_starts - 1
 
 
 def _ends(
     index: BinaryIO, path: Path, starts: NDArray[np.int64], *, num_sequences: int, following: int, item: int
 ) -> tuple[NDArray[np.int64], int]:
-    """Find the bytes between documents.
+    """Find the bytes at which documents begin.
 
     Args:
         index: the open index.
         path: for errors.
-        starts: int64 [n + 1], the sequence at which each document starts, and the one after the last.
+        starts: int64 [n + 1], the sequence at which each document begins, and the one after the last.
         num_sequences: of the whole index.
         following: the byte at which the first of these sequences must begin.
         item: bytes of a token.
@@ -161,7 +161,7 @@ def _ends(
     """
     ends = np.empty(len(starts), np.int64)
     ends[starts == starts[0]] = following
-    # A document may have any number of sequences: go through them in pieces, noting the borders that fall into each.
+    # A document may have any number of sequences: read them in blocks, and note the borders of documents in each.
     for first in range(int(starts[0]), int(starts[-1]), INDEX_BLOCK):
         count = min(INDEX_BLOCK, int(starts[-1]) - first)
         lengths = read_array(index, path, "<i4", INDEX_HEADER_BYTES + 4 * first, count).astype(np.int64)
@@ -170,7 +170,7 @@ def _ends(
         stops = following + np.cumsum(lengths * item)
         if (lengths < 0).any() or not np.array_equal(offsets, stops - lengths * item):
             raise UserError(
-                f"{path}: its sequences {first:,} to {first + count:,} do not stand end to end in the .bin; "
+                f"{path}: its sequences {first:,} to {first + count:,} are not end to end in the .bin; "
                 "write the dataset again with Megatron's IndexedDatasetBuilder"
             )
         following = int(stops[-1])
@@ -189,7 +189,7 @@ def _place_shard(folder: Path, part: Part, *, copy: bool) -> None:
 
 
 def _write_pair(folder: Path, part: Part) -> None:
-    """Write one pair for several shards; the three tables of the index grow in their places at once."""
+    """Write one pair for several shards; the three tables of its index are written side by side, each at its own place."""
     header = IndexHeader(
         dtype=part.shards.manifest.dtype, num_sequences=part.num_documents, num_documents=part.num_documents
     )

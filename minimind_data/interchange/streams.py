@@ -1,12 +1,12 @@
 """`nanogpt`, `llmc` and `llmc-llama3`: streams of ids, one of which divides documents; little-endian.
 
-nanogpt      A .bin of uint16 ids, nothing else; the end-of-text id (GPT-2's <|endoftext|>) stands behind each document.
+nanogpt      A .bin of uint16 ids, nothing else; the end-of-text id (GPT-2's <|endoftext|>) follows each document.
 llmc         llm.c's .bin: 256 int32, of which [0] is 20240520, [1] is 1 and [2] the number of tokens; then uint16 ids. The end-of-text id
-             stands before each document, and a document may go on in the next file. modded-nanogpt's files are the same.
+             precedes each document, and a document may go on in the next file. modded-nanogpt's files are the same.
 llmc-llama3  The same with 20240801, 7, and uint32 ids.
 
-A reader takes a document with the dividing id inside for several. Coming back, a text that itself ends with EOS (begins with BOS)
-has it taken for the frame.
+A reader takes a document with the dividing id inside for several. And if a text itself ends with EOS (in nanogpt) or begins with BOS (in
+llmc), that token is taken for the document's frame when the files are converted back.
 
 Sources: nanoGPT data/openwebtext/prepare.py; llm.c dev/data/data_common.py (`write_datafile`), dev/data/fineweb.py and
 llmc/dataloader.h; modded-nanogpt data/fineweb.py and train_gpt.py (`_load_data_shard`).
@@ -31,22 +31,22 @@ from minimind_data.interchange.base import (
     TokenFiles,
     TokenFormat,
     WriteOptions,
-    place,
     read_array,
+    token_place,
 )
 
 _HEADER_BYTES = 1024
 
 
 class Stream(TokenFormat):
-    """Ids of one size, with one that divides documents."""
+    """Ids of a fixed size, one of which divides documents."""
 
     suffix = ".bin"
     options = frozenset({"separator_id"})
     token_bytes: ClassVar[int] = 2
     """Bytes of an id, an unsigned integer."""
     max_tokens: ClassVar[int | None] = None
-    """Most tokens of a file; None where there is no such limit."""
+    """Maximum tokens of a file; None if there is no limit."""
 
     @abstractmethod
     def extent(self, path: Path) -> tuple[int, int]:
@@ -54,13 +54,13 @@ class Stream(TokenFormat):
 
     @abstractmethod
     def write_header(self, file: BinaryIO, num_tokens: int) -> None:
-        """Write what stands before the ids."""
+        """Write what precedes the ids."""
 
     def read(self, files: TokenFiles, options: ReadOptions) -> Iterator[Batch]:
-        """Cut the files, one stream of tokens, at the separator; it may stand before, behind or between documents.
+        """Cut the files, which are one stream of tokens, at the separator; it may be before, behind or between documents.
 
-        A document that goes on in the next file belongs to the file in which it begins. Nothing between two separators is no
-        document: it may be the end of one and the beginning of the next.
+        A document that goes on in the next file belongs to the file in which it begins. Two separators in a row make no empty document:
+        the first may end one, and the second begin the next.
         """
         dtype = f"<u{self.token_bytes}"
         item = np.dtype(dtype).itemsize
@@ -72,7 +72,7 @@ class Stream(TokenFormat):
                 for first in range(0, num_tokens, options.block_tokens):
                     count = min(options.block_tokens, num_tokens - first)
                     block = read_array(file, path, dtype, offset + first * item, count)
-                    check_ids(block, options.vocab_size, place(path, first))
+                    check_ids(block, options.vocab_size, token_place(path, first))
                     cuts = np.flatnonzero(block == options.separator_id)
                     num_cuts += len(cuts)
                     byte = offset + first * item
@@ -98,14 +98,14 @@ class Stream(TokenFormat):
                     open_document.add(number, byte, block)
             if number == 0 and not num_cuts and num_tokens:
                 raise UserError(
-                    f"{path}: the id {options.separator_id}, at which documents are cut, stands nowhere in it; "
+                    f"{path}: the id {options.separator_id}, which divides documents, is nowhere in it; "
                     "say with `separator_id` which id does that here"
                 )
         if open_document.num_tokens:
             yield open_document.end(np.empty(0, dtype))
 
     def write(self, folder: Path, part: Part, options: WriteOptions) -> int:  # noqa: ARG002 - it has none
-        """See `TokenFormat.write`; a document with the dividing id inside will be cut there."""
+        """See `TokenFormat.write`; readers will cut a document that has the dividing id inside."""
         path = folder / f"{part.name}{self.suffix}"
         info = part.shards.manifest.tokenizer
         if self.token_bytes < part.shards.dtype.itemsize:
@@ -116,7 +116,7 @@ class Stream(TokenFormat):
         num_tokens = part.num_tokens - part.num_documents
         if self.max_tokens is not None and num_tokens > self.max_tokens:
             raise UserError(
-                f"{path.name}: {num_tokens:,} tokens, where a file of this format can say {self.max_tokens:,}; leave out `one_file`"
+                f"{path.name}: {num_tokens:,} tokens, where the header of this format can say {self.max_tokens:,}; leave out `one_file`"
             )
         has_bos = self.divider == "bos"
         divider = info.bos_id if has_bos else info.eos_id
@@ -125,20 +125,20 @@ class Stream(TokenFormat):
             self.write_header(file, num_tokens)
             for tokens, lengths in part.documents():
                 stops = np.cumsum(lengths)
-                kept = np.ones(len(tokens), bool)
-                kept[stops - 1 if has_bos else stops - lengths] = False
-                left = tokens[kept]
+                mask = np.ones(len(tokens), bool)
+                mask[stops - 1 if has_bos else stops - lengths] = False
+                ids = tokens[mask]
                 # Count the dividers in each document: one is its own, more are inside
                 documents = np.searchsorted(
-                    stops - np.arange(1, len(stops) + 1), np.flatnonzero(left == divider), "right"
+                    stops - np.arange(1, len(stops) + 1), np.flatnonzero(ids == divider), "right"
                 )
                 divided += int((np.bincount(documents, minlength=len(lengths)) > 1).sum())
-                file.write(left.astype(f"<u{self.token_bytes}").tobytes())
+                file.write(ids.astype(f"<u{self.token_bytes}").tobytes())
         return divided
 
 
 class NanoGPT(Stream):
-    """Goes out without BOS, as one file: ids + EOS, so that EOS divides."""
+    """Leaves out BOS: ids + EOS, so EOS divides documents. All documents go into one file."""
 
     name = "nanogpt"
     divider = "eos"
@@ -154,11 +154,11 @@ class NanoGPT(Stream):
         return 0, size // self.token_bytes
 
     def write_header(self, file: BinaryIO, num_tokens: int) -> None:
-        """Write nothing: there is none."""
+        """Write nothing: there is no header."""
 
 
 class LLMC(Stream):
-    """Goes out without EOS: BOS + ids, so that BOS, which stands before each document, divides."""
+    """Leaves out EOS: BOS + ids, so BOS divides documents."""
 
     name = "llmc"
     divider = "bos"
@@ -166,7 +166,7 @@ class LLMC(Stream):
     version: ClassVar[int] = 1
     max_tokens = 2**31 - 1  # what the count in the header can say
 
-    def recognizes(self, path: Path, start: bytes) -> bool:  # noqa: ARG002 - whatever it is called
+    def recognizes(self, path: Path, start: bytes) -> bool:  # noqa: ARG002 - its name does not matter
         """See `TokenFormat.recognizes`."""
         return start.startswith(struct.pack("<2i", self.magic, self.version))
 
@@ -185,7 +185,7 @@ class LLMC(Stream):
         whole = _HEADER_BYTES + num_tokens * self.token_bytes
         if size != whole:
             raise UserError(
-                f"{path}: {size:,} bytes, where its header speaks of {num_tokens:,} tokens, {whole:,} bytes; copy it again"
+                f"{path}: {size:,} bytes, where its header says {num_tokens:,} tokens, which are {whole:,} bytes; copy it again"
             )
         return _HEADER_BYTES, num_tokens
 
@@ -204,11 +204,11 @@ class LLMCLlama3(LLMC):
 
 
 class _OpenDocument:
-    """The tokens since the last separator: a document whose end has not come yet."""
+    """The tokens since the last separator: a document whose end has not been read yet."""
 
     def __init__(self, files: TokenFiles) -> None:
         self._files = files.token_files
-        self._pieces: list[NDArray[Any]] = []
+        self._parts: list[NDArray[Any]] = []
         self._input = self._start = 0
         self.num_tokens = 0
 
@@ -216,23 +216,23 @@ class _OpenDocument:
         return bool(self.num_tokens) and self._input != number
 
     def add(self, number: int, byte: int, tokens: NDArray[Any]) -> None:
-        """Go on with tokens that begin at this byte of the file with this number."""
+        """Add tokens that begin at this byte of the file with this number."""
         if not self.num_tokens:
             self._input, self._start = number, byte
         if len(tokens):
-            self._pieces.append(tokens.copy())  # not a view that keeps its whole block
+            self._parts.append(tokens.copy())  # not a view that keeps its whole block
             self.num_tokens += len(tokens)
         check_lengths(np.array([self.num_tokens]), str(self._files[number]))
 
     def take(self, number: int, byte: int, tokens: NDArray[Any]) -> tuple[int, NDArray[Any]]:
-        """Return the byte where this document began, and all tokens from there on, these being the last."""
+        """Add the last tokens; return (byte at which the document began, all of its tokens), and begin the next one."""
         self.add(number, byte, tokens)
-        start, joined = self._start, np.concatenate([*self._pieces, tokens[:0]])
-        self._pieces, self.num_tokens = [], 0
+        start, joined = self._start, np.concatenate([*self._parts, tokens[:0]])
+        self._parts, self.num_tokens = [], 0
         return start, joined
 
     def end(self, tokens: NDArray[Any]) -> Batch:
-        """Return the document, these being its last tokens, as one that goes to the end of its file."""
+        """Add the last tokens; return the document as one that ends with the file in which it began."""
         number = self._input
         start, document = self.take(number, 0, tokens)
         stop = self._files[number].stat().st_size

@@ -1,4 +1,4 @@
-"""`hf` and `parquet`: tables in which a row is a document, its ids in a list column. Pairs and conversations have `labels` too.
+"""`hf` and `parquet`: tables in which each row is a document, with its ids in a list column. Conversations and pairs also have `labels`.
 
 hf       The folder that `Dataset.save_to_disk` of Hugging Face datasets makes: data-*.arrow, each an Arrow IPC stream, in the order of
          `_data_files` in state.json, and dataset_info.json.
@@ -25,7 +25,7 @@ _PARQUET_MAGIC = b"PAR1"
 
 
 class Table(TokenFormat):
-    """The documents as they are, with nothing left out; where not all is learned, `labels` beside the ids, -100 where it is not."""
+    """Leaves nothing out. Conversations and pairs have `labels` beside the ids: the id where the loss mask is 1, else -100."""
 
     options = frozenset({"column"})
     takes_conversations = True
@@ -58,12 +58,12 @@ class HuggingFace(Table):
         return (folder / _STATE_NAME).exists() or (folder / _SPLITS_NAME).exists()
 
     def open(self, source: Path) -> TokenFiles:
-        """Take the Arrow files in the order of the saved dataset, or one that was named."""
+        """Find the Arrow files in the order of the saved dataset; `source` may be one of them."""
         files = (source,) if source.is_file() else _saved_files(source)
         return TokenFiles(format=self.name, token_files=files)
 
-    def names(self, names: Sequence[str]) -> list[str]:
-        """Number the files, as datasets does."""
+    def file_names(self, names: Sequence[str]) -> list[str]:
+        """Return the numbered names that datasets gives its files."""
         return [f"data-{number:05d}-of-{len(names):05d}" for number in range(len(names))]
 
     def write(self, folder: Path, part: Part, options: WriteOptions) -> int:
@@ -75,7 +75,7 @@ class HuggingFace(Table):
         return 0
 
     def finish(self, folder: Path, manifest: Manifest, files: Sequence[str], options: WriteOptions) -> None:
-        """Write state.json and dataset_info.json, which make the folder a saved dataset."""
+        """Write state.json and dataset_info.json, so that the folder is a saved dataset."""
         columns = _columns_of(manifest.kind, options.column)
         state: dict[str, Any] = {
             "_data_files": [{"filename": name} for name in files],
@@ -104,7 +104,7 @@ class Parquet(Table):
     name = "parquet"
     suffix = ".parquet"
 
-    def recognizes(self, path: Path, start: bytes) -> bool:  # noqa: ARG002 - whatever it is called
+    def recognizes(self, path: Path, start: bytes) -> bool:  # noqa: ARG002 - its name does not matter
         """See `TokenFormat.recognizes`."""
         return start.startswith(_PARQUET_MAGIC)
 
@@ -118,14 +118,14 @@ class Parquet(Table):
 
 
 def _columns_of(kind: Kind, column: str) -> list[str]:
-    """Return the columns of a table with documents of this kind, the ids being called `column`."""
+    """Return the columns of a table with documents of this kind; `column` is the name of the ids."""
     if kind == "dpo":
         return [f"{side}_{name}" for side in ("chosen", "rejected") for name in (column, "labels")]
     return [column] if kind == "pretrain" else [column, "labels"]
 
 
 def _rows_of(part: Part) -> Iterator[list[Documents]]:
-    """Read all documents of a part in order, in blocks of bounded size, each of the columns of `_columns_of` by itself."""
+    """Yield blocks of bounded size of all documents of a part, in order: for each column of `_columns_of`, tokens and lengths."""
     each = part.shards.manifest.sequences_per_document
     for index in part.members:
         for tokens, lengths, mask in checked_sequences(part.shards, index, part.report):
@@ -140,14 +140,14 @@ def _rows_of(part: Part) -> Iterator[list[Documents]]:
 
 
 def _features_of(columns: Sequence[str]) -> dict[str, Any]:
-    """Return what datasets calls the features of a table with these columns, all of them lists of int32."""
+    """Return the features, in the sense of datasets, of a table with these columns of lists of int32."""
     # `Sequence` is what versions before 4 call the type; later ones still read it
     feature = {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "Sequence"}
     return dict.fromkeys(columns, feature)
 
 
 def _metadata_of(columns: Sequence[str]) -> dict[str, str]:
-    """Return the metadata of a schema from which datasets knows the features."""
+    """Return the metadata of a schema in which datasets looks for the features."""
     return {"huggingface": json.dumps({"info": {"features": _features_of(columns)}})}
 
 

@@ -1,6 +1,6 @@
-"""A conversation with a trained model: its messages, and the next answer piece by piece: `mm-train generate --chat`.
+"""A chat with a trained model, `mm-train generate --chat`: its messages, and the next answer as it is generated.
 
-How turns are rendered is the chat template's business (`minimind_data.chat.encoding`), how tokens are sampled that of `generate`.
+`minimind_data.chat.encoding` turns the messages into ids, `sampling` generates.
 """
 
 import itertools
@@ -26,17 +26,17 @@ __all__ = ["ChatSession"]
 
 
 class ChatSession:
-    """A conversation.
+    """A chat with a model.
 
     Args:
         model: in evaluation mode.
         tokenizer: the model's.
-        template: how turns are written.
-        options: how tokens are chosen; every answer has a seed of its own, so that a question asked twice may be answered twice.
-        system: what the model is told before all.
+        template: of the chat.
+        options: of sampling; every answer has a seed of its own, so the same question may get different answers.
+        system: text of a system message at the beginning.
 
     Attributes:
-        messages: what was said.
+        messages: of the user and of the model so far, after the system message.
     """
 
     def __init__(
@@ -69,16 +69,16 @@ class ChatSession:
         changes: Mapping[str, Any] = MappingProxyType({}),
         say: Say = say_on_stderr,
     ) -> Self:
-        """Begin a conversation with the model of a run, or of a Hugging Face folder, by the template that lies in it.
+        """Begin a chat with the model of a run, or of a Hugging Face folder, with the template in its folder.
 
         Args:
-            run: its folder.
-            options: how tokens are chosen.
-            system: what the model is told before all.
-            step: of a run, whose checkpoint.
+            run: the folder.
+            options: of sampling.
+            system: text of a system message at the beginning.
+            step: of the checkpoint, if it is a run.
             device: where to compute.
             changes: options of the model that are to differ, such as those of its positions.
-            say: is told of damaged checkpoints.
+            say: called with a sentence about each damaged checkpoint.
 
         Raises:
             UserError: there is no such model, or no template.
@@ -97,16 +97,17 @@ class ChatSession:
         return cls(model, trained.tokenizer, template, options, system)
 
     def clear(self) -> None:
-        """Forget what was said."""
+        """Forget all messages but the system message."""
         self.messages = list(self._first)
 
     def answer(self, text: str) -> Iterator[str]:
-        """Yield the answer to what the user says, piece by piece; what came of it before it was left is what was said.
+        """Yield the answer to a message of the user, piece by piece.
 
-        The oldest turns are forgotten where the model cannot read as much.
+        If the caller stops early, the pieces so far are the answer that is remembered. The oldest turns are forgotten when the
+        model cannot read all of them.
 
         Raises:
-            UserError: this cannot be asked; the conversation is as it was.
+            UserError: the message cannot be sent to the model; the messages are as they were before.
         """
         try:
             text.encode()

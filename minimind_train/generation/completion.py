@@ -24,16 +24,16 @@ def complete(
     changes: Mapping[str, Any] = MappingProxyType({}),
     say: Say = say_on_stderr,
 ) -> Iterator[str]:
-    """Yield what the model of a run writes after BOS and `prompt`, piece by piece.
+    """Yield what the model of a run generates after BOS and `prompt`, piece by piece.
 
     Args:
         run: the folder of a run, which may still be training, or a Hugging Face folder.
-        prompt: special tokens in it are recognised.
-        options: how tokens are chosen.
-        step: whose checkpoint; the newest whole one by default, or `best`.
+        prompt: the text to continue; special tokens in it are recognised.
+        options: of sampling.
+        step: of the checkpoint, or `best`; by default the newest whole one.
         device: where to compute.
         changes: options of the model that are to differ from the run's, such as those of its positions.
-        say: is told of damaged checkpoints.
+        say: called with a sentence about each damaged checkpoint.
 
     Raises:
         UserError: there is no such model or checkpoint.

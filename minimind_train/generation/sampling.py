@@ -1,6 +1,6 @@
-"""One token after another from a trained model, and text out of them as they come.
+"""Sampling: one token after another from a trained model, and their text as they come.
 
-Knows models, ids and tokenizers; not run folders, files or prompts' templates.
+Knows models, ids and tokenizers, but no run folders, files or chat templates.
 """
 
 from collections.abc import Iterator, Sequence
@@ -53,7 +53,7 @@ def _generate(
     generator = torch.Generator().manual_seed(options.seed)
     cache = KVCache()
     unread = list(prompt_ids)
-    # The last token needs no position of its own: nothing is asked of the model after it.
+    # The last token needs no position: the model does not read it.
     room = model.config.longest_sequence - len(prompt_ids) + 1
     for _ in range(min(options.max_new_tokens, room)):
         logits = _next_logits(model, torch.tensor([unread], device=device), cache)
@@ -74,7 +74,7 @@ def _generate(
 def _next_logits(model: MiniMind, input_ids: Tensor, cache: KVCache) -> Tensor:
     """Read `input_ids` into the cache, without dropout, and return the float32 scores [V] of what follows."""
     training = model.training
-    # Set around each pass and not around the whole answer, which the caller may leave unfinished.
+    # Around each pass and not around the whole answer, because the caller may stop in the middle of that.
     if training:
         model.eval()
     try:
@@ -86,7 +86,7 @@ def _next_logits(model: MiniMind, input_ids: Tensor, cache: KVCache) -> Tensor:
 
 
 def choose(logits: Tensor, options: GenerateOptions, generator: torch.Generator) -> int:
-    """Choose the next token from its scores [V]: at temperature 0 the likeliest, else one of `candidates`."""
+    """Choose the next token from scores [V]: at temperature 0 the most likely, otherwise one of `candidates`."""
     if options.temperature == 0:
         return int(logits.argmax())
     ids, probabilities = candidates(logits, options)
@@ -94,12 +94,12 @@ def choose(logits: Tensor, options: GenerateOptions, generator: torch.Generator)
 
 
 def candidates(logits: Tensor, options: GenerateOptions) -> tuple[Tensor, Tensor]:
-    """Return the ids that may be chosen, likeliest first, and their probabilities.
+    """Return the ids that may be chosen, the most likely first, and their probabilities.
 
-    Temperature first, then top-k, then top-p over what top-k left, as MiniMind does it. The likeliest token always
-    stays, and the one that crosses `top_p` is the last that does.
+    Temperature first, then top-k, then top-p over what top-k left, as in MiniMind. The most likely token is always kept, and
+    the one that crosses `top_p` is the last that is.
     """
-    # In double and with the largest at 0, so that no temperature is too small.
+    # In float64 and with the largest at 0, so that no temperature is too small.
     scaled = (logits.double() - logits.max()) / options.temperature
     ordered, ids = torch.sort(scaled, descending=True, stable=True)
     if options.top_k:
@@ -115,16 +115,16 @@ def candidates(logits: Tensor, options: GenerateOptions) -> tuple[Tensor, Tensor
 def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
     """Yield the text of `ids` piece by piece, without special tokens; joined, it is `tokenizer.decode` of all ids.
 
-    For tokenizers of bytes, whose tokens may end inside a character: such a token is held back until the character is
-    whole. Bytes that never make one come out as U+FFFD, at the end at the latest.
+    Tokens of byte-level tokenizers may end inside a character. Such a token waits until the character is whole. Bytes that never
+    make a character come out as U+FFFD, at the end at the latest.
     """
-    held: list[int] = []
+    pending: list[int] = []
     for token in ids:
-        held.append(token)
-        text = tokenizer.decode(held)
+        pending.append(token)
+        text = tokenizer.decode(pending)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            held.clear()
+            pending.clear()
             if text:
                 yield text
-    if held:
-        yield tokenizer.decode(held)
+    if pending:
+        yield tokenizer.decode(pending)

@@ -81,20 +81,20 @@ def test_what_megatron_cannot_mean(bring, tmp_path, write_megatron):
     bin_path.write_bytes(whole[:-2])
     refused("s.bin: ends at byte", short)
     bin_path.write_bytes(whole + b"\0\0")
-    refused("its index speaks of 80", short)
+    refused("its index says 80", short)
     bin_path.write_bytes(whole)
     index = bytearray(idx_path.read_bytes())
     idx_path.write_bytes(index[:-1])
-    refused("s.idx: 141 bytes, where its header wants 142", short)
+    refused("s.idx: 141 bytes, where its header says 142", short)
     index[34 + 4 * 5 + 8] += 2  # the second sequence's offset
     idx_path.write_bytes(index)
-    refused("do not stand end to end", short)
+    refused("are not end to end", short)
     index[34 + 4 * 5 + 8] -= 2
     index[-8] -= 1  # the last document ends before the last sequence
     idx_path.write_bytes(index)
     refused("do not follow one another", short)
     idx_path.unlink()
-    refused("nothing in it says what format", bin_path)
+    refused("its content does not show its format", bin_path)
     with pytest.raises(UserError, match="s.idx: no such file; megatron needs it, an .idx beside every .bin"):
         bring(bin_path, kind="megatron")
 
@@ -129,12 +129,12 @@ def test_llmc_documents_reach_across_files(bring, tmp_path, tokens_per_file, mag
 
 def test_what_a_stream_cannot_mean(bring, tmp_path, write_megatron):
     path = write_llmc(tmp_path / "parts" / "a.bin", [40, 5, 6])
-    with pytest.raises(UserError, match="a.bin: the id 1, at which documents are cut, stands nowhere in it"):
+    with pytest.raises(UserError, match="a.bin: the id 1, which divides documents, is nowhere in it"):
         bring(path)
     with pytest.raises(UserError, match="begins with 20240520, 1, where this format has 20240801, 7"):
         bring(path, kind="llmc-llama3")
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match="1,029 bytes, where its header speaks of 3 tokens, 1,030 bytes"):
+    with pytest.raises(UserError, match="1,029 bytes, where its header says 3 tokens, which are 1,030 bytes"):
         bring(path)
     with pytest.raises(UserError, match="no whole number of 2-byte ids"):
         bring(path, kind="nanogpt")
@@ -164,7 +164,7 @@ def test_what_datatrove_cannot_mean(bring, tmp_path):
         bring(path)
     write_datatrove(path, DOCUMENTS)
     Path(f"{path}.index").write_bytes(np.array([3, 2, 40], "<u8").tobytes())
-    with pytest.raises(UserError, match="x.ds.index: the ends of documents 0 to 3 do not grow"):
+    with pytest.raises(UserError, match="x.ds.index: the ends of documents 0 to 3 do not increase"):
         bring(path)
 
 
