@@ -1,9 +1,40 @@
 """What the library says of its parameters, a user of the command line reads of flags."""
 
+import ast
+import re
+from pathlib import Path
+
 import typer.main
 
+import minimind_data
+import minimind_train
 from minimind_cli import data, train
 from minimind_cli.flags import Flags
+
+FOR_THE_COMMAND_LINE = {
+    "minimind_train/run/toml.py"
+}  # run.toml is what --config reads, and says so in its first line
+OTHER_PROGRAMS = {"ray start --head"}
+IN_TOML = {"command"}
+FUNCTIONS = {"tokenize"}
+PACKAGES = {"tokenizers"}
+OF_MINIMIND = {"data_path"}
+
+
+def strings():
+    """(module, string) of both packages, without docstrings."""
+    for package in (minimind_data, minimind_train):
+        root = Path(package.__file__).parent
+        for path in root.rglob("*.py"):
+            tree = ast.parse(path.read_text("utf-8"))
+            docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+            for node in ast.walk(tree):
+                if (
+                    isinstance(node, ast.Constant)
+                    and isinstance(node.value, str)
+                    and id(node) not in docstrings
+                ):
+                    yield path.relative_to(root.parent).as_posix(), node.value
 
 
 def flags(command, program=None):
@@ -52,3 +83,28 @@ def test_other_code_stays():
         "`def:`",
     ):
         assert spoken(sentence) == sentence
+
+
+def test_the_library_knows_no_flags():
+    for module, text in strings():
+        if module not in FOR_THE_COMMAND_LINE:
+            for program in OTHER_PROGRAMS:
+                text = text.replace(program, "")  # noqa: PLW2901
+            assert not re.search(r"(?<![\w-])--[a-z]", text), (module, text)
+
+
+def test_what_the_library_calls_a_parameter_is_one_of_a_command():
+    commands = [
+        *typer.main.get_command(data.app).commands.values(),
+        *typer.main.get_command(train.app).commands.values(),
+    ]
+    known = (
+        {name for command in commands for name in Flags.of(command).on}
+        | IN_TOML
+        | FUNCTIONS
+        | PACKAGES
+        | OF_MINIMIND
+    )
+    for module, text in strings():
+        for name in re.findall(r"`([a-z][a-z0-9_]*)(?:=False)?`", text):
+            assert name in known, (module, text)
