@@ -28,7 +28,7 @@ from minimind_train.batches.positions import window_at
 
 from . import rearrange
 from .flags import in_flags
-from .options import Given, command, make_app, refuse_idle
+from .options import OptionsGiven, command, make_app, refuse_idle
 from .stats import stats
 from .window import window
 
@@ -220,7 +220,7 @@ command(app)(window)
 
 @command(app)
 def locate(
-    given: Given,
+    options_given: OptionsGiven,
     position: Annotated[int, typer.Option(help="Samples consumed since the run began.")],
     folders: Annotated[
         list[str] | None,
@@ -263,11 +263,11 @@ def locate(
         "seed": seed,
     }
     if run:
-        options = _options_of_run(run, position, excess={"folders", *options} & given)
+        options = _options_of_run(run, position, excess={"folders", *options} & options_given)
     elif not folders or seq_len is None:
-        raise typer.BadParameter("pass DIR and --seq-len, or the folder of a run by --run")
+        raise typer.BadParameter("pass DIR and --seq-len, or --run with the folder of a run")
     else:
-        refuse_idle(given, layout)
+        refuse_idle(options_given, layout)
     try:
         sources = read_sources(source_texts(options["shards"]))
     except ValueError as error:
@@ -285,16 +285,16 @@ def locate(
         f"shard {place['shard']}, offset {place['offset']:,}{', left out' if 'left_out' in place else ''}"
     )
     folder = {source.name: source.folder for source in sources}[place.get("part", "")]
-    print(f"look at it with: {_window_command(folder, place['window'], options)}")
+    print(f"show it with: {_window_command(folder, place['window'], options)}")
 
 
 def _options_of_run(run: Path, position: int, *, excess: set[str]) -> dict[str, Any]:
-    """Return the options of a run as they held when it came to a position; `excess` are options that it leaves no room for."""
+    """Return the options of a run as they were at a position; `excess` are options that may not be passed beside it."""
     if excess:
         names = ", ".join(
             "DIR" if name == "folders" else f"--{name.replace('_', '-')}" for name in sorted(excess)
         )
-        raise typer.BadParameter(f"--run says all of the order; leave out {names}")
+        raise typer.BadParameter(f"--run already decides the order; leave out {names}")
     from minimind_train.run_folder.record import RunRecord  # noqa: PLC0415 - it imports torch, which takes seconds
 
     record = RunRecord.read(run)
@@ -302,7 +302,7 @@ def _options_of_run(run: Path, position: int, *, excess: set[str]) -> dict[str, 
 
 
 def _window_command(folder: Path, window: int, options: dict[str, Any]) -> str:
-    """Return the command that shows a window, as one would type it."""
+    """Return the command that shows a window."""
     words = ["mm-data", "window", str(folder), str(window)]
     words += ["--seq-len", str(options["seq_len"]), "--layout", options["layout"]]
     if options["layout"] == "pack":

@@ -14,7 +14,7 @@ from minimind_train.run_folder.options import Axis, parse_step
 from minimind_train.weights.options import Target, WeightDtype
 
 from .flags import say_in_flags
-from .options import Given, plain
+from .options import OptionsGiven, plain
 from .talk import talk
 
 _Checkpoint = Annotated[
@@ -32,7 +32,7 @@ def generate(
     run: Annotated[Path, typer.Option(help="Folder of the run, or a Hugging Face folder.")],
     options: GenerateOptions,
     scaling: RopeScaling,
-    given: Given,
+    options_given: OptionsGiven,
     prompt: Annotated[
         str | None, typer.Option(help="Text to continue; with --chat, a single question to answer.")
     ] = None,
@@ -58,7 +58,7 @@ def generate(
     from minimind_train.generation.chat_session import ChatSession
     from minimind_train.generation.completion import complete
 
-    changes = {name: value for name, value in asdict(scaling).items() if name in given}
+    changes = {name: value for name, value in asdict(scaling).items() if name in options_given}
     if chat:
         session = ChatSession.open(
             run, options, system=system, step=checkpoint, device=device, changes=changes
@@ -75,7 +75,7 @@ def evaluate(
     run: Annotated[Path, typer.Option(help="Folder of the run, or a Hugging Face folder.")],
     shards: Annotated[list[Path], typer.Option(metavar="DIR", help="Dataset with the same tokenizer.")],
     scaling: RopeScaling,
-    given: Given,
+    options_given: OptionsGiven,
     seq_len: Annotated[
         int | None, typer.Option(min=1, help="Sequence length; by default that of the run.")
     ] = None,
@@ -118,7 +118,7 @@ def evaluate(
         device=device,
         dtype=dtype,
         cut={name: value for name, value in cut.items() if value is not None},
-        changes={name: value for name, value in asdict(scaling).items() if name in given},
+        changes={name: value for name, value in asdict(scaling).items() if name in options_given},
     )
     if as_json:
         print(json.dumps(evaluation.as_dict()))

@@ -1,9 +1,11 @@
 """Commands from functions: a parameter that is a dataclass of options becomes one flag for each of its fields.
 
     @command(app)
-    def tokenize(inputs: Annotated[list[str], typer.Argument()], options: TokenizeOptions, given: Given) -> None: ...
+    def tokenize(
+        inputs: Annotated[list[str], typer.Argument()], options: TokenizeOptions, options_given: OptionsGiven
+    ) -> None: ...
 
-A parameter annotated `Given` receives the names of the options that the user passed, as opposed to defaults. The wrapper
+A parameter annotated `OptionsGiven` receives the names of the options that the user passed, as opposed to defaults. The wrapper
 also turns a `UserError` into one sentence and exit status 1, and an interrupt into exit status 130.
 """
 
@@ -26,11 +28,11 @@ from minimind_data.options import build, format_size, leaves, parse_size
 
 from .flags import Flags, in_flags, use_flags_of
 
-Given = NewType("Given", frozenset[str])
+OptionsGiven = NewType("OptionsGiven", frozenset[str])
 
 _CONTEXT = "typer_context"
 _TYPED = "minimind_cli.typed"
-_GIVEN = frozenset({"COMMANDLINE", "DEFAULT_MAP"})
+_USER_SOURCES = frozenset({"COMMANDLINE", "DEFAULT_MAP"})
 """The sources of options that the user passed, on the command line or in a preset or file named there."""
 
 
@@ -69,7 +71,7 @@ def command(
             if is_dataclass(kind):
                 assert isinstance(kind, type)
                 parameters += [_flag(*leaf) for leaf in leaves(kind)]
-            elif kind is not Given:
+            elif kind is not OptionsGiven:
                 parameters.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
 
         rank = {name: number for number, name in enumerate((_CONTEXT, *first))}
@@ -94,13 +96,13 @@ def command(
     return register
 
 
-def refuse_idle(given: Given, layout: str) -> None:
+def refuse_idle(options_given: OptionsGiven, layout: str) -> None:
     """Refuse an option for layout `pack` with another layout, where it would do nothing.
 
     Raises:
         typer.BadParameter: the user passed it.
     """
-    if "long_documents" in given and layout != "pack":
+    if "long_documents" in options_given and layout != "pack":
         raise typer.BadParameter(
             f"--long-documents is for --layout pack, in layout {layout} it does nothing; leave one of them out"
         )
@@ -190,9 +192,9 @@ def plain(parser: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _argument(kind: Any, name: str, values: dict[str, Any], context: typer.Context) -> Any:
-    if kind is Given:
+    if kind is OptionsGiven:
         sources = {key: context.get_parameter_source(key) for key in values}
-        return frozenset(key for key, source in sources.items() if source and source.name in _GIVEN)
+        return frozenset(key for key, source in sources.items() if source and source.name in _USER_SOURCES)
     if not is_dataclass(kind):
         return values[name]
     assert isinstance(kind, type)

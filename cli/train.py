@@ -28,7 +28,7 @@ from minimind_train.run.toml import read_description
 
 from . import models
 from .flags import in_flags, say_in_flags
-from .options import Given, as_defaults, command, is_typed, make_app, refuse_idle
+from .options import OptionsGiven, as_defaults, command, is_typed, make_app, refuse_idle
 
 app = make_app("Train small language models on datasets made by mm-data.")
 
@@ -79,7 +79,7 @@ def _register(kind: type[RunOptions], help_text: str) -> None:
 
     def train(
         config: Any,
-        given: Given,
+        options_given: OptionsGiven,
         go_on: Annotated[
             bool,
             typer.Option("--resume", help="Resume the run in the folder --run, with its own options."),
@@ -112,7 +112,7 @@ def _register(kind: type[RunOptions], help_text: str) -> None:
         ] = None,
     ) -> None:
         allowed = {name.lstrip("-").replace("-", "_") for name in allow_change or ()}
-        if reweight and not (go_on and "shards" in given):
+        if reweight and not (go_on and "shards" in options_given):
             raise typer.BadParameter(
                 "--reweight-at-resume needs --resume, and every part of the mixture as --shards NAME=DIR:WEIGHT"
             )
@@ -121,12 +121,12 @@ def _register(kind: type[RunOptions], help_text: str) -> None:
                 f"--allow-change {min(unknown)}: not an option that may change; name one of {', '.join(sorted(changeable(kind)))}"
             )
         if not go_on:
-            _refuse_in_a_new_run(config.data, allowed, given)
+            _refuse_in_a_new_run(config.data, allowed, options_given)
         from minimind_train.run.entry import begin, resume
 
         run = config.training.run
         if go_on:
-            values = {name: value for name, value in flatten(config).items() if name in given}
+            values = {name: value for name, value in flatten(config).items() if name in options_given}
             outcome = resume(
                 run,
                 values,
@@ -136,7 +136,7 @@ def _register(kind: type[RunOptions], help_text: str) -> None:
                 say=say_in_flags(),
             )
         else:
-            outcome = begin(config, say_in_flags(), names_given=given)
+            outcome = begin(config, say_in_flags(), names_given=options_given)
         if outcome.rank:  # under torchrun, rank 0 prints for all
             raise typer.Exit(outcome.stopped_by or 0)
         if outcome.stopped_by:
@@ -156,7 +156,7 @@ def _register(kind: type[RunOptions], help_text: str) -> None:
     command(app, kind.command, first=_FIRST)(train)
 
 
-def _refuse_in_a_new_run(data: DataOptions, allowed: set[str], given: Given) -> None:
+def _refuse_in_a_new_run(data: DataOptions, allowed: set[str], options_given: OptionsGiven) -> None:
     """Refuse options that do nothing in a new run.
 
     Raises:
@@ -166,7 +166,7 @@ def _refuse_in_a_new_run(data: DataOptions, allowed: set[str], given: Given) -> 
         raise typer.BadParameter("--allow-change is for --resume; a new run has no earlier options")
     if data.resume_from and data.order != "sequential":
         raise typer.BadParameter(in_flags(NEEDS_SEQUENTIAL))
-    refuse_idle(given, data.layout)
+    refuse_idle(options_given, data.layout)
 
 
 _register(PretrainOptions, "Pre-train a model, or resume a run.")

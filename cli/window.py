@@ -21,14 +21,14 @@ from minimind_data.windows.base import Layout, LongDocuments
 from minimind_data.windows.opening import open_windows
 
 from .flags import in_flags
-from .options import Given, refuse_idle
+from .options import OptionsGiven, refuse_idle
 
 _TARGET, _DIMMED, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def window(
-    given: Given,
+    options_given: OptionsGiven,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the dataset.", readable=False)],
     number: Annotated[int, typer.Argument(metavar="K", help="Number of the window, from 0.")],
     seq_len: Annotated[int, typer.Option(help="Sequence length: tokens in a window.")],
@@ -55,7 +55,7 @@ def window(
     """
     shards = ShardSet.open(folder)
     layout = layout or ("pad" if shards.manifest.has_masks else "concat")
-    refuse_idle(given, layout)
+    refuse_idle(options_given, layout)
     windows = open_windows(
         shards,
         layout=layout,

@@ -329,7 +329,7 @@ def test_the_commands_of_a_loss_that_is_no_number_work(training_data, tmp_path, 
     located = CliRunner().invoke(data.app, words)
     assert located.exit_code == 0
     assert "position 9: " in located.stdout
-    _, *words = shlex.split(re.search(r"look at it with: (.*)", located.stdout)[1])
+    _, *words = shlex.split(re.search(r"show it with: (.*)", located.stdout)[1])
     shown = CliRunner().invoke(data.app, [*words, "--json"])
     assert json.loads(shown.stdout)["input_ids"] == window["input_ids"][0].tolist()
     _, *words = shlex.split(leave_out)
