@@ -4,14 +4,6 @@ import contextlib
 import os
 import resource
 
-"""A process keeps about this many busy; above, one Python thread that reads and parses JSON is what costs."""
-
-"""Keeps encoders to the thread that calls them; they ask once, at their first batch.
-
-Several of our threads, each with a block of its own, keep the same cores busy with a fifth less work than threads inside the
-encoder, which share out every batch anew.
-"""
-
 
 def num_cores() -> int:
     """Return how many cores this process may use."""

@@ -1,4 +1,4 @@
-"""Where tasks run: in this process, in a pool of processes on this machine, or (`ray_engine.py`) on a Ray cluster.
+"""Where tasks run: in this process, in a pool of processes on this machine, or (`ray.py`) on a Ray cluster.
 
 An engine is given the job and the tasks and yields results as they come, in any order. It knows nothing of shards; that a
 result is right whoever made it is the business of `split.py`.

@@ -2,7 +2,7 @@
 
 It stands inside the dataset's folder from a build's first moment to its last, and is what a build goes on from after a kill:
 `plan.json` says how it was begun, `NAME.result.json` stands for every split whose shard is whole, and `previous/` holds the
-manifest of a finished dataset whose shards are being replaced. `build.py` says when what is read and written; here is where and
+manifest of a finished dataset whose shards are being replaced. `pipeline.py` says when what is read and written; here is where and
 in which form.
 """
 

@@ -45,53 +45,35 @@ _T = TypeVar("_T")
 FORMAT_VERSION = 1
 
 MANIFEST_NAME = "manifest.json"
-
 TOKENIZER_NAME = "tokenizer.json"
-
 CONFIG_NAME = "tokenizer_config.json"
-
 SET_ASIDE_NAME = "set-aside.jsonl"
-
 VALIDATION_NAME = "val"
-
 """The folder, inside a dataset's, of the dataset that holds its validation part."""
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
-
 INDEX_VERSION = 1
+_INDEX_HEADER = struct.Struct("<9sQBQQ")
+INDEX_HEADER_BYTES = _INDEX_HEADER.size
 
 MAX_UINT16_VOCABULARY = 65_536
-
 MAX_VOCABULARY = 2**31 - 1
-
 """What int32 tokens can tell apart."""
 
 TokenDtype = Literal["uint16", "int32"]
-
 DTYPE_CODES: dict[TokenDtype, int] = {"uint16": 8, "int32": 4}
-
 DTYPES_BY_CODE: dict[int, TokenDtype] = {code: name for name, code in DTYPE_CODES.items()}
 
 TokenArray = NDArray[Any]
-
 """Tokens as they are on disk: uint16 or int32."""
-
 MaskArray = NDArray[np.uint8]
-
 """1 where a token is learned, else 0."""
 
 Kind = Literal["pretrain", "sft", "dpo"]
 
 _CHECKSUM = "checksum"
-
-_INDEX_HEADER = struct.Struct("<9sQBQQ")
-
-INDEX_HEADER_BYTES = _INDEX_HEADER.size
-
 _CUT_OPTIONS = {"split_bytes", "shard_bytes"}
-
 """Options that decide where one shard ends and the next begins, and nothing else."""
-
 _OPTIONAL = ("mask_sha256", "different_prompts", "unlearned", "tokenizer_config_sha256")
 """What a manifest says only where there is something to say, and then at the end of its object."""
 

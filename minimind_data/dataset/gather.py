@@ -1,6 +1,6 @@
 """RowGather: copy rows out of many memory maps in one numpy call.
 
-It knows addresses and offsets, and neither tokens nor files; `shards.py` maps the files and checks the row numbers.
+It knows addresses and offsets, and neither tokens nor files; `shard_set.py` maps the files and checks the row numbers.
 """
 
 from typing import Any, Self

@@ -1,7 +1,7 @@
 """ShardSet: open a dataset, check it, and read token rows out of its memory maps.
 
 Opening a dataset reads the manifest and hashes the tokenizer, nothing else; a shard is mapped, and held against the
-manifest, when its first token is wanted. `verify.py` is what reads every byte.
+manifest, when its first token is wanted. `verification.py` reads every byte.
 
 All shards together are one stream of tokens and one list of documents; both are addressed by global numbers (int64).
 """

@@ -156,9 +156,9 @@ class Windows(ABC):
     def will_need(self, windows: NDArray[np.int64]) -> None:
         """Tell the system that a batch is read soon, so that it reads ahead; see `ReadAhead`."""
         segments = self.segments(windows)
-        there = segments.lengths > 0
-        starts = segments.starts[there]
-        self.shards.will_need(starts, starts + segments.lengths[there])
+        present = segments.lengths > 0
+        starts = segments.starts[present]
+        self.shards.will_need(starts, starts + segments.lengths[present])
 
     def document_ids(self, window: int) -> NDArray[np.int64]:
         """Return, for each input position of a window, the number of its document, -1 for PAD: int64 [seq_len]."""

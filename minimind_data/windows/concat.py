@@ -62,14 +62,14 @@ class ConcatWindows(Windows):
         starts, lengths = self._spans(documents)
         stops = np.minimum(starts + lengths, ends[rows])
         starts = np.maximum(starts, begins[rows])
-        there = stops > starts  # a document without a token stands nowhere
-        rows, starts = rows[there], starts[there]
+        present = stops > starts  # a document without a token stands nowhere
+        rows, starts = rows[present], starts[present]
         return Segments(
             shape=(len(windows), self.width),
             rows=rows,
             columns=starts - begins[rows],
-            lengths=stops[there] - starts,
-            documents=documents[there],
+            lengths=stops[present] - starts,
+            documents=documents[present],
             starts=starts,
         )
 

@@ -305,8 +305,8 @@ def _write(file: BinaryIO, shards: ShardSet, width: int, long_documents: LongDoc
     file.flush()
     content = np.frombuffer(mmap.mmap(file.fileno(), stop, access=mmap.ACCESS_READ), np.uint8)
     checksum = _checksum(header, content).to_bytes(4, "little")
-    whole = header[: _CRC_PLACE.start] + checksum + header[_CRC_PLACE.stop :]
-    _write_at(file, 0, np.frombuffer(whole, np.uint8))
+    complete = header[: _CRC_PLACE.start] + checksum + header[_CRC_PLACE.stop :]
+    _write_at(file, 0, np.frombuffer(complete, np.uint8))
 
 
 def _write_at(file: BinaryIO, place: int, values: NDArray[Any]) -> None:

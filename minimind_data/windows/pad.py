@@ -105,14 +105,14 @@ class PadWindows(Windows):
     def _segments(
         self, windows: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
     ) -> Segments:
-        there = lengths > 0
+        present = lengths > 0
         return Segments(
             shape=(len(windows), self.width),
-            rows=np.flatnonzero(there),
-            columns=np.zeros(np.count_nonzero(there), np.int64),
-            lengths=np.minimum(lengths, self.width)[there],
-            documents=windows[there],
-            starts=starts[there],
+            rows=np.flatnonzero(present),
+            columns=np.zeros(np.count_nonzero(present), np.int64),
+            lengths=np.minimum(lengths, self.width)[present],
+            documents=windows[present],
+            starts=starts[present],
         )
 
     def locate(self, window: int) -> tuple[str, int]:

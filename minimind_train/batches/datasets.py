@@ -26,10 +26,7 @@ from minimind_train.order.sample_order import OrderKind, SampleOrder
 from minimind_train.order.skips import Skips
 
 _MIXED = re.compile(r"(?P<name>[^=:/\\]*)=(?P<folder>.+):(?P<weight>[^:]*)", re.DOTALL)
-
 _NAME = re.compile(r"[\w.-]+")
-
-"""Which of the windows comes when."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 One thread reads ahead, there are no worker processes (a batch is one gather from mapped files; handing it from process to process would
 cost more), and what a `StepLoader` yields is an optimizer step.
 
-All count in positions (see `minimind_train.sampler`). The loader does not decide what has been learned: each step says which positions it
+All count in positions (see `minimind_train.order.sample_order`). The loader does not decide what has been learned: each step says which positions it
 holds, and the loop that completes a step knows the position.
 """
 
@@ -30,7 +30,6 @@ from minimind_train.order.sample_order import check_range, check_shares, rank_po
 from minimind_train.order.skips import NO_SKIPS, Skips
 
 _PLANNED_WINDOWS = 1024
-
 """Of a rank: so many are put in order at once; and so far behind a step is the one that is asked for beside it, while windows come from a
 disk."""
 

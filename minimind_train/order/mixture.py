@@ -23,11 +23,9 @@ from minimind_train.order.sample_order import OrderKind, SampleOrder
 from minimind_train.order.seeds import derive_seed
 
 MAX_PERIOD: Final = 10_000
-
 """The longest pattern. Weights that no shorter one gives exactly are met to one part in ten thousand."""
 
 MAX_PARTS: Final = 100
-
 """More datasets than this are better merged."""
 
 _Ints = NDArray[np.int64]

@@ -33,7 +33,7 @@ class SampleOrder:
         num_windows: n, the windows of the dataset; every epoch visits each once.
         seed: another seed, another order. Sequential order ignores it.
         kind: `shuffled`, anew in each epoch, or `sequential`, as the windows stand in the shards.
-        block: windows that stand next to each other in the shards and stay together in the shuffle; see `blocks.py`. 1 shuffles
+        block: windows that stand next to each other in the shards and stay together in the shuffle; see `block_permutation.py`. 1 shuffles
             each on its own. Sequential order ignores it.
     """
 

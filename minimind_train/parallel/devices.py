@@ -1,6 +1,6 @@
 """The device that a run computes on: what `auto` means on this machine, how much memory it has, and what is said when that runs out.
 
-Which device each of several ranks gets is in `distributed`, in which dtype it computes in `precision`.
+Which device each of several ranks gets is in `world`, in which dtype it computes in `precision`.
 """
 
 import contextlib

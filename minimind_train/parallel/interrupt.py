@@ -1,6 +1,6 @@
 """Requests to stop a run early: SIGINT, SIGTERM, and `--max-hours`. The step is finished and saved, then the run ends.
 
-A second signal is obeyed at once. How several ranks agree on a request is in `distributed`.
+A second signal is obeyed at once. How several ranks agree on a request is in `world`.
 """
 
 import math

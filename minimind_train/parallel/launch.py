@@ -38,9 +38,8 @@ __all__ = ["launch_ranks"]
 T = TypeVar("T")
 
 _HOST = "127.0.0.1"
-_GRACE_SECONDS = (
-    10.0  # in which ranks that have lost another one notice, and finish a checkpoint that is being written
-)
+_GRACE_SECONDS = 10.0
+"""The time that ranks get, after another one has ended, to notice it and to finish a checkpoint that is being written."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -4,7 +4,7 @@ A `World` is passed to whoever needs it; there is no global one. Its collectives
 they use gloo even where gradients use nccl: none of them waits for a GPU. In a world of one rank each returns its argument at once.
 
 What rank 0 decides (which checkpoint, which options) is broadcast, so that no two ranks can decide differently. Only rank 0 writes
-files and prints. Gradients are not this module's business: see `parallel`. Nor is starting ranks: see `launch`.
+files and prints. Gradients are not this module's business: see `minimind_train.training.wrapping`. Nor is starting ranks: see `launch`.
 """
 
 import contextlib

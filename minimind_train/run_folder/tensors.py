@@ -152,10 +152,10 @@ def put_optimizer_state(optimizer: Optimizer, model: nn.Module, stored: StoredTe
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _refuse_other_shapes(folder: Path, there: dict[str, list[int]], model: dict[str, Tensor]) -> None:
-    here = {name: list(tensor.shape) for name, tensor in model.items()}
-    for name in sorted(there.keys() | here.keys()):
-        sides = [shapes.get(name, "absent") for shapes in (there, here)]
+def _refuse_other_shapes(folder: Path, stored: dict[str, list[int]], model: dict[str, Tensor]) -> None:
+    expected = {name: list(tensor.shape) for name, tensor in model.items()}
+    for name in sorted(stored.keys() | expected.keys()):
+        sides = [shapes.get(name, "absent") for shapes in (stored, expected)]
         if sides[0] != sides[1]:
             raise UserError(
                 f"the checkpoint is of another model: {name} is {sides[0]} in the checkpoint and {sides[1]} "

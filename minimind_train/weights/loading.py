@@ -136,9 +136,9 @@ def load_weights(
     if is_hf_folder(path):
         return _of_hf_folder(path)
     if not (path / CONFIG_NAME).is_file():
-        there = "no weights there" if path.exists() else "no such folder"
+        problem = "no weights there" if path.exists() else "no such folder"
         raise UserError(
-            there,
+            problem,
             where=path,
             remedy="pass the folder of a run, a Hugging Face folder on this machine or a .pth by "
             "`from_weight`",
