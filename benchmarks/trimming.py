@@ -27,8 +27,8 @@ from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.options import build
 from minimind_data.windows.base import Windows, WindowSource
 from minimind_data.windows.opening import open_windows
-from minimind_train.batches.steps import StepLoader
-from minimind_train.batches.trimming import alike
+from minimind_train.batches.steps import BatchDivision, StepLoader
+from minimind_train.batches.trimming import batches_of_like_lengths
 from minimind_train.model.config import ModelConfig
 from minimind_train.model.precision import autocast
 from minimind_train.model.transformer import MiniMind, initialize
@@ -37,6 +37,7 @@ from minimind_train.objectives.options import PreferenceOptions
 from minimind_train.objectives.preference import REFERENCE, Preference, log_probs_of_pairs
 from minimind_train.objectives.reference import ReferencedWindows
 from minimind_train.order.sample_order import SampleOrder
+from minimind_train.order.sample_range import SampleRange
 from minimind_train.training import learner
 from minimind_train.training.optim import make_optimizer
 from minimind_train.training.options import OptimizerOptions
@@ -61,11 +62,8 @@ class Learner:
         size, steps = arguments.global_batch, arguments.steps + 1
         loader = StepLoader(
             samples,
-            SampleOrder(num_windows=len(samples), seed=42),
-            start=0,
-            stop=size * steps,
-            global_batch=size,
-            micro_batch=arguments.micro_batch,
+            SampleRange(order=SampleOrder(num_windows=len(samples), seed=42), start=0, stop=size * steps),
+            BatchDivision(global_batch=size, micro_batch=arguments.micro_batch),
             device=self.device,
             num_terms=objective.num_terms,
             trim=trim,
@@ -105,7 +103,7 @@ def time_reference(arguments: argparse.Namespace, windows: Windows, *, trim: boo
     samples = windows.fetch(np.arange(min(_REFERENCED, len(windows))))
     start = time.perf_counter()
     if trim:
-        batches = [batch for _, batch in alike(samples, size)]
+        batches = [batch for _, batch in batches_of_like_lengths(samples, size)]
     else:
         firsts = range(0, len(samples["chosen_targets"]), size)
         batches = [{name: array[at : at + size] for name, array in samples.items()} for at in firsts]

@@ -24,8 +24,9 @@ from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.dataset.writer import ShardWriter
 from minimind_data.windows.base import Windows
 from minimind_data.windows.opening import open_windows
-from minimind_train.batches.steps import StepLoader
+from minimind_train.batches.steps import BatchDivision, StepLoader
 from minimind_train.order.sample_order import OrderKind, SampleOrder
+from minimind_train.order.sample_range import SampleRange
 
 _SHARD_TOKENS = 20_000_000
 """What a split of 64 MiB of text makes."""
@@ -98,7 +99,9 @@ def batches(
     windows, order = opened(task, block, kind)
     position, stop = start * task.batch, len(windows) // task.batch * task.batch
     with StepLoader(
-        windows, order, start=position, stop=stop, global_batch=task.batch, micro_batch=task.batch
+        windows,
+        SampleRange(order=order, start=position, stop=stop),
+        BatchDivision(global_batch=task.batch, micro_batch=task.batch),
     ) as steps:
         for step in steps:
             (micro_batch,) = step.micro_batches

@@ -3,8 +3,9 @@
     --shards data/mine                                          one dataset
     --shards zh=data/zh:0.7 --shards en=data/en:0.3             NAME=DIR:WEIGHT, the parts of a mixture
 
-Weights are in tokens. A part's turns are counted in windows, so its weight is divided by the tokens that its windows hold on the
-average, PAD left out: the same for all in layout concat, nearly so in pack, and very different in pad, where a window is a document.
+Weights are in tokens, while a mixture takes whole windows. So the weight of a part is divided by the mean number of tokens in its windows,
+PAD left out. That number is the same for all parts in layout concat, nearly so in pack, and very different in pad, where a window is a
+document.
 """
 
 import re
@@ -20,7 +21,7 @@ from minimind_data.reporting import Say
 from minimind_data.tokenizer.loading import refuse_other_tokenizer
 from minimind_data.windows.base import Windows
 from minimind_data.windows.opening import open_windows
-from minimind_train.batches.samples import MixedWindows
+from minimind_train.batches.mixed_windows import MixedWindows
 from minimind_train.order.mixture import MAX_PARTS, MixtureOrder, MixtureStage, Order, shares_of
 from minimind_train.order.sample_order import OrderKind, SampleOrder
 from minimind_train.order.skips import Skips
@@ -30,8 +31,8 @@ _NAME = re.compile(r"[\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """A dataset on the command line."""
+class DatasetSource:
+    """A dataset as the command line names it."""
 
     name: str
     """Name of the part; empty for a dataset that is no part of a mixture."""
@@ -43,14 +44,14 @@ class Source:
         return f"{self.name}={self.folder}:{self.weight}" if self.name else str(self.folder)
 
 
-def read_sources(texts: Sequence[str]) -> tuple[Source, ...]:
-    """Read what stands behind `--shards`: one DIR, or each NAME=DIR:WEIGHT; sorted by name.
+def read_sources(texts: Sequence[str]) -> tuple[DatasetSource, ...]:
+    """Read the values of `--shards`: one DIR, or NAME=DIR:WEIGHT each; sorted by name.
 
     Raises:
         ValueError: it is neither; the message says what one looks like.
     """
     if len(texts) == 1 and not _MIXED.fullmatch(texts[0]):
-        return (Source(name="", folder=Path(texts[0])),)
+        return (DatasetSource(name="", folder=Path(texts[0])),)
     sources = sorted(map(_read_source, texts), key=lambda source: source.name)
     names = [source.name for source in sources]
     for name in names:
@@ -68,55 +69,55 @@ def source_texts(shards: str | Path | Sequence[str]) -> tuple[str, ...]:
     return (str(shards),) if isinstance(shards, str | Path) else tuple(shards)
 
 
-def _read_source(text: str) -> Source:
-    found = _MIXED.fullmatch(text)
-    if not found or not _NAME.fullmatch(found["name"]):
+def _read_source(text: str) -> DatasetSource:
+    match = _MIXED.fullmatch(text)
+    if not match or not _NAME.fullmatch(match["name"]):
         raise ValueError(
             f"`shards`: a part of a mixture is NAME=DIR:WEIGHT, such as zh=data/zh:0.7, not {text!r}"
         )
     try:
-        weight = Fraction(found["weight"])
+        weight = Fraction(match["weight"])
     except (ValueError, ZeroDivisionError):
         weight = Fraction(-1)
     if not 0 <= weight <= 10**12 or weight.denominator > 10**12:
         raise ValueError(
             f"`shards` {text}: the weight is a number from 0 to 10^12 with at most 12 decimals, such as 0.7 or 1/3, "
-            f"not {found['weight']!r}"
+            f"not {match['weight']!r}"
         )
-    return Source(name=found["name"], folder=Path(found["folder"]), weight=weight)
+    return DatasetSource(name=match["name"], folder=Path(match["folder"]), weight=weight)
 
 
 class Datasets:
-    """The dataset of a run, or its datasets, opened.
+    """The datasets of a run, opened: one, or the parts of a mixture.
 
     Attributes:
-        sources: what they are called and where they lie, by name.
+        sources: their names and folders, sorted by name.
         sets: the opened datasets, in the same order.
     """
 
-    def __init__(self, sources: Sequence[Source], sets: Sequence[ShardSet]) -> None:
+    def __init__(self, sources: Sequence[DatasetSource], sets: Sequence[ShardSet]) -> None:
         self.sources = tuple(sources)
         self.sets = tuple(sets)
 
     @classmethod
     def open(cls, texts: Sequence[str]) -> Self:
-        """Open what stands behind `--shards`.
+        """Open the datasets that the values of `--shards` name.
 
         Raises:
-            ValueError: the words say no dataset.
+            ValueError: a value is neither DIR nor NAME=DIR:WEIGHT.
             FormatError: a folder is no dataset, or damaged.
             UserError: the parts have different tokenizers.
         """
         sources = read_sources(texts)
-        made = cls(sources, [ShardSet.open(source.folder) for source in sources])
-        first = made.sets[0]
-        for other in made.sets[1:]:
+        datasets = cls(sources, [ShardSet.open(source.folder) for source in sources])
+        first = datasets.sets[0]
+        for other in datasets.sets[1:]:
             refuse_other_tokenizer(
                 (first.folder, first.manifest.tokenizer),
                 (other.folder, other.manifest.tokenizer),
                 why="the parts of a mixture share one",
             )
-        return made
+        return datasets
 
     @property
     def mixed(self) -> bool:
@@ -147,15 +148,15 @@ class Datasets:
         return " ".join(f"{name}={each}" for name, each in zip(self.names, prints, strict=True))
 
     def resolved(self) -> tuple[str, ...]:
-        """Return the words that open them from anywhere."""
+        """Return values of `--shards` that open the same datasets from any working directory."""
         resolved = (
-            Source(name=source.name, folder=source.folder.resolve(), weight=source.weight)
+            DatasetSource(name=source.name, folder=source.folder.resolve(), weight=source.weight)
             for source in self.sources
         )
         return tuple(map(str, resolved))
 
     def windows(self, *, say: Say, **options: Any) -> Windows | MixedWindows:
-        """Lay windows over them; `options` are those of `open_windows`.
+        """Return their windows; `options` are those of `open_windows`.
 
         Raises:
             UserError: one of them has no such window.
@@ -164,7 +165,7 @@ class Datasets:
         return MixedWindows(self.names, parts) if self.mixed else parts[0]
 
     def shares(self, windows: MixedWindows) -> tuple[int, ...]:
-        """Return how many windows of a period each part gives, for its weight in tokens."""
+        """Return the share of each part, in windows of a period, by its weight in tokens."""
         return shares_of(
             [
                 source.weight * len(part) / max(1, part.num_places - part.padding)
@@ -191,7 +192,7 @@ class Datasets:
         return MixtureOrder.of(sizes, seed=seed, kind=kind, block=block, stages=stages)
 
 
-def shown_weights(sources: Sequence[Source]) -> str:
+def shown_weights(sources: Sequence[DatasetSource]) -> str:
     """Return the weights, each as its share of all of them, so that 7 and 3 are 0.7 and 0.3."""
     total = sum(source.weight for source in sources)
     return " ".join(f"{source.name}={float(source.weight / total):.6g}" for source in sources)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minimind_data.windows.base import Windows
-from minimind_train.batches.samples import MixedWindows
+from minimind_train.batches.mixed_windows import MixedWindows
 from minimind_train.order.mixture import MixtureOrder, Order
 from minimind_train.order.sample_order import SampleOrder
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from minimind_train.batches.samples import num_targets
+from minimind_train.batches.arrays import num_targets
 from minimind_train.model.transformer import MiniMind
 from minimind_train.objectives.losses import summed_cross_entropy
 

@@ -35,7 +35,7 @@ from minimind_data.files import (
     write_checked,
 )
 from minimind_data.windows.base import Windows, WindowSource
-from minimind_train.batches.trimming import alike
+from minimind_train.batches.trimming import batches_of_like_lengths
 from minimind_train.model.precision import autocast
 from minimind_train.model.transformer import MiniMind
 from minimind_train.objectives.preference import REFERENCE, log_probs_of_pairs
@@ -183,7 +183,7 @@ def _make(
         pairs = np.arange(first, min(first + group, len(windows)))
         if not missing[pairs].any():
             continue
-        for rows, samples in alike(windows.fetch(pairs), batch):
+        for rows, samples in batches_of_like_lengths(windows.fetch(pairs), batch):
             if missing[pairs[rows]].any():
                 log_probs[pairs[rows]] = _compute(samples, model, device, dtype)
         unflushed += len(pairs)

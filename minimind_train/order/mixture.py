@@ -1,12 +1,13 @@
-"""Several datasets in one order: which part stands at a position, and which of its windows, by arithmetic.
+"""Several datasets in one order: which part a position is taken from, and which of its windows, by arithmetic.
 
-The parts take turns in a fixed pattern that repeats: of every `period` positions each part has its whole number of `shares`. The
-pattern spreads them as evenly as can be, so after any number of positions a part has given less than one window more or less than
-its share (Tijdeman, "The chairman assignment problem", 1980, whose bound of 1 - 1/(2k - 2) for k parts is the best possible). How
-many windows a part has given before a position is then a division and a look into the pattern, and what it gives next is its own
-`SampleOrder` at that number: each part has epochs of its own, shuffled by a seed of its own.
+A **pattern** of `period` positions repeats. In each period every part has its **share**, a whole number of positions, spread as evenly as
+possible: after any number of positions, the windows taken from a part differ from its exact share by less than one (Tijdeman, "The
+chairman assignment problem", 1980, whose bound of 1 - 1/(2k - 2) for k parts is the best possible). So a division and a look into
+the pattern say how many windows of a part were taken before a position. The next one is what the part's own `SampleOrder` has at that
+number: each part has its own epochs, shuffled by its own seed.
 
-Where the shares change on the way a new **stage** (`MixtureStage`) begins. It says what each part had given by then, so every part goes on where it was.
+When the shares change during a run, a new **stage** (`MixtureStage`) begins. It notes how many windows were taken from each part until
+then, so that every part goes on where it was.
 """
 
 import math
@@ -23,7 +24,7 @@ from minimind_train.order.sample_order import OrderKind, SampleOrder
 from minimind_train.order.seeds import derive_seed
 
 MAX_PERIOD: Final = 10_000
-"""The longest pattern. Weights that no shorter one gives exactly are met to one part in ten thousand."""
+"""The longest pattern. Weights that no shorter one meets exactly are met to one part in ten thousand."""
 
 MAX_PARTS: Final = 100
 """More datasets than this are better merged."""
@@ -32,10 +33,10 @@ _Ints = NDArray[np.int64]
 
 
 def shares_of(weights: Sequence[Fraction]) -> tuple[int, ...]:
-    """Return how many windows of a period each part gives, for weights in windows.
+    """Return the share of each part, in windows of a period, for weights in windows.
 
-    Exact where a period of at most `MAX_PERIOD` can be; else each share is less than one window of `MAX_PERIOD` off, but for
-    parts that would get none of it: a part with any weight gets a window.
+    They are exact where a period of at most `MAX_PERIOD` can be. Otherwise each is less than one window of `MAX_PERIOD` off; only a part
+    that would get no window at all is given one, as long as it has any weight.
 
     Raises:
         ValueError: a weight is negative, all are 0, or there are more than `MAX_PARTS`.
@@ -66,7 +67,7 @@ class MixtureStage:
     Attributes:
         start: the position.
         shares: windows of each part in a period.
-        taken: windows that each part has given before `start`.
+        taken: windows taken from each part before `start`.
     """
 
     start: int
@@ -101,11 +102,12 @@ class PartWindow:
 
 @lru_cache(maxsize=16)
 def _pattern(shares: tuple[int, ...]) -> tuple[_Ints, _Ints]:
-    """Return (the part at each place of a period, how many places before it are that part's), both int64 [period].
+    """Return (the part at each slot of a period, how many earlier slots are the same part's), both int64 [period].
 
-    At each place, of the parts that are far enough behind to be due, the one whose next turn would first come too late.
+    A part may have a slot once it is far enough behind its share, and must have it before it is too far behind. Of the parts that may,
+    each slot goes to the one that must the soonest.
     """
-    period, given = sum(shares), [0] * len(shares)
+    period, taken = sum(shares), [0] * len(shares)
     active = [part for part, share in enumerate(shares) if share]
     slack = 2 * len(active) - 2
     parts, numbers = np.zeros(period, np.int64), np.zeros(period, np.int64)
@@ -113,18 +115,18 @@ def _pattern(shares: tuple[int, ...]) -> tuple[_Ints, _Ints]:
         parts[:] = active[0]
         numbers[:] = np.arange(period)
         return parts, numbers
-    for place in range(period):
+    for slot in range(period):
         chosen, chosen_deadline = -1, 0
         for part in active:
             share = shares[part]
-            if slack * ((place + 1) * share - period * given[part]) < period:
+            if slack * ((slot + 1) * share - period * taken[part]) < period:
                 continue
-            deadline = slack * (given[part] + 1) - 1  # in units of period / (slack * share)
+            deadline = slack * (taken[part] + 1) - 1  # in units of period / (slack * share)
             if chosen < 0 or deadline * shares[chosen] < chosen_deadline * share:
                 chosen, chosen_deadline = part, deadline
-        parts[place], numbers[place] = chosen, given[chosen]
-        given[chosen] += 1
-    assert tuple(given) == shares
+        parts[slot], numbers[slot] = chosen, taken[chosen]
+        taken[chosen] += 1
+    assert tuple(taken) == shares
     return parts, numbers
 
 
@@ -194,7 +196,7 @@ class MixtureOrder:
     def windows(self, positions: _Ints) -> _Ints:
         """The windows at these positions, which may come in any order."""
         positions = np.asarray(positions, np.int64)
-        owners, numbers = self._turns(positions)
+        owners, numbers = self._parts_at(positions)
         windows = np.empty_like(positions)
         for part in np.unique(owners).tolist():
             here = owners == part
@@ -202,22 +204,22 @@ class MixtureOrder:
         return windows
 
     def window(self, position: int) -> PartWindow:
-        """The part whose turn a position is, and its window there."""
-        (owner,), (number,) = self._turns(np.array([position], np.int64))
+        """The part that a position is taken from, and its window there."""
+        (owner,), (number,) = self._parts_at(np.array([position], np.int64))
         epoch, window = self.parts[owner].window(int(number))
         return PartWindow(part=int(owner), epoch=epoch, window=window)
 
     def taken(self, position: int) -> tuple[int, ...]:
-        """How many windows each part has given before a position."""
+        """How many windows are taken from each part before a position."""
         if position < 0:
             raise ValueError(f"a position counts samples from 0, and cannot be {position}")
         stage = next(stage for stage in reversed(self.stages) if stage.start <= position)
         periods, rest = divmod(position - stage.start, stage.period)
         parts, _ = _pattern(stage.shares)
-        begun = np.bincount(parts[:rest], minlength=len(self.parts)).tolist()
+        in_last_period = np.bincount(parts[:rest], minlength=len(self.parts)).tolist()
         return tuple(
             before + periods * share + more
-            for before, share, more in zip(stage.taken, stage.shares, begun, strict=True)
+            for before, share, more in zip(stage.taken, stage.shares, in_last_period, strict=True)
         )
 
     def reweighted(self, position: int, shares: tuple[int, ...]) -> Self:
@@ -229,8 +231,8 @@ class MixtureOrder:
         taken = self.taken(position)
         return replace(self, stages=(*kept, MixtureStage(start=position, shares=shares, taken=taken)))
 
-    def _turns(self, positions: _Ints) -> tuple[_Ints, _Ints]:
-        """Return (the part at each position, how many windows it has given before), both int64 of the positions' shape."""
+    def _parts_at(self, positions: _Ints) -> tuple[_Ints, _Ints]:
+        """Return (the part at each position, how many of its windows were taken before), both int64 of the positions' shape."""
         if positions.size and positions.min() < 0:
             raise ValueError(f"a position counts samples from 0, and cannot be {positions.min()}")
         begins = np.array([stage.start for stage in self.stages], np.int64)
@@ -239,11 +241,11 @@ class MixtureOrder:
         for which in np.unique(held).tolist():
             stage, here = self.stages[which], held == which
             parts, before = _pattern(stage.shares)
-            periods, places = np.divmod(positions[here] - stage.start, stage.period)
-            owner = parts[places]
+            periods, slots = np.divmod(positions[here] - stage.start, stage.period)
+            owner = parts[slots]
             owners[here] = owner
             shares, taken = np.array(stage.shares, np.int64), np.array(stage.taken, np.int64)
-            numbers[here] = taken[owner] + periods * shares[owner] + before[places]
+            numbers[here] = taken[owner] + periods * shares[owner] + before[slots]
         return owners, numbers
 
 

@@ -39,8 +39,8 @@ class Skips:
         """
         ranges: list[tuple[int, int]] = []
         for text in texts:
-            found = _RANGE.fullmatch(text)
-            first, stop = map(int, found.groups()) if found else (0, 0)
+            match = _RANGE.fullmatch(text)
+            first, stop = map(int, match.groups()) if match else (0, 0)
             if not first < stop <= MAX_POSITION:
                 raise ValueError(
                     f"`skip_positions` must be A:B, which leaves out the positions A to B - 1, such as 64000:64256, not {text!r}"
@@ -75,8 +75,8 @@ class Skips:
         skipped = np.cumsum(np.concatenate([[0], lengths]))
         # A range stands before the kept position that it pushes back, whose number is its own start less all before it.
         pushed = np.array([first for first, _ in self.ranges], np.int64) - skipped[:-1]
-        found: NDArray[np.int64] = numbers + skipped[np.searchsorted(pushed, numbers, side="right")]
-        return found
+        positions: NDArray[np.int64] = numbers + skipped[np.searchsorted(pushed, numbers, side="right")]
+        return positions
 
     def after(self, start: int, num_samples: int) -> int:
         """The position behind so many kept ones, counted from `start`; `start` itself where there are to be none."""

@@ -11,8 +11,8 @@ from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.tokenizer.loading import refuse_other_tokenizer
 from minimind_train.batches.datasets import Datasets, shown_weights
+from minimind_train.batches.mixed_windows import MixedWindows
 from minimind_train.batches.positions import epochs_of, introduce
-from minimind_train.batches.samples import MixedWindows
 from minimind_train.order.mixture import MixtureOrder, MixtureStage
 from minimind_train.order.skips import Skips
 from minimind_train.progress import Say

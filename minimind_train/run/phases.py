@@ -13,7 +13,7 @@ from torch import Tensor
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.windows.base import Windows, WindowSource
-from minimind_train.batches.samples import MixedWindows
+from minimind_train.batches.mixed_windows import MixedWindows
 from minimind_train.model.transformer import MiniMind
 from minimind_train.objectives.objective import NextToken, Objective
 from minimind_train.objectives.preference import REFERENCE, Preference, log_probs_of_pairs

@@ -14,10 +14,11 @@ import torch
 from minimind_data.errors import UserError
 from minimind_data.windows.base import Windows, WindowSource
 from minimind_train.batches.datasets import Datasets
-from minimind_train.batches.samples import MixedWindows
-from minimind_train.batches.steps import StepLoader
+from minimind_train.batches.mixed_windows import MixedWindows
+from minimind_train.batches.steps import BatchDivision, StepLoader
 from minimind_train.model.compiling import compile_layers, recompute_activations, user_error_on_failed_compile
 from minimind_train.model.precision import allow_tf32
+from minimind_train.order.sample_range import SampleRange
 from minimind_train.parallel.devices import user_error_on_out_of_memory
 from minimind_train.parallel.world import ALONE, World
 from minimind_train.progress import Say, TrainingProgress
@@ -134,28 +135,28 @@ class RankJob:
             compile_layers(learner.model)
         if training.activation_checkpointing:
             recompute_activations(learner.model)
-        samples = self._samples(self.data.windows)
+        windows = self._window_source(self.data.windows)
         if self.evaluator:
-            self.evaluator.samples = self._samples(self.evaluator.windows)
+            self.evaluator.samples = self._window_source(self.evaluator.windows)
         self.origin.release()
-        batches = StepLoader(
-            samples,
-            self.data.order,
-            start=position,
-            stop=end,
+        division = BatchDivision(
             global_batch=training.global_batch,
             micro_batch=training.micro_batch,
             rank=world.rank,
             world_size=world.size,
+        )
+        batches = StepLoader(
+            windows,
+            SampleRange(order=self.data.order, start=position, stop=end, skips=self.data.skips),
+            division,
             device=compute.device,
-            skips=self.data.skips,
             num_terms=learner.objective.num_terms,
             trim=not self.options.model.balances_experts,
         )
         with batches, self._hooks(learner, progress, start.checkpoint) as hooks:
             return loop.run(learner, batches, progress, training, hooks)
 
-    def _samples(self, windows: Windows | MixedWindows) -> WindowSource:
+    def _window_source(self, windows: Windows | MixedWindows) -> WindowSource:
         return self.phase.samples(windows, self.options, self.origin, self.compute.device, self.say)
 
     @contextlib.contextmanager

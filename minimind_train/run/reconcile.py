@@ -14,7 +14,7 @@ import torch
 
 from minimind_data.errors import UserError
 from minimind_data.options import build
-from minimind_train.batches.datasets import Datasets, Source, read_sources, shown_weights, source_texts
+from minimind_train.batches.datasets import Datasets, DatasetSource, read_sources, shown_weights, source_texts
 from minimind_train.model.precision import resolve_dtype
 from minimind_train.order.mixture import MixtureStage
 from minimind_train.order.skips import Skips
@@ -245,7 +245,7 @@ def refuse_idle_changes(options: RunOptions, step: int, changes: Sequence[Change
         )
 
 
-def _names(sources: Sequence[Source]) -> str:
+def _names(sources: Sequence[DatasetSource]) -> str:
     return ", ".join(source.name for source in sources if source.name) or "one dataset without a name"
 
 

@@ -87,7 +87,7 @@ def run(
             or a checkpoint cannot be saved.
     """
     world, scale = learner.compute.world, learner.scale
-    first_step, total_steps, position = progress.step + 1, progress.total_steps, batches.start
+    first_step, total_steps, position = progress.step + 1, progress.total_steps, batches.samples.start
     loss: float | None = None
     stopping: Stop | None = None
     learner.wrapped.train()
@@ -96,10 +96,10 @@ def run(
         throughput = _Throughput()
         for step, batch in enumerate(batches, first_step):
             if step == first_step:
-                settle(learner, batch.stand_in or batch.micro_batches[-1])
+                settle(learner, batch.padding_batch or batch.micro_batches[-1])
             rate = learning_rate(step, total_steps, learner.optim)
             # Before each step, from nothing but its number: dropout after a resume is what it would have been.
-            torch.manual_seed(derive_seed(options.seed, step, batches.rank))
+            torch.manual_seed(derive_seed(options.seed, step, world.rank))
             try:
                 result = take_step(learner, batch, rate=rate)
             except NotFiniteError as error:

@@ -102,7 +102,7 @@ class NonfiniteGuard:
         for row in range(-(-len(positions) // world.size)):
             number = world.rank + row * world.size
             # Ranks whose weights are spread over all of them must make as many passes each.
-            window = windows[row] if number < len(positions) else (batch.stand_in or windows[0])
+            window = windows[row] if number < len(positions) else (batch.padding_batch or windows[0])
             with torch.no_grad(), self._learner.compute.forward():
                 loss = self._learner.objective(window).summed
             if number < len(positions):

@@ -61,15 +61,15 @@ def take_step(learner: Learner, batch: StepBatch, *, rate: float) -> StepResult:
     num_terms = max(num_terms, 1)  # a batch of nothing but padding has loss 0, not 0/0
     factor = scale.value if scale else 1.0
     sums: dict[str, torch.Tensor] = {"loss": torch.zeros((), device=next(objective.parameters()).device)}
-    # The pass that stands in comes first: the last one is waited for by all ranks, so it should be of use.
-    passes = [(batch.stand_in, 0)] if batch.stand_in is not None else []
+    # The padding batch comes first: all ranks wait for the last pass, so that one should be of use.
+    passes = [(batch.padding_batch, 0)] if batch.padding_batch is not None else []
     passes += [(micro_batch, 1) for micro_batch in batch.micro_batches]
     for number, (micro_batch, counts) in enumerate(passes, 1):
         with gradient_sync(objective, enabled=number == len(passes)):
             with forward:
-                found: MicroLoss = objective(micro_batch)
+                losses: MicroLoss = objective(micro_batch)
                 share = counts * len(next(iter(micro_batch.values()))) / num_windows
-                learned = _add_losses(sums, found, counts=counts, num_terms=num_terms, share=share)
+                learned = _add_losses(sums, losses, counts=counts, num_terms=num_terms, share=share)
             # Ranks average their gradients. (torch leaves `backward` untyped.)
             (learned * (factor * world.size)).backward()  # type: ignore[no-untyped-call]
     norm = clip_gradients(objective.parameters(), learner.optim.grad_clip, scale=factor)
@@ -96,23 +96,23 @@ def take_step(learner: Learner, batch: StepBatch, *, rate: float) -> StepResult:
 
 
 def _add_losses(
-    sums: dict[str, torch.Tensor], found: MicroLoss, *, counts: int, num_terms: int, share: float
+    sums: dict[str, torch.Tensor], losses: MicroLoss, *, counts: int, num_terms: int, share: float
 ) -> torch.Tensor:
     """Add what a pass gave to the sums of the step, and return what is to be learned of it, float32 [].
 
     Args:
         sums: by name, on the device.
-        found: of one micro-batch.
-        counts: 1, or 0 for a pass that only stands in for one.
+        losses: of one micro-batch.
+        counts: 1, or 0 for a padding batch.
         num_terms: terms of the whole step.
-        share: of the step's windows, those of this micro-batch; 0 for a pass that only stands in.
+        share: of the step's windows, those of this micro-batch; 0 for a padding batch.
     """
-    learned = found.summed * counts / num_terms
+    learned = losses.summed * counts / num_terms
     _add(sums, "loss", learned)
-    for name, value in found.measures.items():
+    for name, value in losses.measures.items():
         _add(sums, f"measure {name}", value * counts / num_terms)
-    if found.auxiliary is not None:
-        auxiliary = found.auxiliary * share
+    if losses.auxiliary is not None:
+        auxiliary = losses.auxiliary * share
         _add(sums, "auxiliary", auxiliary)
         learned = learned + auxiliary
     return learned

@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minimind_train.batches.steps import StepLoader
+from minimind_train.batches.steps import BatchDivision, StepLoader
 from minimind_train.model.config import ModelConfig
 from minimind_train.model.transformer import MiniMind, initialize
 from minimind_train.objectives.losses import summed_cross_entropy
 from minimind_train.objectives.objective import MicroLoss, NextToken
 from minimind_train.order.sample_order import SampleOrder
+from minimind_train.order.sample_range import SampleRange
+from minimind_train.order.skips import NO_SKIPS
 from minimind_train.progress import TrainingProgress
 from minimind_train.run_folder.metrics import MetricsLog
 from minimind_train.training import loop
@@ -46,6 +48,18 @@ class Windows:
 
 def plain_loss(model, micro_batch):
     return summed_cross_entropy(model(micro_batch["input_ids"]), model.head_weight, micro_batch["targets"])
+
+
+def step_loader(
+    windows, order, *, start, stop, global_batch, micro_batch, rank=0, world_size=1, skips=NO_SKIPS, **options
+):
+    """The steps of a rank from one position to another."""
+    return StepLoader(
+        windows,
+        SampleRange(order=order, start=start, stop=stop, skips=skips),
+        BatchDivision(global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size),
+        **options,
+    )
 
 
 def learner_of(objective, optim=OPTIM, *, dtype="fp32", scale=None):
@@ -118,7 +132,7 @@ class Run:
         stop_step = stop_step or self.total_steps
         with (
             MetricsLog(self.folder / "metrics.jsonl", last_step=self.step) as metrics,
-            StepLoader(
+            step_loader(
                 Windows(),
                 self.order,
                 start=self.position,

@@ -12,11 +12,11 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from minimind_data.errors import UserError
 from minimind_data.windows.opening import open_windows
-from minimind_train.batches.steps import StepLoader
 from minimind_train.batches.torch_loader import ResumableBatchSampler, WindowDataset
 from minimind_train.order.mixture import MixtureOrder, MixtureStage
 from minimind_train.order.sample_order import SampleOrder
 from tests.helpers.datasets import BOS, EOS, write_dataset
+from tests.helpers.loops import step_loader
 
 SEQ_LEN = 4
 NUM_WINDOWS = 30
@@ -168,7 +168,7 @@ def test_sampler_refuses_what_makes_no_sense():
 def test_both_loaders_read_the_same(dataset):
     order = order_of(30)
     sampler = ResumableBatchSampler(order, 4, start=3, stop=68)
-    steps = StepLoader(dataset.windows, order, start=3, stop=68, global_batch=4, micro_batch=4)
+    steps = step_loader(dataset.windows, order, start=3, stop=68, global_batch=4, micro_batch=4)
     batches = [numbers(batch) for batch in DataLoader(dataset, batch_sampler=sampler)]
     assert batches == [numbers(step.micro_batches[0]) for step in steps]
     assert flat(batches) == windows_in(order, 3, 68)

@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.windows.opening import open_windows
-from minimind_train.batches.steps import StepLoader
 from minimind_train.batches.torch_loader import ResumableBatchSampler, WindowDataset
 from minimind_train.order.mixture import MixtureOrder, MixtureStage
 from minimind_train.order.sample_order import SampleOrder
@@ -22,6 +21,7 @@ from minimind_train.order.skips import Skips
 from minimind_train.run import entry
 from minimind_train.run.entry import resume
 from minimind_train.training import loop
+from tests.helpers.loops import step_loader
 from tests.helpers.runs import Said, config_of, stop_after
 
 SIZES = {"en": 61, "math": 7, "zh": 150}
@@ -102,7 +102,7 @@ def batches_of(leg, order, skips, position, batch, rank):
     """Yield (position after, windows) of the steps of one rank."""
     share = {"rank": rank, "world_size": leg.world_size, "skips": skips, "start": position, "stop": 10**6}
     if leg.workers is None:
-        loader = StepLoader(
+        loader = step_loader(
             NumberedWindows(), order, global_batch=batch, micro_batch=leg.micro_batch, **share
         )
         for step in islice(loader, leg.num_steps):

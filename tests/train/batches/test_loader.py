@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from minimind_data.windows import read_ahead
-from minimind_train.batches.steps import StepLoader
 from minimind_train.batches.torch_loader import ResumableBatchSampler, WindowDataset
 from minimind_train.order.sample_order import SampleOrder
+from tests.helpers.loops import step_loader
 
 SEQ_LEN = 4
 
@@ -78,7 +78,7 @@ def step_threads():
 )
 def test_steps_are_the_order_across_epochs_and_a_short_last_one(kind, start, stop, global_batch):
     order = order_of(23, kind=kind)
-    with StepLoader(
+    with step_loader(
         FakeWindows(23), order, start=start, stop=stop, global_batch=global_batch, micro_batch=3
     ) as loader:
         steps = list(loader)
@@ -94,7 +94,7 @@ def test_steps_are_the_order_across_epochs_and_a_short_last_one(kind, start, sto
 
 
 def test_a_micro_batch_is_int64_of_the_asked_size_and_targets_are_counted():
-    with StepLoader(
+    with step_loader(
         FakeWindows(23), order_of(23), start=0, stop=10, global_batch=10, micro_batch=4
     ) as loader:
         (step,) = loader
@@ -115,7 +115,7 @@ def test_a_step_has_the_same_samples_for_any_ranks_and_micro_batch(world_size, m
     order, start, stop, global_batch = order_of(23), 4, 61, 9
     ranks = [
         list(
-            StepLoader(
+            step_loader(
                 FakeWindows(23),
                 order,
                 start=start,
@@ -129,7 +129,9 @@ def test_a_step_has_the_same_samples_for_any_ranks_and_micro_batch(world_size, m
         for rank in range(world_size)
     ]
     whole = list(
-        StepLoader(FakeWindows(23), order, start=start, stop=stop, global_batch=global_batch, micro_batch=100)
+        step_loader(
+            FakeWindows(23), order, start=start, stop=stop, global_batch=global_batch, micro_batch=100
+        )
     )
     assert {len(steps) for steps in ranks} == {len(whole)}
     for shares, step in zip(zip(*ranks, strict=True), whole, strict=True):
@@ -144,7 +146,7 @@ def test_a_run_goes_on_from_every_position():
     order, total = order_of(7), 30
     for start in range(total + 1):
         for global_batch in (1, 4):
-            loader = StepLoader(
+            loader = step_loader(
                 FakeWindows(7), order, start=start, stop=total, global_batch=global_batch, micro_batch=2
             )
             assert seen_by(loader) == windows_in(order, start, total)
@@ -154,7 +156,7 @@ def test_a_run_stopped_and_resumed_with_other_batches_sees_what_an_unbroken_one_
     order, position, seen = order_of(11), 0, []
     random = np.random.default_rng(0)
     while position < 60:
-        loader = StepLoader(
+        loader = step_loader(
             FakeWindows(11),
             order,
             start=position,
@@ -173,7 +175,7 @@ def test_a_run_stopped_and_resumed_with_other_batches_sees_what_an_unbroken_one_
 
 def test_reads_ahead_no_further_than_asked_and_each_step_once():
     windows = FakeWindows(100)
-    with StepLoader(
+    with step_loader(
         windows, order_of(100), start=0, stop=100, global_batch=5, micro_batch=5, prefetch=2
     ) as loader:
         iterator = iter(loader)
@@ -193,7 +195,7 @@ def test_a_failure_in_the_thread_is_raised_at_its_step_and_ends_the_thread():
     bad = order.window(17)[1]
     seen = []
     with (
-        StepLoader(
+        step_loader(
             FakeWindows(40, fails_at=bad), order, start=0, stop=40, global_batch=5, micro_batch=5
         ) as loader,
         pytest.raises(OSError, match=f"window {bad} cannot be read"),
@@ -204,7 +206,7 @@ def test_a_failure_in_the_thread_is_raised_at_its_step_and_ends_the_thread():
 
 
 def make_slow_loader():
-    return StepLoader(
+    return step_loader(
         FakeWindows(40, delay=0.01),
         order_of(40),
         start=0,
@@ -251,14 +253,14 @@ def test_no_thread_is_left_when_the_loop_is_left():
 def test_step_loader_refuses_what_makes_no_sense():
     def make(windows=None, order=None, **changes):
         options = {"start": 0, "stop": 10, "global_batch": 4, "micro_batch": 2} | changes
-        return StepLoader(windows or FakeWindows(10), order or order_of(10), **options)
+        return step_loader(windows or FakeWindows(10), order or order_of(10), **options)
 
     for changes, message in (
         ({"global_batch": 0}, "at least one sample"),
         ({"world_size": 5}, "one sample for each of 5 ranks, not 4"),
         ({"rank": 1}, "rank must be"),
-        ({"micro_batch": 0}, "micro_batch and prefetch"),
-        ({"prefetch": 0}, "micro_batch and prefetch"),
+        ({"micro_batch": 0}, "micro_batch must be at least 1"),
+        ({"prefetch": 0}, "prefetch must be at least 1"),
         ({"start": 11}, "not from 11 to 10"),
         ({"start": -1}, "not from -1 to 10"),
         ({"order": order_of(9)}, "order is one of 9 windows, the dataset has 10"),
@@ -272,7 +274,7 @@ def test_step_loader_refuses_what_makes_no_sense():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_the_tensors_arrive():
     order = order_of(23)
-    with StepLoader(
+    with step_loader(
         FakeWindows(23), order, start=0, stop=46, global_batch=8, micro_batch=3, device="cuda"
     ) as loader:
         steps = list(loader)
@@ -326,7 +328,7 @@ def test_steps_of_a_rank_are_asked_for_as_far_ahead_as_they_are_read(monkeypatch
     monkeypatch.setattr(windows, "will_need", lambda batch: asked.append(batch.tolist()), raising=False)
     monkeypatch.setattr(read_ahead, "_disk_reads", lambda: windows.fetches)  # every batch from the disk
     order = SampleOrder(num_windows=10_000, seed=3)
-    loader = StepLoader(
+    loader = step_loader(
         windows,
         order,
         start=64,

@@ -11,7 +11,7 @@ from minimind_data.dataset.format import IGNORED
 from minimind_data.errors import UserError
 from minimind_data.options import build
 from minimind_train.batches.steps import StepLoader
-from minimind_train.batches.trimming import COLUMNS, alike, lengths_of, trimmed
+from minimind_train.batches.trimming import COLUMNS, batches_of_like_lengths, lengths_of, trimmed
 from minimind_train.model.config import ModelConfig
 from minimind_train.model.transformer import MiniMind, initialize
 from minimind_train.objectives.objective import NextToken
@@ -26,7 +26,7 @@ from minimind_train.training.learner import Compute
 from minimind_train.training.nonfinite import NonfiniteGuard
 from minimind_train.training.options import OptimizerOptions
 from minimind_train.training.step import NotFiniteError, take_step
-from tests.helpers.loops import learner_of
+from tests.helpers.loops import learner_of, step_loader
 from tests.helpers.runs import Said, config_of, metrics
 
 LENGTH, NUM_WINDOWS, VOCAB = 3 * COLUMNS + 5, 13, 40
@@ -76,7 +76,7 @@ class Uneven:
 def steps(form, *, trim, micro_batch, **options):
     order = SampleOrder(num_windows=NUM_WINDOWS, seed=2)
     objective = Preference if form == "pairs" else NextToken
-    with StepLoader(
+    with step_loader(
         Uneven(form),
         order,
         start=0,
@@ -132,7 +132,7 @@ def test_a_step_has_the_same_loss_and_gradients(form, micro_batch):
 def test_every_row_comes_once_with_all_that_it_learns(form, size):
     samples = Uneven(form).fetch(np.arange(NUM_WINDOWS))
     lengths, seen, widths = lengths_of(samples), [], []
-    for rows, batch in alike(samples, size):
+    for rows, batch in batches_of_like_lengths(samples, size):
         assert 1 <= len(rows) <= size
         seen += rows.tolist()
         for name, array in batch.items():
@@ -150,7 +150,7 @@ def test_every_row_comes_once_with_all_that_it_learns(form, size):
 
 def test_rows_of_one_length_stay_in_order_and_are_not_copied():
     samples = {name: array[[3] * 6] for name, array in Uneven("text").fetch(np.arange(NUM_WINDOWS)).items()}
-    for rows, batch in alike(samples, 4):
+    for rows, batch in batches_of_like_lengths(samples, 4):
         assert rows.tolist() in ([0, 1, 2, 3], [4, 5])
         assert np.shares_memory(batch["input_ids"], samples["input_ids"])
 
@@ -178,7 +178,7 @@ def of_lengths(lengths):
 def test_rows_are_put_in_order_by_whole_steps_of_columns_alone(lengths, batches):
     samples = of_lengths(lengths)
     assert lengths_of(samples).tolist() == lengths
-    found = [(rows.tolist(), batch) for rows, batch in alike(samples, 2)]
+    found = [(rows.tolist(), batch) for rows, batch in batches_of_like_lengths(samples, 2)]
     assert [(rows, batch["targets"].shape[1] // COLUMNS) for rows, batch in found] == batches
     assert all(batch["input_ids"][:, 0].tolist() == rows for rows, batch in found)
 
@@ -189,7 +189,7 @@ def test_a_batch_with_nothing_to_learn_keeps_something():
 
 
 @pytest.mark.parametrize("world_size", [2, 5])
-def test_ranks_cut_their_own_share_and_stand_ins_too(world_size):
+def test_ranks_cut_their_own_share_and_padding_batches_too(world_size):
     whole, _ = steps("text", trim=True, micro_batch=100)
     seen, num_targets = [], 0
     for rank in range(world_size):
@@ -197,34 +197,36 @@ def test_ranks_cut_their_own_share_and_stand_ins_too(world_size):
         own = [token for batch in step.micro_batches for token in batch["input_ids"][:, 0].tolist()]
         seen += [(rank + int(row) * world_size, token) for row, token in zip(step.rows, own, strict=True)]
         num_targets += sum(int((batch["targets"] != IGNORED).sum()) for batch in step.micro_batches)
-        assert step.stand_in is None or step.stand_in["input_ids"].shape[1] <= LENGTH
+        assert step.padding_batch is None or step.padding_batch["input_ids"].shape[1] <= LENGTH
     assert [token for _, token in sorted(seen)] == whole[0].micro_batches[0]["input_ids"][:, 0].tolist()
     assert num_targets == whole[0].num_targets
 
 
 @pytest.mark.parametrize("trim", [False, True])
 @pytest.mark.parametrize("rank", [0, 3])
-def test_a_stand_in_is_the_first_window_of_the_step_cut_where_the_others_are(trim, rank):
+def test_a_padding_batch_is_the_first_window_of_the_step_cut_where_the_others_are(trim, rank):
     # Of 13 windows the ranks have 3, 3, 3, 2 and 2, so the last two pass once where the others pass twice.
     (step,), loader = steps("text", trim=trim, micro_batch=2, rank=rank, world_size=5)
     if rank == 0:
-        assert step.stand_in is None
+        assert step.padding_batch is None
         return
-    window = loader.windows.fetch(loader.order.windows(np.array([0])))
+    window = loader.windows.fetch(loader.samples.order.windows(np.array([0])))
     expected = trimmed(window) if trim else window
     assert expected["input_ids"].shape == (1, 3 * COLUMNS if trim else LENGTH)
-    assert {name: tensor.tolist() for name, tensor in step.stand_in.items()} == {
+    assert {name: tensor.tolist() for name, tensor in step.padding_batch.items()} == {
         name: array.tolist() for name, array in expected.items()
     }
 
 
 @pytest.mark.parametrize("form", ["text", "pairs", "experts"])
-def test_a_pass_that_stands_in_counts_for_nothing(form):
+def test_a_padding_batch_counts_for_nothing(form):
     shape = {"use_moe": True, "num_experts": 4, "router_aux_loss_coef": 0.1} if form == "experts" else {}
     (batch,), loader = steps(form, trim=False, micro_batch=4)
-    stand_in = {name: torch.from_numpy(array) for name, array in loader.windows.fetch(np.array([4])).items()}
+    padding_batch = {
+        name: torch.from_numpy(array) for name, array in loader.windows.fetch(np.array([4])).items()
+    }
     results, gradients = [], []
-    for each in (batch, replace(batch, stand_in=stand_in)):
+    for each in (batch, replace(batch, padding_batch=padding_batch)):
         model = make_model(**shape)
         learner = learner_of(objective_for(form, model), OptimizerOptions(grad_clip=0.0))
         results.append(take_step(learner, each, rate=0.0))
@@ -243,7 +245,7 @@ def test_a_window_that_spoils_a_step_is_named_by_its_own_position(token):
     with torch.no_grad():
         model.model.embed_tokens.weight[token] = float("inf")  # the number of one window, in no other
     guard = NonfiniteGuard(learner_of(NextToken(model)), "stop", run="runs/it", say=Said())
-    place = loader.order.windows(np.arange(NUM_WINDOWS)).tolist().index(token - 1)
+    place = loader.samples.order.windows(np.arange(NUM_WINDOWS)).tolist().index(token - 1)
     with pytest.raises(UserError, match=f"from position {place} of the positions 0 to 12"):
         guard.handle(
             NotFiniteError("the loss is nan"),

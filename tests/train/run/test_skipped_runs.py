@@ -11,13 +11,13 @@ from minimind_cli import data
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.windows.opening import open_windows
-from minimind_train.batches.steps import StepLoader
 from minimind_train.batches.torch_loader import ResumableBatchSampler
 from minimind_train.order.sample_order import SampleOrder
 from minimind_train.order.skips import Skips
 from minimind_train.run.entry import resume
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import Change, RunRecord
+from tests.helpers.loops import step_loader
 from tests.helpers.runs import Said, metrics, stop_after, weights
 
 
@@ -37,7 +37,7 @@ def test_a_step_loader_gives_what_is_kept_in_whole_batches(windows, ranges, worl
     options = {"start": 4, "stop": 60, "global_batch": 7, "micro_batch": 2, "world_size": world_size}
     kept = [p for p in range(4, 60) if not any(a <= p < b for a, b in skips.ranges)]
     steps = [
-        list(StepLoader(windows, order, rank=rank, skips=skips, **options)) for rank in range(world_size)
+        list(step_loader(windows, order, rank=rank, skips=skips, **options)) for rank in range(world_size)
     ]
     position = 4
     for number, shares in enumerate(zip(*steps, strict=True)):
@@ -48,7 +48,7 @@ def test_a_step_loader_gives_what_is_kept_in_whole_batches(windows, ranges, worl
             expected = windows.fetch(order.windows(np.array(batch[rank::world_size])))["input_ids"].tolist()
             assert rows([share]) == expected
     assert len(steps[0]) == math.ceil(len(kept) / 7)
-    assert len(StepLoader(windows, order, skips=skips, **options)) == len(steps[0])
+    assert len(step_loader(windows, order, skips=skips, **options)) == len(steps[0])
 
 
 @pytest.mark.parametrize("drop_last", [False, True])

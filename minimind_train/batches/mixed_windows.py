@@ -1,11 +1,10 @@
-"""MixedWindows: the windows of several datasets as if they were those of one; and counting the targets of a batch."""
+"""The windows of several datasets as if they were those of one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from minimind_data.dataset.format import IGNORED
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.windows.base import Windows
 
@@ -55,10 +54,3 @@ class MixedWindows:
         part = int(np.searchsorted(self._starts, window, side="right")) - 1
         shard, offset = self.parts[part].locate(window - int(self._starts[part]))
         return f"{self.names[part]}/{shard}", offset
-
-
-def num_targets(samples: Mapping[str, NDArray[np.int64]]) -> int:
-    """Return how many targets of a batch are learned."""
-    return sum(
-        int(np.count_nonzero(array != IGNORED)) for name, array in samples.items() if name.endswith("targets")
-    )
