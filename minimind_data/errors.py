@@ -1,7 +1,7 @@
 """The exceptions that are the user's business.
 
     UserError                     whatever a user can mend: a bad record, a full disk, two settings that exclude each other
-      CannotWriteError            the folder that a dataset is made in takes nothing more (minimind_data.build.work)
+      CannotWriteError            the folder that a dataset is made in takes nothing more (minimind_data.build.work_folder)
       DamagedFileError            a JSON file does not fit the checksum in it (minimind_data.files)
       FormatError                 a file of a dataset is damaged, missing or no such file (minimind_data.dataset.format)
       DamagedCheckpointError      a file of a checkpoint is damaged or missing (minimind_train.run_folder.checkpoint)

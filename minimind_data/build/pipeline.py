@@ -11,7 +11,6 @@ manifest takes the old one's place. The old one is taken away first only where s
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from minimind_data.build.dedup import duplicates
@@ -20,17 +19,16 @@ from minimind_data.build.plan import (
     TokenizeOptions,
     chat_encoding_of,
     check_forms,
-    flat_settings,
     idle_options,
     plan_tasks,
     sample_texts,
-    settings_of,
     slice_of,
 )
-from minimind_data.build.publish import Outcome, Summary, assemble, publish, restore
+from minimind_data.build.publish import DatasetMetadata, Summary, assemble, publish, restore
+from minimind_data.build.recipe import Recipe, recipe_of
 from minimind_data.build.reuse import FinishedDataset, finished_dataset, is_there, reusable
 from minimind_data.build.split import HashResult, Job, SplitResult, SplitTask
-from minimind_data.build.work import CannotWriteError, WorkFolder, spooled
+from minimind_data.build.work_folder import CannotWriteError, WorkFolder, spooled
 from minimind_data.build.workers import encoders_in_our_threads
 from minimind_data.chat.encoding import ChatEncoding
 from minimind_data.chat.template import ChatTemplate, chat_template_of
@@ -40,7 +38,6 @@ from minimind_data.dataset.format import (
     TOKENIZER_NAME,
     InputEntry,
     Manifest,
-    TokenizerInfo,
     dtype_for,
 )
 from minimind_data.errors import UserError
@@ -48,7 +45,7 @@ from minimind_data.files import sha256_of, user_error_on_full_disk, write_atomic
 from minimind_data.inputs.discovery import find_sources
 from minimind_data.inputs.hashes import InputHashes
 from minimind_data.inputs.sources import STDIN, Source
-from minimind_data.options import build, differences
+from minimind_data.options import build
 from minimind_data.reporting import Progress, Report, Say, no_progress, say_nothing
 from minimind_data.tokenizer.backends import Choice, choose_backend
 from minimind_data.tokenizer.loading import SpecialTokens, Tokenizer, cached_tokenizer, load_tokenizer
@@ -129,8 +126,8 @@ def commit(out: Path, *, say: Say = say_nothing, progress: Progress = no_progres
         raise UserError(
             "no unfinished build there", where=out, remedy="begin one by `mm-data tokenize` with `task` 1/N"
         )
-    options = build(TokenizeOptions, {**plan["options"], "out": out, "kind": plan["kind"]})
-    tokenizer_path, info = work.path / TOKENIZER_NAME, TokenizerInfo(**plan["tokenizer"])
+    options = build(TokenizeOptions, {**plan.recipe.options, "out": out, "kind": plan.recipe.kind})
+    tokenizer_path, info = work.path / TOKENIZER_NAME, plan.recipe.tokenizer
     if not tokenizer_path.is_file() or sha256_of(tokenizer_path) != info.sha256:
         raise UserError(
             f"{tokenizer_path}: missing or changed; run one of the slices again, which restores it"
@@ -138,14 +135,13 @@ def commit(out: Path, *, say: Say = say_nothing, progress: Progress = no_progres
     tokenizer = cached_tokenizer(tokenizer_path.read_text("utf-8"), info)
     template = chat_template_of(work.path)
     chat = chat_encoding_of(options, tokenizer, template)
-    sources = [Source(**source) for source in plan["inputs"]]
-    if gone := [source.location for source in sources if source.is_gone()]:
+    if gone := [source.location for source in plan.inputs if source.is_gone()]:
         raise UserError(
             f"{gone[0]}: an input of this build, not there any more; put it back, then commit again"
         )
     with user_error_on_full_disk(out), work.locked():
         joined = _Build(
-            sources,
+            plan.inputs,
             options,
             tokenizer,
             work,
@@ -182,7 +178,7 @@ class _Build:
         self._work = work
         self._say = say
         self._progress = progress
-        self._settings = settings_of(options, tokenizer, self._chat)
+        self._recipe = recipe_of(options, tokenizer, self._chat)
         self._start = time.monotonic()
 
     def run(self, *, only_join: bool = False) -> Summary:
@@ -220,25 +216,24 @@ class _Build:
             manifest, validation = previous.manifest, previous.validation
         elif options.task is None:
             splits = [(task, made.get(task.name) or kept[task.name]) for task in self._tasks]
-            outcome = assemble(
+            metadata = assemble(
                 work,
-                self._settings,
-                self._tokenizer,
+                self._recipe,
                 hashes.entries(),
                 splits,
                 config_json=self._config_json,
                 previous=previous,
             )
-            self._say_that_validation_is_empty(outcome)
-            publish(work, outcome, self._tokenizer.json, self._config_json)
-            manifest, validation = outcome.manifest, outcome.validation
+            self._say_that_validation_is_empty(metadata)
+            publish(work, metadata, self._tokenizer.json, self._config_json)
+            manifest, validation = metadata.manifest, metadata.validation
         return self._summary(manifest, validation, made=made, kept=len(kept), choice=choice)
 
     def _begin(self, previous: FinishedDataset | None) -> None:
         """Write down what is to be made, and find out what must not be."""
         work = self._work
         names = {task.name for task in self._tasks} | (previous.names if previous else set())
-        work.begin(self._settings, [asdict(source.absolute()) for source in self._sources], names)
+        work.begin(self._recipe, self._sources, names)
         write_atomic(work.path / TOKENIZER_NAME, self._tokenizer.json)
         if self._config_json is not None:
             write_atomic(work.path / CONFIG_NAME, self._config_json)
@@ -258,14 +253,14 @@ class _Build:
                 option="out",
             )
 
-    def _say_that_validation_is_empty(self, outcome: Outcome) -> None:
-        if self._options.val_fraction and outcome.validation is None:
+    def _say_that_validation_is_empty(self, metadata: DatasetMetadata) -> None:
+        if self._options.val_fraction and metadata.validation is None:
             self._say(
                 f"no document fell to the validation part: `val_fraction` {self._options.val_fraction} is small for it"
             )
 
     def finished(self) -> Summary | None:
-        """Return what a finished, whole dataset of these inputs and settings holds, or None; writes nothing."""
+        """Return what a finished, whole dataset of these inputs and this recipe holds, or None; writes nothing."""
         previous = finished_dataset(self._work)
         if previous is None:
             return None
@@ -283,13 +278,10 @@ class _Build:
         ) and all(is_there(self._work.val, entry.name, entry.written) for entry in val_shards)
 
     def _refuse_other(self, previous: FinishedDataset) -> None:
-        """Refuse other settings than those of the finished dataset."""
-        manifest = previous.manifest
-        there = flat_settings(manifest.kind, asdict(manifest.tokenizer), manifest.options)
-        here = flat_settings(self._options.kind, asdict(self._tokenizer.info), self._settings["options"])
-        if found := differences(there, here, sorted(there.keys() | here.keys())):
+        """Refuse another recipe than that of the finished dataset."""
+        if different := Recipe.of_manifest(previous.manifest).differences(self._recipe):
             raise UserError(
-                f"holds a dataset made otherwise: {'; '.join(found)}",
+                f"holds a dataset made otherwise: {'; '.join(different)}",
                 where=self._options.out,
                 remedy="take another `out`, or delete that dataset",
                 option="out",

@@ -1,12 +1,12 @@
-"""What a build is to make: its options, the splits and their names, and what must stay the same.
+"""What a build is to make: its options, the splits and their names.
 
 Everything here follows from the inputs and the options alone, so any number of machines plan the same build.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from minimind_data.build.split import SplitTask
 from minimind_data.chat.encoding import ChatEncoding
@@ -16,7 +16,6 @@ from minimind_data.chat.template import ChatTemplate
 from minimind_data.dataset.format import CONFIG_NAME, TEMPLATE_NAME, Kind
 from minimind_data.dataset.staging import unique_names
 from minimind_data.errors import UserError
-from minimind_data.files import sha256_of_bytes
 from minimind_data.inputs.discovery import stem_of
 from minimind_data.inputs.forms import AUTO, FORMS, FormChoice, form_of, titles
 from minimind_data.inputs.sources import Source
@@ -227,34 +226,6 @@ def check_forms(sources: Sequence[Source], options: TokenizeOptions) -> None:
                 remedy="write its conversations as such",
                 option="kind",
             )
-
-
-def settings_of(options: TokenizeOptions, tokenizer: Tokenizer, chat: ChatEncoding | None) -> dict[str, Any]:
-    """Return what decides the bytes of the dataset besides its inputs."""
-    shaping = asdict(options.records)
-    if chat is not None:
-        template = chat.rendering.template.config_json.encode()
-        shaping = {
-            "max_word_chars": options.records.max_word_chars,
-            "chat_template_sha256": sha256_of_bytes(template),
-            **options.chat.shaping,
-        }
-    return {
-        "kind": options.kind,
-        "tokenizer": asdict(tokenizer.info),
-        "options": {
-            **shaping,
-            "format": options.format,
-            "split_bytes": options.split_bytes,
-            "val_fraction": options.val_fraction,
-            "dedup": options.dedup,
-        },
-    }
-
-
-def flat_settings(kind: str, tokenizer: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a dataset under the names that a comparison shows."""
-    return {"kind": kind, **{f"tokenizer {name}": value for name, value in tokenizer.items()}, **options}
 
 
 def sample_texts(tasks: list[SplitTask], options: TokenizeOptions, chat: ChatEncoding | None) -> list[str]:

@@ -6,13 +6,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import orjson
 
+from minimind_data.build.recipe import Recipe
 from minimind_data.build.reuse import FinishedDataset, entries_of, first_lines
 from minimind_data.build.split import SplitResult, SplitTask, set_aside_path
-from minimind_data.build.work import WorkFolder
+from minimind_data.build.work_folder import WorkFolder
 from minimind_data.dataset.format import (
     CONFIG_NAME,
     MANIFEST_NAME,
@@ -27,12 +27,11 @@ from minimind_data.errors import UserError
 from minimind_data.files import sha256_of, sha256_of_bytes, write_atomic
 from minimind_data.reporting import Say
 from minimind_data.tokenizer.backends import Choice
-from minimind_data.tokenizer.loading import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a build's dataset says of itself."""
+class DatasetMetadata:
+    """What a dataset has beside its shards: its manifest, that of its validation part, and its bad records."""
 
     manifest: Manifest
     validation: Manifest | None
@@ -48,7 +47,7 @@ class Summary:
     validation: Manifest | None
     """Manifest of the validation part; None where there is none."""
     already_done: bool
-    """The dataset was there, made from the same inputs with the same settings."""
+    """The dataset was there, made from the same inputs by the same recipe."""
     kept_shards: int
     """Shards that an earlier run had made."""
     made_shards: int
@@ -64,14 +63,13 @@ class Summary:
 
 def assemble(
     work: WorkFolder,
-    settings: dict[str, Any],
-    tokenizer: Tokenizer,
+    recipe: Recipe,
     inputs: tuple[InputEntry, ...],
     splits: Sequence[tuple[SplitTask, SplitResult]],
     *,
     config_json: str | None,
     previous: FinishedDataset | None,
-) -> Outcome:
+) -> DatasetMetadata:
     """Put the results of all splits together, in order.
 
     Raises:
@@ -83,10 +81,10 @@ def assemble(
         raise UserError(f"{inputs[0].path}: no record with any text in it; there is nothing to tokenize")
     set_aside = _bad_records(work, tasks, results, previous)
     manifest = Manifest(
-        kind=settings["kind"],
-        dtype=dtype_for(tokenizer.info.vocab_size),
-        tokenizer=tokenizer.info,
-        options=settings["options"],
+        kind=recipe.kind,
+        dtype=dtype_for(recipe.tokenizer.vocab_size),
+        tokenizer=recipe.tokenizer,
+        options=recipe.options,
         inputs=inputs,
         shards=shards,
         empty_texts=sum(result.origin.empty_texts for result in results),
@@ -104,7 +102,9 @@ def assemble(
         duplicates=0,
         set_aside_sha256=None,
     )
-    return Outcome(manifest=manifest, validation=validation if val_shards else None, set_aside=set_aside)
+    return DatasetMetadata(
+        manifest=manifest, validation=validation if val_shards else None, set_aside=set_aside
+    )
 
 
 def _bad_records(
@@ -133,21 +133,23 @@ def _bad_records(
     return b"".join(lines)
 
 
-def publish(work: WorkFolder, outcome: Outcome, tokenizer_json: str, config_json: str | None) -> None:
+def publish(
+    work: WorkFolder, metadata: DatasetMetadata, tokenizer_json: str, config_json: str | None
+) -> None:
     """Make a dataset of the shards in a folder, and remove what only its building needed."""
     work.retire()
-    for folder in (work.out, work.val) if outcome.validation is not None else (work.out,):
+    for folder in (work.out, work.val) if metadata.validation is not None else (work.out,):
         write_atomic(folder / TOKENIZER_NAME, tokenizer_json)
         if config_json is not None:
             write_atomic(folder / CONFIG_NAME, config_json)
-    if outcome.set_aside:
-        write_atomic(work.out / SET_ASIDE_NAME, outcome.set_aside)
+    if metadata.set_aside:
+        write_atomic(work.out / SET_ASIDE_NAME, metadata.set_aside)
     else:
         (work.out / SET_ASIDE_NAME).unlink(missing_ok=True)
-    if outcome.validation is not None:
-        write_atomic(work.val / MANIFEST_NAME, outcome.validation.to_json())
-    write_atomic(work.out / MANIFEST_NAME, outcome.manifest.to_json())
-    _tidy(work, outcome.manifest, outcome.validation)
+    if metadata.validation is not None:
+        write_atomic(work.val / MANIFEST_NAME, metadata.validation.to_json())
+    write_atomic(work.out / MANIFEST_NAME, metadata.manifest.to_json())
+    _tidy(work, metadata.manifest, metadata.validation)
 
 
 def restore(

@@ -14,7 +14,7 @@ import orjson
 
 from minimind_data.build.plan import TokenizeOptions
 from minimind_data.build.split import SplitResult, SplitTask
-from minimind_data.build.work import WorkFolder
+from minimind_data.build.work_folder import WorkFolder
 from minimind_data.dataset.format import (
     MANIFEST_NAME,
     SET_ASIDE_NAME,

@@ -216,16 +216,16 @@ def test_a_dataset_grows_by_one_object(endpoint, client, bucket, tmp_path):
 KILLED = """
 import os, sys
 from minimind_data.build import pipeline as build
-from minimind_data.build import work
+from minimind_data.build import work_folder
 from minimind_data.build.plan import TokenizeOptions
 from pathlib import Path
-write, made = work.WorkFolder.write_result, []
+write, made = work_folder.WorkFolder.write_result, []
 def die(folder, result):
     write(folder, result)
     made.append(result)
     if len(made) == 3:
         os._exit(9)
-work.WorkFolder.write_result = die
+work_folder.WorkFolder.write_result = die
 build.tokenize([sys.argv[1]], TokenizeOptions(out=Path(sys.argv[2]), workers=1, split_bytes=8192))
 """
 

@@ -10,10 +10,12 @@ import contextlib
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from minimind_data.build.plan import TokenizeOptions, flat_settings, slice_of
+from minimind_data.build.plan import TokenizeOptions, slice_of
+from minimind_data.build.recipe import Recipe
 from minimind_data.build.split import (
     HASHES_SUFFIX,
     SET_ASIDE_SUFFIX,
@@ -39,7 +41,6 @@ from minimind_data.files import (
 )
 from minimind_data.inputs.discovery import source_of
 from minimind_data.inputs.sources import STDIN, Source, spool
-from minimind_data.options import differences
 from minimind_data.reporting import Progress
 
 WORK_FOLDER_NAME = ".mm-build"
@@ -54,6 +55,33 @@ _SHARD_SUFFIXES = (".bin", ".mask", ".idx")
 
 class CannotWriteError(UserError):
     """The folder of the dataset, or its disk, takes no files from us."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `plan.json` says: what the build makes, and of what."""
+
+    recipe: Recipe
+    inputs: tuple[Source, ...]
+    """Where the inputs lie, so that `mm-data commit` finds them from any working directory."""
+    shards: tuple[str, ...]
+    """Names of the shards that this build, or a dataset before it, may have made, in alphabetical order."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object that stands in `plan.json`: what the recipe says stands beside the rest."""
+        inputs = [asdict(source) for source in self.inputs]
+        return {**self.recipe.to_json(), "inputs": inputs, "shards": list(self.shards)}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        """Read such an object."""
+        recipe = dict(content)
+        inputs, shards = recipe.pop("inputs"), recipe.pop("shards")
+        return cls(
+            recipe=Recipe.from_json(recipe),
+            inputs=tuple(Source(**source) for source in inputs),
+            shards=tuple(shards),
+        )
 
 
 class WorkFolder:
@@ -122,38 +150,38 @@ class WorkFolder:
                 folder, shard_files | {TOKENIZER_NAME, CONFIG_NAME, SET_ASIDE_NAME, MANIFEST_NAME}
             )
 
-    def begin(self, settings: dict[str, Any], inputs: Sequence[dict[str, Any]], names: set[str]) -> None:
+    def begin(self, recipe: Recipe, inputs: Sequence[Source], names: set[str]) -> None:
         """Write down what is to be made, or go on with what was begun.
 
         Args:
-            settings: what decides the bytes besides the inputs.
-            inputs: where the inputs lie, for `mm-data commit`.
+            recipe: of the build.
+            inputs: of the dataset.
             names: of the shards that this build or a dataset before it may have made.
 
         Raises:
-            UserError: it was begun with other settings, and some of it is done.
+            UserError: it was begun by another recipe, and some of it is done.
         """
-        path = self.path / PLAN_NAME
         begun = self.plan()
         if begun is not None:
-            there, here = (
-                flat_settings(one["kind"], one["tokenizer"], one["options"]) for one in (begun, settings)
-            )
-            # Where nothing is done yet, there is nothing that other settings could spoil.
-            is_begun = any(self.path.glob(f"*{_RESULT_SUFFIX}"))
-            if is_begun and (found := differences(there, here, here)):
+            # Where nothing is done yet, there is nothing that another recipe could spoil.
+            has_results = any(self.path.glob(f"*{_RESULT_SUFFIX}"))
+            if has_results and (different := begun.recipe.differences(recipe)):
                 raise UserError(
-                    f"holds an unfinished build made otherwise: {'; '.join(found)}",
+                    f"holds an unfinished build made otherwise: {'; '.join(different)}",
                     where=self.out,
                     remedy=f"finish it as it was begun, take another `out`, or delete {self.path}",
                     option="out",
                 )
-            names = names.union(begun["shards"])
-        plan = {**settings, "inputs": list(inputs), "shards": sorted(names)}
+            names = names.union(begun.shards)
+        plan = Plan(
+            recipe=recipe,
+            inputs=tuple(source.absolute() for source in inputs),
+            shards=tuple(sorted(names)),
+        )
         if plan != begun:
-            write_checked(path, plan, key=_CHECKSUM)
+            write_checked(self.path / PLAN_NAME, plan.to_json(), key=_CHECKSUM)
 
-    def plan(self) -> dict[str, Any] | None:
+    def plan(self) -> Plan | None:
         """Return what was begun, or None.
 
         Raises:
@@ -163,9 +191,10 @@ class WorkFolder:
             f"delete {self.path} and run the command that began this build again, which makes all splits anew"
         )
         try:
-            return read_checked(self.path / PLAN_NAME, key=_CHECKSUM, remedy=remedy)
+            content = read_checked(self.path / PLAN_NAME, key=_CHECKSUM, remedy=remedy)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        return Plan.from_json(content)
 
     def write_result(self, result: SplitResult) -> None:
         """Put down that a split is made."""
@@ -201,9 +230,10 @@ class WorkFolder:
 
     def remove_stale_shards(self, keep: set[str], keep_val: set[str]) -> None:
         """Remove shards that this build, or one that it goes on with, made or might have made of what is gone."""
-        planned = (self.plan() or {"shards": []})["shards"]
+        plan = self.plan()
+        names = set() if plan is None else set(plan.shards)
         for folder, kept in ((self.out, keep), (self.val, keep_val)):
-            for name in set(planned) - kept:
+            for name in names - kept:
                 for suffix in _SHARD_SUFFIXES:
                     (folder / f"{name}{suffix}").unlink(missing_ok=True)
 

@@ -1,0 +1,73 @@
+"""A recipe: what decides the bytes of a dataset besides its inputs."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from minimind_data.build.plan import TokenizeOptions
+from minimind_data.chat.encoding import ChatEncoding
+from minimind_data.dataset.format import Kind, Manifest, TokenizerInfo
+from minimind_data.files import sha256_of_bytes
+from minimind_data.options import differences
+from minimind_data.tokenizer.loading import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What decides the bytes of a dataset besides its inputs. A build goes on only with what was made by its own recipe."""
+
+    kind: Kind
+    tokenizer: TokenizerInfo
+    options: dict[str, Any]
+    """Those that shape the tokens or the cut into shards, by name, as JSON holds them."""
+
+    @classmethod
+    def of_manifest(cls, manifest: Manifest) -> Self:
+        """Return the recipe that a finished dataset was made by."""
+        return cls(kind=manifest.kind, tokenizer=manifest.tokenizer, options=manifest.options)
+
+    def differences(self, other: "Recipe") -> list[str]:
+        """Say, for each fact in which they differ, what it is in this recipe ("there") and in the other ("here")."""
+        there, here = self.facts(), other.facts()
+        return differences(there, here, here | there)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the recipe as JSON holds it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        """Read what `to_json` gave."""
+        return cls(**{**content, "tokenizer": TokenizerInfo(**content["tokenizer"])})
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the recipe says, by the names that a comparison shows."""
+        tokenizer = {f"tokenizer {name}": value for name, value in asdict(self.tokenizer).items()}
+        return {"kind": self.kind, **tokenizer, **self.options}
+
+
+def recipe_of(options: TokenizeOptions, tokenizer: Tokenizer, chat: ChatEncoding | None) -> Recipe:
+    """Return the recipe of a build.
+
+    Args:
+        options: of the build.
+        tokenizer: of its dataset.
+        chat: how conversations become tokens, where the records are some.
+    """
+    shaping = asdict(options.records)
+    if chat is not None:
+        shaping = {
+            "max_word_chars": options.records.max_word_chars,
+            "chat_template_sha256": sha256_of_bytes(chat.rendering.template.config_json.encode()),
+            **options.chat.shaping,
+        }
+    return Recipe(
+        kind=options.kind,
+        tokenizer=tokenizer.info,
+        options={
+            **shaping,
+            "format": options.format,
+            "split_bytes": options.split_bytes,
+            "val_fraction": options.val_fraction,
+            "dedup": options.dedup,
+        },
+    )
