@@ -124,7 +124,7 @@ def test_a_mixture_of_pairs(begin, tmp_path, dpo_dataset):
 
 
 def test_other_layouts_are_none_for_pairs():
-    with pytest.raises(ValueError, match="layout must be pad, a pair a window, not pack"):
+    with pytest.raises(ValueError, match="`layout` must be pad, a pair a window, not pack"):
         build(DpoOptions, {"layout": "pack"})
 
 
