@@ -9,6 +9,7 @@ The command line makes its flags from these dataclasses, so a default or a help 
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 if TYPE_CHECKING:
@@ -57,6 +58,13 @@ def check_limits(options: object, limits: Mapping[str, tuple[float, float]]) -> 
         value = getattr(options, name)
         if value is not None and not least <= value <= most:
             raise ValueError(f"`{name}` must be from {least} to {most}, not {value}")
+
+
+def as_paths(options: object, *names: str) -> None:
+    """Turn strings among these options, of a frozen dataclass that is being made, into paths."""
+    for name in names:
+        if isinstance(value := getattr(options, name), str):
+            object.__setattr__(options, name, Path(value))
 
 
 def leaves(cls: type, defaults: object = None, *, flags_only: bool = True) -> Iterator[tuple[str, Any, Any]]:

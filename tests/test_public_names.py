@@ -14,7 +14,10 @@ MODULES = [
 def names_of(tree):
     """(what a module defines that is public, everything that it defines or imports)."""
     public, every = set(), set()
-    for node in tree.body:
+    statements = [
+        statement for node in tree.body for statement in (node.body if isinstance(node, ast.If) else [node])
+    ]
+    for node in statements:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             every.add(node.name)
             public |= {node.name} if not node.name.startswith("_") else set()

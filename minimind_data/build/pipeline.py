@@ -112,12 +112,13 @@ def tokenize(
         return summary
 
 
-def commit(out: Path, *, say: Say = say_nothing, progress: Progress = no_progress) -> Summary:
+def commit(out: Path | str, *, say: Say = say_nothing, progress: Progress = no_progress) -> Summary:
     """Join the slices that runs with `task` made into one dataset.
 
     Raises:
         UserError: there is no such build, or some of its splits are not made.
     """
+    out = Path(out)
     work = WorkFolder(out)
     plan = work.plan()
     if plan is None and (out / MANIFEST_NAME).is_file():

@@ -21,7 +21,7 @@ from minimind_data.inputs.forms import AUTO, FORMS, FormChoice, form_of, titles
 from minimind_data.inputs.sources import Source
 from minimind_data.inputs.spec import RecordSpec
 from minimind_data.inputs.splits import open_reader, plan_splits
-from minimind_data.options import parse_size
+from minimind_data.options import as_paths, parse_size
 from minimind_data.tokenizer.backends import Backend
 from minimind_data.tokenizer.loading import Tokenizer
 
@@ -116,6 +116,7 @@ class TokenizeOptions:
     pad_token: Annotated[str | None, "PAD, the token that fills windows, likewise."] = None
 
     def __post_init__(self) -> None:
+        as_paths(self, "out", "tokenizer")
         if self.workers < 0:
             raise ValueError(f"`workers` must be 0 (all cores) or more, not {self.workers}")
         if self.split_bytes < _MIN_SPLIT_BYTES:

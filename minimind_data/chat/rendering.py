@@ -41,6 +41,7 @@ from minimind_data.chat.template import (
     with_parts_joined,
 )
 from minimind_data.hashing import belongs_to_share
+from minimind_data.options import as_paths
 from minimind_data.tokenizer.loading import Tokenizer
 
 _EMPTY_THINK = "<think>\n\n</think>\n\n"
@@ -94,6 +95,7 @@ class ChatOptions:
     ] = None
 
     def __post_init__(self) -> None:
+        as_paths(self, "chat_template")
         parse_share(self.empty_think_ratio)
         if self.chat_date is not None:
             parse_date(self.chat_date)

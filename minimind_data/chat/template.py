@@ -84,7 +84,7 @@ class RenderError(Exception):
     """A template refused a conversation, or failed on it; the message says why."""
 
 
-def chat_template_of(path: Path | None, file: Path | None = None) -> ChatTemplate | None:
+def chat_template_of(path: Path | str | None, file: Path | None = None) -> ChatTemplate | None:
     """Return the chat template of a tokenizer, or None where it has none.
 
     `chat_template.jinja` takes precedence over `tokenizer_config.json`. If the latter has several templates, `default` is taken.
@@ -97,7 +97,8 @@ def chat_template_of(path: Path | None, file: Path | None = None) -> ChatTemplat
     Raises:
         UserError: a file cannot be read, or the template is no Jinja.
     """
-    folder = DEFAULT_TOKENIZER if path is None else path if path.is_dir() else path.parent
+    path = DEFAULT_TOKENIZER if path is None else Path(path)
+    folder = path if path.is_dir() else path.parent
     config_path = folder / CONFIG_NAME
     try:
         config = json.loads(config_path.read_bytes())

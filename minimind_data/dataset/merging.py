@@ -15,7 +15,7 @@ from minimind_data.dataset.format import REMAKE, FormatError, Manifest, ShardEnt
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.dataset.staging import new_folder, place_file, unique_names, write_metadata
 from minimind_data.errors import UserError
-from minimind_data.options import differences
+from minimind_data.options import as_paths, differences
 from minimind_data.reporting import Progress, no_progress
 
 
@@ -26,9 +26,12 @@ class MergeOptions:
     out: Annotated[Path, "Folder to write, new or empty."]
     copy: Annotated[bool, "Copy the shards; by default they are hard-linked where possible."] = False
 
+    def __post_init__(self) -> None:
+        as_paths(self, "out")
+
 
 def merge(
-    folders: Sequence[Path],
+    folders: Sequence[Path | str],
     options: MergeOptions,
     *,
     progress: Progress = no_progress,

@@ -30,7 +30,7 @@ from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.dataset.staging import new_folder, write_metadata
 from minimind_data.dataset.writer import ShardWriter
 from minimind_data.errors import UserError
-from minimind_data.options import parse_size
+from minimind_data.options import as_paths, parse_size
 from minimind_data.permutation import MAX_SEED, Permutation
 from minimind_data.reporting import Progress, no_progress
 from minimind_data.system import allow_open_files
@@ -54,6 +54,7 @@ class ShuffleOptions:
     shard_bytes: Annotated[int, "Bytes of tokens in one shard.", parse_size] = 64 * 2**20
 
     def __post_init__(self) -> None:
+        as_paths(self, "out")
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"`seed` must be from 0 to 2^64 - 1, not {self.seed}")
         if self.shard_bytes < 1:
@@ -61,7 +62,7 @@ class ShuffleOptions:
 
 
 def shuffle(
-    source: Path,
+    source: Path | str,
     options: ShuffleOptions,
     *,
     progress: Progress = no_progress,
@@ -79,6 +80,7 @@ def shuffle(
         UserError: `out` cannot be made, or the dataset cannot be shuffled.
         FormatError: the dataset is damaged.
     """
+    source = Path(source)
     shards = ShardSet.open(source)
     if not shards.num_documents:
         raise UserError(f"{source}: holds no document; there is nothing to shuffle")

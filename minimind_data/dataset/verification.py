@@ -37,7 +37,7 @@ class Verdict:
     """What to do about them, each once."""
 
 
-def verify(folder: Path, *, progress: Progress = no_progress) -> Verdict:
+def verify(folder: Path | str, *, progress: Progress = no_progress) -> Verdict:
     """Hold every file of a dataset against its checksum, several files at a time.
 
     Args:
@@ -47,6 +47,7 @@ def verify(folder: Path, *, progress: Progress = no_progress) -> Verdict:
     Raises:
         FormatError: there is no readable manifest to hold anything against.
     """
+    folder = Path(folder)
     files = _files(folder, Manifest.read(folder))
     problems: list[str] = []
     remedies: dict[str, None] = {}

@@ -43,14 +43,14 @@ class ShardWriter:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | str,
         name: str,
         dtype: TokenDtype,
         *,
         sequences_per_document: int = 1,
         masked: bool = False,
     ) -> None:
-        self._path = folder / f"{name}.bin"
+        self._path = Path(folder) / f"{name}.bin"
         self._dtype: TokenDtype = dtype
         self._sequences_per_document = sequences_per_document
         self._lengths: list[NDArray[np.int64]] = []

@@ -35,7 +35,7 @@ from minimind_data.inputs.hashes import InputHashes
 from minimind_data.inputs.sources import Source
 from minimind_data.interchange.base import Part, ReadOptions, TokenFiles, TokenFormat, WriteOptions
 from minimind_data.interchange.formats import ALIASES, FORMAT_NAMES, FORMATS, SHARDS, detect
-from minimind_data.options import parse_size
+from minimind_data.options import as_paths, parse_size
 from minimind_data.reporting import Progress, Report, no_progress
 from minimind_data.tokenizer.loading import SpecialTokens, Tokenizer, load_tokenizer
 
@@ -62,6 +62,7 @@ class ConvertOptions:
     pad_token: Annotated[str | None, "PAD, the token that fills windows, likewise."] = None
 
     def __post_init__(self) -> None:
+        as_paths(self, "out", "tokenizer")
         if self.shard_bytes < 1:
             raise ValueError(f"`shard_bytes` must be at least 1, not {self.shard_bytes}")
         if self.separator_id is not None and self.separator_id < 0:
@@ -91,7 +92,7 @@ class ConvertSummary:
 
 
 def convert(
-    source: Path,
+    source: Path | str,
     options: ConvertOptions,
     *,
     source_format: str = "auto",
@@ -110,6 +111,7 @@ def convert(
     Raises:
         UserError: the source is damaged or of another format, neither format is `shards`, or `out` cannot be made.
     """
+    source = Path(source)
     origin = detect(source) if source_format == "auto" else ALIASES.get(source_format, source_format)
     target = ALIASES.get(target_format, target_format)
     for name in (origin, target):

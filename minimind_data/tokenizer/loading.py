@@ -67,7 +67,7 @@ class SpecialTokens:
     pad: str | None = None
 
 
-def load_tokenizer(path: Path | None = None, special: SpecialTokens | None = None) -> Tokenizer:
+def load_tokenizer(path: Path | str | None = None, special: SpecialTokens | None = None) -> Tokenizer:
     """Load a tokenizer.json, and find its BOS, EOS and PAD.
 
     Args:
@@ -78,7 +78,7 @@ def load_tokenizer(path: Path | None = None, special: SpecialTokens | None = Non
     Raises:
         UserError: there is no such file, it is no tokenizer, or nothing says which token is BOS, EOS or PAD.
     """
-    path = DEFAULT_TOKENIZER if path is None else path
+    path = DEFAULT_TOKENIZER if path is None else Path(path)
     file = path / TOKENIZER_NAME if path.is_dir() else path
     try:
         text = file.read_bytes().decode()

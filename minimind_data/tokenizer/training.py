@@ -42,7 +42,7 @@ _MAX_VOCAB_SIZE = 2**22
 _SECONDS_TO_STOP = 1.0
 
 
-def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int = 6400) -> int:
+def train_tokenizer(texts: Iterable[str], out: Path | str, *, vocab_size: int = 6400) -> int:
     """Train a tokenizer and write it with its `tokenizer_config.json` and a chat template beside it.
 
     Args:
@@ -62,6 +62,7 @@ def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int = 6400) 
             f"{_MIN_VOCAB_SIZE}, and over {_MAX_VOCAB_SIZE:,} serve no model",
             option="vocab_size",
         )
+    out = Path(out)
     file = out if out.suffix == ".json" else out / TOKENIZER_NAME
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
