@@ -25,7 +25,7 @@ class MicroLoss(NamedTuple):
     """The sum of the losses of its terms (targets, or pairs); the loop divides by the number of terms of the step."""
     auxiliary: Tensor | None = None
     """A further loss, the mean over the windows of the micro-batch; it is weighted by their share of the windows of the step."""
-    measures: Mapping[str, Tensor] = {}
+    metrics: Mapping[str, Tensor] = {}
     """Further sums over the terms, logged as means; they have no gradient."""
 
 

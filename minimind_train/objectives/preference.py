@@ -62,7 +62,7 @@ class Preference(Objective):
         rewards = self.options.beta * (log_probs - reference)
         margins = rewards[:, 0] - rewards[:, 1]
         with torch.no_grad():
-            measures = {
+            metrics = {
                 "reward_margin": margins.sum(),
                 "reward_accuracy": (margins > 0).float().sum(),
                 "chosen_reward": rewards[:, 0].sum(),
@@ -70,7 +70,7 @@ class Preference(Objective):
                 "chosen_log_prob": log_probs[:, 0].sum(),
                 "rejected_log_prob": log_probs[:, 1].sum(),
             }
-        return MicroLoss(self._losses(margins).sum(), auxiliary=balance, measures=measures)
+        return MicroLoss(self._losses(margins).sum(), auxiliary=balance, metrics=metrics)
 
     def _losses(self, margins: Tensor) -> Tensor:
         beta, smoothing = self.options.beta, self.options.label_smoothing

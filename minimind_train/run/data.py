@@ -149,7 +149,7 @@ class RunData:
         return open_evaluator(
             shards,
             num_windows=self._validation.val_batches * training.global_batch or None,
-            batch=training.micro_batch,
+            batch_size=training.micro_batch,
             compute=compute,
             say=self._say,
             **window_options(self._data),

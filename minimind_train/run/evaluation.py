@@ -96,7 +96,7 @@ def evaluate_run(
     evaluator = open_evaluator(
         shards,
         num_windows=num_windows,
-        batch=batch,
+        batch_size=batch,
         compute=compute,
         say=say,
         **window_options(data),

@@ -97,7 +97,7 @@ class RankJob:
                 remedy="pass `val_shards`, or leave it out",
                 option="save_best",
             )
-        self._measured_on = self.evaluator.measures_on if self.evaluator else None
+        self._windows_key = self.evaluator.windows_key if self.evaluator else None
 
     def reweight(self, position: int) -> None:
         """Let other weights of a mixture hold from a position on."""
@@ -172,7 +172,7 @@ class RankJob:
             skipped=latest.state.skipped_steps if latest else 0,
             say=self.say,
         )
-        best = best_of(self.run, last_step=step, measured_on=self._measured_on) if latest else None
+        best = best_of(self.run, last_step=step, measured_on=self._windows_key) if latest else None
         # All ranks write a checkpoint together where each holds a part of it, else rank 0 alone.
         writers = world.with_own_group() if learner.is_sharded else ALONE if world.is_main else None
         tracked = TrackedRun(
@@ -228,7 +228,7 @@ class RankJob:
                 loss_scale=scale.state_dict() if scale else None,
                 skipped_steps=guard.skipped,
                 val_loss=record.get("val_loss"),
-                val_on=self._measured_on if "val_loss" in record else None,
+                val_on=self._windows_key if "val_loss" in record else None,
             )
 
         tensors = partial(tensors_of, learner.model, learner.optimizer)

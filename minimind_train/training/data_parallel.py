@@ -1,15 +1,15 @@
-"""One objective on several ranks: how the passes of each become one gradient, and where the weights are.
+"""Data parallelism: one objective on several ranks, whose gradients are averaged.
 
-`ddp`: every rank has all weights and all of the optimizer's state; gradients are averaged while the last backward pass of a step
-still runs. It is the quickest where a device has room for 16 bytes a parameter.
+`ddp`: every rank has all weights and the whole state of the optimizer. Gradients are averaged while the last backward pass of a step is
+still running. It is the fastest where a device has room for 16 bytes a parameter.
 
-`fsdp`: every rank has its share of the rows of every weight, its gradient and its state (`fully_shard`, FSDP2). A layer's weights come
-together for its pass and go apart again. In bf16 and fp16 they come together in that dtype, while those that are kept, the residual
-stream and the sums of gradients are float32. The embedding, whose output is the residual stream, comes together in float32.
+`fsdp`: every rank has a shard of each weight, of its gradient and of its optimizer state, by rows (`fully_shard`, FSDP2). A layer's weights
+are gathered for its pass and freed afterwards: in bf16 or fp16 if that is the dtype, while the shards, the residual stream and the sums of
+gradients are float32. The embedding, whose output is the residual stream, is gathered in float32.
 
-Both average gradients over the ranks. The step multiplies its losses by the number of ranks, so that averages are sums. In passes before the
-last of a step there is no gradient traffic; `fsdp` pays for that by holding whole gradients on every rank from the first pass to the last,
-so where memory is short one pass a step, a micro-batch of the global batch over the ranks, takes the least.
+Both average gradients over the ranks. The step multiplies its loss by the number of ranks, so that the averages are sums. Only the last
+pass of a step has gradient traffic. For that, `fsdp` holds unsharded gradients on every rank from the first pass to the last; so where
+memory is short, make only one pass in a step, with a micro-batch of the global batch over the number of ranks.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ def parallelize(objective: Objective, compute: Compute, parallel: Parallel) -> n
         return DistributedDataParallel(
             objective.to(device),
             device_ids=[device] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,  # the gradients are not held a second time
+            gradient_as_bucket_view=True,  # so that no second copy of the gradients is held
         )
     from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 - takes a second
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: PLC0415
@@ -63,7 +63,7 @@ def parallelize(objective: Objective, compute: Compute, parallel: Parallel) -> n
 
 
 def gradient_sync(objective: nn.Module, *, enabled: bool) -> AbstractContextManager[object]:
-    """Return the context of a forward and backward pass in which gradients are averaged over the ranks, or are not."""
+    """Return the context of a forward and backward pass, with averaging of gradients over the ranks or without."""
     if isinstance(objective, DistributedDataParallel):
         return contextlib.nullcontext() if enabled else objective.no_sync()
     if sync := getattr(objective, "set_requires_gradient_sync", None):  # it is sharded
@@ -72,11 +72,11 @@ def gradient_sync(objective: nn.Module, *, enabled: bool) -> AbstractContextMana
 
 
 def settle(learner: Learner, micro_batch: Mapping[str, Tensor]) -> None:
-    """Before the first step of a process: make one pass with gradient traffic that no weight moves by. All ranks must call this.
+    """Before the first step of a process, make one pass with gradient traffic that updates nothing. All ranks must call this.
 
-    `DistributedDataParallel` lays its buckets out anew after its first such pass, in the order in which gradients came. A sum over three
-    ranks or more depends, in its last bits, on where in a bucket a gradient lies, so the first step of a resumed process would sum
-    otherwise than that of one that never stopped. After this pass all steps sum alike. The step zeroes the gradients that are left behind.
+    `DistributedDataParallel` lays out its buckets anew after the first such pass, in the order in which gradients arrived. With three ranks
+    or more, the last bits of a sum depend on where in a bucket a gradient lies, so the first step of a resumed process would differ from
+    that of a process that never stopped. After this pass all steps sum alike. The next step zeroes the gradients that this one leaves.
     """
     if not isinstance(learner.wrapped, DistributedDataParallel):
         return
@@ -91,8 +91,8 @@ def unsharded(learner: Learner) -> Iterator[None]:
     """Make the learner's model callable by itself inside the block, which all ranks must enter.
 
     `fully_shard` gathers the parameters outside of the layers (embedding, last norm, output matrix) only for a pass of the objective. So
-    they are gathered here for the whole block; and as layers are gathered in the dtype of matrix products, the block runs inside of
-    the context of a forward pass. Nothing is done where the objective is not sharded.
+    they are gathered here for the whole block. Layers are gathered in the dtype of matrix products, so the block runs in the context
+    of a forward pass. If the objective is not sharded, this does nothing.
     """
     unshard, reshard = (getattr(learner.objective, name, None) for name in ("unshard", "reshard"))
     if unshard is None or reshard is None:

@@ -1,10 +1,10 @@
-"""How well a model knows a text that it does not learn: loss, perplexity and bits per byte; of pairs, what their objective measures.
+"""Evaluation on a dataset that is not trained on: loss, perplexity and bits per byte; for pairs, the loss and metrics of their objective.
 
-The windows are the same every time, so two numbers can be compared, and so can two runs. **loss** is the mean over all learned
-targets, in nats; **perplexity** is its exponential. **bits per byte** is what the model needs for the text, all targets together, over
-the bytes of the text in UTF-8; it does not depend on the vocabulary. Special tokens are no text: they cost bits and count no bytes.
+The windows are the same every time, so evaluations of a run, or of two runs, can be compared. **loss** is the mean over all learned
+targets, in nats, and **perplexity** is its exponential. **bits per byte** is the loss of all targets in bits, over the bytes of their text
+in UTF-8; it does not depend on the vocabulary. Special tokens are not text: they add to the bits but not to the bytes.
 
-Measuring leaves no trace in a run: it draws no random number, moves no weight, and puts the model back into training.
+An evaluation changes nothing in a run: it draws no random number, moves no weight, and leaves the model in training mode.
 """
 
 import math
@@ -31,38 +31,36 @@ from minimind_train.training.learner import Compute
 __all__ = ["Evaluation", "Evaluator", "open_evaluator", "validation"]
 
 _MAX_EXPONENT = 700.0
-"""Above it a perplexity is no float; a model that bad is told by its loss."""
+"""A perplexity above its exponential is no float; for a model that bad the loss says enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What came out."""
+    """The numbers of an evaluation."""
 
     loss: float
     """Nats per learned target; of pairs, the objective's loss per pair."""
     perplexity: float | None = None
-    """As the three below, of text alone."""
+    """For text only, as are the three below."""
     bits_per_byte: float | None = None
     targets: int | None = None
     """Learned targets."""
     bytes: int | None = None
-    """Of their text."""
+    """Bytes of their text."""
     pairs: int | None = None
-    measures: Mapping[str, float] = field(default_factory=dict)
-    """What else the objective measures, as means over the pairs."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Other metrics of the objective, as means over the pairs."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what there is, by name."""
+        """Return the numbers that there are, by name."""
         values = {name: value for name, value in asdict(self).items() if value is not None}
-        del values["measures"]
-        return {**values, **self.measures}
+        del values["metrics"]
+        return {**values, **self.metrics}
 
     def __str__(self) -> str:
-        """Say it in a line."""
+        """Return the numbers in one line."""
         if self.pairs is not None:
-            means = ", ".join(
-                f"{name.replace('_', ' ')} {value:.4f}" for name, value in self.measures.items()
-            )
+            means = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in self.metrics.items())
             return f"loss {self.loss:.4f}, {means} ({self.pairs:,} pairs)"
         return (
             f"loss {self.loss:.4f}, perplexity {self.perplexity:,.2f}, {self.bits_per_byte:.4f} bits a byte "
@@ -71,18 +69,18 @@ class Evaluation:
 
 
 class Evaluator:
-    """Measures models on fixed windows of a dataset.
+    """Evaluates models on fixed windows of a dataset.
 
     Args:
-        windows: the dataset, cut as the model is used to.
-        tokenizer: the dataset's, which tells how many bytes its text has; None for pairs, which are not measured by the byte.
+        windows: the dataset's windows, in the layout and length that the model was trained with.
+        tokenizer: the dataset's, for counting the bytes of its text; None for pairs, which have no bits per byte.
         num_windows: how many of the windows, spread evenly; None takes all.
-        batch: windows that go through the model at once.
-        compute: where the model is, and the ranks that take the batches in turn.
+        batch_size: windows in one forward pass.
+        compute: where the model is. If there are several ranks, each evaluates its share of the batches.
 
     Attributes:
-        windows: as they were given.
-        samples: where samples are read: the windows, or what gives more for each of them.
+        windows: the windows passed.
+        samples: where batches are read from: the windows, or a `WindowSource` that adds to them.
 
     Raises:
         UserError: there is no text in these windows.
@@ -94,38 +92,38 @@ class Evaluator:
         tokenizer: Tokenizer | None,
         *,
         num_windows: int | None,
-        batch: int,
+        batch_size: int,
         compute: Compute,
     ) -> None:
         self.windows = windows
         self.samples: WindowSource = windows
         self._count = min(num_windows or len(windows), len(windows))
-        self._batch = batch
+        self._batch_size = batch_size
         self._compute = compute
         self._bytes_of = _byte_counter(tokenizer) if tokenizer else None
         self._num_bytes: int | None = None  # the same every time, so counted once
         if self._bytes_of and not any(self._bytes_of(samples) for samples in self._batches()):
             raise UserError(
-                f"{windows.shards.folder}: the {self._count:,} windows to measure on hold no text; take more of them or another dataset"
+                f"{windows.shards.folder}: the {self._count:,} windows for validation hold no text; take more of them or another dataset"
             )
 
     @property
     def num_windows(self) -> int:
-        """How many windows are measured."""
+        """How many windows are evaluated."""
         return self._count
 
     @property
-    def measures_on(self) -> str:
-        """What losses can be compared: a name of the dataset and of the windows that are taken of it."""
+    def windows_key(self) -> str:
+        """Names the dataset and the windows taken from it; only losses with the same key can be compared."""
         windows = self.windows
         return f"{windows.shards.manifest.fingerprint[:16]} {self._count} {windows.layout} {windows.seq_len}"
 
     def measure(self, objective: Objective, *, report: Callable[[int], object] | None = None) -> Evaluation:
-        """Return what the objective's model makes of the windows; it is left in the mode that it was in.
+        """Evaluate the objective's model, and leave it in the mode that it was in.
 
         Args:
-            objective: with the model.
-            report: told after each batch how many windows it had.
+            objective: over the model.
+            report: called after each batch with its number of windows.
 
         Raises:
             UserError: the loss is not finite.
@@ -133,7 +131,7 @@ class Evaluator:
         was_training = objective.training
         objective.eval()
         loss_sum, num_terms, num_bytes = 0.0, 0, 0
-        measured: dict[str, float] = {}
+        metric_sums: dict[str, float] = {}
         try:
             with torch.no_grad(), self._compute.forward():
                 for samples, counts in self._own_batches():
@@ -141,21 +139,21 @@ class Evaluator:
                         name: torch.from_numpy(array).to(self._compute.device)
                         for name, array in samples.items()
                     }
-                    found = objective(tensors)
+                    losses = objective(tensors)
                     if report:
                         report(len(next(iter(samples.values()))))
-                    for name, value in found.measures.items():
-                        measured[name] = measured.get(name, 0.0) + float(value) * counts
+                    for name, value in losses.metrics.items():
+                        metric_sums[name] = metric_sums.get(name, 0.0) + float(value) * counts
                     if not counts:
                         continue
-                    loss_sum += float(found.summed)
+                    loss_sum += float(losses.summed)
                     num_terms += objective.num_terms(samples)
                     if self._bytes_of and self._num_bytes is None:
                         num_bytes += self._bytes_of(samples)
         finally:
             objective.train(was_training)
         loss_sum, terms, text_bytes, *sums = self._compute.world.all_reduce_sum(
-            (loss_sum, num_terms, num_bytes, *measured.values())
+            (loss_sum, num_terms, num_bytes, *metric_sums.values())
         )
         num_terms, num_bytes = int(terms), int(text_bytes)
         if self._num_bytes is None:
@@ -163,11 +161,11 @@ class Evaluator:
         loss = loss_sum / num_terms
         if not math.isfinite(loss):
             raise UserError(
-                f"{self.windows.shards.folder}: the model's loss there is {loss}; go back to an earlier checkpoint"
+                f"{self.windows.shards.folder}: the model's loss on it is {loss}; go back to an earlier checkpoint"
             )
         if not self._bytes_of:
-            means = {name: value / num_terms for name, value in zip(measured, sums, strict=True)}
-            return Evaluation(loss=loss, pairs=num_terms, measures=means)
+            means = {name: value / num_terms for name, value in zip(metric_sums, sums, strict=True)}
+            return Evaluation(loss=loss, pairs=num_terms, metrics=means)
         return Evaluation(
             loss=loss,
             perplexity=math.exp(min(loss, _MAX_EXPONENT)),
@@ -177,25 +175,25 @@ class Evaluator:
         )
 
     def _batches(self) -> Iterator[dict[str, NDArray[np.int64]]]:
-        return map(self._fetched, self._firsts)
+        return map(self._batch_at, self._firsts)
 
     def _own_batches(self) -> Iterator[tuple[dict[str, NDArray[np.int64]], bool]]:
-        """Yield this rank's batches, and whether they count: in a pass that all ranks make together, each needs one to make."""
+        """Yield this rank's batches, and whether they count; one that does not makes up for a pass that only other ranks have."""
         world = self._compute.world
         own = self._firsts[world.rank :: world.size]
         for first in own:
-            yield self._fetched(first), True
+            yield self._batch_at(first), True
         if len(own) * world.size < len(self._firsts):
-            yield self._fetched(0), False
+            yield self._batch_at(0), False
 
     @property
     def _firsts(self) -> range:
         """The first of the windows of each batch."""
-        return range(0, self._count, self._batch)
+        return range(0, self._count, self._batch_size)
 
-    def _fetched(self, first: int) -> dict[str, NDArray[np.int64]]:
-        numbers = np.arange(first, min(first + self._batch, self._count), dtype=np.int64)
-        # Nothing is balanced outside of training, so what is trimmed changes nothing, with experts either.
+    def _batch_at(self, first: int) -> dict[str, NDArray[np.int64]]:
+        numbers = np.arange(first, min(first + self._batch_size, self._count), dtype=np.int64)
+        # Outside of training no expert is balanced, so trimming changes nothing for experts either.
         return trimmed(self.samples.fetch(numbers * len(self.samples) // self._count))
 
 
@@ -203,12 +201,12 @@ def open_evaluator(
     shards: ShardSet,
     *,
     num_windows: int | None,
-    batch: int,
+    batch_size: int,
     compute: Compute,
     say: Say,
     **options: Any,
 ) -> Evaluator:
-    """Return what measures on a dataset; `options` are those of `open_windows`, the others those of `Evaluator`.
+    """Return the evaluator of a dataset; `options` are those of `open_windows`, the others those of `Evaluator`.
 
     Raises:
         UserError: the dataset has no such window, or there is no text in them.
@@ -218,15 +216,15 @@ def open_evaluator(
     if shards.manifest.kind != "dpo":
         text = shards.tokenizer_json
         tokenizer = cached_tokenizer(text, shards.manifest.tokenizer)
-    return Evaluator(windows, tokenizer, num_windows=num_windows, batch=batch, compute=compute)
+    return Evaluator(windows, tokenizer, num_windows=num_windows, batch_size=batch_size, compute=compute)
 
 
 def validation(
     evaluator: Evaluator | None, objective: Objective, *, every: int, total_steps: int
 ) -> Callable[[int], dict[str, Any]]:
-    """Return what a loop calls after each step: it measures where that is due, and returns what metrics say of it.
+    """Return the validation that a loop calls after each step: where it is due, it evaluates and returns the metrics.
 
-    Without an evaluator it never does.
+    Without an evaluator it never is.
     """
 
     def validate(step: int) -> dict[str, Any]:
@@ -239,7 +237,7 @@ def validation(
 
 
 def _byte_counter(tokenizer: Tokenizer) -> Callable[[dict[str, NDArray[np.int64]]], int]:
-    """Return what counts the bytes of the text in a batch's targets: exactly where tokens are bytes, else by decoding."""
+    """Return a function that counts the bytes of text in a batch's targets: by a table where tokens are bytes, else by decoding."""
     token_bytes = token_bytes_of(tokenizer)
     if not token_bytes.is_exact:
         return lambda samples: sum(
@@ -257,14 +255,14 @@ def _byte_counter(tokenizer: Tokenizer) -> Callable[[dict[str, NDArray[np.int64]
 
 
 def _decoded_bytes(tokenizer: Tokenizer, input_ids: NDArray[np.int64], targets: NDArray[np.int64]) -> int:
-    """Return the bytes that the targets of a window add to what stands before them."""
+    """Return how many bytes the targets of a window add to the text before them."""
     learned = np.flatnonzero(targets != IGNORED)
     if not learned.size:
         return 0
-    # With the token before them, as many decoders leave out a space at the beginning.
+    # Decoded with the token before them, as many decoders drop a leading space.
     before = [int(input_ids[learned[0]])]
-    whole, begun = (
+    text, text_before = (
         tokenizer.reference.decode(ids, skip_special_tokens=True)
         for ids in (before + targets[learned].tolist(), before)
     )
-    return len(whole.encode()) - len(begun.encode())
+    return len(text.encode()) - len(text_before.encode())

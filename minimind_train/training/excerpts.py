@@ -1,7 +1,7 @@
-"""What a model writes as it learns: a few words after fixed prompts, every so many steps.
+"""Excerpts: what the model writes after fixed prompts, at intervals during training.
 
-Looking leaves no trace in a run: the random numbers are of a generator of their own, the same every time, so what changes from one
-excerpt to the next is the model.
+They change nothing in a run. Their random numbers come from a generator of their own and are the same every time, so two excerpts differ
+only by the model.
 """
 
 from collections.abc import Callable
@@ -16,21 +16,21 @@ from minimind_train.training.learner import Learner
 from minimind_train.training.options import ExcerptOptions
 
 Show = Callable[[int, str, str], None]
-"""Takes the step, a name for the prompt, and the prompt with what was written after it."""
+"""Takes the step, a name for the prompt, and the prompt with the text written after it."""
 
 
 class Excerpts:
-    """Lets a model write, every so many steps.
+    """Lets the model write at intervals.
 
     Args:
-        learner: whose model writes, as it learns; it is left in the mode that it was in.
-        config: how often, after what.
+        learner: whose model writes; it is left in the mode that it was in.
+        config: how often, and after which prompts.
         tokenizer: the run's.
         say: takes each excerpt as a line for the user.
         show: takes each excerpt for trackers.
 
     Raises:
-        UserError: a prompt leaves the model no room.
+        UserError: a prompt is longer than the model can read.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Excerpts:
             )
 
     def after_step(self, step: int) -> None:
-        """Write where that is due."""
+        """Write an excerpt for each prompt, if any are due."""
         if step % self._every:
             return
         info, tokenizer = self._tokenizer.info, self._tokenizer.reference

@@ -1,7 +1,7 @@
 """The only training loop: step after step, with metrics, validation, checkpoints and requests to stop in between.
 
-A phase (pre-training, …) brings its objective and the batches; one step is in `step`. No random state is carried from step to step, so a run that
-resumes at step s does what an uninterrupted one does.
+A phase (pre-training, …) brings its objective and the batches; one step is in `step`. No random state is carried from step to step, so a run
+that resumes at step s does what an uninterrupted one does.
 """
 
 import time
@@ -183,5 +183,5 @@ def _numbers(result: StepResult) -> dict[str, Any]:
         **({} if result.grad_norm is None else {"grad_norm": result.grad_norm}),
         "targets": result.num_targets,
         **({} if result.auxiliary is None else {"auxiliary_loss": result.auxiliary}),
-        **result.measures,
+        **result.metrics,
     }

@@ -1,6 +1,6 @@
-"""Steps whose loss or gradient is not finite: which samples caused one, and whether the run goes on.
+"""Steps whose loss or gradient is not finite: which samples caused it, and whether the run goes on.
 
-That a step is not finite is found in `step`; overflows that fp16 repairs by a smaller scale are in `precision`.
+`training.step` notices such a step; overflows that fp16 makes up for by a smaller loss scale are in `model.precision`.
 """
 
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ class NonfiniteGuard:
     """Decides whether a run goes on after a step whose loss or gradient is not finite, and says which samples caused it.
 
     Args:
-        learner: what learns, on ranks that all come to the same decision.
+        learner: what learns. All its ranks come to the same decision.
         policy: stop at the first such step, or skip it.
         run: the run's folder.
-        skipped: steps that were skipped so far.
+        skipped: steps that were skipped before this part of the run.
         say: takes lines for the user.
 
     Attributes:
-        skipped: steps that were skipped in all.
+        skipped: all steps that were skipped.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class NonfiniteGuard:
     def handle(
         self, error: NotFiniteError, step: int, batch: StepBatch, *, positions: NDArray[np.int64]
     ) -> None:
-        """Count a step that moved no weight, and name the positions whose loss alone is not finite.
+        """Count a step that updated no weight, and name the positions that are not finite by themselves.
 
         Args:
-            error: what was not finite.
+            error: says what was not finite.
             step: the step's number.
-            batch: this rank's share of what it was to learn.
+            batch: this rank's share of the step.
             positions: those of the whole step.
 
         Raises:
@@ -67,13 +67,15 @@ class NonfiniteGuard:
         self._in_a_row = self._in_a_row + 1 if step == self._last_step + 1 else 1
         self._last_step = step
         self.skipped += 1
-        guilty = self._blamed(batch, positions)
-        ranges = Skips.of([f"{position}:{position + 1}" for position in guilty]).as_texts()
-        shown = (
-            f"from {_shown(guilty)} of the" if guilty else "from no window alone but from the whole of the"
+        culprits = self._culprits(batch, positions)
+        ranges = Skips.of([f"{position}:{position + 1}" for position in culprits]).as_texts()
+        origin = (
+            f"from {_listed(culprits)} of the"
+            if culprits
+            else "from no window alone but from the whole of the"
         )
-        what = f"{error} at step {step}, {shown} positions {batch.start} to {batch.stop - 1}"
-        look = f"look there with `locate({self._run!r}, position={(*guilty, batch.start)[0]})`"
+        what = f"{error} at step {step}, {origin} positions {batch.start} to {batch.stop - 1}"
+        look = f"look there with `locate({self._run!r}, position={(*culprits, batch.start)[0]})`"
         if self._policy == "skip" and self._in_a_row < MOST_IN_A_ROW:
             self._say(
                 f"{what}; the step is skipped ({self._in_a_row} in a row, at {MOST_IN_A_ROW} the run ends); {look}"
@@ -88,8 +90,8 @@ class NonfiniteGuard:
             option="on_nonfinite",
         )
 
-    def _blamed(self, batch: StepBatch, positions: NDArray[np.int64]) -> list[int]:
-        """Return the positions whose windows have, each alone, a loss that is not finite; none where only the gradient is not."""
+    def _culprits(self, batch: StepBatch, positions: NDArray[np.int64]) -> list[int]:
+        """Return the positions whose windows alone have a loss that is not finite; none if only the gradient is not finite."""
         world = self._learner.compute.world
         windows = [
             {name: tensor[row : row + 1] for name, tensor in micro_batch.items()}
@@ -101,18 +103,18 @@ class NonfiniteGuard:
         flags = [0.0] * len(positions)
         for row in range(-(-len(positions) // world.size)):
             number = world.rank + row * world.size
-            # Ranks whose weights are spread over all of them must make as many passes each.
+            # Where weights are sharded, all ranks must make the same number of passes.
             window = windows[row] if number < len(positions) else (batch.padding_batch or windows[0])
             with torch.no_grad(), self._learner.compute.forward():
                 loss = self._learner.objective(window).summed
             if number < len(positions):
                 flags[number] = float(not loss.isfinite())
-        guilty = np.array(world.all_reduce_sum(flags)) > 0
-        blamed: list[int] = positions[guilty].tolist()
-        return blamed
+        is_culprit = np.array(world.all_reduce_sum(flags)) > 0
+        culprits: list[int] = positions[is_culprit].tolist()
+        return culprits
 
 
-def _shown(positions: Sequence[int]) -> str:
+def _listed(positions: Sequence[int]) -> str:
     most = 5
     listed = ", ".join(map(str, positions[:most]))
     more = f" and {len(positions) - most} more" if len(positions) > most else ""

@@ -1,11 +1,10 @@
-"""How the weights move: AdamW or Muon, MiniMind's cosine schedule, clipping of the gradient.
+"""The optimizer: AdamW or Muon, MiniMind's cosine schedule, clipping of the gradient.
 
-Muon (https://kellerjordan.github.io/posts/muon/) moves a matrix by its momentum with all singular values brought near 1. It is
-made for the matrices inside of layers; embeddings, the output matrix, norms and routers are AdamW's in either case. Its steps are
-scaled as in https://arxiv.org/abs/2502.16982, 2.2, to about the size of AdamW's, so one learning rate, one schedule and one weight
-decay are for both.
+Muon (https://kellerjordan.github.io/posts/muon/) updates a matrix by its momentum, with all singular values brought near 1. It is for the
+matrices inside the layers; embeddings, the output matrix, norms and routers always use AdamW. Muon's updates are scaled as in
+https://arxiv.org/abs/2502.16982, 2.2, to about the size of AdamW's, so both share one learning rate, one schedule and one weight decay.
 
-The learning rate is a function of the step, so nothing about it is stored.
+The learning rate is a function of the step, so no state of a schedule is stored.
 """
 
 import math
@@ -23,7 +22,7 @@ from minimind_train.training.options import OptimizerOptions
 def learning_rate(step: int, total_steps: int, config: OptimizerOptions) -> float:
     """Return the learning rate of `step`, counted from 1 to `total_steps`.
 
-    Half a cosine from just under the peak down to a tenth of it, scaled up linearly during the warm-up.
+    Half a cosine, from just below the peak down to a tenth of it, times a linear rise during the warmup.
 
     Raises:
         ValueError: `step` is not one of the run's steps.
@@ -35,7 +34,7 @@ def learning_rate(step: int, total_steps: int, config: OptimizerOptions) -> floa
 
 
 def make_optimizer(model: nn.Module, config: OptimizerOptions) -> Optimizer:
-    """Return the optimizer of all parameters of `model` that are learned; the loop sets the learning rate before each step.
+    """Return the optimizer of all trainable parameters of `model`; the learning rate is set before each step.
 
     AdamW's fused kernel is the fastest on CPU and CUDA alike, gives the same bits every time, and its state (`step`, `exp_avg`,
     `exp_avg_sq`) is plain float32 tensors, as Muon's (`momentum_buffer`) is.
@@ -64,7 +63,7 @@ def make_optimizer(model: nn.Module, config: OptimizerOptions) -> Optimizer:
             remedy="update torch, or take `optimizer` adamw",
             option="optimizer",
         )
-    return _Together(
+    return _CombinedOptimizer(
         muon(
             [learned[name] for name in learned if name in matrices],
             lr=config.learning_rate,
@@ -80,31 +79,31 @@ def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     return ".layers." in name and parameter.ndim == 2 and not name.endswith(".mlp.gate.weight")
 
 
-class _Together(Optimizer):
-    """Optimizers that are one to whoever steps, saves and restores them.
+class _CombinedOptimizer(Optimizer):
+    """Several optimizers that step, save and restore as one.
 
-    The groups of parameters and the state are this one's; the parts only know how to move what is theirs.
+    It owns the groups of parameters and the state; each of the optimizers updates its own groups.
     """
 
-    def __init__(self, *parts: Optimizer) -> None:
-        super().__init__([group for part in parts for group in part.param_groups], {})
-        self._parts = parts
+    def __init__(self, *optimizers: Optimizer) -> None:
+        super().__init__([group for each in optimizers for group in each.param_groups], {})
+        self._optimizers = optimizers
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move all weights."""
+        """Update all weights."""
         assert closure is None
         groups = iter(self.param_groups)
-        for part in self._parts:
-            # Both are other objects once a state has been loaded.
-            part.param_groups, part.state = [next(groups) for _ in part.param_groups], self.state
-            part.step()
+        for each in self._optimizers:
+            # Loading a state replaces both, so they are passed on before each step.
+            each.param_groups, each.state = [next(groups) for _ in each.param_groups], self.state
+            each.step()
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float, *, scale: float = 1.0) -> Tensor:
-    """Scale the gradients down to a joint norm of `max_norm` at most (0: any), and return the norm they had.
+    """Scale the gradients down to a total norm of at most `max_norm` (0: no limit), and return the norm that they had.
 
-    Gradients that were computed of `scale` times the loss are divided by it first.
+    Gradients of a loss that was multiplied by `scale` are divided by it first.
     """
     parameters = list(parameters)
     if scale != 1:

@@ -19,7 +19,7 @@ from minimind_train.training.optim import clip_gradients
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """The numbers of one step, over all ranks."""
+    """What one step gave, over all ranks."""
 
     loss: float
     """Mean over the terms of the global batch."""
@@ -27,8 +27,8 @@ class StepResult:
     """Before clipping; None where it overflowed in fp16, so that the step moved nothing."""
     auxiliary: float | None
     """Mean over the windows of the global batch; None where the objective has none."""
-    measures: dict[str, float]
-    """Means over the terms."""
+    metrics: dict[str, float]
+    """Other metrics of the objective: means over the terms."""
     num_targets: int
     """Learned targets of the global batch."""
     num_tokens: int
@@ -36,14 +36,14 @@ class StepResult:
 
 
 class NotFiniteError(Exception):
-    """The loss or the gradient of a step is not finite, so no rank has updated its weights; the message is a clause that says which."""
+    """The loss or the gradient of a step is not finite, so no rank updated its weights; the message is a clause that says which of them."""
 
 
 def take_step(learner: Learner, batch: StepBatch, *, rate: float) -> StepResult:
     """Update the weights by one global batch.
 
     Args:
-        learner: whose weights move. Its loss scale counts the step.
+        learner: whose weights are updated. Its loss scale counts the step.
         batch: this rank's share of the step's samples.
         rate: the learning rate.
 
@@ -85,10 +85,8 @@ def take_step(learner: Learner, batch: StepBatch, *, rate: float) -> StepResult:
         loss=here["loss"],
         grad_norm=None if skipped else norm_here,
         auxiliary=here.get("auxiliary"),
-        measures={
-            name.removeprefix("measure "): value
-            for name, value in here.items()
-            if name.startswith("measure ")
+        metrics={
+            name.removeprefix("metric "): value for name, value in here.items() if name.startswith("metric ")
         },
         num_targets=num_targets,
         num_tokens=num_tokens,
@@ -98,19 +96,19 @@ def take_step(learner: Learner, batch: StepBatch, *, rate: float) -> StepResult:
 def _add_losses(
     sums: dict[str, torch.Tensor], losses: MicroLoss, *, counts: int, num_terms: int, share: float
 ) -> torch.Tensor:
-    """Add what a pass gave to the sums of the step, and return what is to be learned of it, float32 [].
+    """Add the losses of a pass to the sums of the step, and return the loss to compute gradients of, float32 [].
 
     Args:
         sums: by name, on the device.
         losses: of one micro-batch.
         counts: 1, or 0 for a padding batch.
         num_terms: terms of the whole step.
-        share: of the step's windows, those of this micro-batch; 0 for a padding batch.
+        share: the share of this micro-batch in the step's windows; 0 for a padding batch.
     """
     learned = losses.summed * counts / num_terms
     _add(sums, "loss", learned)
-    for name, value in losses.measures.items():
-        _add(sums, f"measure {name}", value * counts / num_terms)
+    for name, value in losses.metrics.items():
+        _add(sums, f"metric {name}", value * counts / num_terms)
     if losses.auxiliary is not None:
         auxiliary = losses.auxiliary * share
         _add(sums, "auxiliary", auxiliary)

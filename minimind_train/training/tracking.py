@@ -1,12 +1,12 @@
-"""Metrics where others look at them: TensorBoard, Weights & Biases, SwanLab.
+"""Trackers: metrics in TensorBoard, Weights & Biases and SwanLab.
 
-`metrics.jsonl` is the record of a run; what is here shows it. So nothing that a tracker does or fails to do ends a run: what cannot begin
-is told in one sentence, what fails later is told once and left alone from then on.
+`metrics.jsonl` is the record of a run, and trackers only show it. So a run goes on whatever a tracker does: if one cannot start, or fails
+later, the user is told once and it is not used again.
 
-After a resume the same run goes on. TensorBoard's events after the checkpoint are marked as void (`purge_step`) and written again. The
-others keep what they were sent, so steps that had been sent before the run was stopped are not sent again; they are the same numbers
-unless an option was changed. Their run's id is kept in `tracking/ids.json`. Whether they are online, and who the user is there, is said as
-their own documentation says it (WANDB_MODE, SWANLAB_MODE, a login).
+After a resume the tracker's run is continued. TensorBoard's events after the checkpoint are marked as void (`purge_step`) and written
+again. The other trackers keep what they have, so steps that were sent before the run stopped are not sent again; their numbers are the
+same unless an option was changed. The ids of their runs are in `tracking/ids.json`. They take their mode and the user's login from where
+their own documentation says (WANDB_MODE, SWANLAB_MODE, a login).
 """
 
 import contextlib
@@ -28,20 +28,20 @@ _IDS_NAME = "ids.json"
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
-    """What trackers know of a run."""
+    """What trackers are told about a run."""
 
     folder: Path
     project: str
     options: Mapping[str, Any]
     step: int
-    """Steps that are done."""
+    """Completed steps."""
 
 
 class Tracker(Protocol):
-    """One of the services, for one run."""
+    """One tracker, for one run."""
 
     rewinds: bool
-    """Whether it forgets the numbers of the steps that the run takes again; texts are kept by all."""
+    """Whether it drops the numbers of steps that are trained again after a resume. (All trackers keep texts.)"""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Take the numbers of a step."""
@@ -50,16 +50,16 @@ class Tracker(Protocol):
         """Take a text that belongs to a step."""
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send what has not been sent yet."""
 
 
 class Trackers:
-    """Writes lines of metrics to their file, and shows them in the run's trackers; a context manager.
+    """Writes lines of metrics to their file and sends them to the run's trackers; a context manager.
 
     Args:
         metrics: the file.
         names: the trackers.
-        run: what they know of it.
+        run: what they are told about the run.
         say: takes lines for the user.
     """
 
@@ -70,21 +70,21 @@ class Trackers:
         self._say = say
         self._trackers: dict[str, Tracker] = {}
         self._sent_until: dict[str, int] = {}
-        known = _read_ids(run.folder)
+        known_ids = _read_ids(run.folder)
         ids: dict[str, str] = {
-            name: known.get(name) or secrets.token_hex(8) for name in names if name != "tensorboard"
+            name: known_ids.get(name) or secrets.token_hex(8) for name in names if name != "tensorboard"
         }
-        if ids.items() - known.items():
+        if ids.items() - known_ids.items():
             (run.folder / FOLDER_NAME).mkdir(exist_ok=True)
-            write_atomic(run.folder / FOLDER_NAME / _IDS_NAME, json.dumps(known | ids, indent=1) + "\n")
-        known_here = {*known, *(["tensorboard"] if _tensorboard_folder(run.folder).exists() else [])}
+            write_atomic(run.folder / FOLDER_NAME / _IDS_NAME, json.dumps(known_ids | ids, indent=1) + "\n")
+        former_trackers = {*known_ids, *(["tensorboard"] if _tensorboard_folder(run.folder).exists() else [])}
         for name in names:
-            # A tracker that is new here has been told nothing yet, whatever the metrics had come to.
-            self._sent_until[name] = metrics.former_last_step if name in known_here else 0
-            self._begin(name, run, ids.get(name, ""))
+            # A tracker that is new to the run has been sent nothing, however far the metrics go.
+            self._sent_until[name] = metrics.former_last_step if name in former_trackers else 0
+            self._open(name, run, ids.get(name, ""))
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write a line of metrics, and show its numbers."""
+        """Write a line of metrics, and send its numbers."""
         self._metrics.write(record)
         numbers = _numbers(record)
         step = record["step"]
@@ -95,7 +95,7 @@ class Trackers:
         )
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Show a text."""
+        """Send a text."""
         self._for_each(
             lambda tracker_name, tracker: (
                 tracker.text(step, name, text) if step > self._sent_until[tracker_name] else None
@@ -111,29 +111,29 @@ class Trackers:
         if error is None or isinstance(error, Exception):  # a second Ctrl-C waits for no network
             self._for_each(lambda _, tracker: tracker.close())
 
-    def _begin(self, name: str, run: TrackedRun, run_id: str) -> None:
+    def _open(self, name: str, run: TrackedRun, run_id: str) -> None:
         try:
             self._trackers[name] = _OPEN[name](run, run_id)
         except ImportError as error:
             self._say(
                 f"`track` {name}: {error.name or name} is not installed; pip install 'minimind-pipeline[{name}]'; the run goes on "
-                "without it, and metrics.jsonl has all of the numbers"
+                "without it, and metrics.jsonl has all the numbers"
             )
         except Exception as error:  # noqa: BLE001 - whatever a tracker does, the run goes on
-            self._leave(name, error)
+            self._drop(name, error)
 
     def _for_each(self, action: Callable[[str, Tracker], None]) -> None:
         for name, tracker in list(self._trackers.items()):
             try:
                 action(name, tracker)
-            except Exception as error:  # noqa: BLE001 - see `_begin`
-                self._leave(name, error)
+            except Exception as error:  # noqa: BLE001 - see `_open`
+                self._drop(name, error)
 
-    def _leave(self, name: str, error: Exception) -> None:
+    def _drop(self, name: str, error: Exception) -> None:
         self._trackers.pop(name, None)
         reason = " ".join(str(error).split()) or type(error).__name__
         self._say(
-            f"`track` {name}: {reason}; the run goes on without it, and metrics.jsonl has all of the numbers"
+            f"`track` {name}: {reason}; the run goes on without it, and metrics.jsonl has all the numbers"
         )
 
 
@@ -236,7 +236,9 @@ def _tensorboard_folder(run: Path) -> Path:
 
 
 def _read_ids(run: Path) -> dict[str, str]:
-    with contextlib.suppress(OSError, ValueError):  # without it, new ones: the trackers show another run
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # without it they get new ids, so the trackers begin another run
         ids = json.loads((run / FOLDER_NAME / _IDS_NAME).read_bytes())
         return {name: run_id for name, run_id in ids.items() if isinstance(run_id, str)}
     return {}

@@ -119,7 +119,7 @@ def test_a_step_has_the_same_loss_and_gradients(form, micro_batch):
     whole, expected = learned(form, trim=False, micro_batch=100)
     result, gradients = learned(form, trim=True, micro_batch=micro_batch)
     assert result.loss == pytest.approx(whole.loss, rel=1e-6)
-    assert result.measures == pytest.approx(whole.measures, rel=1e-5)
+    assert result.metrics == pytest.approx(whole.metrics, rel=1e-5)
     assert result.num_targets == whole.num_targets
     if micro_batch == 3:
         assert result.num_tokens < 0.9 * whole.num_tokens
@@ -232,7 +232,7 @@ def test_a_padding_batch_counts_for_nothing(form):
         results.append(take_step(learner, each, rate=0.0))
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     assert results[1] == results[0]
-    assert bool(results[0].measures) == (form == "pairs")
+    assert bool(results[0].metrics) == (form == "pairs")
     assert (results[0].auxiliary is not None) == (form == "experts")
     for name, gradient in gradients[1].items():
         torch.testing.assert_close(gradient, gradients[0][name], rtol=0, atol=0, msg=name)
@@ -263,7 +263,7 @@ def test_measuring_reads_no_more_than_it_takes_and_finds_the_same(form, shape, m
     objective.forward = lambda batch: (widths.append(next(iter(batch.values())).shape[1]), real(batch))[1]
 
     def measured():
-        options = {"num_windows": None, "batch": 2, "compute": Compute(device=CPU, dtype="fp32")}
+        options = {"num_windows": None, "batch_size": 2, "compute": Compute(device=CPU, dtype="fp32")}
         return Evaluator(Uneven(form), None, **options).measure(objective)
 
     found = measured()
@@ -272,7 +272,7 @@ def test_measuring_reads_no_more_than_it_takes_and_finds_the_same(form, shape, m
     whole = measured()
     assert widths[-1] == LENGTH
     assert found.loss == pytest.approx(whole.loss, rel=1e-6)
-    assert found.measures == pytest.approx(whole.measures, rel=1e-5)
+    assert found.metrics == pytest.approx(whole.metrics, rel=1e-5)
 
 
 def spied(monkeypatch, **always):

@@ -94,7 +94,7 @@ def test_losses_and_measures_are_those_derived_by_hand(model, options, loss_of, 
         expected["rejected_log_prob"] += log_probs[1]
     with torch.no_grad():
         found = Preference(model, options, cached)(batch)
-    assert {"loss": found.summed, **found.measures} == pytest.approx(dict(expected), rel=1e-4)
+    assert {"loss": found.summed, **found.metrics} == pytest.approx(dict(expected), rel=1e-4)
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def test_a_model_that_is_its_own_reference_has_the_loss_log_two(model):
     batch[REFERENCE] = log_probs_of_pairs(model, batch)[0].detach()
     found = Preference(model, PreferenceOptions(), cached)(batch)
     assert float(found.summed) == pytest.approx(5 * math.log(2), rel=1e-6)
-    assert float(found.measures["reward_margin"]) == 0
+    assert float(found.metrics["reward_margin"]) == 0
 
 
 def test_the_gradient_is_that_of_the_paper(model):
@@ -116,7 +116,7 @@ def test_the_gradient_is_that_of_the_paper(model):
     model.zero_grad()
     log_probs = log_probs_of_pairs(model, batch)[0]
     (log_probs[0, 0] - log_probs[0, 1]).backward()
-    scale = -beta * torch.sigmoid(-found.measures["reward_margin"])
+    scale = -beta * torch.sigmoid(-found.metrics["reward_margin"])
     for gradient, parameter in zip(ours, model.parameters(), strict=True):
         torch.testing.assert_close(gradient, scale * parameter.grad, rtol=1e-4, atol=1e-6)
     model.zero_grad()
@@ -207,5 +207,5 @@ def test_trl_gets_the_same_from_the_same_numbers(model, loss_type):
         "logps/rejected": "rejected_log_prob",
     }
     for name, our_name in names.items():
-        assert float(ours.measures[our_name]) / 6 == pytest.approx(metrics[name][0], rel=1e-4), name
+        assert float(ours.metrics[our_name]) / 6 == pytest.approx(metrics[name][0], rel=1e-4), name
     assert np.isfinite(float(theirs))

@@ -110,7 +110,7 @@ def test_it_is_measured_on_pairs_that_it_does_not_learn(begin, tmp_path):
     found = evaluate_run(run, val, batch=4)
     assert found.pairs == measured[-1]["val_pairs"] == 10
     assert found.loss == pytest.approx(measured[-1]["val_loss"], rel=1e-4)
-    for name, value in found.measures.items():
+    for name, value in found.metrics.items():
         assert value == pytest.approx(measured[-1][f"val_{name}"], rel=1e-3, abs=1e-4), name
     assert "reward margin" in str(found)
     assert "10 pairs" in str(found)

@@ -46,7 +46,7 @@ def evaluator_of(folder, *, num_windows=None, batch=8, layout="concat", seq_len=
     return open_evaluator(
         ShardSet.open(folder),
         num_windows=num_windows,
-        batch=batch,
+        batch_size=batch,
         compute=COMPUTE,
         say=Said(),
         layout=layout,
@@ -156,7 +156,7 @@ def test_a_model_stays_in_its_mode_and_a_random_generator_where_it_is(model, oth
 
 
 def test_a_loss_that_is_no_number_is_said(model, other_dataset):
-    with pytest.raises(UserError, match="the model's loss there is nan"):
+    with pytest.raises(UserError, match="the model's loss on it is nan"):
         evaluator_of(other_dataset).measure(Saying(model, lambda _: None, math.nan))
 
 
@@ -167,8 +167,8 @@ def test_a_dataset_without_text_is_refused(other_dataset):
         name: np.full((len(numbers), 16), 2) for name in ("input_ids", "targets")
     }
     tokenizer = cached_tokenizer((other_dataset / TOKENIZER_NAME).read_text(), shards.manifest.tokenizer)
-    with pytest.raises(UserError, match="windows to measure on hold no text"):
-        Evaluator(windows, tokenizer, num_windows=3, batch=2, compute=COMPUTE)
+    with pytest.raises(UserError, match="windows for validation hold no text"):
+        Evaluator(windows, tokenizer, num_windows=3, batch_size=2, compute=COMPUTE)
 
 
 # In a run
