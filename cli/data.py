@@ -3,9 +3,9 @@
 import json
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -23,12 +23,18 @@ from minimind_data.permutation import MAX_SEED
 from minimind_data.reporting import ByteProgress, counted
 from minimind_data.tokenizer.training import train_tokenizer as run_training
 from minimind_data.windows.base import Layout, LongDocuments
-from minimind_train.batches.datasets import data_of_run, read_sources, source_texts
+from minimind_train.batches.datasets import Datasets
+from minimind_train.batches.options import DataOptions, OrderOptions, WindowOptions, read_sources
 from minimind_train.batches.positions import window_at
+from minimind_train.order.sample_order import OrderKind
+from minimind_train.order.skips import Skips
+from minimind_train.run.options import options_of
+from minimind_train.run_folder.record import RunRecord
+from minimind_train.training.options import TrainingOptions
 
 from . import rearrange
 from .flags import in_flags
-from .options import OptionsGiven, command, make_app, refuse_idle
+from .options import OptionsGiven, command, make_app, option_of, refuse_idle
 from .stats import stats
 from .window import window
 
@@ -37,10 +43,6 @@ _PROBLEMS_SHOWN = 10
 _MAX_INT64 = 2**63 - 1
 
 _Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the dataset.", readable=False)]
-_Layout = Annotated[Layout, typer.Option(help="How windows are cut.")]
-_LongDocuments = Annotated[
-    LongDocuments, typer.Option(help="In layout pack, what happens to a document longer than a window.")
-]
 _Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
 ]
@@ -236,16 +238,16 @@ def locate(
             "with all its changes."
         ),
     ] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Sequence length: tokens in a window.")] = None,
-    layout: _Layout = "concat",
-    long_documents: _LongDocuments = "cut",
-    order: Annotated[
-        Literal["shuffled", "sequential"], typer.Option(help="The order of the windows.")
-    ] = "shuffled",
+    seq_len: Annotated[int | None, option_of(WindowOptions, "seq_len")] = None,
+    layout: Annotated[Layout, option_of(WindowOptions, "layout")] = WindowOptions.layout,
+    long_documents: Annotated[
+        LongDocuments, option_of(WindowOptions, "long_documents")
+    ] = WindowOptions.long_documents,
+    order: Annotated[OrderKind, option_of(OrderOptions, "order")] = OrderOptions.order,
     shuffle_block: Annotated[
-        int, typer.Option(min=1, help="Number of neighbouring windows that stay together in the shuffle.")
-    ] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the order.")] = 42,
+        int, option_of(OrderOptions, "shuffle_block", min=1)
+    ] = OrderOptions.shuffle_block,
+    seed: Annotated[int, option_of(TrainingOptions, "seed")] = TrainingOptions.seed,
     as_json: _Json = False,
 ) -> None:
     """Show which window is at a position, and where."""
@@ -253,26 +255,30 @@ def locate(
         raise UserError(f"--position counts samples, from 0 to 2^63 - 1, not {position}")
     if not 0 <= seed <= MAX_SEED:
         raise UserError(f"--seed must be from 0 to 2^64 - 1, not {seed}")
-    options: dict[str, Any] = {
-        "shards": folders or [],
-        "seq_len": seq_len,
-        "layout": layout,
-        "long_documents": long_documents,
-        "order": order,
-        "shuffle_block": shuffle_block,
-        "seed": seed,
-    }
     if run:
-        options = _options_of_run(run, position, excess={"folders", *options} & options_given)
+        data, seed = _read_of_run(run, position, options_given - {"run", "position", "as_json"})
     elif not folders or seq_len is None:
         raise typer.BadParameter("pass DIR and --seq-len, or --run with the folder of a run")
     else:
         refuse_idle(options_given, layout)
-    try:
-        sources = read_sources(source_texts(options["shards"]))
-    except ValueError as error:
-        raise typer.BadParameter(str(error).removeprefix("--shards").removeprefix(":").strip()) from None
-    windows, ordered, skips = data_of_run(options, _say)
+        try:
+            read_sources(folders)
+        except ValueError as error:
+            raise typer.BadParameter(str(error).removeprefix("`shards`").removeprefix(":").strip()) from None
+        try:
+            data = DataOptions(
+                shards=tuple(folders),
+                layout=layout,
+                long_documents=long_documents,
+                seq_len=seq_len,
+                order=order,
+                shuffle_block=shuffle_block,
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    datasets = Datasets.open(data.shards)
+    windows, ordered = datasets.windows_and_order(data, seed=seed, say=_say)
+    skips = Skips.of(data.skip_positions)
     place = window_at(ordered, windows, position) | (
         {"left_out": True} if not skips.count(position, position + 1) else {}
     )
@@ -284,29 +290,32 @@ def locate(
         f"position {position:,}: {part}epoch {place['epoch']}, window {place['window']:,}{whole}, "
         f"shard {place['shard']}, offset {place['offset']:,}{', left out' if 'left_out' in place else ''}"
     )
-    folder = {source.name: source.folder for source in sources}[place.get("part", "")]
-    print(f"show it with: {_window_command(folder, place['window'], options)}")
+    folder = {source.name: source.folder for source in datasets.sources}[place.get("part", "")]
+    print(f"show it with: {_window_command(folder, place['window'], data)}")
 
 
-def _options_of_run(run: Path, position: int, *, excess: set[str]) -> dict[str, Any]:
-    """Return the options of a run as they were at a position; `excess` are options that may not be passed beside it."""
-    if excess:
+def _read_of_run(run: Path, position: int, options_given: frozenset[str]) -> tuple[DataOptions, int]:
+    """Return what a run reads, as it was at a position, and the seed of its order.
+
+    Raises:
+        typer.BadParameter: options were passed beside it, which it leaves no room for.
+    """
+    if options_given:
         names = ", ".join(
-            "DIR" if name == "folders" else f"--{name.replace('_', '-')}" for name in sorted(excess)
+            "DIR" if name == "folders" else f"--{name.replace('_', '-')}" for name in sorted(options_given)
         )
         raise typer.BadParameter(f"--run already decides the order; leave out {names}")
-    from minimind_train.run_folder.record import RunRecord  # noqa: PLC0415 - it imports torch, which takes seconds
-
     record = RunRecord.read(run)
-    return record.options | {"skip_positions": record.skip_positions_at(position)}
+    options = options_of(record, run)
+    return replace(options.data, skip_positions=record.skip_positions_at(position)), options.training.seed
 
 
-def _window_command(folder: Path, window: int, options: dict[str, Any]) -> str:
+def _window_command(folder: Path, window: int, data: WindowOptions) -> str:
     """Return the command that shows a window."""
     words = ["mm-data", "window", str(folder), str(window)]
-    words += ["--seq-len", str(options["seq_len"]), "--layout", options["layout"]]
-    if options["layout"] == "pack":
-        words += ["--long-documents", options["long_documents"]]
+    words += ["--seq-len", str(data.seq_len), "--layout", data.layout]
+    if data.layout == "pack":
+        words += ["--long-documents", data.long_documents]
     return shlex.join(words)
 
 

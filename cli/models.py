@@ -8,13 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from minimind_data.windows.base import Layout
+from minimind_train.batches.options import WindowOptions
 from minimind_train.generation.options import GenerateOptions
 from minimind_train.model.config import Dtype, RopeScaling
 from minimind_train.run_folder.options import Axis, parse_step
+from minimind_train.training.options import TrainingOptions
 from minimind_train.weights.options import Target, WeightDtype
 
 from .flags import say_in_flags
-from .options import OptionsGiven, plain
+from .options import OptionsGiven, option_of, plain
 from .talk import talk
 
 _Checkpoint = Annotated[
@@ -25,7 +27,7 @@ _Checkpoint = Annotated[
         help="Step of the checkpoint, or best, the one with the lowest validation loss; by default the newest.",
     ),
 ]
-_Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
+_Device = Annotated[str, option_of(TrainingOptions, "device")]
 
 
 def generate(
@@ -46,7 +48,7 @@ def generate(
     ] = False,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="With --chat: system prompt.")] = None,
     checkpoint: _Checkpoint = None,
-    device: _Device = "auto",
+    device: _Device = TrainingOptions.device,
 ) -> None:
     """Generate text with a model, or chat with it."""
     if system is not None and not chat:
@@ -77,11 +79,9 @@ def evaluate(
     scaling: RopeScaling,
     options_given: OptionsGiven,
     seq_len: Annotated[
-        int | None, typer.Option(min=1, help="Sequence length; by default that of the run.")
+        int | None, option_of(WindowOptions, "seq_len", min=1, default="that of the run")
     ] = None,
-    layout: Annotated[
-        Layout | None, typer.Option(help="How windows are cut; by default as in the run.")
-    ] = None,
+    layout: Annotated[Layout | None, option_of(WindowOptions, "layout", default="that of the run")] = None,
     windows: Annotated[
         int | None,
         typer.Option(
@@ -89,13 +89,11 @@ def evaluate(
         ),
     ] = None,
     micro_batch: Annotated[
-        int, typer.Option(min=1, max=2**20, help="Micro-batch size: windows in one pass.")
-    ] = 32,
+        int, option_of(TrainingOptions, "micro_batch", min=1, max=2**20)
+    ] = TrainingOptions.micro_batch,
     checkpoint: _Checkpoint = None,
-    device: _Device = "auto",
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Dtype of matrix products; by default that of the run.")
-    ] = None,
+    device: _Device = TrainingOptions.device,
+    dtype: Annotated[Dtype | None, option_of(TrainingOptions, "dtype", default="that of the run")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
     ] = False,
@@ -108,7 +106,6 @@ def evaluate(
     from minimind_train.run.evaluation import evaluate_run
 
     (folder,) = shards
-    cut = {"seq_len": seq_len, "layout": layout}
     evaluation = evaluate_run(
         run,
         folder,
@@ -117,7 +114,8 @@ def evaluate(
         batch=micro_batch,
         device=device,
         dtype=dtype,
-        cut={name: value for name, value in cut.items() if value is not None},
+        seq_len=seq_len,
+        layout=layout,
         changes={name: value for name, value in asdict(scaling).items() if name in options_given},
     )
     if as_json:

@@ -96,6 +96,31 @@ def command(
     return register
 
 
+def option_of(
+    kind: type, name: str, *, default: str | None = None, note: str = "", **settings: Any
+) -> typer.models.OptionInfo:
+    """Return one option of a dataclass as a flag of a command that takes it without the others, with the same help.
+
+    Args:
+        kind: the dataclass.
+        name: of its field.
+        default: says in words what holds without the flag, where the parameter's own default does not.
+        note: what the help adds for this command.
+        settings: further ones of `typer.Option`.
+    """
+    (annotation,) = (annotation for each, annotation, _ in leaves(kind) if each == name)
+    help_text = " ".join(filter(None, (_help_in(annotation), note)))
+    if default is not None:
+        help_text += f"  [default: {default}]"
+        settings["show_default"] = False
+    flag: typer.models.OptionInfo = typer.Option(help=help_text, **settings)
+    return flag
+
+
+def _help_in(annotation: Any) -> str:
+    return next((extra for extra in get_args(annotation)[1:] if isinstance(extra, str)), "")
+
+
 def refuse_idle(options_given: OptionsGiven, layout: str) -> None:
     """Refuse an option for layout `pack` with another layout, where it would do nothing.
 
@@ -155,9 +180,8 @@ class _Command(TyperCommand):
 def _flag(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     extras = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
     kind = get_args(annotation)[0] if extras else annotation
-    text = next((extra for extra in extras if isinstance(extra, str)), "")
     parser = next((extra for extra in extras if callable(extra)), None)
-    settings: dict[str, Any] = {"help": text}
+    settings: dict[str, Any] = {"help": _help_in(annotation)}
     if parser:
         kind = str  # typer knows few types, and the parser may return any
         settings |= {

@@ -14,6 +14,9 @@ from minimind_data.report.statistics import DEFAULT_SEQ_LENS
 from minimind_data.report.statistics import stats as describe
 from minimind_data.reporting import ByteProgress, counted
 from minimind_data.tokenizer.loading import load_tokenizer
+from minimind_train.batches.options import WindowOptions
+
+from .options import option_of
 
 _BAR_COLUMNS = 28
 _MAX_ROWS = 24
@@ -23,9 +26,11 @@ def stats(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the dataset.")],
     seq_len: Annotated[
         list[int] | None,
-        typer.Option(
-            help=f"Sequence length of the windows to count; repeat for several.  [default: {' '.join(map(str, DEFAULT_SEQ_LENS))}]",
-            show_default=False,
+        option_of(
+            WindowOptions,
+            "seq_len",
+            note="Repeatable: windows of each length are counted.",
+            default=" ".join(map(str, DEFAULT_SEQ_LENS)),
         ),
     ] = None,
     html: Annotated[

@@ -14,10 +14,9 @@ import typer
 
 from minimind_data.options import flatten, leaves
 from minimind_data.reporting import counted
+from minimind_train.batches.options import NEEDS_SEQUENTIAL, DataOptions
 from minimind_train.model.presets import PRESETS
 from minimind_train.run.options import (
-    NEEDS_SEQUENTIAL,
-    DataOptions,
     DpoOptions,
     PretrainOptions,
     RunOptions,

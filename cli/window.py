@@ -19,9 +19,10 @@ from minimind_data.tokenizer.loading import load_tokenizer
 from minimind_data.tokenizer.token_bytes import TokenBytes, cells_of, token_bytes_of
 from minimind_data.windows.base import Layout, LongDocuments
 from minimind_data.windows.opening import open_windows
+from minimind_train.batches.options import WindowOptions
 
 from .flags import in_flags
-from .options import OptionsGiven, refuse_idle
+from .options import OptionsGiven, option_of, refuse_idle
 
 _TARGET, _DIMMED, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -31,17 +32,14 @@ def window(
     options_given: OptionsGiven,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the dataset.", readable=False)],
     number: Annotated[int, typer.Argument(metavar="K", help="Number of the window, from 0.")],
-    seq_len: Annotated[int, typer.Option(help="Sequence length: tokens in a window.")],
+    seq_len: Annotated[int, option_of(WindowOptions, "seq_len")],
     layout: Annotated[
         Layout | None,
-        typer.Option(
-            help="How windows are cut.  [default: concat; pad for conversations and pairs]",
-            show_default=False,
-        ),
+        option_of(WindowOptions, "layout", default="concat; pad for conversations and pairs"),
     ] = None,
     long_documents: Annotated[
-        LongDocuments, typer.Option(help="In layout pack, what happens to a document longer than a window.")
-    ] = "cut",
+        LongDocuments, option_of(WindowOptions, "long_documents")
+    ] = WindowOptions.long_documents,
     labels: Annotated[
         bool, typer.Option("--labels", help="Show unshifted labels instead of shifted targets.")
     ] = False,

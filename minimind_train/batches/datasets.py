@@ -1,17 +1,11 @@
 """What a run reads: one dataset, or several as the parts of a mixture, opened, checked and cut in windows.
 
-    --shards data/mine                                          one dataset
-    --shards zh=data/zh:0.7 --shards en=data/en:0.3             NAME=DIR:WEIGHT, the parts of a mixture
-
-Weights are in tokens, while a mixture takes whole windows. So the weight of a part is divided by the mean number of tokens in its windows,
-PAD left out. That number is the same for all parts in layout concat, nearly so in pack, and very different in pad, where a window is a
-document.
+Which datasets, which windows and which order is in `options`. The weights of a mixture are in tokens, while it takes whole windows. So the
+weight of a part is divided by the mean number of tokens in its windows, PAD left out. That number is the same for all parts in layout
+concat, nearly so in pack, and very different in pad, where a window is a document.
 """
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,69 +16,9 @@ from minimind_data.tokenizer.loading import refuse_other_tokenizer
 from minimind_data.windows.base import Windows
 from minimind_data.windows.opening import open_windows
 from minimind_train.batches.mixed_windows import MixedWindows
-from minimind_train.order.mixture import MAX_PARTS, MixtureOrder, MixtureStage, Order, shares_of
+from minimind_train.batches.options import DataOptions, DatasetSource, read_sources, window_options
+from minimind_train.order.mixture import MixtureOrder, MixtureStage, Order, shares_of
 from minimind_train.order.sample_order import OrderKind, SampleOrder
-from minimind_train.order.skips import Skips
-
-_MIXED = re.compile(r"(?P<name>[^=:/\\]*)=(?P<folder>.+):(?P<weight>[^:]*)", re.DOTALL)
-_NAME = re.compile(r"[\w.-]+")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetSource:
-    """A dataset as the command line names it."""
-
-    name: str
-    """Name of the part; empty for a dataset that is no part of a mixture."""
-    folder: Path
-    weight: Fraction = Fraction(1)
-    """In tokens, against those of the other parts."""
-
-    def __str__(self) -> str:
-        return f"{self.name}={self.folder}:{self.weight}" if self.name else str(self.folder)
-
-
-def read_sources(texts: Sequence[str]) -> tuple[DatasetSource, ...]:
-    """Read the values of `--shards`: one DIR, or NAME=DIR:WEIGHT each; sorted by name.
-
-    Raises:
-        ValueError: it is neither; the message says what one looks like.
-    """
-    if len(texts) == 1 and not _MIXED.fullmatch(texts[0]):
-        return (DatasetSource(name="", folder=Path(texts[0])),)
-    sources = sorted(map(_read_source, texts), key=lambda source: source.name)
-    names = [source.name for source in sources]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"`shards`: two parts are named {name}; give each a name of its own")
-    if not 1 <= len(sources) <= MAX_PARTS:
-        raise ValueError(f"`shards`: a mixture has 1 to {MAX_PARTS} parts, not {len(sources)}")
-    if not any(source.weight for source in sources):
-        raise ValueError("`shards`: every weight is 0, so there is nothing to learn; give one part a weight")
-    return tuple(sources)
-
-
-def source_texts(shards: str | Path | Sequence[str]) -> tuple[str, ...]:
-    """Return the values of `--shards`, one a dataset, of an option that holds one string or path, or several."""
-    return (str(shards),) if isinstance(shards, str | Path) else tuple(shards)
-
-
-def _read_source(text: str) -> DatasetSource:
-    match = _MIXED.fullmatch(text)
-    if not match or not _NAME.fullmatch(match["name"]):
-        raise ValueError(
-            f"`shards`: a part of a mixture is NAME=DIR:WEIGHT, such as zh=data/zh:0.7, not {text!r}"
-        )
-    try:
-        weight = Fraction(match["weight"])
-    except (ValueError, ZeroDivisionError):
-        weight = Fraction(-1)
-    if not 0 <= weight <= 10**12 or weight.denominator > 10**12:
-        raise ValueError(
-            f"`shards` {text}: the weight is a number from 0 to 10^12 with at most 12 decimals, such as 0.7 or 1/3, "
-            f"not {match['weight']!r}"
-        )
-    return DatasetSource(name=match["name"], folder=Path(match["folder"]), weight=weight)
 
 
 class Datasets:
@@ -173,6 +107,20 @@ class Datasets:
             ]
         )
 
+    def windows_and_order(
+        self, data: DataOptions, *, seed: int, say: Say
+    ) -> tuple[Windows | MixedWindows, Order]:
+        """Return the windows that a run of these options reads, and their order.
+
+        Raises:
+            UserError: one of the datasets has no such window.
+        """
+        windows = self.windows(**window_options(data), say=say)
+        order = self.order(
+            windows, seed=seed, kind=data.order, block=data.shuffle_block, stages=data.mixture_stages
+        )
+        return windows, order
+
     def order(
         self,
         windows: Windows | MixedWindows,
@@ -196,22 +144,3 @@ def shown_weights(sources: Sequence[DatasetSource]) -> str:
     """Return the weights, each as its share of all of them, so that 7 and 3 are 0.7 and 0.3."""
     total = sum(source.weight for source in sources)
     return " ".join(f"{source.name}={float(source.weight / total):.6g}" for source in sources)
-
-
-def data_of_run(options: Mapping[str, Any], say: Say) -> tuple[Windows | MixedWindows, Order, Skips]:
-    """Return what a run reads, in which order, and what it leaves out, from the options in its record.
-
-    Raises:
-        UserError: a dataset is not where it was.
-    """
-    datasets = Datasets.open(source_texts(options["shards"]))
-    cut = {name: options[name] for name in ("layout", "seq_len", "long_documents") if name in options}
-    windows = datasets.windows(say=say, **cut)
-    order = datasets.order(
-        windows,
-        seed=options["seed"],
-        kind=options["order"],
-        block=options.get("shuffle_block", 1),
-        stages=[MixtureStage.of(values) for values in options.get("mixture_stages", ())],
-    )
-    return windows, order, Skips.of(options.get("skip_positions", ()))

@@ -12,11 +12,12 @@ from minimind_data.errors import UserError
 from minimind_data.tokenizer.loading import refuse_other_tokenizer
 from minimind_train.batches.datasets import Datasets, shown_weights
 from minimind_train.batches.mixed_windows import MixedWindows
+from minimind_train.batches.options import NEEDS_SEQUENTIAL, window_options
 from minimind_train.batches.positions import epochs_of, introduce
 from minimind_train.order.mixture import MixtureOrder, MixtureStage
 from minimind_train.order.skips import Skips
 from minimind_train.progress import Say
-from minimind_train.run.options import NEEDS_SEQUENTIAL, RunOptions, window_options
+from minimind_train.run.options import RunOptions
 from minimind_train.training.evaluate import Evaluator, open_evaluator
 from minimind_train.training.learner import Compute
 
@@ -46,13 +47,8 @@ class RunData:
         self._data, self._training = options.data, options.training
         self.skips = Skips.of(options.data.skip_positions)
         self._validation = options.validation
-        self.windows = datasets.windows(**window_options(options.data), say=say)
-        self.order = datasets.order(
-            self.windows,
-            seed=options.training.seed,
-            kind=options.data.order,
-            block=options.data.shuffle_block,
-            stages=options.data.mixture_stages,
+        self.windows, self.order = datasets.windows_and_order(
+            options.data, seed=options.training.seed, say=say
         )
 
     @property

@@ -16,7 +16,8 @@ from typing import Any
 from minimind_data.dataset.format import FormatError
 from minimind_data.errors import UserError
 from minimind_data.files import user_error_on_full_disk
-from minimind_train.batches.datasets import Datasets, source_texts
+from minimind_train.batches.datasets import Datasets
+from minimind_train.batches.options import source_texts
 from minimind_train.parallel.launch import launch_ranks
 from minimind_train.parallel.world import ALONE, World, process_group, torchrun_place
 from minimind_train.progress import Say, say_on_stderr

@@ -11,9 +11,9 @@ from typing import Any
 
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
-from minimind_data.options import build
 from minimind_data.tokenizer.loading import refuse_other_tokenizer, same_encoding
-from minimind_train.batches.datasets import source_texts
+from minimind_data.windows.base import Layout
+from minimind_train.batches.options import window_options
 from minimind_train.model.config import Dtype
 from minimind_train.model.precision import resolve_dtype
 from minimind_train.model.transformer import MiniMind
@@ -21,14 +21,12 @@ from minimind_train.objectives.objective import NextToken, Objective
 from minimind_train.parallel.devices import resolve_device
 from minimind_train.progress import Say, WindowProgress, say_on_stderr
 from minimind_train.run.initial import InitialWeights
-from minimind_train.run.options import DataOptions, DpoOptions, window_options
+from minimind_train.run.options import DpoOptions, PretrainOptions, options_of
 from minimind_train.run.phases import PHASES
-from minimind_train.run.reconcile import options_of
 from minimind_train.run_folder.options import CheckpointChoice
 from minimind_train.run_folder.record import RunRecord
 from minimind_train.training.evaluate import Evaluation, open_evaluator
 from minimind_train.training.learner import Compute
-from minimind_train.training.options import TrainingOptions
 from minimind_train.weights.loading import open_model
 
 
@@ -41,7 +39,8 @@ def evaluate_run(
     batch: int = 32,
     device: str = "auto",
     dtype: Dtype | None = None,
-    cut: Mapping[str, Any] = MappingProxyType({}),
+    seq_len: int | None = None,
+    layout: Layout | None = None,
     changes: Mapping[str, Any] = MappingProxyType({}),
     say: Say = say_on_stderr,
 ) -> Evaluation:
@@ -55,7 +54,8 @@ def evaluate_run(
         batch: windows that go through the model at once.
         device: where to compute.
         dtype: of the matrix products; the run's by default, and for a folder what `auto` gives there.
-        cut: `seq_len` and `layout` of the windows, where they are to differ from the run's.
+        seq_len: of the windows, where it is to differ from the run's.
+        layout: of the windows, where it is to differ from the run's.
         changes: options of the model that are to differ, such as those of its positions.
         say: takes lines for the user.
 
@@ -72,16 +72,12 @@ def evaluate_run(
         # A run's is a copy of its dataset's; other programs write the same one in their own way.
         same=lambda: trained.record is None and same_encoding(trained.tokenizer.json, shards.tokenizer_json),
     )
-    options = dict(trained.record.options) if trained.record else {}
-    if "layout" in cut:
-        options["document_mask"] = cut["layout"] == "pack"
-    known = {
-        **options,
-        **cut,
-        "shards": source_texts(options.get("shards", str(dataset))),
-        "mixture_stages": (),
-    }
-    data = build(DataOptions, known)
+    options = options_of(trained.record, run) if trained.record else PretrainOptions()
+    data = options.data
+    if seq_len is not None:
+        data = replace(data, seq_len=seq_len)
+    if layout is not None:
+        data = replace(data, layout=layout, document_mask=layout == "pack")
     if data.seq_len > (longest := trained.model.config.longest_sequence):
         raise UserError(
             f"its model reads at most {longest} tokens, and the windows have {data.seq_len}",
@@ -90,9 +86,7 @@ def evaluate_run(
             option="seq_len",
         )
     where = resolve_device(device)
-    compute = Compute(
-        device=where, dtype=resolve_dtype(dtype or build(TrainingOptions, options).dtype, where)
-    )
+    compute = Compute(device=where, dtype=resolve_dtype(dtype or options.training.dtype, where))
     evaluator = open_evaluator(
         shards,
         num_windows=num_windows,

@@ -10,85 +10,16 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from minimind_data.dataset.format import Kind
-from minimind_data.options import flatten
-from minimind_data.windows.base import Layout, LongDocuments
-from minimind_train.batches.datasets import read_sources, source_texts
+from minimind_data.errors import UserError
+from minimind_data.options import build, flatten
+from minimind_train.batches.options import DataOptions, source_texts
 from minimind_train.model.config import LoraConfig, ModelConfig
 from minimind_train.objectives.options import ObjectiveOptions, PreferenceOptions
 from minimind_train.order.mixture import MixtureStage
-from minimind_train.order.sample_order import OrderKind
-from minimind_train.order.skips import Skips
-from minimind_train.resume_policy import Before, Resume, names_of
+from minimind_train.resume_policy import Before, Resume, names_of, policies
 from minimind_train.run_folder.options import CheckpointChoice, parse_step
+from minimind_train.run_folder.record import RunRecord
 from minimind_train.training.options import OptimizerOptions, TrainingOptions, ValidationOptions
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """What is learned, cut in which windows, in which order."""
-
-    shards: Annotated[
-        tuple[str, ...],
-        "DIR: a dataset made by mm-data tokenize. For a mixture, repeat NAME=DIR:WEIGHT; weights are "
-        "shares of the tokens.",
-        Resume.FREE,
-    ] = ("data",)
-    layout: Annotated[
-        Layout,
-        "concat: windows of the token stream; pad: one document in a window; pack: several whole "
-        "documents in a window.",
-    ] = "concat"
-    long_documents: Annotated[
-        LongDocuments,
-        "In layout pack, for a document longer than a window: cut it to one, fragment it over several, "
-        "or drop it.",
-    ] = "cut"
-    document_mask: Annotated[
-        bool | None,
-        "Keep attention and positions inside each document of a window, with no target across "
-        "documents. By default on in layout pack, off in concat; in pad a window is one document, so it "
-        "changes nothing.",
-        Before(False),
-    ] = None
-    seq_len: Annotated[int, "Sequence length: tokens in a window."] = 340
-    order: Annotated[OrderKind, "shuffled: a new shuffle in each epoch; sequential: as in the shards."] = (
-        "shuffled"
-    )
-    shuffle_block: Annotated[
-        int,
-        "Number of neighbouring windows that stay together in the shuffle, for slow disks; 1 shuffles "
-        "single windows.",
-    ] = 1
-    resume_from: Annotated[
-        str | None,
-        "SHARD:OFFSET of a token: begin at the window that holds it. Needs `order` sequential.",
-        Resume.ACTION,
-    ] = None
-    skip_positions: Annotated[
-        tuple[str, ...],
-        "A:B: leave out the samples at positions A to B - 1 for good. Repeatable; with `resume`, in "
-        "addition to earlier ones.",
-        Resume.ACTION,
-    ] = ()
-    mixture_stages: Annotated[tuple[MixtureStage, ...], Resume.DERIVED] = field(
-        default=(), metadata={"flag": False}
-    )
-    """Of a mixture: the shares of its parts, and from which position on. Made when the run begins and when it is reweighted."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "shards", source_texts(self.shards))
-        read_sources(self.shards)  # refuses what it cannot read
-        object.__setattr__(self, "skip_positions", Skips.of(self.skip_positions).as_texts())
-        if not 1 <= self.shuffle_block <= 2**40:
-            raise ValueError(f"`shuffle_block` must be from 1 to 2^40 windows, not {self.shuffle_block}")
-        if self.seq_len < 1:
-            raise ValueError(f"`seq_len` must be at least 1, not {self.seq_len}")
-        if self.resume_from is not None:
-            shard, _, offset = self.resume_from.rpartition(":")
-            if not shard or not offset.isdecimal():
-                raise ValueError(
-                    f"`resume_from` must be SHARD:OFFSET, such as text-00000:4096, not {self.resume_from!r}"
-                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,18 +123,6 @@ PHASE_OPTIONS: Mapping[str, type[RunOptions]] = {
 }
 """The options of each phase, by what `mm-train` calls it."""
 
-NEEDS_SEQUENTIAL = "`resume_from` needs `order` sequential: in a shuffled order a token does not say how far the run has come"
-
-
-def window_options(data: DataOptions) -> dict[str, Any]:
-    """Return the options of `open_windows` that a run learns with, and is measured with."""
-    return {
-        "layout": data.layout,
-        "seq_len": data.seq_len,
-        "long_documents": data.long_documents,
-        "documents_apart": bool(data.document_mask),
-    }
-
 
 def changeable(kind: type[RunOptions]) -> frozenset[str]:
     """Return the names that `--allow-change` takes in a phase with these options."""
@@ -222,3 +141,36 @@ def recorded(options: RunOptions) -> dict[str, Any]:
     shards, stages = options.data.shards, options.data.mixture_stages
     mixed = {"shards": list(shards), "mixture_stages": [stage.as_dict() for stage in stages]}
     return flat | (mixed if stages else {"shards": shards[0], "mixture_stages": []})
+
+
+def options_of(record: RunRecord, run: Path) -> RunOptions:
+    """Return the options of a run from its record.
+
+    Raises:
+        UserError: the run is of a phase that this program does not know.
+        ValueError: an option has a value that it may not have.
+    """
+    kind = kind_of(record, run)
+    values = begun_with(kind, record)
+    stages = tuple(map(MixtureStage.of, values["mixture_stages"]))
+    return build(
+        kind, values | {"shards": source_texts(values["shards"]), "mixture_stages": stages, "run": run}
+    )
+
+
+def kind_of(record: RunRecord, run: Path) -> type[RunOptions]:
+    """Return the options of the phase that a run is of.
+
+    Raises:
+        UserError: this program does not know it.
+    """
+    if record.command not in PHASE_OPTIONS:
+        raise UserError(
+            f"{run}: a run of `mm-train {record.command}`, which this program does not have; resume it with the program that began it"
+        )
+    return PHASE_OPTIONS[record.command]
+
+
+def begun_with(kind: type[RunOptions], record: RunRecord) -> dict[str, Any]:
+    """Return what a run was begun with, by flat name, whether its record knows all options or is older than some."""
+    return {name: policy.before for name, policy in policies(kind).items()} | record.options

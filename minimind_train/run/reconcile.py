@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from minimind_data.errors import UserError
-from minimind_data.options import build
-from minimind_train.batches.datasets import Datasets, DatasetSource, read_sources, shown_weights, source_texts
+from minimind_train.batches.datasets import Datasets, shown_weights
+from minimind_train.batches.options import DatasetSource, read_sources, source_texts
 from minimind_train.model.precision import resolve_dtype
 from minimind_train.order.mixture import MixtureStage
 from minimind_train.order.skips import Skips
 from minimind_train.parallel.devices import resolve_device
 from minimind_train.resume_policy import Resume, names_of, policies
-from minimind_train.run.options import PHASE_OPTIONS, RunOptions, recorded
+from minimind_train.run.options import RunOptions, begun_with, kind_of, options_of, recorded
 from minimind_train.run_folder.record import MOVE, WEIGHTS, Change, RunRecord
 
 _SKIPS = "skip_positions"
@@ -95,7 +95,7 @@ def reconciled(
     Raises:
         UserError: something differs that must not.
     """
-    kind = _kind_of(record, run)
+    kind = kind_of(record, run)
     policy = policies(kind)
     if unknown := options_given.keys() - policy.keys():
         raise UserError(
@@ -107,7 +107,7 @@ def reconciled(
         for name, value in options_given.items()
         if policy[name].resume not in {Resume.ACTION, Resume.UNRECORDED}
     }
-    begun = _begun(kind, record)
+    begun = begun_with(kind, record)
     values = begun | given | {_SKIPS: skipped}
     if "nproc" in given and "threads" not in given:
         values["threads"] = 0  # the share of a core's threads is another one now
@@ -146,34 +146,6 @@ def reconciled(
     if (before := record.options.get(_SKIPS, [])) != list(skipped):
         changes.append(Change(step=step, name=_SKIPS, old=before, new=list(skipped)))
     return options, new.changed(changes)
-
-
-def options_of(record: RunRecord, run: Path) -> RunOptions:
-    """Return the options of a run from its record.
-
-    Raises:
-        UserError: the run is of a phase that this program does not know.
-        ValueError: an option has a value that it may not have.
-    """
-    kind = _kind_of(record, run)
-    values = _begun(kind, record)
-    stages = tuple(map(MixtureStage.of, values["mixture_stages"]))
-    return build(
-        kind, values | {"shards": source_texts(values["shards"]), "mixture_stages": stages, "run": run}
-    )
-
-
-def _kind_of(record: RunRecord, run: Path) -> type[RunOptions]:
-    if record.command not in PHASE_OPTIONS:
-        raise UserError(
-            f"{run}: a run of `mm-train {record.command}`, which this program does not have; resume it with the program that began it"
-        )
-    return PHASE_OPTIONS[record.command]
-
-
-def _begun(kind: type[RunOptions], record: RunRecord) -> dict[str, Any]:
-    """Return what a run was begun with, by flat name, whether its record knows all options or is older than some."""
-    return {name: policy.before for name, policy in policies(kind).items()} | record.options
 
 
 def _agreed_changes(

@@ -14,6 +14,7 @@ from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.windows.opening import open_windows
 from minimind_train.objectives.objective import NextToken
 from minimind_train.order.sample_order import SampleOrder
+from minimind_train.run_folder.record import RunRecord
 from tests.helpers.commands import TINY, mm_train
 
 
@@ -197,6 +198,19 @@ def test_a_run_says_where_its_positions_lie_with_all_that_changed(training_data,
     missing = CliRunner().invoke(data.app, ["locate", "--position", "5", str(training_data)])
     assert missing.exit_code == 2
     assert "pass DIR and --seq-len" in " ".join(missing.stderr.split())
+
+
+def test_a_run_older_than_some_options_says_where_its_positions_lie_too(training_data, tmp_path):
+    run = tmp_path / "run"
+    assert mm_train("pretrain", "--run", run, "--shards", training_data, *TINY, "--steps", 1).exit_code == 0
+    words = ["locate", "--run", str(run), "--position", "5", "--json"]
+    today = CliRunner().invoke(data.app, words).stdout
+    record = RunRecord.read(run)
+    for name in ("shuffle_block", "skip_positions", "mixture_stages", "document_mask", "tf32"):
+        del record.options[name]
+    record.write(run)
+    assert CliRunner().invoke(data.app, words).stdout == today
+    assert json.loads(today)["position"] == 5
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import pytest
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.windows.opening import open_windows
-from minimind_train.batches.datasets import Datasets, read_sources
+from minimind_train.batches.datasets import Datasets
 from minimind_train.batches.mixed_windows import MixedWindows
+from minimind_train.batches.options import read_sources
 from minimind_train.batches.positions import window_at
 from minimind_train.order.mixture import MixtureStage
 from minimind_train.run import entry

@@ -222,7 +222,7 @@ def test_a_folder_is_measured_and_asked_as_its_run_is(kind, make_run, tmp_path, 
     there = evaluate_run(run, small_dataset, device="cpu", say=Said())
     other = retokenized(tmp_path / "other")
     for dataset in (small_dataset, other):
-        here = evaluate_run(folder, dataset, device="cpu", dtype="fp32", cut={"seq_len": 16}, say=Said())
+        here = evaluate_run(folder, dataset, device="cpu", dtype="fp32", seq_len=16, say=Said())
         assert here.loss == pytest.approx(there.loss, rel=1e-6)
     with pytest.raises(UserError, match="have different tokenizers"):
         evaluate_run(run, other, device="cpu", say=Said())
@@ -234,8 +234,8 @@ def test_windows_may_be_cut_otherwise_than_in_the_run(make_run, tmp_path, small_
     run, shards = make_run(), shutil.copytree(small_dataset, tmp_path / "data")
     entry.begin(config_of(tmp_path / "packed", shards, steps=1, layout="pack", seq_len=40), Said())
     for cut in ({"seq_len": 8}, {"layout": "pad"}, {"layout": "pack", "seq_len": 40}):
-        evaluate_run(run, shards, device="cpu", cut=cut, say=Said())
-    streams = evaluate_run(tmp_path / "packed", shards, device="cpu", cut={"layout": "concat"}, say=Said())
+        evaluate_run(run, shards, device="cpu", **cut, say=Said())
+    streams = evaluate_run(tmp_path / "packed", shards, device="cpu", layout="concat", say=Said())
     kept_apart = evaluate_run(tmp_path / "packed", shards, device="cpu", say=Said())
     assert streams.targets > kept_apart.targets
 
@@ -244,9 +244,9 @@ def test_longer_windows_than_the_model_reads_need_stretched_positions(make_run, 
     run = make_run(max_position_embeddings=32)
     cut = {"seq_len": 64}
     with pytest.raises(UserError, match="reads at most 32 tokens, .* 64; take .* `inference_rope_scaling`"):
-        evaluate_run(run, small_dataset, device="cpu", cut=cut, say=Said())
+        evaluate_run(run, small_dataset, device="cpu", **cut, say=Said())
     changes = {**STRETCHED, "yarn_original_max_position_embeddings": 32}
-    assert evaluate_run(run, small_dataset, device="cpu", cut=cut, changes=changes, say=Said()).targets > 0
+    assert evaluate_run(run, small_dataset, device="cpu", **cut, changes=changes, say=Said()).targets > 0
 
 
 def test_a_folder_that_says_nothing_of_bos_cannot_be_asked(make_run, tmp_path):
