@@ -40,6 +40,7 @@ def begin(
     say: Say = say_on_stderr,
     *,
     names_given: Collection[str] | None = None,
+    world: World | None = None,
 ) -> loop.RunOutcome:
     """Begin a run and train until it ends or a signal stops it.
 
@@ -47,12 +48,13 @@ def begin(
         options: of a phase, such as `PretrainOptions`.
         say: takes lines for the user; of several processes, that of rank 0 calls it.
         names_given: which of the options the user wrote, by flat name; by default, those that differ from their defaults.
+        world: the ranks, where they have joined already and this process is one of them; by default, `nproc` are started.
 
     Raises:
         UserError: the run cannot be made or cannot go on; the message says why and what to do.
     """
     prepare = partial(_prepare_new, options, say, names_given=names_given)
-    return _run_on_ranks(prepare, nproc=options.training.nproc)
+    return _run_on_ranks(prepare, nproc=options.training.nproc, world=world)
 
 
 def resume(
@@ -63,6 +65,7 @@ def resume(
     allow_change: Collection[str] = (),
     reweight: bool = False,
     say: Say = say_on_stderr,
+    world: World | None = None,
 ) -> loop.RunOutcome:
     """Go on with a run from its newest whole checkpoint.
 
@@ -73,14 +76,16 @@ def resume(
         allow_change: names of options that may differ from what the run was begun with.
         reweight: whether the parts of a mixture have new weights, those of the option `shards`, from here on.
         say: takes lines for the user; of several processes, that of rank 0 calls it.
+        world: as for `begin`.
 
     Raises:
         UserError: there is no run, it is of another phase, or an option differs that must not; the message shows both sides.
     """
     allow_change = {*allow_change, *([WEIGHTS] if reweight else [])}
     prepare = partial(_prepare_resumed, run, options_given, say, command=command, allow_change=allow_change)
-    recorded_nproc = RunRecord.read(run).options.get("nproc", 1) if torchrun_place() is None else 1
-    return _run_on_ranks(prepare, nproc=options_given.get("nproc", recorded_nproc))
+    starts_ranks = world is None and torchrun_place() is None
+    recorded_nproc = RunRecord.read(run).options.get("nproc", 1) if starts_ranks else 1
+    return _run_on_ranks(prepare, nproc=options_given.get("nproc", recorded_nproc), world=world)
 
 
 _Prepared = tuple[RankJob, Start, Callable[[], None]]
@@ -88,10 +93,12 @@ _Prepared = tuple[RankJob, Start, Callable[[], None]]
 
 
 def _run_on_ranks(
-    prepare: Callable[[World], AbstractContextManager[_Prepared]], *, nproc: int
+    prepare: Callable[[World], AbstractContextManager[_Prepared]], *, nproc: int, world: World | None
 ) -> loop.RunOutcome:
-    """Run as the rank that torchrun made this process, or launch `nproc` ranks, or run alone."""
+    """Run as a rank that has joined the others, or that torchrun made this process, or launch `nproc` ranks, or run alone."""
     work = partial(_train_as_rank, prepare)
+    if world is not None:
+        return work(world)
     place = torchrun_place()
     if place is None and nproc > 1:
         return launch_ranks(work, nproc)

@@ -113,7 +113,7 @@ class Trackers:
 
     def _open(self, name: str, run: TrackedRun, run_id: str) -> None:
         try:
-            self._trackers[name] = _OPEN[name](run, run_id)
+            self._trackers[name] = TRACKERS[name](run, run_id)
         except ImportError as error:
             self._say(
                 f"`track` {name}: {error.name or name} is not installed; pip install 'minimind-pipeline[{name}]'; the run goes on "
@@ -213,11 +213,12 @@ class _SwanLab:
         self._run.finish()
 
 
-_OPEN: dict[str, Callable[[TrackedRun, str], Tracker]] = {
+TRACKERS: dict[str, Callable[[TrackedRun, str], Tracker]] = {
     "tensorboard": _TensorBoard,
     "wandb": _Wandb,
     "swanlab": _SwanLab,
 }
+"""Opens a tracker for a run and the ID that it has there, by name."""
 
 
 def _numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -3,7 +3,6 @@
 import os
 import pickle
 import traceback
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,10 +17,8 @@ from minimind_train.training import loop
 def train(world, options, *, command="pretrain", given=None):
     """Begin a run of these options as one of its ranks; with `given`, resume the one in their folder, what is given changed."""
     if given is None:
-        prepare = partial(entry._prepare_new, build(PHASE_OPTIONS[command], options), _say, names_given=None)
-    else:
-        prepare = partial(entry._prepare_resumed, options["run"], given, _say)
-    return entry._train_as_rank(prepare, world)
+        return entry.begin(build(PHASE_OPTIONS[command], options), _say, world=world)
+    return entry.resume(options["run"], given, say=_say, world=world)
 
 
 def before_each_step(call, patch=setattr):

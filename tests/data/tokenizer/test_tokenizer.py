@@ -246,20 +246,24 @@ def test_training_names_a_bad_line(tmp_path):
         train_tokenizer(texts_of([path]), tmp_path / "tok")
 
 
-def test_an_interrupt_does_not_wait_for_the_training(monkeypatch):
+def test_an_interrupt_does_not_wait_for_the_training(tmp_path, monkeypatch):
     merged = threading.Event()
     monkeypatch.setattr(train_module, "_SECONDS_TO_STOP", 0.01)
 
     class Deaf:
         """The library amid its merges, when it hears no signal."""
 
+        def __init__(self, model):
+            pass
+
         def train_from_iterator(self, pieces, trainer):
             assert list(pieces)
             os.kill(os.getpid(), signal.SIGINT)
             merged.wait(30)
 
+    monkeypatch.setattr(train_module.tokenizers, "Tokenizer", Deaf)
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        train_module._train(Deaf(), None, iter(["a", "b"]))
+        train_tokenizer(["a", "b"], tmp_path / "tokenizer")
     merged.set()
     assert time.monotonic() - begun < 10

@@ -257,13 +257,15 @@ def test_blocks_copy_what_slices_copy(make_dataset, lengths, vocab_size):
 
 @pytest.mark.parametrize("long_documents", LONG_DOCUMENTS)
 def test_windows_pickle_as_names(make_dataset, long_documents):
-    windows = open_windows(make_dataset(SHARDS), layout="pack", seq_len=8, long_documents=long_documents)
+    shards = make_dataset(SHARDS)
+    windows = open_windows(shards, layout="pack", seq_len=8, long_documents=long_documents)
     data = pickle.dumps(windows)
     again = pickle.loads(data)
     rows = np.arange(len(windows))
     for name, array in windows.fetch(rows).items():
         assert again.fetch(rows)[name].tolist() == array.tolist()
-    (windows.plan._path).unlink()
+    (plan,) = (shards.folder / ".mm-pack").iterdir()
+    plan.unlink()
     with pytest.raises(UserError, match="gone or changed; start again"):
         pickle.loads(data)
 

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from minimind_data.dataset.shard import Shard
 from minimind_data.windows import read_ahead
 from minimind_data.windows.opening import open_windows
 from minimind_data.windows.read_ahead import ReadAhead
@@ -19,10 +20,8 @@ SHARDS = [[5, 9, 2], [40], [], [3, 3, 3, 3], [17, 2]]
 class Recorded:
     """Windows that hold their own number, and a disk that is waited for when a test says so."""
 
-    shard_sets = ()
-
-    def __init__(self, monkeypatch, *, cold):
-        self.log, self.cold, self.reads = [], cold, 0
+    def __init__(self, monkeypatch, *, cold, shard_sets=()):
+        self.log, self.cold, self.reads, self.shard_sets = [], cold, 0, shard_sets
         monkeypatch.setattr(read_ahead, "_disk_reads", lambda: self.reads)
         monkeypatch.setattr(read_ahead, "_THREAD", 1)
 
@@ -84,19 +83,27 @@ def test_batches_are_the_same(make_dataset, layout):
     assert ahead.fetch(numbers(), numbers)["input_ids"].shape == (0, 8)
 
 
+def asked_beside_scattered_batches(monkeypatch, shards, batch=(0, 1000, 2000), num_batches=50):
+    """The tokens that are asked for in order, beside so many batches from a disk."""
+    tokens = []
+    monkeypatch.setattr(
+        Shard, "will_need", lambda shard, start, stop: tokens.extend(shard.tokens[start:stop].tolist())
+    )
+    ahead = ReadAhead(Recorded(monkeypatch, cold=True, shard_sets=(shards,)))
+    for _ in range(num_batches):
+        ahead.fetch(numbers(*batch))
+    return tokens
+
+
 def test_all_of_a_dataset_is_asked_for_in_order_where_memory_holds_it(make_dataset, monkeypatch):
     monkeypatch.setattr(read_ahead, "_CHUNK_BYTES", 20)
     shards = make_dataset(SHARDS)
     size = shards.num_tokens * shards.dtype.itemsize
     monkeypatch.setattr(read_ahead, "_available_bytes", lambda: 2 * size)
-    tokens = [
-        token
-        for shard, start, stop in read_ahead._chunks((shards,))
-        for token in shard.tokens[start:stop].tolist()
-    ]
+    tokens = asked_beside_scattered_batches(monkeypatch, shards)
     assert tokens == shards.slice(0, shards.num_tokens).tolist()
     monkeypatch.setattr(read_ahead, "_available_bytes", lambda: 2 * size - 1)
-    assert not list(read_ahead._chunks((shards,)))
+    assert asked_beside_scattered_batches(monkeypatch, shards) == []
 
 
 def test_rows_that_are_asked_for_may_reach_over_shards_and_to_the_last_byte(make_dataset):
@@ -150,13 +157,19 @@ def test_a_pickle_begins_anew(make_dataset):
     assert np.array_equal(again.fetch(numbers(1))["input_ids"], windows.fetch(numbers(1))["input_ids"])
 
 
-def test_the_rest_of_a_dataset_is_asked_for_beside_batches_that_are_scattered_over_it_only(monkeypatch):
-    windows, begun = Recorded(monkeypatch, cold=True), []
-    monkeypatch.setattr(read_ahead, "_chunks", lambda _: iter(begun.append("begun") or ()))
-    for batch in (numbers(5), numbers(*range(100, 164)), numbers(3, 70, 5, 40)):
-        ahead = ReadAhead(windows)
-        ahead.fetch(batch)
-        ahead.fetch(batch)
-    assert not begun
-    ahead.fetch(numbers(0, 1000, 2000))
-    assert begun == ["begun"]
+def test_the_rest_of_a_dataset_is_asked_for_beside_batches_that_are_scattered_over_it_only(
+    make_dataset, monkeypatch
+):
+    shards = make_dataset(SHARDS)
+    for batch in ((5,), range(100, 164), (3, 70, 5, 40), (7, 71)):
+        assert asked_beside_scattered_batches(monkeypatch, shards, batch) == []
+    tokens = shards.slice(0, shards.num_tokens).tolist()
+    assert asked_beside_scattered_batches(monkeypatch, shards, (7, 72)) == tokens
+    # Nobody waits for what is asked for beside the first batch, and a stretch of it is enough for the second.
+    monkeypatch.setattr(read_ahead, "_CHUNK_BYTES", 20)
+    assert asked_beside_scattered_batches(monkeypatch, shards, num_batches=1) == []
+    assert asked_beside_scattered_batches(monkeypatch, shards, num_batches=2) == tokens[:10]
+    many = [100 * number for number in range(33)]
+    assert (
+        asked_beside_scattered_batches(monkeypatch, shards, many, num_batches=2) == tokens[:16]
+    )  # of the first shard

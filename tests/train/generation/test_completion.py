@@ -46,7 +46,7 @@ def training_run(tmp_path, whole_run, monkeypatch):
     return run, race
 
 
-@pytest.mark.parametrize("function", ["_state_in", "sha256_of", "StoredTensors"])
+@pytest.mark.parametrize("function", ["read_checked", "sha256_of", "StoredTensors"])
 def test_a_checkpoint_that_is_deleted_while_it_is_read_gives_way_to_a_newer_one(
     training_run, whole_run, function
 ):
@@ -55,7 +55,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_gives_way_to_a_newer_one(
     assert text_of(run) == text_of(whole_run, step=9)
 
 
-@pytest.mark.parametrize("function", ["_state_in", "StoredTensors"])
+@pytest.mark.parametrize("function", ["read_checked", "StoredTensors"])
 def test_a_run_that_deletes_faster_than_one_can_read_is_a_sentence_at_last(
     training_run, whole_run, function, monkeypatch
 ):

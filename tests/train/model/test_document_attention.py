@@ -220,13 +220,15 @@ def flash_by_hand(query, key, value, cu_q, cu_k, max_q, max_k, *, window_size, e
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(1, 3), st.sampled_from([1, 2, 4]))
 def test_all_ways_give_the_same(lengths, rows, groups):
     positions, tensors = inputs_of(lengths, rows, groups=groups)
-    found = DocumentAttention(positions)
-    expected = with_gradients(lambda *qkv: found._flash(flash_by_hand, *qkv), tensors)
-    for attend in (found._one_by_one, found._masked):
-        for ours, reference in zip(
-            with_gradients(lambda *qkv, attend=attend: attend(*qkv, 0.0), tensors), expected, strict=True
-        ):
-            torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+    attention, results = DocumentAttention(positions), []
+    for longest_masked, kernel in ((10**6, flash_by_hand), (10**6, None), (0, None)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(document_attention, "_LONGEST_MASKED", longest_masked)
+            patch.setattr(document_attention, "flash_kernel", lambda _, kernel=kernel: kernel)
+            results.append(with_gradients(attention.attend, tensors))
+    for ours in results[1:]:
+        for one, reference in zip(ours, results[0], strict=True):
+            torch.testing.assert_close(one, reference, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("way")

@@ -163,7 +163,7 @@ def test_what_is_damaged_is_made_again(dataset, suffix, damage):
 
 
 def kill_at_the_third_batch(dataset):
-    real, calls = reference._compute, []
+    real, calls = reference.log_probs_of_pairs, []
 
     def computed(*given):
         calls.append(1)
@@ -171,7 +171,7 @@ def kill_at_the_third_batch(dataset):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*given)
 
-    reference._compute = computed
+    reference.log_probs_of_pairs = computed
     make(PairsInMemory(dataset))
 
 
@@ -182,8 +182,8 @@ def test_a_killed_process_leaves_what_it_has_computed_and_no_other_rounding(data
     killed.join(60)
     assert killed.exitcode == -signal.SIGKILL
     assert files(dataset, ".npy") == []
-    calls, real = [], reference._compute
-    monkeypatch.setattr(reference, "_compute", lambda *given: (calls.append(1), real(*given))[1])
+    calls, real = [], reference.log_probs_of_pairs
+    monkeypatch.setattr(reference, "log_probs_of_pairs", lambda *given: (calls.append(1), real(*given))[1])
     said = Said()
     found = np.array(make(PairsInMemory(dataset), say=said))
     assert "of 15 pairs, once; 8 are there already" in said.text

@@ -59,13 +59,17 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_never_was(
 
 # The process kills itself where an outer hand would seldom hit: {number} is counted over the calls of {function}.
 SUICIDE = """
-import os, signal
+import os, signal, sys
 from pathlib import Path
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder import metrics
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
+
+def half_a_line():
+    with Path(sys.argv[sys.argv.index("--run") + 1], "metrics.jsonl").open("ab") as file:
+        file.write(b'{"st')
 
 def kill_at(owner, name, number, before=lambda *_: None):
     calls, function = [], getattr(owner, name)
@@ -79,7 +83,7 @@ def kill_at(owner, name, number, before=lambda *_: None):
 
 """
 PLACES = {
-    "in the middle of a line of metrics": "kill_at(metrics.MetricsLog, 'write', 6, lambda log, _: log._file.write(b'{\"st'))",
+    "in the middle of a line of metrics": "kill_at(metrics.MetricsLog, 'write', 6, lambda *_: half_a_line())",
     "half of a file": "kill_at(checkpoint, 'save_file', 4, lambda _, path: path.write_bytes(b'half'))",
     "before the rename": "kill_at(Path, 'rename', 2)",
     "after the rename, before the old ones go": "kill_at(checkpoint, 'steps_of', 4)",

@@ -155,18 +155,17 @@ class Gate:
 
 def test_the_training_goes_on_while_a_checkpoint_is_written_which_is_that_of_its_step(tmp_path, monkeypatch):
     gate = Gate(monkeypatch)
-    training = Training(tmp_path)
-    training.step(1)
-    training.saver._save(Training.state({"step": 1}))
+    training = Training(tmp_path, save_every=4)
+    training.step(4)
     there = bits(training.model, training.optimizer)
     assert gate.reached.wait(30)
-    for step in (2, 3, 4):
+    for step in (5, 6, 7):
         training.step(step)
     assert checkpoint.steps_of(tmp_path) == []
     gate.open.set()
     training.saver.wait()
     other = make(seed=1)
-    checkpoint.load(tmp_path, 1).restore(*other)
+    checkpoint.load(tmp_path, 4).restore(*other)
     assert bits(*other) == there != bits(training.model, training.optimizer)
     assert training.synced == ["checkpoint"], (
         "metrics reach the disk in the thread, before the checkpoint's name"
@@ -187,16 +186,22 @@ def test_one_save_is_in_flight_at_most(tmp_path, monkeypatch):
     opener.join()
 
 
-def test_the_copies_keep_their_memory(tmp_path):
+def test_the_copies_keep_their_memory(tmp_path, monkeypatch):
+    places, real = [], checkpoint.save_file
+
+    def save_file(tensors, path):
+        places.append((path.name, {name: copy.data_ptr() for name, copy in tensors.items()}))
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
     training = Training(tmp_path, save_every=1)
     training.step(1)
-    training.saver.wait()
-    there = {name: copy.data_ptr() for name, copy in training.saver._copies["optimizer.safetensors"].items()}
     training.step(2)
     training.saver.wait()
-    assert {
-        name: copy.data_ptr() for name, copy in training.saver._copies["optimizer.safetensors"].items()
-    } == there
+    assert [name for name, _ in places] == ["model.safetensors", "optimizer.safetensors"] * 2
+    assert places[:2] == places[2:]
+    own = {tensor.data_ptr() for tensor in training.model.parameters()}
+    assert not own & set(places[0][1].values())
 
 
 def broken(monkeypatch, number=1):
@@ -222,8 +227,9 @@ def test_a_save_that_fails_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
             for step in range(1, 8):
                 training.step(step)
                 done.append(step)
-                if thread := training.saver._thread:
-                    thread.join()
+                for thread in threading.enumerate():
+                    if thread.name == "checkpoint":
+                        thread.join()
 
     with pytest.raises(UserError, match=r"step-000000004: .*No space left.*make room"):
         go()

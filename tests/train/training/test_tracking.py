@@ -12,7 +12,7 @@ from minimind_train.run import entry
 from minimind_train.run.entry import resume
 from minimind_train.run_folder import checkpoint
 from minimind_train.training.options import TrackOptions
-from minimind_train.training.tracking import _OPEN, _numbers
+from minimind_train.training.tracking import TRACKERS
 from tests.helpers.runs import Said, config_of, metrics, records, stop_after
 
 pytestmark = [
@@ -112,7 +112,8 @@ def expected(run):
     return sorted(
         (record["step"], name, value)
         for record in records(run / "metrics.jsonl")
-        for name, value in _numbers(record).items()
+        for name, value in record.items()
+        if name != "step"
     )
 
 
@@ -174,8 +175,8 @@ def test_what_a_tracker_does_ends_no_run(tmp_path, small_dataset, whole_run, mon
     def refuse(run, run_id):
         raise OSError("no space for it")
 
-    monkeypatch.setitem(_OPEN, "wandb", Fragile)
-    monkeypatch.setitem(_OPEN, "swanlab", refuse)
+    monkeypatch.setitem(TRACKERS, "wandb", Fragile)
+    monkeypatch.setitem(TRACKERS, "swanlab", refuse)
     run, said = tmp_path / "run", Said()
     entry.begin(config_of(run, small_dataset, track=("wandb", "swanlab"), dropout=0.1), said)
     told = [line for line in said if "`track`" in line]
@@ -212,7 +213,7 @@ def test_a_file_of_ids_that_is_broken_begins_anew(tmp_path, small_dataset, monke
         def close(self):
             pass
 
-    monkeypatch.setitem(_OPEN, "wandb", Noting)
+    monkeypatch.setitem(TRACKERS, "wandb", Noting)
     run = tmp_path / "run"
     entry.begin(config_of(run, small_dataset, track=("wandb",)), Said())
     for damage in (None, "nonsense"):
