@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 
 from minimind_data.errors import UserError
 from minimind_data.files import checked_json, checksum_of_json, read_checked
+from minimind_data.reporting import counted
 
 _T = TypeVar("_T")
 
@@ -178,6 +179,11 @@ class TokenizerInfo:
     bos_id: int
     eos_id: int
     pad_id: int
+
+    @property
+    def summary(self) -> str:
+        """Its size and the beginning of its checksum, in a few words."""
+        return f"tokenizer of {self.vocab_size:,} entries ({self.sha256[:12]}…)"
 
     @property
     def special_ids(self) -> tuple[int, int, int]:
@@ -323,6 +329,17 @@ class Manifest:
             "inputs": [{"bytes": entry.bytes, "sha256": entry.sha256} for entry in self.inputs],
         }
         return checksum_of_json(content)
+
+    @property
+    def summary(self) -> str:
+        """Its kind, its size and its tokenizer, in one line."""
+        return (
+            f"{self.kind}, {counted(self.num_documents, 'document')}, {counted(self.num_tokens, 'token')} in "
+            f"{counted(len(self.shards), 'shard')} of {self.dtype}, {self.tokenizer.summary}"
+        )
+
+    def __repr__(self) -> str:
+        return f"Manifest({self.summary}, fingerprint {self.fingerprint[:12]}…)"
 
     @property
     def has_masks(self) -> bool:

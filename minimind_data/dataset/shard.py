@@ -22,6 +22,7 @@ from minimind_data.dataset.format import (
     TokenDtype,
     numpy_dtype,
 )
+from minimind_data.reporting import counted
 
 _HAS_WILLNEED = hasattr(mmap, "MADV_WILLNEED")
 # A map needs no open file; before Python 3.13 it keeps one all the same.
@@ -104,6 +105,10 @@ class Shard:
             with _opened(folder / f"{entry.name}.mask", entry.written.tokens) as descriptor:
                 self._mask_map = _map(descriptor)
                 self.mask = np.frombuffer(self._mask_map, np.uint8)
+
+    def __repr__(self) -> str:
+        written = self.entry.written
+        return f"Shard({self.entry.name!r}: {counted(written.documents, 'document')}, {counted(written.tokens, 'token')})"
 
     def will_need(self, start: int, stop: int) -> None:
         """Tell the system that the tokens [start, stop) are read soon; it returns at once, and reads them meanwhile."""

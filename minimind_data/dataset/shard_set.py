@@ -9,7 +9,7 @@ All shards together are one stream of tokens and one list of documents; both are
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,6 +107,28 @@ class ShardSet:
     def __len__(self) -> int:
         """Return the number of shards."""
         return len(self.manifest.shards)
+
+    @overload
+    def __getitem__(self, index: int) -> Shard: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Shard]: ...
+
+    def __getitem__(self, index: int | slice) -> Shard | list[Shard]:
+        """Return a shard, mapped, or the shards of a slice.
+
+        Raises:
+            IndexError: there is no such shard; negative numbers count from the end.
+        """
+        if isinstance(index, slice):
+            return [self.shard(number) for number in range(len(self))[index]]
+        try:
+            number = range(len(self))[index]
+        except IndexError:
+            raise IndexError(f"shard {index} asked for, and there are {len(self)}") from None
+        return self.shard(number)
+
+    def __repr__(self) -> str:
+        return f"ShardSet({str(self.folder)!r}: {self.manifest.summary})"
 
     def __iter__(self) -> Iterator[Shard]:
         """Iterate over the shards in order, mapping each."""

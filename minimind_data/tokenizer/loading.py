@@ -52,6 +52,13 @@ class Tokenizer:
             pad_id=pad_id,
         )
 
+    def __repr__(self) -> str:
+        names = zip(("BOS", "EOS", "PAD"), self.info.special_ids, strict=True)
+        special = ", ".join(
+            f"{name} {number} {self.reference.id_to_token(number)!r}" for name, number in names
+        )
+        return f"Tokenizer({self.info.vocab_size:,} entries, {special}, {self.info.sha256[:12]}…)"
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens included."""
         text: str = self.reference.decode(list(ids), skip_special_tokens=False)

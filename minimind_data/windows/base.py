@@ -25,6 +25,7 @@ dataset of pairs (`dpo`) a window is a pair, padded; a sample is `chosen_input_i
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
@@ -32,6 +33,7 @@ from numpy.typing import NDArray
 
 from minimind_data.dataset.format import IGNORED, MaskArray, TokenArray
 from minimind_data.dataset.shard_set import ShardSet
+from minimind_data.reporting import counted
 from minimind_data.windows.segments import Segments
 
 Layout = Literal["concat", "pad", "pack"]
@@ -101,6 +103,32 @@ class Windows(ABC):
     @abstractmethod
     def __len__(self) -> int:
         """Return the number of windows."""
+
+    def __getitem__(self, window: int | slice) -> dict[str, NDArray[np.int64]]:
+        """Return the sample of a window, each array int64 [seq_len]; for a slice a batch, each [B, seq_len].
+
+        Raises:
+            IndexError: there is no such window; negative numbers count from the end.
+        """
+        if isinstance(window, slice):
+            return self.fetch(np.arange(len(self))[window])
+        try:
+            number = range(len(self))[window]
+        except IndexError:
+            raise IndexError(f"window {window} asked for, and there are {len(self)}") from None
+        return {name: rows[0] for name, rows in self.fetch(np.array([number])).items()}
+
+    def __iter__(self) -> Iterator[dict[str, NDArray[np.int64]]]:
+        """Iterate over the samples of all windows, in their order on disk."""
+        return (self[number] for number in range(len(self)))
+
+    def __repr__(self) -> str:
+        kind = "labels" if self.labels else "targets"
+        apart = ", documents apart" if self.documents_apart else ""
+        return (
+            f"{type(self).__name__}({str(self.shards.folder)!r}: {counted(len(self), 'window')} of {self.seq_len:,} tokens "
+            f"with {kind}{apart})"
+        )
 
     @property
     @abstractmethod

@@ -23,6 +23,10 @@ class MixedWindows:
         """Return the number of windows of all parts."""
         return int(self._starts[-1])
 
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{name}={part!r}" for name, part in zip(self.names, self.parts, strict=True))
+        return f"MixedWindows({parts})"
+
     def fetch(self, windows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
         """Return a batch, with one gather for each part that is in it."""
         if len(windows) and (windows.min() < 0 or windows.max() >= len(self)):

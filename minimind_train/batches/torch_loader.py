@@ -40,6 +40,9 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
         """Return the number of windows."""
         return len(self.windows)
 
+    def __repr__(self) -> str:
+        return f"WindowDataset({self.windows!r})"
+
     def __getitem__(self, window: int | list[int]) -> dict[str, Tensor]:
         """Return one window, or for a list a whole batch, int64 [B, seq_len] each.
 
@@ -123,6 +126,10 @@ class ResumableBatchSampler(Sampler[list[int]]):
     def epoch(self) -> int:
         """The epoch in which the next iteration begins."""
         return self._next_start // self.order.num_windows
+
+    def __repr__(self) -> str:
+        share = f", rank {self.rank} of {self.world_size}" if self.world_size > 1 else ""
+        return f"ResumableBatchSampler(at position {self._latest.position:,}, batches of {self.global_batch}{share}, {self.order!r})"
 
     def __len__(self) -> int:
         """Return the number of batches of the next iteration."""

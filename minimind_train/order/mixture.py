@@ -176,6 +176,15 @@ class MixtureOrder:
         )
         return cls(names=names, parts=tuple(orders), stages=tuple(stages), seed=seed, kind=kind)
 
+    def __repr__(self) -> str:
+        parts = ", ".join(
+            f"{name} {order.num_windows:,}" for name, order in zip(self.names, self.parts, strict=True)
+        )
+        stages = ", ".join(
+            f"{':'.join(map(str, stage.shares))} from position {stage.start:,}" for stage in self.stages
+        )
+        return f"MixtureOrder(windows: {parts}; shares: {stages}; {self.kind}, seed={self.seed})"
+
     @property
     def num_windows(self) -> int:
         """The windows of all parts together."""

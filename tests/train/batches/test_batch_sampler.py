@@ -333,3 +333,17 @@ def test_a_position_in_another_shuffle_block_is_refused_with_both_sides(there, h
     state = ResumableBatchSampler(SampleOrder(num_windows=30, block=there), 4).state_dict()
     with pytest.raises(UserError, match="shuffle_block is .* in the saved state, .* here"):
         ResumableBatchSampler(SampleOrder(num_windows=30, block=here), 4).load_state_dict(state)
+
+
+def test_what_they_say_of_themselves(tmp_path):
+    shards = write_dataset(tmp_path / "data", [[[BOS, *range(3, 9), EOS]] * 4])
+    windows = open_windows(shards, layout="pad", seq_len=8)
+    dataset = WindowDataset(windows)
+    assert (
+        repr(dataset)
+        == f"WindowDataset(PadWindows('{tmp_path / 'data'}': 4 windows of 8 tokens with targets))"
+    )
+    order = SampleOrder(num_windows=4, seed=7)
+    sampler = ResumableBatchSampler(order, 2, rank=1, world_size=2, start=6)
+    assert repr(sampler) == f"ResumableBatchSampler(at position 6, batches of 2, rank 1 of 2, {order!r})"
+    assert repr(order) == "SampleOrder(num_windows=4, seed=7, kind='shuffled', block=1)"

@@ -194,3 +194,12 @@ def test_the_order_of_a_mixture_is_pinned():
 
 GOLDEN_TURNS = [1, 0, 1, 1, 0, 1, 1, 1, 0, 1]
 GOLDEN_WINDOWS = [5110, 599, 2805, 4978, 873, 682]
+
+
+def test_what_it_says_of_itself():
+    order = MixtureOrder.of(
+        {"zh": 1200, "en": 30}, seed=7, stages=(MixtureStage(start=0, shares=(1, 3), taken=(0, 0)),)
+    ).reweighted(4000, (1, 1))
+    assert repr(order) == (
+        "MixtureOrder(windows: en 30, zh 1,200; shares: 1:3 from position 0, 1:1 from position 4,000; shuffled, seed=7)"
+    )
