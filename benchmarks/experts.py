@@ -20,7 +20,7 @@ import torch
 from machine import describe_machine
 from torch import Tensor
 
-from minimind_data.options import build
+from minimind_data.options import options_from
 from minimind_train.model import moe
 from minimind_train.model.config import ModelConfig
 from minimind_train.model.moe import MLP, Mixture
@@ -89,7 +89,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    config = build(ModelConfig, PRESETS[arguments.preset])
+    config = options_from(ModelConfig, PRESETS[arguments.preset])
     mixture = Mixture(config)
     with torch.no_grad():
         for parameter in mixture.parameters():

@@ -27,7 +27,7 @@ from minimind_data.build.pipeline import tokenize
 from minimind_data.build.plan import TokenizeOptions
 from minimind_data.dataset.format import IGNORED
 from minimind_data.dataset.shard_set import ShardSet
-from minimind_data.options import build
+from minimind_data.options import options_from
 from minimind_data.windows.base import Windows
 from minimind_data.windows.opening import open_windows
 from minimind_train.model.config import ModelConfig
@@ -55,7 +55,9 @@ class Result:
 
 
 def train(run: Path, dataset: Path, held_out: Path, options: dict[str, object]) -> Result:
-    outcome = entry.begin(build(PretrainOptions, {**options, "run": run, "shards": dataset}), lambda _: None)
+    outcome = entry.begin(
+        options_from(PretrainOptions, {**options, "run": run, "shards": dataset}), lambda _: None
+    )
     steps = [json.loads(line) for line in (run / FILE_NAME).read_text(encoding="utf-8").splitlines()]
     newest = checkpoint.load_latest(run, print)
     assert newest is not None
@@ -66,7 +68,7 @@ def train(run: Path, dataset: Path, held_out: Path, options: dict[str, object]) 
     seconds = statistics.quantiles((positions / step["tokens_per_second"] for step in steps), n=4)[0]
     chosen = {"layout": config["layout"], "long_documents": config["long_documents"]}
     size = len(open_windows(ShardSet.open(dataset), seq_len=config["seq_len"], **chosen))
-    model = MiniMind(build(ModelConfig, config)).eval()
+    model = MiniMind(options_from(ModelConfig, config)).eval()
     newest.restore(model)
     alone = open_windows(
         ShardSet.open(held_out),
@@ -120,7 +122,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         dataset = Path(folder) / "data"
         options = {"out": dataset, "tokenizer": tokenizer, "val_fraction": share, "dedup": "exact"}
-        tokenize(texts, build(TokenizeOptions, options))
+        tokenize(texts, options_from(TokenizeOptions, options))
         held_out = dataset / "val"
         for name, shards in (("training", ShardSet.open(dataset)), ("held out", ShardSet.open(held_out))):
             lengths = np.concatenate([shard.lengths for shard in shards])

@@ -22,7 +22,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as mm-train does, and before 
 import torch
 from machine import describe_machine
 
-from minimind_data.options import build
+from minimind_data.options import options_from
 from minimind_train.model.config import ModelConfig
 from minimind_train.model.presets import PRESETS
 from minimind_train.model.transformer import MiniMind, initialize
@@ -69,7 +69,7 @@ def main() -> None:
 class Training:
     def __init__(self, arguments: argparse.Namespace) -> None:
         torch.manual_seed(0)
-        config = build(ModelConfig, {**PRESETS[arguments.preset], "vocab_size": 6400}).resolved()
+        config = options_from(ModelConfig, {**PRESETS[arguments.preset], "vocab_size": 6400}).resolved()
         self.device = torch.device(arguments.device)
         self.model = MiniMind(config)
         initialize(self.model, 0)

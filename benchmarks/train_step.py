@@ -44,7 +44,7 @@ from minimind_data.build.pipeline import tokenize
 from minimind_data.build.plan import TokenizeOptions
 from minimind_data.dataset.format import IGNORED
 from minimind_data.dataset.shard_set import ShardSet
-from minimind_data.options import build
+from minimind_data.options import options_from
 from minimind_data.windows.opening import open_windows
 from minimind_train.batches.steps import StepBatch
 from minimind_train.model.compiling import compile_layers
@@ -426,7 +426,7 @@ def main() -> None:
         if arguments.data:
             tokenize(
                 [arguments.data],
-                build(TokenizeOptions, {"out": Path(folder), "tokenizer": arguments.tokenizer}),
+                options_from(TokenizeOptions, {"out": Path(folder), "tokenizer": arguments.tokenizer}),
             )
         for shape in arguments.shape or ["512x8", "768x8"]:
             hidden, layers = map(int, shape.split("x"))

@@ -24,7 +24,7 @@ from minimind_data.build.pipeline import tokenize
 from minimind_data.build.plan import TokenizeOptions
 from minimind_data.dataset.format import IGNORED
 from minimind_data.dataset.shard_set import ShardSet
-from minimind_data.options import build
+from minimind_data.options import options_from
 from minimind_data.windows.base import Windows, WindowSource
 from minimind_data.windows.opening import open_windows
 from minimind_train.batches.steps import BatchDivision, StepLoader
@@ -133,7 +133,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory(prefix="trimming-") as folder:
         options = {"out": Path(folder, "data"), "kind": arguments.kind, "tokenizer": arguments.tokenizer}
-        tokenize([arguments.input], build(TokenizeOptions, options))
+        tokenize([arguments.input], options_from(TokenizeOptions, options))
         measure(arguments, ShardSet.open(Path(folder, "data")))
 
 

@@ -24,7 +24,7 @@ from typer.completion import completion_init  # type: ignore[attr-defined] # typ
 from typer.core import TyperArgument, TyperCommand, TyperOption
 
 from minimind_data.errors import UserError
-from minimind_data.options import build, format_size, leaves, parse_size
+from minimind_data.options import format_size, leaves, options_from, parse_size
 
 from .flags import Flags, in_flags, use_flags_of
 
@@ -224,7 +224,7 @@ def _argument(kind: Any, name: str, values: dict[str, Any], context: typer.Conte
     assert isinstance(kind, type)
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     try:
-        return build(kind, values)
+        return options_from(kind, values)
     except ValueError as error:  # a value that the dataclass refuses is wrong usage
         raise typer.BadParameter(in_flags(error)) from None
 

@@ -87,7 +87,7 @@ def leaves(cls: type, defaults: object = None, *, flags_only: bool = True) -> It
             yield field.name, kind, field.default if defaults is None else getattr(defaults, field.name)
 
 
-def build(cls: type[_T], values: dict[str, Any], defaults: _T | None = None) -> _T:
+def options_from(cls: type[_T], values: dict[str, Any], defaults: _T | None = None) -> _T:
     """Make `cls` from flat option values, filling nested dataclasses; names that it does not know are left alone.
 
     What `values` leaves out is as in `defaults`, by default as in what the factories of `cls` make.
@@ -99,7 +99,7 @@ def build(cls: type[_T], values: dict[str, Any], defaults: _T | None = None) -> 
         if is_dataclass(kind):
             assert isinstance(kind, type)
             inner = None if field.default_factory is MISSING else field.default_factory()
-            made[field.name] = build(
+            made[field.name] = options_from(
                 kind, values, inner if defaults is None else getattr(defaults, field.name)
             )
         elif field.name in values:

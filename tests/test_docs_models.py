@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from minimind_cli import train
 from minimind_data.build.pipeline import tokenize
 from minimind_data.build.plan import TokenizeOptions
-from minimind_data.options import build
+from minimind_data.options import options_from
 from minimind_train.model.config import ModelConfig, parameter_line
 from minimind_train.model.presets import PRESETS
 
@@ -47,5 +47,5 @@ def test_the_commands_run(tmp_path, monkeypatch):
 
 def test_the_sizes_are_those_of_the_presets():
     rows = dict(re.findall(r"^\| `([\w-]+)` \| ([\d.]+M(?:-A[\d.]+M)?) \|", PAGE, re.MULTILINE))
-    counted = {name: parameter_line(build(ModelConfig, options)) for name, options in PRESETS.items()}
+    counted = {name: parameter_line(options_from(ModelConfig, options)) for name, options in PRESETS.items()}
     assert {name: f"Model Params: {size}" for name, size in rows.items()} == counted

@@ -33,8 +33,8 @@ from minimind_data.build.workers import encoders_in_our_threads
 from minimind_data.chat.encoding import ChatEncoding
 from minimind_data.chat.template import ChatTemplate, chat_template_of
 from minimind_data.dataset.format import (
-    CONFIG_NAME,
     MANIFEST_NAME,
+    TOKENIZER_CONFIG_NAME,
     TOKENIZER_NAME,
     InputEntry,
     Manifest,
@@ -45,7 +45,7 @@ from minimind_data.files import sha256_of, user_error_on_full_disk, write_atomic
 from minimind_data.inputs.discovery import find_sources
 from minimind_data.inputs.hashes import InputHashes
 from minimind_data.inputs.sources import STDIN, Source
-from minimind_data.options import build
+from minimind_data.options import options_from
 from minimind_data.reporting import Progress, Report, Say, no_progress, say_nothing
 from minimind_data.tokenizer.backends import Choice, choose_backend
 from minimind_data.tokenizer.loading import SpecialTokens, Tokenizer, cached_tokenizer, load_tokenizer
@@ -127,7 +127,7 @@ def commit(out: Path | str, *, say: Say = say_nothing, progress: Progress = no_p
         raise UserError(
             "no unfinished build there", where=out, remedy="begin one by `mm-data tokenize` with `task` 1/N"
         )
-    options = build(TokenizeOptions, {**plan.recipe.options, "out": out, "kind": plan.recipe.kind})
+    options = options_from(TokenizeOptions, {**plan.recipe.options, "out": out, "kind": plan.recipe.kind})
     tokenizer_path, info = work.path / TOKENIZER_NAME, plan.recipe.tokenizer
     if not tokenizer_path.is_file() or sha256_of(tokenizer_path) != info.sha256:
         raise UserError(
@@ -237,7 +237,7 @@ class _Build:
         work.begin(self._recipe, self._sources, names)
         write_atomic(work.path / TOKENIZER_NAME, self._tokenizer.json)
         if self._config_json is not None:
-            write_atomic(work.path / CONFIG_NAME, self._config_json)
+            write_atomic(work.path / TOKENIZER_CONFIG_NAME, self._config_json)
         if self._options.val_fraction:
             work.val.mkdir(exist_ok=True)
         if self._options.dedup == "exact":

@@ -13,7 +13,7 @@ from minimind_data.chat.encoding import ChatEncoding
 from minimind_data.chat.loss_mask import find_answer_marks
 from minimind_data.chat.rendering import ChatOptions, RenderSpec
 from minimind_data.chat.template import ChatTemplate
-from minimind_data.dataset.format import CONFIG_NAME, TEMPLATE_NAME, Kind
+from minimind_data.dataset.format import TEMPLATE_NAME, TOKENIZER_CONFIG_NAME, Kind
 from minimind_data.dataset.staging import unique_names
 from minimind_data.errors import UserError
 from minimind_data.inputs.discovery import stem_of
@@ -194,7 +194,7 @@ def chat_encoding_of(
         return None
     if template is None:
         raise UserError(
-            f"no chat template, neither in {TEMPLATE_NAME} nor in {CONFIG_NAME}",
+            f"no chat template, neither in {TEMPLATE_NAME} nor in {TOKENIZER_CONFIG_NAME}",
             where=options.tokenizer,
             remedy="name a file with one by `chat_template`",
             option="chat_template",

@@ -14,10 +14,10 @@ from minimind_data.build.reuse import FinishedDataset, entries_of, first_lines
 from minimind_data.build.split import SplitResult, SplitTask, set_aside_path
 from minimind_data.build.work_folder import WorkFolder
 from minimind_data.dataset.format import (
-    CONFIG_NAME,
     MANIFEST_NAME,
     REMAKE_ALL,
     SET_ASIDE_NAME,
+    TOKENIZER_CONFIG_NAME,
     TOKENIZER_NAME,
     InputEntry,
     Manifest,
@@ -141,7 +141,7 @@ def publish(
     for folder in (work.out, work.val) if metadata.validation is not None else (work.out,):
         write_atomic(folder / TOKENIZER_NAME, tokenizer_json)
         if config_json is not None:
-            write_atomic(folder / CONFIG_NAME, config_json)
+            write_atomic(folder / TOKENIZER_CONFIG_NAME, config_json)
     if metadata.set_aside:
         write_atomic(work.out / SET_ASIDE_NAME, metadata.set_aside)
     else:
@@ -168,7 +168,7 @@ def restore(
             config_json is not None
             and sha256_of_bytes(config_json.encode()) == manifest.tokenizer_config_sha256
         ):
-            files.insert(0, (CONFIG_NAME, config_json))
+            files.insert(0, (TOKENIZER_CONFIG_NAME, config_json))
         for name, wanted in files:
             path = folder / name
             if not path.is_file() or path.read_bytes() != wanted.encode():

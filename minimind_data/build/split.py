@@ -19,7 +19,7 @@ import orjson
 from numpy.typing import NDArray
 
 from minimind_data.build.dedup import hashes_of, in_validation
-from minimind_data.build.stages import DifferenceError, ahead, encode_blocks
+from minimind_data.build.overlap import DifferenceError, ahead, encode_blocks
 from minimind_data.chat.encoding import ChatEncoding, encode_conversations
 from minimind_data.dataset.format import (
     VALIDATION_NAME,

@@ -24,9 +24,9 @@ from minimind_data.build.split import (
     hashes_path,
 )
 from minimind_data.dataset.format import (
-    CONFIG_NAME,
     MANIFEST_NAME,
     SET_ASIDE_NAME,
+    TOKENIZER_CONFIG_NAME,
     TOKENIZER_NAME,
     VALIDATION_NAME,
 )
@@ -147,7 +147,7 @@ class WorkFolder:
         remove_partials(self.path)
         for folder in (self.out, self.val):
             remove_partials(
-                folder, shard_files | {TOKENIZER_NAME, CONFIG_NAME, SET_ASIDE_NAME, MANIFEST_NAME}
+                folder, shard_files | {TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, SET_ASIDE_NAME, MANIFEST_NAME}
             )
 
     def begin(self, recipe: Recipe, inputs: Sequence[Source], names: set[str]) -> None:
@@ -245,7 +245,7 @@ class WorkFolder:
             f"*{HASHES_SUFFIX}",
             STDIN_NAME,
             TOKENIZER_NAME,
-            CONFIG_NAME,
+            TOKENIZER_CONFIG_NAME,
         ):
             for path in self.path.glob(pattern):
                 path.unlink()

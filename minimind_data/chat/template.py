@@ -27,7 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from minimind_data.chat.conversations import text_of
-from minimind_data.dataset.format import CONFIG_NAME, TEMPLATE_NAME
+from minimind_data.dataset.format import TEMPLATE_NAME, TOKENIZER_CONFIG_NAME
 from minimind_data.errors import UserError
 from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
 
@@ -99,7 +99,7 @@ def chat_template_of(path: Path | str | None, file: Path | None = None) -> ChatT
     """
     path = DEFAULT_TOKENIZER if path is None else Path(path)
     folder = path if path.is_dir() else path.parent
-    config_path = folder / CONFIG_NAME
+    config_path = folder / TOKENIZER_CONFIG_NAME
     try:
         config = json.loads(config_path.read_bytes())
     except FileNotFoundError:

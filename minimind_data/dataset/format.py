@@ -47,7 +47,7 @@ FORMAT_VERSION = 1
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
-CONFIG_NAME = "tokenizer_config.json"
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 SET_ASIDE_NAME = "set-aside.jsonl"
 VALIDATION_NAME = "val"
 """The folder, inside a dataset's, of the dataset that holds its validation part."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from minimind_data.dataset.format import CONFIG_NAME, MANIFEST_NAME, TOKENIZER_NAME, Manifest
+from minimind_data.dataset.format import MANIFEST_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_NAME, Manifest
 from minimind_data.errors import UserError
 from minimind_data.files import (
     PARTIAL_SUFFIX,
@@ -119,7 +119,7 @@ def write_metadata(folder: Path, manifest: Manifest, tokenizer: Path | bytes) ->
     tokenizer_json = tokenizer if isinstance(tokenizer, bytes) else (tokenizer / TOKENIZER_NAME).read_bytes()
     files = [(TOKENIZER_NAME, tokenizer_json), (MANIFEST_NAME, manifest.to_json().encode())]
     if manifest.tokenizer_config_sha256 is not None and isinstance(tokenizer, Path):
-        files.insert(0, (CONFIG_NAME, (tokenizer / CONFIG_NAME).read_bytes()))
+        files.insert(0, (TOKENIZER_CONFIG_NAME, (tokenizer / TOKENIZER_CONFIG_NAME).read_bytes()))
     for name, data in files:
         with durable_file(folder / name) as file:
             file.write(data)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minimind_data.dataset.format import (
-    CONFIG_NAME,
     MANIFEST_NAME,
     REMAKE,
     REMAKE_ALL,
     RESTORE,
     SET_ASIDE_NAME,
+    TOKENIZER_CONFIG_NAME,
     TOKENIZER_NAME,
     Manifest,
 )
@@ -108,7 +108,7 @@ def _files(folder: Path, manifest: Manifest) -> list[_File]:
         if manifest.has_masks:
             files.append(_File(folder / f"{entry.name}.mask", entry.written.mask_sha256, REMAKE))
     if manifest.tokenizer_config_sha256 is not None:
-        files.append(_File(folder / CONFIG_NAME, manifest.tokenizer_config_sha256, RESTORE))
+        files.append(_File(folder / TOKENIZER_CONFIG_NAME, manifest.tokenizer_config_sha256, RESTORE))
     if manifest.set_aside_sha256 is not None:
         files.append(_File(folder / SET_ASIDE_NAME, manifest.set_aside_sha256, REMAKE_ALL))
     return files

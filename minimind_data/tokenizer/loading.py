@@ -17,9 +17,9 @@ from typing import Any
 import tokenizers
 
 from minimind_data.dataset.format import (
-    CONFIG_NAME,
     MANIFEST_NAME,
     MAX_VOCABULARY,
+    TOKENIZER_CONFIG_NAME,
     TOKENIZER_NAME,
     Manifest,
     TokenizerInfo,
@@ -103,7 +103,7 @@ def load_tokenizer(path: Path | str | None = None, special: SpecialTokens | None
     reference = _parse(text, file)
     special = special or SpecialTokens()
     special_ids = _ids_of_dataset(file) if file.with_name(MANIFEST_NAME).is_file() else {}
-    config = {} if special_ids else _read_config(file.with_name(CONFIG_NAME))
+    config = {} if special_ids else _read_config(file.with_name(TOKENIZER_CONFIG_NAME))
     ids = [
         special_ids[name]
         if text is None and special_ids
@@ -157,13 +157,13 @@ def _special_id(
         if text is not None and not isinstance(text, str):
             raise UserError(
                 f"its {name}_token is {token!r}, not a string",
-                where=file.with_name(CONFIG_NAME),
+                where=file.with_name(TOKENIZER_CONFIG_NAME),
                 remedy=f"pass `{name}_token` TOKEN",
                 option=f"{name}_token",
             )
     if text is None:
         raise UserError(
-            f"which token is {name.upper()} is said nowhere ({CONFIG_NAME} is silent)",
+            f"which token is {name.upper()} is said nowhere ({TOKENIZER_CONFIG_NAME} is silent)",
             where=file,
             remedy=f"pass `{name}_token` TOKEN",
             option=f"{name}_token",

@@ -13,7 +13,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from minimind_data.dataset.format import CONFIG_NAME, TEMPLATE_NAME, TOKENIZER_NAME
+from minimind_data.dataset.format import TEMPLATE_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_NAME
 from minimind_data.errors import UserError
 from minimind_data.files import write_atomic
 from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
@@ -84,7 +84,7 @@ def train_tokenizer(texts: Iterable[str], out: Path | str, *, vocab_size: int = 
         "clean_up_tokenization_spaces": False,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    write_atomic(file.with_name(CONFIG_NAME), json.dumps(config, indent=1) + "\n")
+    write_atomic(file.with_name(TOKENIZER_CONFIG_NAME), json.dumps(config, indent=1) + "\n")
     write_atomic(file.with_name(TEMPLATE_NAME), (DEFAULT_TOKENIZER / TEMPLATE_NAME).read_text("utf-8"))
     write_atomic(file, _with_visible_tokens(tokenizer) + "\n")
     size: int = tokenizer.get_vocab_size(with_added_tokens=True)

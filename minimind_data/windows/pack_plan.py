@@ -55,7 +55,7 @@ from minimind_data.windows.assignment import assign_documents, count_segments
 from minimind_data.windows.base import LongDocuments
 from minimind_data.windows.bin_packing import best_fit
 
-FOLDER_NAME = ".mm-pack"
+PACK_FOLDER_NAME = ".mm-pack"
 VERSION = 1
 LONG_DOCUMENTS: tuple[LongDocuments, ...] = get_args(LongDocuments)
 """In this order they are numbered in the file."""
@@ -172,7 +172,7 @@ def open_plan(
             f"{shards.folder}: its documents are of several sequences each, which layout pack does not know"
         )
     name = _name(shards, width, long_documents)
-    inside, cache = shards.folder / FOLDER_NAME, _cache_folder()
+    inside, cache = shards.folder / PACK_FOLDER_NAME, _cache_folder()
     for folder in (inside, cache):
         if plan := PackPlan.read(folder / name, shards):
             return plan

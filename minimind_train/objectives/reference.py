@@ -41,9 +41,9 @@ from minimind_train.model.transformer import MiniMind
 from minimind_train.objectives.preference import REFERENCE, log_probs_of_pairs
 from minimind_train.progress import Say
 
-__all__ = ["FOLDER_NAME", "Reference", "ReferencedWindows", "reference_log_probs"]
+__all__ = ["REFERENCE_FOLDER_NAME", "Reference", "ReferencedWindows", "reference_log_probs"]
 
-FOLDER_NAME = "reference"
+REFERENCE_FOLDER_NAME = "reference"
 _FORMAT_VERSION = 1
 _CHECKSUM = "checksum"
 _PAIRS_PER_FLUSH = 4096
@@ -118,7 +118,7 @@ def reference_log_probs(
     Raises:
         UserError: the log-probabilities cannot be written, or are not finite.
     """
-    folder = windows.shards.folder / FOLDER_NAME
+    folder = windows.shards.folder / REFERENCE_FOLDER_NAME
     fingerprint = windows.shards.manifest.fingerprint
     settings = {"format_version": _FORMAT_VERSION, "dataset": fingerprint, **asdict(reference)}
     settings_hash = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -131,7 +131,7 @@ def _train_as_rank(
 def _follow(start: Start, world: World) -> loop.RunOutcome:
     """Train as a rank that is not the first, from where that one has said."""
     run = start.options.training.run
-    if not (run / runs.CONFIG_NAME).is_file():
+    if not (run / runs.RUN_CONFIG_NAME).is_file():
         raise UserError(
             f"rank {world.rank} does not see the run that rank 0 has there",
             where=run.absolute(),

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minimind_data.errors import UserError
-from minimind_data.options import build, flatten
+from minimind_data.options import flatten, options_from
 from minimind_data.tokenizer.loading import refuse_other_tokenizer, same_encoding
 from minimind_train.batches.datasets import Datasets
 from minimind_train.model.config import ModelConfig
@@ -63,7 +63,7 @@ def with_initial_weights(
             )
     chosen = {name: here[name] for name in names_of(ModelConfig, Resume.TRAINING) | said}
     try:
-        model = build(ModelConfig, {**there, **chosen})
+        model = options_from(ModelConfig, {**there, **chosen})
         options.lora.refuse_unfit(model)
     except ValueError as error:
         raise UserError(f"{origin}: its model cannot be changed like that: {error}") from None

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 
 from minimind_data.dataset.format import Kind
 from minimind_data.errors import UserError
-from minimind_data.options import build, flatten
+from minimind_data.options import flatten, options_from
 from minimind_train.batches.options import DataOptions, source_texts
 from minimind_train.model.config import LoraConfig, ModelConfig
 from minimind_train.objectives.options import ObjectiveOptions, PreferenceOptions
@@ -153,7 +153,7 @@ def options_of(record: RunRecord, run: Path) -> RunOptions:
     kind = kind_of(record, run)
     values = begun_with(kind, record)
     stages = tuple(map(MixtureStage.of, values["mixture_stages"]))
-    return build(
+    return options_from(
         kind, values | {"shards": source_texts(values["shards"]), "mixture_stages": stages, "run": run}
     )
 

@@ -19,8 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from minimind_data.dataset.format import CONFIG_NAME as TOKENIZER_CONFIG_NAME
-from minimind_data.dataset.format import MANIFEST_NAME, TOKENIZER_NAME, TokenizerInfo
+from minimind_data.dataset.format import MANIFEST_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_NAME, TokenizerInfo
 from minimind_data.errors import UserError
 from minimind_data.files import (
     FolderLock,
@@ -34,7 +33,7 @@ from minimind_data.tokenizer.loading import Tokenizer, cached_tokenizer
 from minimind_train.run_folder import metrics
 
 FORMAT_VERSION = 2  # 1 had no checksum
-CONFIG_NAME = "config.json"
+RUN_CONFIG_NAME = "config.json"
 DESCRIPTION_NAME = "run.toml"
 CHECKPOINTS_NAME = "checkpoints"
 _RESTORE = (
@@ -84,7 +83,7 @@ class RunRecord:
         Raises:
             UserError: the folder holds no run, or its record is damaged.
         """
-        path = run / CONFIG_NAME
+        path = run / RUN_CONFIG_NAME
         try:
             content = read_checked(path, key=_CHECKSUM, remedy=_RESTORE, version=FORMAT_VERSION)
         except (FileNotFoundError, NotADirectoryError):
@@ -101,7 +100,7 @@ class RunRecord:
     def write(self, run: Path) -> None:
         """Write the record, whole or not at all."""
         content = {"format_version": FORMAT_VERSION, **asdict(self)}
-        write_checked(run / CONFIG_NAME, content, key=_CHECKSUM)
+        write_checked(run / RUN_CONFIG_NAME, content, key=_CHECKSUM)
 
     def changed(self, changes: Iterable[Change]) -> Self:
         """Return the record with more changes."""
@@ -149,10 +148,10 @@ def _no_run(run: Path) -> UserError:
             "no run but a file", where=run, remedy="pass the folder of a run by `run`", option="run"
         )
     for parent in run.absolute().parents[:2]:
-        if (parent / CONFIG_NAME).is_file() and (parent / CHECKPOINTS_NAME).is_dir():
+        if (parent / RUN_CONFIG_NAME).is_file() and (parent / CHECKPOINTS_NAME).is_dir():
             remedy = f"pass `run` {shlex.quote(str(parent))}"
             return UserError("a folder inside of a run", where=run, remedy=remedy, option="run")
-    what = f"no {CONFIG_NAME} in the folder" if run.exists() else "no such folder"
+    what = f"no {RUN_CONFIG_NAME} in the folder" if run.exists() else "no such folder"
     return UserError(
         f"no run there ({what})",
         where=run,
@@ -182,7 +181,7 @@ def refuse_occupied(run: Path) -> None:
     """
     if run.exists() and not run.is_dir():
         raise UserError("is a file", where=run, remedy="take another `run`", option="run")
-    if (run / CONFIG_NAME).exists():
+    if (run / RUN_CONFIG_NAME).exists():
         raise UserError(
             "holds a run already",
             where=run,
@@ -199,7 +198,7 @@ def refuse_occupied(run: Path) -> None:
     for name in (metrics.FILE_NAME, CHECKPOINTS_NAME):
         if (run / name).exists():
             raise UserError(
-                f"holds {name} of a run whose {CONFIG_NAME} is gone",
+                f"holds {name} of a run whose {RUN_CONFIG_NAME} is gone",
                 where=run,
                 remedy="bring that back, or take another `run`",
                 option="run",
@@ -227,7 +226,7 @@ def update(run: Path, old: RunRecord, new: RunRecord, dataset: Path, description
 
 def clean(run: Path) -> None:
     """Delete files that killed processes left half-written in a run folder; the caller holds its lock."""
-    ours = {CONFIG_NAME, TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, DESCRIPTION_NAME, metrics.FILE_NAME}
+    ours = {RUN_CONFIG_NAME, TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, DESCRIPTION_NAME, metrics.FILE_NAME}
     remove_partials(run, ours)  # the rest may be the user's
     remove_partials(run / CHECKPOINTS_NAME)
 

@@ -22,7 +22,7 @@ from minimind_data.files import write_atomic
 from minimind_train.progress import Say
 from minimind_train.run_folder.metrics import MetricsLog, NoMetrics
 
-FOLDER_NAME = "tracking"
+TRACKING_FOLDER_NAME = "tracking"
 _IDS_NAME = "ids.json"
 
 
@@ -75,8 +75,10 @@ class Trackers:
             name: known_ids.get(name) or secrets.token_hex(8) for name in names if name != "tensorboard"
         }
         if ids.items() - known_ids.items():
-            (run.folder / FOLDER_NAME).mkdir(exist_ok=True)
-            write_atomic(run.folder / FOLDER_NAME / _IDS_NAME, json.dumps(known_ids | ids, indent=1) + "\n")
+            (run.folder / TRACKING_FOLDER_NAME).mkdir(exist_ok=True)
+            write_atomic(
+                run.folder / TRACKING_FOLDER_NAME / _IDS_NAME, json.dumps(known_ids | ids, indent=1) + "\n"
+            )
         former_trackers = {*known_ids, *(["tensorboard"] if _tensorboard_folder(run.folder).exists() else [])}
         for name in names:
             # A tracker that is new to the run has been sent nothing, however far the metrics go.
@@ -165,7 +167,7 @@ class _Wandb:
     def __init__(self, run: TrackedRun, run_id: str) -> None:
         import wandb  # noqa: PLC0415 - an extra
 
-        folder = run.folder / FOLDER_NAME
+        folder = run.folder / TRACKING_FOLDER_NAME
         folder.mkdir(exist_ok=True)
         self._run = wandb.init(
             project=run.project,
@@ -199,7 +201,7 @@ class _SwanLab:
             name=run.folder.absolute().name,
             id=run_id,
             resume="allow",
-            log_dir=str(run.folder / FOLDER_NAME / "swanlab"),
+            log_dir=str(run.folder / TRACKING_FOLDER_NAME / "swanlab"),
             config=dict(run.options),
         )
 
@@ -233,13 +235,13 @@ def _numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def _tensorboard_folder(run: Path) -> Path:
-    return run / FOLDER_NAME / "tensorboard"
+    return run / TRACKING_FOLDER_NAME / "tensorboard"
 
 
 def _read_ids(run: Path) -> dict[str, str]:
     with contextlib.suppress(
         OSError, ValueError
     ):  # without it they get new ids, so the trackers begin another run
-        ids = json.loads((run / FOLDER_NAME / _IDS_NAME).read_bytes())
+        ids = json.loads((run / TRACKING_FOLDER_NAME / _IDS_NAME).read_bytes())
         return {name: run_id for name, run_id in ids.items() if isinstance(run_id, str)}
     return {}

@@ -17,8 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minimind_data.dataset.format import CONFIG_NAME as TOKENIZER_CONFIG_NAME
-from minimind_data.dataset.format import TOKENIZER_NAME, TokenizerInfo
+from minimind_data.dataset.format import TOKENIZER_CONFIG_NAME, TOKENIZER_NAME, TokenizerInfo
 from minimind_data.dataset.staging import new_folder
 from minimind_data.errors import UserError
 from minimind_data.files import user_error_on_full_disk, whole_file

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minimind_data.dataset.format import TOKENIZER_NAME, TokenizerInfo
 from minimind_data.errors import UserError
-from minimind_data.options import build, flatten
+from minimind_data.options import flatten, options_from
 from minimind_data.tokenizer.loading import Tokenizer, load_tokenizer
 from minimind_train.model.config import LoraConfig, ModelConfig
 from minimind_train.model.lora import add_adapters, merge_adapters
@@ -25,7 +25,7 @@ from minimind_train.progress import Say, say_on_stderr
 from minimind_train.run_folder.checkpoint import Checkpoint
 from minimind_train.run_folder.checkpoint_choice import with_checkpoint
 from minimind_train.run_folder.options import CheckpointChoice
-from minimind_train.run_folder.record import CONFIG_NAME, RunRecord, load_run_tokenizer
+from minimind_train.run_folder.record import RUN_CONFIG_NAME, RunRecord, load_run_tokenizer
 from minimind_train.weights.foreign import (
     is_hf_folder,
     num_entries,
@@ -83,7 +83,7 @@ def open_model(
         raise UserError(f"{why}; put it into the folder, or into its tokenizer_config.json") from None
     weights = load_weights(path, say=say)
     try:
-        config = build(ModelConfig, {**flatten(weights.config), **changes})
+        config = options_from(ModelConfig, {**flatten(weights.config), **changes})
     except ValueError as error:
         raise UserError(f"{path}: its model cannot be used like that: {error}") from None
     model = MiniMind(config).eval()
@@ -135,7 +135,7 @@ def load_weights(
         return _of_file(path, shape)
     if is_hf_folder(path):
         return _of_hf_folder(path)
-    if not (path / CONFIG_NAME).is_file():
+    if not (path / RUN_CONFIG_NAME).is_file():
         problem = "no weights there" if path.exists() else "no such folder"
         raise UserError(
             problem,
@@ -171,7 +171,7 @@ def load_initial_weights(options: Mapping[str, Any], why: str, say: Say) -> Weig
     need = f"{why}, so it needs the weights that it began from"
     try:
         weights = load_weights(
-            Path(path), step=options["from_step"], shape=build(ModelConfig, dict(options)), say=say
+            Path(path), step=options["from_step"], shape=options_from(ModelConfig, dict(options)), say=say
         )
     except UserError as error:
         raise UserError(
@@ -214,7 +214,7 @@ def adapted_model(run: Path, *, step: CheckpointChoice, say: Say) -> tuple[MiniM
     """
 
     def restore(checkpoint: Checkpoint) -> tuple[MiniMind, LoraConfig]:
-        lora = build(LoraConfig, checkpoint.state.config)
+        lora = options_from(LoraConfig, checkpoint.state.config)
         if not lora.lora_rank:
             raise UserError(
                 "has no adapters, since it was trained without `lora_rank`", where=run, option="lora_rank"
@@ -238,11 +238,11 @@ def _model_and_step_of(
 def _restore(checkpoint: Checkpoint, changes: Mapping[str, Any], say: Say) -> MiniMind:
     options = checkpoint.state.config
     try:
-        config = build(ModelConfig, {**options, **changes})
+        config = options_from(ModelConfig, {**options, **changes})
     except ValueError as error:
         raise UserError(f"{checkpoint.folder}: its model cannot be used like that: {error}") from None
     model = MiniMind(config).eval()
-    lora = build(LoraConfig, options)
+    lora = options_from(LoraConfig, options)
     if lora.lora_rank:
         # Their place may have changed since the checkpoint was written; the weights have not.
         current_options = {**options, **RunRecord.read(checkpoint.folder.parents[1]).options}

@@ -5,7 +5,7 @@ import tomllib
 
 import pytest
 
-from minimind_data.options import build, flatten, leaves
+from minimind_data.options import flatten, leaves, options_from
 from minimind_train.run.options import DpoOptions, PretrainOptions, SftOptions
 from minimind_train.run.toml import describe, read_description
 from minimind_train.run_folder import checkpoint
@@ -153,7 +153,9 @@ def test_a_file_that_cannot_be_read_is_wrong_usage(tmp_path):
 )
 def test_what_is_described_is_read_again_whatever_the_phase(tmp_path, command, kind):
     odd = 'a "b"\\c\nd\te\x7f 北京'
-    config = build(kind, {"shards": (odd,), "learning_rate": 1e-30, "weight_decay": 0.0, "seed": 2**64 - 1})
+    config = options_from(
+        kind, {"shards": (odd,), "learning_rate": 1e-30, "weight_decay": 0.0, "seed": 2**64 - 1}
+    )
     file = tmp_path / "run.toml"
     file.write_text(describe(config, [Change(step=3, name="x", old="a\nb = 1", new=1)]), encoding="utf-8")
     names = {name for name, _, _ in leaves(kind)}

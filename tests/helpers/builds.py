@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from minimind_data.build.plan import TokenizeOptions
-from minimind_data.options import build
+from minimind_data.options import options_from
 
 TEXTS = [
     f"第{i}个问题：{i} 加 {i} 等于多少？ 等于 {2 * i}。<|im_end|> What is {i} times two? It is {2 * i}.<|im_end|>"
@@ -40,7 +40,7 @@ for name in ("replace", "unlink", "fsync", "mkdir", "rmdir"):
 
 def options(out: Path, **changes) -> TokenizeOptions:
     """Options of a build in this process, in splits so small that there are many."""
-    return build(TokenizeOptions, {"out": out, "workers": 1, "split_bytes": 8192, **changes})
+    return options_from(TokenizeOptions, {"out": out, "workers": 1, "split_bytes": 8192, **changes})
 
 
 def tree(folder: Path) -> dict[str, bytes]:

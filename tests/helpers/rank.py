@@ -7,7 +7,7 @@ import traceback
 import torch
 import torch.distributed as dist
 
-from minimind_data.options import build
+from minimind_data.options import options_from
 from minimind_train.parallel.world import RankPlace, World, process_group
 from minimind_train.run import entry
 from minimind_train.run.options import PHASE_OPTIONS
@@ -17,7 +17,7 @@ from minimind_train.training import loop
 def train(world, options, *, command="pretrain", given=None):
     """Begin a run of these options as one of its ranks; with `given`, resume the one in their folder, what is given changed."""
     if given is None:
-        return entry.begin(build(PHASE_OPTIONS[command], options), _say, world=world)
+        return entry.begin(options_from(PHASE_OPTIONS[command], options), _say, world=world)
     return entry.resume(options["run"], given, say=_say, world=world)
 
 

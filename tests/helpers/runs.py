@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minimind_data.options import build
+from minimind_data.options import options_from
 from minimind_train.model.config import ModelConfig
 from minimind_train.run import entry
 from minimind_train.run.options import PretrainOptions
@@ -58,7 +58,7 @@ class Said(list):
 
 def config_of(run, dataset, **changes):
     """The options of a run in this folder: `OPTIONS`, but for these."""
-    return build(PretrainOptions, {**OPTIONS, "run": run, "shards": dataset, **changes})
+    return options_from(PretrainOptions, {**OPTIONS, "run": run, "shards": dataset, **changes})
 
 
 def run_maker(tmp_path_factory, dataset, **defaults):

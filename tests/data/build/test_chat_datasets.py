@@ -19,7 +19,7 @@ from minimind_data.dataset.shuffling import ShuffleOptions, order, shuffle
 from minimind_data.dataset.verification import verify
 from minimind_data.errors import UserError
 from minimind_data.interchange.conversion import ConvertOptions, convert
-from minimind_data.options import build
+from minimind_data.options import options_from
 from minimind_data.tokenizer.loading import load_tokenizer
 from tests.helpers.chats import PLAIN, TEMPLATES, make_tokenizer
 
@@ -54,7 +54,9 @@ def write(path: Path, records) -> Path:
 
 
 def options(out: Path, kind="sft", **changes) -> TokenizeOptions:
-    return build(TokenizeOptions, {"out": out, "kind": kind, "workers": 1, "split_bytes": 4096, **changes})
+    return options_from(
+        TokenizeOptions, {"out": out, "kind": kind, "workers": 1, "split_bytes": 4096, **changes}
+    )
 
 
 def tree(folder: Path) -> dict[str, bytes]:

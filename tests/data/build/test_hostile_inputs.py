@@ -20,7 +20,7 @@ from minimind_data.build.plan import TokenizeOptions
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.dataset.verification import verify
 from minimind_data.errors import UserError
-from minimind_data.options import build
+from minimind_data.options import options_from
 from minimind_data.tokenizer.loading import load_tokenizer
 
 NAMES = [
@@ -267,7 +267,7 @@ def check(seed, folder):
     out = folder / "out"
     refusal = summary = None
     try:
-        summary = tokenize(given, build(TokenizeOptions, {"out": out, **settings}))
+        summary = tokenize(given, options_from(TokenizeOptions, {"out": out, **settings}))
     except UserError as error:
         refusal = str(error)
     if refusal is not None:
@@ -331,9 +331,9 @@ def test_separated_text_is_read_exactly(tmp_path, seed, mode):
     settings = {"out": tmp_path / "out", "separator": "<sep>", "split_bytes": 1024, "on_bad_record": mode}
     if not data or not any(texts):
         with pytest.raises(UserError, match=r"a\.txt: "):
-            tokenize([tmp_path / "a.txt"], build(TokenizeOptions, settings))
+            tokenize([tmp_path / "a.txt"], options_from(TokenizeOptions, settings))
         return
-    manifest = tokenize([tmp_path / "a.txt"], build(TokenizeOptions, settings)).manifest
+    manifest = tokenize([tmp_path / "a.txt"], options_from(TokenizeOptions, settings)).manifest
     tokenizer = load_tokenizer()
     ids = [tokenizer.reference.encode(text, add_special_tokens=False).ids for text in texts if text]
     assert documents(tmp_path / "out") == [

@@ -14,12 +14,12 @@ from minimind_data.build.pipeline import commit, tokenize
 from minimind_data.build.plan import TokenizeOptions
 from minimind_data.dataset.verification import verify
 from minimind_data.errors import UserError
-from minimind_data.options import build
+from minimind_data.options import options_from
 from tests.helpers.builds import tree
 
 
 def options(out, **changes):
-    return build(TokenizeOptions, {"out": out, "workers": 1, "split_bytes": 1024, **changes})
+    return options_from(TokenizeOptions, {"out": out, "workers": 1, "split_bytes": 1024, **changes})
 
 
 @pytest.fixture

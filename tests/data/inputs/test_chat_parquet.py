@@ -15,7 +15,7 @@ from minimind_data.dataset.format import Manifest
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.dataset.verification import verify
 from minimind_data.errors import UserError
-from minimind_data.options import build
+from minimind_data.options import options_from
 
 TOOLS = [
     {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "required": ["place"]}}},
@@ -71,7 +71,9 @@ def without_nulls(value):
 
 
 def options(out: Path, kind="sft", **changes) -> TokenizeOptions:
-    return build(TokenizeOptions, {"out": out, "kind": kind, "workers": 1, "split_bytes": 1024, **changes})
+    return options_from(
+        TokenizeOptions, {"out": out, "kind": kind, "workers": 1, "split_bytes": 1024, **changes}
+    )
 
 
 def tokens_of(folder: Path) -> list[bytes]:

@@ -15,7 +15,7 @@ from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.dataset.verification import verify
 from minimind_data.errors import UserError
 from minimind_data.windows import assignment, pack_plan
-from minimind_data.windows.pack_plan import FOLDER_NAME, PackPlan, open_plan
+from minimind_data.windows.pack_plan import PACK_FOLDER_NAME, PackPlan, open_plan
 
 SHARDS = [[5, 9, 2], [40], [3, 3, 3, 3], [17, 2]]
 
@@ -26,7 +26,7 @@ def shards(make_dataset):
 
 
 def files_of(shards):
-    return sorted(path.name for path in (shards.folder / FOLDER_NAME).iterdir())
+    return sorted(path.name for path in (shards.folder / PACK_FOLDER_NAME).iterdir())
 
 
 def told_by(plan):
@@ -40,10 +40,10 @@ def test_it_is_made_once(shards):
     assert said == [f"{shards.folder}: planning which of 10 documents share a window of 19 tokens"]
     (name,) = files_of(shards)
     assert name == f"{shards.manifest.fingerprint[:16]}-19-cut.v1"
-    before = (shards.folder / FOLDER_NAME / name).stat()
+    before = (shards.folder / PACK_FOLDER_NAME / name).stat()
     again = open_plan(ShardSet.open(shards.folder), 19, "cut", said.append)
     assert told_by(again) == told_by(first)
-    assert (shards.folder / FOLDER_NAME / name).stat() == before
+    assert (shards.folder / PACK_FOLDER_NAME / name).stat() == before
     assert len(said) == 1
     open_plan(shards, 19, "fragment")
     open_plan(shards, 20, "cut")
@@ -53,7 +53,7 @@ def test_it_is_made_once(shards):
 
 def test_the_file_is_what_its_format_says(shards):
     open_plan(shards, 19, "fragment")
-    (path,) = (shards.folder / FOLDER_NAME).iterdir()
+    (path,) = (shards.folder / PACK_FOLDER_NAME).iterdir()
     content = path.read_bytes()
     assert content[:8] == b"MMPACK\0\0"
     assert content[16:48].hex() == shards.manifest.fingerprint
@@ -94,7 +94,7 @@ def test_windows_follow_the_corpus(make_dataset, monkeypatch):
 @pytest.mark.parametrize("long_documents", ["cut", "fragment"])
 def test_any_damage_makes_it_again(shards, long_documents):
     wanted = told_by(open_plan(shards, 19, long_documents))
-    (path,) = (shards.folder / FOLDER_NAME).iterdir()
+    (path,) = (shards.folder / PACK_FOLDER_NAME).iterdir()
     whole = path.read_bytes()
     damaged = [b"", whole[:100], whole[:-1], whole + b"\0", bytes(len(whole))]
     damaged += [whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :] for place in range(len(whole))]
@@ -112,9 +112,9 @@ def test_any_damage_makes_it_again(shards, long_documents):
 def test_another_datasets_plan_is_none(make_dataset, shards):
     other = make_dataset([[5, 9, 2, 30]], name="other")
     open_plan(other, 19, "cut")
-    (path,) = (other.folder / FOLDER_NAME).iterdir()
+    (path,) = (other.folder / PACK_FOLDER_NAME).iterdir()
     open_plan(shards, 19, "cut")
-    (mine,) = (shards.folder / FOLDER_NAME).iterdir()
+    (mine,) = (shards.folder / PACK_FOLDER_NAME).iterdir()
     mine.write_bytes(path.read_bytes())
     assert PackPlan.read(mine, shards) is None
     path.rename(path.with_name(path.name.replace("-19-", "-20-")))
@@ -122,7 +122,7 @@ def test_another_datasets_plan_is_none(make_dataset, shards):
 
 
 def test_plans_of_what_the_dataset_was_go(shards):
-    folder = shards.folder / FOLDER_NAME
+    folder = shards.folder / PACK_FOLDER_NAME
     folder.mkdir()
     old, foreign = folder / "0123456789abcdef-19-cut.v1", folder / "notes.txt"
     old.write_bytes(b"old")
@@ -133,7 +133,7 @@ def test_plans_of_what_the_dataset_was_go(shards):
 
 
 def test_what_a_killed_process_left_goes(shards):
-    folder = shards.folder / FOLDER_NAME
+    folder = shards.folder / PACK_FOLDER_NAME
     folder.mkdir()
     name = f"{shards.manifest.fingerprint[:16]}-19-cut.v1"
     (folder / f"{name}.12345.partial").write_bytes(b"half")
@@ -206,7 +206,7 @@ def test_a_read_only_dataset_has_its_plan_in_the_cache(shards, read_only, monkey
         == f"{shards.folder}: cannot be written (Read-only file system); the plan of its windows goes to {cache}"
     )
     assert len(list(cache.iterdir())) == 1
-    assert not (shards.folder / FOLDER_NAME).exists()
+    assert not (shards.folder / PACK_FOLDER_NAME).exists()
     assert told_by(open_plan(shards, 19, "cut", said.append)) == told_by(first)
     assert len(said) == 2
 

@@ -9,7 +9,7 @@ import torch
 
 from minimind_data.dataset.format import IGNORED
 from minimind_data.errors import UserError
-from minimind_data.options import build
+from minimind_data.options import options_from
 from minimind_train.batches.steps import StepLoader
 from minimind_train.batches.trimming import COLUMNS, batches_of_like_lengths, lengths_of, trimmed
 from minimind_train.model.config import ModelConfig
@@ -310,7 +310,7 @@ def test_a_run_of_pairs_learns_the_same(tmp_path, dpo_dataset, chat_base, monkey
     found = []
     for name, always, micro_batch in (("trimmed", {}, 3), ("whole", {"trim": False}, 8)):
         spied(monkeypatch, **always)
-        config = build(DpoOptions, {**options, "run": tmp_path / name, "micro_batch": micro_batch})
+        config = options_from(DpoOptions, {**options, "run": tmp_path / name, "micro_batch": micro_batch})
         entry.begin(config, Said())
         found.append(metrics(tmp_path / name))
     for one, other in zip(*found, strict=True):

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from minimind_data.dataset.shard_set import ShardSet
-from minimind_data.options import build
+from minimind_data.options import options_from
 from minimind_train.model.config import ModelConfig
 from minimind_train.model.transformer import MiniMind, initialize
 from minimind_train.order.sample_order import SampleOrder
@@ -174,7 +174,7 @@ def by_targets(ids, step):
 def both(folder, run, *, max_length, accumulation, weigh=alike, shape=None):
     """Train by theirs and by ours, and return the losses, auxiliary losses and gradient norms of each step of both."""
     options = {**SHAPE, **(shape or {})}
-    model = MiniMind(build(ModelConfig, options))
+    model = MiniMind(options_from(ModelConfig, options))
     initialize(model, SEED)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     samples = samples_of(folder, max_length, SEED, STEPS * GLOBAL_BATCH)

@@ -18,7 +18,12 @@ from minimind_train.model.config import ModelConfig
 from minimind_train.model.transformer import MiniMind, initialize
 from minimind_train.objectives import reference
 from minimind_train.objectives.preference import REFERENCE, log_probs_of_pairs
-from minimind_train.objectives.reference import FOLDER_NAME, Reference, ReferencedWindows, reference_log_probs
+from minimind_train.objectives.reference import (
+    REFERENCE_FOLDER_NAME,
+    Reference,
+    ReferencedWindows,
+    reference_log_probs,
+)
 from tests.helpers.runs import Said
 
 SHAPE = ModelConfig(
@@ -77,7 +82,7 @@ def dataset(tmp_path):
 
 
 def files(dataset, suffix):
-    return sorted((dataset / FOLDER_NAME).glob(f"*{suffix}"))
+    return sorted((dataset / REFERENCE_FOLDER_NAME).glob(f"*{suffix}"))
 
 
 def test_they_are_the_models_own_and_stand_at_their_pair(dataset):
@@ -91,7 +96,7 @@ def test_they_are_the_models_own_and_stand_at_their_pair(dataset):
     expected, _ = log_probs_of_pairs(make_model(), {n: torch.from_numpy(a) for n, a in everything.items()})
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5)
     assert "computing the reference's log-probabilities of 23 pairs, once" in said.text
-    assert {path.suffix for path in (dataset / FOLDER_NAME).iterdir()} == {".npy", ".json"}
+    assert {path.suffix for path in (dataset / REFERENCE_FOLDER_NAME).iterdir()} == {".npy", ".json"}
 
 
 def test_a_second_time_nothing_is_computed(dataset):
@@ -188,7 +193,7 @@ def test_a_killed_process_leaves_what_it_has_computed_and_no_other_rounding(data
     found = np.array(make(PairsInMemory(dataset), say=said))
     assert "of 15 pairs, once; 8 are there already" in said.text
     assert len(calls) == 4, "of six batches, those that the other one had no time for"
-    shutil.rmtree(dataset / FOLDER_NAME)
+    shutil.rmtree(dataset / REFERENCE_FOLDER_NAME)
     assert np.array_equal(found, make(PairsInMemory(dataset)))
 
 
@@ -227,7 +232,7 @@ def test_a_dataset_that_cannot_be_written(dataset):
 
 
 def test_a_file_in_the_place_of_the_folder(dataset):
-    (dataset / FOLDER_NAME).write_text("")
+    (dataset / REFERENCE_FOLDER_NAME).write_text("")
     with pytest.raises(UserError, match="`reference` online"):
         make(PairsInMemory(dataset))
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from minimind_data.options import build
+from minimind_data.options import options_from
 from minimind_train.run import entry
 from minimind_train.run.options import PretrainOptions
 from minimind_train.run_folder import checkpoint
@@ -31,7 +31,7 @@ def alone(request, tmp_path_factory, small_dataset, other_dataset):
     """A run in one process, and its options."""
     run = tmp_path_factory.mktemp("alone") / "run"
     options = options_of(run, small_dataset, val_shards=str(other_dataset), val_every=3, **request.param)
-    entry.begin(build(PretrainOptions, options), Said())
+    entry.begin(options_from(PretrainOptions, options), Said())
     return run, options
 
 
@@ -87,7 +87,7 @@ def test_three_ranks_that_die_and_go_on_end_bit_for_bit_as_three_that_live(tmp_p
 )
 def test_sharded_weights_learn_the_same_in_fp16_and_by_muon(tmp_path, small_dataset, options):
     alone, shared = (options_of(tmp_path / name, small_dataset, **options) for name in ("alone", "shared"))
-    entry.begin(build(PretrainOptions, alone), Said())
+    entry.begin(options_from(PretrainOptions, alone), Said())
     run_ranks(TRAIN, 2, options=shared | {"parallel": "fsdp"})
     ours, theirs = (metrics(tmp_path / name) for name in ("shared", "alone"))
     for name in ("loss", "grad_norm"):

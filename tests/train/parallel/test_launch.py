@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from minimind_data.errors import UserError
-from minimind_data.options import build
+from minimind_data.options import options_from
 from minimind_train.parallel.launch import launch_ranks
 from minimind_train.run import entry
 from minimind_train.run.entry import resume
@@ -69,7 +69,7 @@ def test_a_run_goes_on_in_other_numbers_whoever_was_killed(tmp_path, small_datas
     assert_gone(ranks)
 
     resume(run, {"nproc": 1}, say=Said())
-    entry.begin(build(PretrainOptions, {**options, "shards": small_dataset, "run": alone}), Said())
+    entry.begin(options_from(PretrainOptions, {**options, "shards": small_dataset, "run": alone}), Said())
     assert_alike(run, alone, 150, rel=1e-4)
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from minimind_data.options import build
+from minimind_data.options import options_from
 from minimind_train.run import entry
 from minimind_train.run.options import PretrainOptions
 from tests.helpers.commands import MAIN, STARTED, flags
@@ -42,5 +42,5 @@ def test_two_nodes_are_one_run(tmp_path, small_dataset):
     assert [node.returncode for node in nodes] == [0, 0], said
     assert sum(each.count(f"{run}: done, 10 steps") for each in said) == 1
     assert sum(each.count("2 processes by fsdp") for each in said) == 1
-    entry.begin(build(PretrainOptions, {**options, "shards": small_dataset, "run": alone}), Said())
+    entry.begin(options_from(PretrainOptions, {**options, "shards": small_dataset, "run": alone}), Said())
     assert_alike(run, alone, 10)

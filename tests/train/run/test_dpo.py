@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from minimind_data.errors import UserError
-from minimind_data.options import build
-from minimind_train.objectives.reference import FOLDER_NAME
+from minimind_data.options import options_from
+from minimind_train.objectives.reference import REFERENCE_FOLDER_NAME
 from minimind_train.run import entry
 from minimind_train.run.evaluation import evaluate_run
 from minimind_train.run.options import DpoOptions
@@ -27,7 +27,7 @@ def begin(tmp_path, dpo_dataset, chat_base):
     def begin(name="run", **changes):
         said = Said()
         options = {**OPTIONS, "shards": (str(dpo_dataset),), "from_weight": str(chat_base)}
-        config = build(DpoOptions, {**options, "run": tmp_path / name, **changes})
+        config = options_from(DpoOptions, {**options, "run": tmp_path / name, **changes})
         entry.begin(config, said)
         return tmp_path / name, said
 
@@ -60,7 +60,7 @@ def test_the_reference_is_computed_once_for_all_runs(begin, tmp_path):
     shards = chat_dataset(tmp_path / "pairs", "dpo", count=12)
     _, said = begin("one", shards=(str(shards),), steps=1)
     assert "computing the reference's log-probabilities of 12 pairs, once" in said.text
-    found = sorted((shards / FOLDER_NAME).iterdir())
+    found = sorted((shards / REFERENCE_FOLDER_NAME).iterdir())
     assert [path.suffix for path in found] == [".json", ".npy"]
     assert json.loads(found[0].read_bytes())["pairs"] == 12
     assert np.load(found[1]).shape == (12, 2)
@@ -88,7 +88,7 @@ def test_a_resume_needs_the_base_only_where_its_numbers_are_gone(begin, tmp_path
     entry.resume(run, {}, say=Said())
     assert weights(run, 6) == end
     stop_after(run, 4)
-    shutil.rmtree(shards / FOLDER_NAME)
+    shutil.rmtree(shards / REFERENCE_FOLDER_NAME)
     with pytest.raises(UserError, match=r"not beside the dataset, so it needs the weights .* gone"):
         entry.resume(run, {}, say=Said())
     entry.resume(run, {"from_weight": str(tmp_path / "moved")}, say=Said())
@@ -125,7 +125,7 @@ def test_a_mixture_of_pairs(begin, tmp_path, dpo_dataset):
 
 def test_other_layouts_are_none_for_pairs():
     with pytest.raises(ValueError, match="`layout` must be pad, a pair a window, not pack"):
-        build(DpoOptions, {"layout": "pack"})
+        options_from(DpoOptions, {"layout": "pack"})
 
 
 def test_datasets_of_other_kinds_are_refused_by_name(begin, sft_dataset, chat_base):

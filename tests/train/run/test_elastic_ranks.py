@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from minimind_data.dataset.shard_set import ShardSet
-from minimind_data.options import build
+from minimind_data.options import options_from
 from minimind_data.windows.opening import open_windows
 from minimind_train.parallel.interrupt import Stop
 from minimind_train.run import entry
@@ -57,7 +57,9 @@ def uninterrupted(tmp_path_factory, small_dataset):
 
     with pytest.MonkeyPatch.context() as patch:
         before_each_step(watching, patch.setattr)
-        entry.begin(build(PretrainOptions, {**SMALL, **OPTIONS, "run": run, "shards": small_dataset}), Said())
+        entry.begin(
+            options_from(PretrainOptions, {**SMALL, **OPTIONS, "run": run, "shards": small_dataset}), Said()
+        )
     return run, seen
 
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from minimind_data.errors import UserError
-from minimind_data.options import build
+from minimind_data.options import options_from
 from minimind_train.generation.completion import complete
 from minimind_train.generation.options import GenerateOptions
 from minimind_train.model.config import ModelConfig, parameter_line
@@ -38,7 +38,7 @@ def whole_mixture(tmp_path_factory, small_dataset):
 
 def test_a_run_begins_with_minimind_s_line_of_parameters(whole_mixture):
     run, said = whole_mixture
-    config = build(ModelConfig, RunRecord.read(run).options)
+    config = options_from(ModelConfig, RunRecord.read(run).options)
     assert config.num_active_parameters < config.num_parameters
     total, active = config.num_parameters / 1e6, config.num_active_parameters / 1e6
     assert f"Model Params: {total:.2f}M-A{active:.2f}M" in said
@@ -157,10 +157,10 @@ PUBLISHED = {  # as MiniMind's own code counts them
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_the_published_counts(name):
-    assert parameter_line(build(ModelConfig, PRESETS[name])) == f"Model Params: {PUBLISHED[name]}"
+    assert parameter_line(options_from(ModelConfig, PRESETS[name])) == f"Model Params: {PUBLISHED[name]}"
 
 
 def test_presets_know_no_option_that_is_none():
-    fields = {"vocab_size", *build(ModelConfig, {}).__dataclass_fields__}
+    fields = {"vocab_size", *options_from(ModelConfig, {}).__dataclass_fields__}
     for options in PRESETS.values():
         assert options.keys() <= fields

@@ -8,7 +8,7 @@ import pytest
 from minimind_data.dataset.format import IGNORED
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
-from minimind_data.options import build, flatten, leaves
+from minimind_data.options import flatten, leaves, options_from
 from minimind_data.windows.opening import open_windows
 from minimind_train.run import entry
 from minimind_train.run.evaluation import evaluate_run
@@ -28,7 +28,7 @@ def begin(tmp_path, sft_dataset, chat_base):
     def begin(name="run", **changes):
         said = Said()
         options = {**OPTIONS, "shards": (str(sft_dataset),), "from_weight": str(chat_base)}
-        config = build(SftOptions, {**options, "run": tmp_path / name, **changes})
+        config = options_from(SftOptions, {**options, "run": tmp_path / name, **changes})
         entry.begin(config, said)
         return tmp_path / name, said
 
@@ -118,7 +118,7 @@ def test_pairs_are_not_measured_like_text(begin, tmp_path, dpo_dataset):
 
 def test_the_stream_of_all_conversations_is_no_layout():
     with pytest.raises(ValueError, match="layout concat cuts conversations apart"):
-        build(SftOptions, {"layout": "concat"})
+        options_from(SftOptions, {"layout": "concat"})
 
 
 def test_adapters_learn_to_answer_too(begin, chat_base):

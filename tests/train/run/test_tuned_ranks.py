@@ -2,7 +2,7 @@
 
 import pytest
 
-from minimind_data.options import build
+from minimind_data.options import options_from
 from minimind_train.run import entry
 from minimind_train.run.options import PHASE_OPTIONS
 from tests.helpers.ranks import run_ranks
@@ -33,7 +33,7 @@ def test_two_ranks_learn_what_one_learns(
     shards = sft_dataset if command == "sft" else dpo_dataset
     options = {**OPTIONS, **changes, "shards": (str(shards),), "val_shards": str(shards), "val_batches": 1}
     options |= {"from_weight": str(chat_base), "parallel": parallel}
-    entry.begin(build(PHASE_OPTIONS[command], {**options, "run": tmp_path / "one"}), Said())
+    entry.begin(options_from(PHASE_OPTIONS[command], {**options, "run": tmp_path / "one"}), Said())
     reports = run_ranks(LEG, 2, options={**options, "run": tmp_path / "two"}, command=command)
     assert [each["step"] for each in reports] == [4, 4]
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from minimind_data.errors import UserError
-from minimind_data.options import build
+from minimind_data.options import options_from
 from minimind_train.parallel.world import ALONE, RankPlace, World, torchrun_place
 from minimind_train.run import entry
 from minimind_train.run.entry import resume
@@ -60,7 +60,7 @@ def test_gradients_travel_in_the_last_pass_of_a_step_alone(tmp_path, small_datas
     options = {**SMALL, "run": tmp_path / "run", "shards": small_dataset, "micro_batch": 1, "steps": 3}
     reports = run_ranks(COUNT + TRAIN, 2, options=options | {"parallel": parallel})
     assert all(each["traffic"] == per_step * 3 for each in reports)
-    entry.begin(build(PretrainOptions, options | {"run": tmp_path / "alone"}), Said())
+    entry.begin(options_from(PretrainOptions, options | {"run": tmp_path / "alone"}), Said())
     assert_alike(tmp_path / "run", tmp_path / "alone", 3)
 
 
@@ -100,7 +100,7 @@ def test_a_part_that_cannot_be_written_is_no_checkpoint_and_every_rank_says_so(t
     assert names == parts | {"state.json"}
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-000000003"}
     resume(tmp_path / "run", {"parallel": "ddp"}, say=Said())
-    entry.begin(build(PretrainOptions, options | {"run": tmp_path / "alone"}), Said())
+    entry.begin(options_from(PretrainOptions, options | {"run": tmp_path / "alone"}), Said())
     assert_alike(tmp_path / "run", tmp_path / "alone", 12)
 
 
@@ -115,7 +115,7 @@ def test_sharded_runs_take_every_optimizer(tmp_path, small_dataset, optimizer):
         "hidden_size": 32,
     }
     run_ranks(TRAIN, 3, options=options | {"parallel": "fsdp"})
-    entry.begin(build(PretrainOptions, options | {"run": tmp_path / "alone"}), Said())
+    entry.begin(options_from(PretrainOptions, options | {"run": tmp_path / "alone"}), Said())
     # Muon multiplies in bf16.
     assert_alike(tmp_path / "run", tmp_path / "alone", 4, rel=1e-3 if optimizer == "muon" else 1e-5)
 
@@ -125,7 +125,7 @@ def test_in_bf16_sharded_or_not_it_learns_much_the_same(tmp_path, small_dataset,
     # Between the steps it writes, which all ranks must do together, and must not disturb what they learn.
     options = {**SMALL, "run": tmp_path / "run", "shards": small_dataset, "steps": 4, "dtype": "bf16"}
     run_ranks(TRAIN, 2, options=options | {"parallel": parallel, "sample_every": 1, "sample_tokens": 5})
-    entry.begin(build(PretrainOptions, options | {"run": tmp_path / "alone"}), Said())
+    entry.begin(options_from(PretrainOptions, options | {"run": tmp_path / "alone"}), Said())
     assert_alike(tmp_path / "run", tmp_path / "alone", 4, rel=3e-3)
     folder = checkpoint.folder_of(tmp_path / "run", 4)
     for path in folder.glob("*.safetensors"):

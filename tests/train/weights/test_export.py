@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from minimind_data.dataset.format import TokenizerInfo
 from minimind_data.errors import UserError
-from minimind_data.options import build
+from minimind_data.options import options_from
 from minimind_train.model.config import ModelConfig, RopeScaling
 from minimind_train.model.transformer import MiniMind
 from minimind_train.run import entry
@@ -123,7 +123,9 @@ def test_whole_numbers_are_written_as_transformers_takes_them(tmp_path):
         "inference_rope_scaling": True,
         "yarn_factor": 4,
     }
-    (tmp_path / "config.json").write_text(json.dumps(to_hf(build(ModelConfig, options), SPECIAL, "float32")))
+    (tmp_path / "config.json").write_text(
+        json.dumps(to_hf(options_from(ModelConfig, options), SPECIAL, "float32"))
+    )
     assert AutoConfig.from_pretrained(tmp_path).router_aux_loss_coef == 0
 
 
@@ -237,12 +239,12 @@ def test_minimind_s_names_of_files():
 
 
 def test_minimind_s_options_are_those_of_its_generation():
-    config = build(ModelConfig, {**EXPERTS, "qk_norm": False, "moe_intermediate_size": None})
+    config = options_from(ModelConfig, {**EXPERTS, "qk_norm": False, "moe_intermediate_size": None})
     told = minimind_form(config).options
     assert told["n_routed_experts"] == 3
     assert told["aux_loss_alpha"] == config.router_aux_loss_coef
     assert not told.keys() & {"head_dim", "num_experts", "moe_intermediate_size"}
-    newer = minimind_form(build(ModelConfig, EXPERTS)).options
+    newer = minimind_form(options_from(ModelConfig, EXPERTS)).options
     assert newer["num_experts"] == 3
     assert newer["moe_intermediate_size"] == 24
     assert newer["head_dim"] == 96
@@ -268,7 +270,7 @@ def test_minimind_s_options_are_those_of_its_generation():
 )
 def test_what_hugging_face_cannot_hold_is_refused_by_name(options, complaint):
     with pytest.raises(UserError) as error:
-        to_hf(build(ModelConfig, options), SPECIAL, "float32")
+        to_hf(options_from(ModelConfig, options), SPECIAL, "float32")
     assert complaint in str(error.value)
 
 
@@ -294,7 +296,7 @@ def test_what_hugging_face_cannot_hold_is_refused_by_name(options, complaint):
 )
 def test_what_minimind_cannot_hold_is_refused_by_name(options, complaint):
     with pytest.raises(UserError, match=complaint):
-        minimind_form(build(ModelConfig, options))
+        minimind_form(options_from(ModelConfig, options))
 
 
 def test_an_export_leaves_nothing_half_done(make_run, tmp_path, monkeypatch):
