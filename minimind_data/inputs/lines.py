@@ -91,9 +91,8 @@ def border(file: BinaryIO, ends: Delimiter, at: int, stop: int | None = None) ->
             return base + line_end if stop is None else min(base + line_end, stop)
         if not block:
             return base + len(data) if stop is None else stop
-        if (
-            line_end < 0 and len(data) > width + ends.lookahead
-        ):  # keep the bytes in which a delimiter may have begun
+        if line_end < 0 and len(data) > width + ends.lookahead:
+            # Keep the bytes in which a delimiter may have begun.
             cut = len(data) - width - ends.lookahead
             base += cut
             data = data[cut:]

@@ -163,7 +163,7 @@ def _special_id(
             )
     if text is None:
         raise UserError(
-            f"which token is {name.upper()} is said nowhere ({TOKENIZER_CONFIG_NAME} is silent)",
+            f"nothing says which token is {name.upper()} ({TOKENIZER_CONFIG_NAME} does not)",
             where=file,
             remedy=f"pass `{name}_token` TOKEN",
             option=f"{name}_token",

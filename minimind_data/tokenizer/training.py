@@ -121,9 +121,8 @@ def _train(tokenizer: tokenizers.Tokenizer, trainer: trainers.Trainer, texts: It
         thread.join()
     except KeyboardInterrupt:
         stopped = True
-        thread.join(
-            _SECONDS_TO_STOP
-        )  # it stops between two texts; while it merges it goes on until the process ends
+        # It stops between two texts; while it merges it goes on until the process ends.
+        thread.join(_SECONDS_TO_STOP)
         raise
     if errors:
         raise errors[0]

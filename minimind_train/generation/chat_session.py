@@ -22,8 +22,6 @@ from minimind_train.progress import Say, say_on_stderr
 from minimind_train.run_folder.options import CheckpointChoice
 from minimind_train.weights.loading import open_model
 
-__all__ = ["ChatSession"]
-
 
 class ChatSession:
     """A chat with a model.

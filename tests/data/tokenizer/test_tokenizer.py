@@ -142,7 +142,7 @@ def test_special_tokens_come_from_config_or_flags(folder):
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>", "pad_token": None})
     )
-    with pytest.raises(UserError, match="which token is PAD is said nowhere .*`pad_token`"):
+    with pytest.raises(UserError, match="nothing says which token is PAD .*`pad_token`"):
         load_tokenizer(folder)
     info = load_tokenizer(folder, SpecialTokens(pad="<|endoftext|>")).info
     assert (info.bos_id, info.eos_id, info.pad_id) == (1, 2, 0)

@@ -252,7 +252,9 @@ def test_longer_windows_than_the_model_reads_need_stretched_positions(make_run, 
 def test_a_folder_that_says_nothing_of_bos_cannot_be_asked(make_run, tmp_path):
     export(make_run(), tmp_path / "hf", to="hf", say=Said())
     (tmp_path / "hf" / "tokenizer_config.json").unlink()
-    with pytest.raises(UserError, match=r"BOS is said nowhere .* or into its tokenizer_config.json"):
+    with pytest.raises(
+        UserError, match=r"nothing says which token is BOS .* or into its tokenizer_config.json"
+    ):
         complete(tmp_path / "hf", "a", GenerateOptions(), device="cpu", say=Said())
 
 
