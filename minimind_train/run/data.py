@@ -1,4 +1,4 @@
-"""The data of a run: its windows, the order in which they are learned, where the run begins and ends in it, what validates it.
+"""The data of a run: its windows, their order, the positions at which the run begins and ends, and its validation.
 
 Everything here is arithmetic on the position and the options; nothing is learned or saved. Opening datasets is in
 `batches.datasets`, reading batches in `batches.steps`.
@@ -57,7 +57,7 @@ class RunData:
         return self.order.stages if isinstance(self.order, MixtureOrder) else ()
 
     def first_position(self) -> int:
-        """Return where the run begins in the data.
+        """Return the position at which a new run begins.
 
         Raises:
             UserError: there is no such token, or nothing to learn from there on.
@@ -92,7 +92,7 @@ class RunData:
         return self.order.position_of(window, near // len(self.windows))
 
     def reweight(self, position: int) -> None:
-        """Let the weights on the command line hold from a position on; every part goes on where it is."""
+        """Let the weights of `shards` hold from a position on, where every part goes on from its own."""
         assert isinstance(self.order, MixtureOrder)
         assert isinstance(self.windows, MixedWindows)
         self.order = self.order.reweighted(position, self._datasets.shares(self.windows))
@@ -108,9 +108,9 @@ class RunData:
         return end, step + -(-self.skips.count(position, end) // training.global_batch)
 
     def describe(self, position: int) -> dict[str, Any]:
-        """Say of a position which epoch its last sample was in and, in sequential order, where the next one begins.
+        """Return what metrics say of a position: the epoch of the sample before it and, in sequential order, the token that comes next.
 
-        Of a mixture, an epoch is as many samples as all parts have windows, and `epochs` says how often each was gone through.
+        An epoch of a mixture is as many samples as all parts have windows; `epochs` counts those of each part.
         """
         details: dict[str, Any] = {"epoch": max(0, position - 1) // len(self.windows)}
         if isinstance(self.order, MixtureOrder):
@@ -121,10 +121,10 @@ class RunData:
         return details
 
     def evaluator(self, compute: Compute) -> Evaluator | None:
-        """Return what measures a model on `--val-shards`, each rank its share, or None where there is none.
+        """Return what evaluates a model on `val_shards`, or None where the run has none.
 
         Raises:
-            UserError: it is no dataset, or one of another tokenizer, or holds no text.
+            UserError: there is no such dataset, or it has another tokenizer or no text.
         """
         if not self._validation.val_shards:
             return None
@@ -152,7 +152,7 @@ class RunData:
         )
 
     def introduce(self, position: int) -> Sequence[str]:
-        """Say what a mixture is made of, and what is left out."""
+        """Return lines that say which positions are left out and what a mixture consists of."""
         lines = [
             f"positions {first} to {stop - 1} are left out"
             + (f", but the run is at {position} and has been there" if stop <= position else "")

@@ -1,7 +1,7 @@
 """A run of any phase: `begin` a new one or `resume` one, on one rank or several.
 
-Rank 0 decides how the run begins (options, checkpoint, position) and holds the lock of its folder; every rank then trains in `rank`. The
-options say which phase it is; which of them `--resume` may change is in `reconcile`.
+Rank 0 decides how the run begins (options, checkpoint, position) and holds the lock of its folder; then every rank trains, see `rank`. The
+options say which phase it is; `reconcile` says which of them a resume may change.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def begin(
         world: the ranks, where they have joined already and this process is one of them; by default, `nproc` are started.
 
     Raises:
-        UserError: the run cannot be made or cannot go on; the message says why and what to do.
+        UserError: the run cannot begin, or cannot go on; the message says why and what to do.
     """
     prepare = partial(_prepare_new, options, say, names_given=names_given)
     return _run_on_ranks(prepare, nproc=options.training.nproc, world=world)
@@ -67,14 +67,14 @@ def resume(
     say: Say = say_on_stderr,
     world: World | None = None,
 ) -> loop.RunOutcome:
-    """Go on with a run from its newest whole checkpoint.
+    """Resume a run from its newest complete checkpoint.
 
     Args:
         run: its folder.
         options_given: the options that the user wrote, by flat name; `resume_from` moves the position.
-        command: the phase that the user takes it for, such as `sft`; any by default.
+        command: the phase that it must be of, such as `sft`; any by default.
         allow_change: names of options that may differ from what the run was begun with.
-        reweight: whether the parts of a mixture have new weights, those of the option `shards`, from here on.
+        reweight: whether the parts of a mixture have new weights from here on, those of the option `shards`.
         say: takes lines for the user; of several processes, that of rank 0 calls it.
         world: as for `begin`.
 
@@ -89,13 +89,13 @@ def resume(
 
 
 _Prepared = tuple[RankJob, Start, Callable[[], None]]
-"""The job of rank 0, where it starts, and what to call once the model and its optimizer are built."""
+"""The job of rank 0, where it starts, and what to call once the model and its optimizer have been built."""
 
 
 def _run_on_ranks(
     prepare: Callable[[World], AbstractContextManager[_Prepared]], *, nproc: int, world: World | None
 ) -> loop.RunOutcome:
-    """Run as a rank that has joined the others, or that torchrun made this process, or launch `nproc` ranks, or run alone."""
+    """Train as a rank of `world`, or as the rank that torchrun started, or launch `nproc` ranks, or train alone."""
     work = partial(_train_as_rank, prepare)
     if world is not None:
         return work(world)
@@ -116,11 +116,11 @@ def _run_on_ranks(
 def _train_as_rank(
     prepare: Callable[[World], AbstractContextManager[_Prepared]], world: World
 ) -> loop.RunOutcome:
-    """Train as one rank: rank 0 prepares the run and broadcasts where it starts, the others wait for that."""
+    """Train as one rank: rank 0 prepares the run and broadcasts where it starts; the others wait for that."""
     if world.is_main:
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as stack:
             with world.relaying_errors():
-                job, start, before_steps = held.enter_context(prepare(world))
+                job, start, before_steps = stack.enter_context(prepare(world))
             outcome = job.train(world.broadcast(start), before_steps)
             if outcome.step >= outcome.total_steps:
                 runs.note_finish(job.run, outcome.step)
@@ -129,7 +129,7 @@ def _train_as_rank(
 
 
 def _follow(start: Start, world: World) -> loop.RunOutcome:
-    """Train as a rank that is not the first, from where that one has said."""
+    """Train as another rank than the first, from where rank 0 said."""
     run = start.options.training.run
     if not (run / runs.RUN_CONFIG_NAME).is_file():
         raise UserError(
@@ -138,9 +138,9 @@ def _follow(start: Start, world: World) -> loop.RunOutcome:
             remedy="take a `run` in a folder that all machines share",
             option="run",
         )
-    shards = _open_shards(start.options.data.shards)
+    datasets = _open_datasets(start.options.data.shards)
     origin = InitialWeights(start.options, _say_nothing)
-    return RankJob(start.options, shards, origin, say=_say_nothing, world=world).train(start)
+    return RankJob(start.options, datasets, origin, say=_say_nothing, world=world).train(start)
 
 
 @contextlib.contextmanager
@@ -150,17 +150,17 @@ def _prepare_new(
     """Check the options of a new run, make its folder, and hold the folder's lock for the block."""
     run = options.training.run
     runs.refuse_occupied(run)
-    shards = Datasets.open(options.data.shards)
-    refuse_other_kind(options, shards.sets)
-    options, weights = with_initial_weights(options, shards, names_given, say)
+    datasets = Datasets.open(options.data.shards)
+    refuse_other_kind(options, datasets.sets)
+    options, weights = with_initial_weights(options, datasets, names_given, say)
     origin = InitialWeights(options, say, weights)
-    job = RankJob(resolved(options, shards), shards, origin, say=say, world=world)
+    job = RankJob(resolved(options, datasets), datasets, origin, say=say, world=world)
     start = Start(options=job.options, checkpoint=None, step=0, position=job.data.first_position())
     with user_error_on_full_disk(run):
         run.mkdir(parents=True, exist_ok=True)
     with user_error_on_full_disk(run), runs.lock(run):
         runs.refuse_occupied(run)
-        runs.create(run, record_of(job.options, shards), shards.folder, describe(job.options))
+        runs.create(run, record_of(job.options, datasets), datasets.folder, describe(job.options))
         yield job, start, lambda: None
 
 
@@ -174,7 +174,7 @@ def _prepare_resumed(
     command: str | None = None,
     allow_change: Collection[str] = (),
 ) -> Iterator[_Prepared]:
-    """Load the newest whole checkpoint, reconcile its options with the given ones, and hold the folder's lock for the block."""
+    """Load the newest complete checkpoint, reconcile its options with those given, and hold the folder's lock for the block."""
     RunRecord.read(run)  # before the lock, which would leave its file in any folder
     with user_error_on_full_disk(run), runs.lock(run):
         record = RunRecord.read(run)
@@ -183,40 +183,42 @@ def _prepare_resumed(
                 f"{run}: a run of `mm-train {record.command}`, not of {command}; resume it with that command"
             )
         runs.clean(run)
-        found = checkpoint.load_latest(run, say)
-        step = found.state.step if found else 0
-        if not found:
+        latest = checkpoint.load_latest(run, say)
+        step = latest.state.step if latest else 0
+        if not latest:
             runs.refuse_repetition(run, record)
             say(f"{run}: no checkpoint yet, so the run begins again")
-        shards = _open_shards(source_texts(options_given.get("shards", record.options["shards"])))
-        kept = record.without_moves_after(step)
+        datasets = _open_datasets(source_texts(options_given.get("shards", record.options["shards"])))
+        record_then = record.without_moves_after(step)
         options, new_record = reconciled(
-            run, kept, options_given, shards, step=step, allow_change=allow_change
+            run, record_then, options_given, datasets, step=step, allow_change=allow_change
         )
-        refuse_other_kind(options, shards.sets)
-        job = RankJob(options, shards, InitialWeights(options, say), say=say, world=world)
+        refuse_other_kind(options, datasets.sets)
+        job = RankJob(options, datasets, InitialWeights(options, say), say=say, world=world)
         if "from_weight" in options_given:
             job.origin.weights("`from_weight` says where they are now")
-        position = kept.position_at(step, found.state.position if found else job.data.first_position())
+        position = record_then.position_at(
+            step, latest.state.position if latest else job.data.first_position()
+        )
         if "resume_from" in options_given:
             moved = job.data.position_of(options_given["resume_from"], near=position)
             new_record = new_record.changed([move(step, position, moved)])
             position = moved
-        if any(change.name == WEIGHTS for change in new_record.changes[len(kept.changes) :]):
+        if any(change.name == WEIGHTS for change in new_record.changes[len(record_then.changes) :]):
             job.reweight(position)
             new_record = replace(new_record, options=recorded(job.options))
         new_record = replace(new_record.dated(step, position), finished=record.finished)
-        described = describe(job.options, new_record.changes)
-        update = partial(runs.update, run, record, new_record, shards.folder, described)
-        if found and step >= job.data.end(step, position)[1]:
-            refuse_idle_changes(options, step, new_record.changes[len(kept.changes) :])
-            update()  # of the end itself
-        yield job, Start(options=job.options, checkpoint=found, step=step, position=position), update
+        description = describe(job.options, new_record.changes)
+        update = partial(runs.update, run, record, new_record, datasets.folder, description)
+        if latest and step >= job.data.end(step, position)[1]:
+            refuse_idle_changes(options, step, new_record.changes[len(record_then.changes) :])
+            update()  # a change of the end itself
+        yield job, Start(options=job.options, checkpoint=latest, step=step, position=position), update
 
 
-def _open_shards(words: Sequence[str]) -> Datasets:
+def _open_datasets(texts: Sequence[str]) -> Datasets:
     try:
-        return Datasets.open(words)
+        return Datasets.open(texts)
     except FormatError as error:
         raise UserError(
             str(error), remedy="if the dataset has moved, say where by `shards`", option="shards"
@@ -224,4 +226,4 @@ def _open_shards(words: Sequence[str]) -> Datasets:
 
 
 def _say_nothing(_: str) -> None:
-    """Take a line that rank 0 says too."""
+    """Drop a line: rank 0 says it too."""

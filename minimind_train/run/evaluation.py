@@ -1,6 +1,6 @@
-"""Evaluate a trained model on any dataset of its tokenizer: of a run, or of a Hugging Face folder: `mm-train eval`.
+"""Evaluating a trained model, of a run or of a Hugging Face folder, on any dataset of its tokenizer: `mm-train eval`.
 
-The windows and the objective are those of the run; the measuring itself is in `evaluate`.
+The windows and the objective are those of the run; the evaluation itself is in `training.evaluate`.
 """
 
 from collections.abc import Mapping
@@ -44,19 +44,19 @@ def evaluate_run(
     changes: Mapping[str, Any] = MappingProxyType({}),
     say: Say = say_on_stderr,
 ) -> Evaluation:
-    """Measure a model as its run itself does with `--val-shards`.
+    """Evaluate a model as its run does by `val_shards`.
 
     Args:
         run: the folder of a run, which may still be training, or a Hugging Face folder.
-        dataset: the folder of a dataset of the model's tokenizer.
-        step: whose checkpoint; the newest whole one by default, or `best`.
+        dataset: the folder of a dataset with the model's tokenizer.
+        step: of the checkpoint, or `best`; by default the newest complete one.
         num_windows: how many windows, spread evenly; all by default.
-        batch: windows that go through the model at once.
+        batch: windows in one forward pass.
         device: where to compute.
-        dtype: of the matrix products; the run's by default, and for a folder what `auto` gives there.
-        seq_len: of the windows, where it is to differ from the run's.
-        layout: of the windows, where it is to differ from the run's.
-        changes: options of the model that are to differ, such as those of its positions.
+        dtype: of matrix products; by default the run's, and `auto` for a Hugging Face folder.
+        seq_len: of the windows; by default the run's.
+        layout: of the windows; by default the run's.
+        changes: options of the model that differ from the run's, such as those of its positions.
         say: takes lines for the user.
 
     Raises:
@@ -105,7 +105,7 @@ def evaluate_run(
 
 
 def _of_pairs(model: MiniMind, run: Path, record: RunRecord | None, dataset: Path, say: Say) -> Objective:
-    """Return the objective of a run of dpo, compared with the model that it began from."""
+    """Return the objective of a run of dpo, whose reference is the model that it began from."""
     if record is None or record.command != DpoOptions.command:
         what = "no run" if record is None else f"a run of {record.command}"
         raise UserError(

@@ -1,6 +1,6 @@
-"""Refusing what cannot fit before anything is built: the dataset into the model, the model and a step's samples into memory.
+"""Refusing, before anything is built, what cannot fit: the dataset into the model, or the model and a step's samples into memory.
 
-Bounds from below, by arithmetic on the options: what passes may still run out of memory in a step, which `devices.user_error_on_out_of_memory` then says.
+These are lower bounds, from the options alone. What passes may still run out of memory in a step; see `devices.user_error_on_out_of_memory`.
 """
 
 import torch

@@ -1,8 +1,7 @@
-"""Where a run begins: from random weights, or from weights that were trained before.
+"""The initial weights of a run: random ones, or the weights of another model.
 
-Weights bring the shape of the model with them. What they were is noted in the run's options, by their checksum, so that whoever
-needs them again (a resume before the first checkpoint, a run whose checkpoints hold less than all weights) gets the same ones or
-a plain error.
+Weights of another model decide the shape of the model. Their checksum is noted in the run's options, so that whatever needs them again (a
+resume before the first checkpoint, a run whose checkpoints do not hold all weights) gets the same weights or a plain error.
 """
 
 from collections.abc import Collection
@@ -26,16 +25,16 @@ __all__ = ["InitialWeights", "with_initial_weights"]
 def with_initial_weights(
     options: RunOptions, shards: Datasets, names_given: Collection[str] | None, say: Say
 ) -> tuple[RunOptions, Weights | None]:
-    """Return the options of a new run with the model's taken from its weights, and these; None where it begins from none.
+    """Return the options of a new run, with the model's shape taken from its initial weights, and these weights; None for random ones.
 
     Args:
         options: as the user gave them.
-        shards: what the run reads.
+        shards: the datasets of the run.
         names_given: which of the options the user wrote; by default, those that differ from their defaults.
-        say: is told of damaged checkpoints.
+        say: takes lines about damaged checkpoints.
 
     Raises:
-        UserError: there are no weights, they have another shape than the user says, or another tokenizer than the dataset.
+        UserError: there are no such weights, or their shape is not what the user gave, or their tokenizer is not the dataset's.
     """
     origin = options.start.from_weight
     if origin is None:
@@ -50,10 +49,10 @@ def with_initial_weights(
     _check_tokenizer(origin, weights, shards, say)
     here, there = flatten(options.model), flatten(weights.config)
     if names_given is None:
-        usual = flatten(type(options)().model)
-        names_given = [name for name, value in here.items() if value != usual[name]]
-    said = here.keys() & set(names_given)
-    for name in sorted(said & names_of(ModelConfig, Resume.SHAPE)):
+        defaults = flatten(type(options)().model)
+        names_given = [name for name, value in here.items() if value != defaults[name]]
+    given_here = here.keys() & set(names_given)
+    for name in sorted(given_here & names_of(ModelConfig, Resume.SHAPE)):
         if here[name] != there[name]:
             raise UserError(
                 f"its {name} is {there[name]}, and `{name}` says {here[name]}",
@@ -61,7 +60,7 @@ def with_initial_weights(
                 remedy=f"the weights decide the shape of the model, so leave `{name}` out",
                 option=name,
             )
-    chosen = {name: here[name] for name in names_of(ModelConfig, Resume.TRAINING) | said}
+    chosen = {name: here[name] for name in names_of(ModelConfig, Resume.TRAINING) | given_here}
     try:
         model = options_from(ModelConfig, {**there, **chosen})
         options.lora.refuse_unfit(model)
@@ -77,11 +76,11 @@ def with_initial_weights(
 
 
 class InitialWeights:
-    """The weights that a run began from, loaded when they are first asked for.
+    """The initial weights of a run, loaded when they are first needed.
 
     Args:
         options: the run's, which say which weights these are.
-        say: is told of damaged checkpoints.
+        say: takes lines about damaged checkpoints.
         weights: the same, where they have just been loaded.
     """
 

@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step: the model, the device, the data, and from where on it trains."""
+"""What a run says before its first step: the model, the device, the data, and the step and position it begins at."""
 
 from collections.abc import Iterator
 

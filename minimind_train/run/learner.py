@@ -1,4 +1,4 @@
-"""Building what learns on a rank of a run: the model, its objective and its optimizer, in the state of a checkpoint or at the beginning."""
+"""Building the learner of a rank: the model, its objective and its optimizer, new or in the state of a checkpoint."""
 
 from minimind_train.model.lora import add_adapters
 from minimind_train.model.precision import LossScale
@@ -17,16 +17,16 @@ __all__ = ["build_learner"]
 def build_learner(
     options: RunOptions, origin: InitialWeights, latest: Checkpoint | None, compute: Compute
 ) -> Learner:
-    """Return what learns on this rank.
+    """Return the learner of this rank.
 
     Args:
         options: the run's, resolved.
-        origin: the weights that the run began from.
-        latest: the checkpoint that the run goes on from, if there is one.
+        origin: the initial weights of the run.
+        latest: the checkpoint that the run is resumed from, if any.
         compute: where the rank computes, and with which others.
 
     Raises:
-        UserError: the weights that the run began from are needed, and they are gone, or others.
+        UserError: the initial weights are needed, and they are gone or have changed.
     """
     training, lora, world = options.training, options.lora, compute.world
     model = MiniMind(options.model)

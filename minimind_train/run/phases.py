@@ -1,4 +1,4 @@
-"""What a phase does otherwise than another: its objective, and what it reads beside the windows.
+"""In what phases differ besides their options: the objective, and what is read along with the windows.
 
 Its options and their defaults are in `options`; a run of any phase is begun and resumed in `entry`.
 """
@@ -35,25 +35,25 @@ def _windows_alone(windows: WindowSource, *_: object) -> WindowSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """What distinguishes one kind of training from another, beside its options."""
+    """A kind of training: what distinguishes it from others besides its options."""
 
     objective: Callable[[MiniMind, RunOptions, InitialWeights], Objective] = _next_token
     """Returns the objective over a model, by resolved options; by default the cross-entropy of the next token."""
     samples: Callable[
         [Windows | MixedWindows, RunOptions, InitialWeights, torch.device, Say], WindowSource
     ] = _windows_alone
-    """Returns where samples are read; by default the windows, else what adds to them."""
+    """Returns where samples are read from; by default the windows as they are."""
 
 
 def _preference(model: MiniMind, options: RunOptions, origin: InitialWeights) -> Preference:
-    """Return the objective of pairs, compared with the model that the run began from."""
+    """Return the objective for pairs, whose reference is the model that the run began from."""
     assert isinstance(options, DpoOptions)
     if options.objective.reference == "cached":
         return Preference(model, options.objective, lambda micro_batch: micro_batch[REFERENCE])
     frozen = origin.model("`reference` online compares with it")
 
     def online(micro_batch: Mapping[str, Tensor]) -> Tensor:
-        # Where the model itself is not yet, if it will be sharded.
+        # Moved only here: when the objective is made, a model that will be sharded is still on the CPU.
         frozen.to(micro_batch["chosen_input_ids"].device)
         with torch.no_grad():
             return log_probs_of_pairs(frozen, micro_batch)[0]
@@ -68,7 +68,7 @@ def _referenced(
     device: torch.device,
     say: Say,
 ) -> WindowSource:
-    """Put the reference's log-probabilities beside each pair."""
+    """Add the reference's log-probabilities to each pair."""
     assert isinstance(options, DpoOptions)
     if options.objective.reference == "online":
         return windows
@@ -104,11 +104,11 @@ def refuse_other_kind(options: RunOptions, sets: Sequence[ShardSet]) -> None:
         UserError: one of them is; the message names it.
     """
     for shards in sets:
-        kind, wanted = shards.manifest.kind, options.dataset_kind
-        if kind != wanted:
+        kind, kind_learned = shards.manifest.kind, options.dataset_kind
+        if kind != kind_learned:
             raise UserError(
-                f"a dataset of kind {kind}, and `mm-train {options.command}` learns kind {wanted}",
+                f"a dataset of kind {kind}, and `mm-train {options.command}` learns kind {kind_learned}",
                 where=shards.folder,
-                remedy=f"make one by `mm-data tokenize` with `kind` {wanted}, or train on this one by `mm-train {kind}`",
+                remedy=f"make one by `mm-data tokenize` with `kind` {kind_learned}, or train on this one by `mm-train {kind}`",
                 option="shards",
             )

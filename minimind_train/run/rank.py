@@ -47,12 +47,12 @@ __all__ = ["RankJob", "Start"]
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """From where on a run trains, and by which options: what rank 0 decides, and all ranks go by."""
+    """From where on a run trains, and by which options. Rank 0 decides it for all ranks."""
 
     options: RunOptions
-    """With nothing left to be resolved."""
+    """Resolved."""
     checkpoint: Checkpoint | None
-    """The one that the run goes on from; None where it begins."""
+    """The one that the run is resumed from; None for a new run."""
     step: int
     position: int
 
@@ -62,8 +62,8 @@ class RankJob:
 
     Args:
         options: the run's, resolved.
-        datasets: what is learned.
-        origin: the weights that the run began from.
+        datasets: the run's, opened.
+        origin: the initial weights of the run.
         say: takes lines for the user.
         world: the ranks.
 
@@ -100,7 +100,7 @@ class RankJob:
         self._windows_key = self.evaluator.windows_key if self.evaluator else None
 
     def reweight(self, position: int) -> None:
-        """Let other weights of a mixture hold from a position on."""
+        """Let new weights of a mixture hold from a position on."""
         self.data.reweight(position)
         self.options = with_stages(self.options, self.data.stages)
 
@@ -109,11 +109,11 @@ class RankJob:
         "go on with `resume` and a smaller `micro_batch`, or free some memory; earlier checkpoints are intact"
     )
     def train(self, start: Start, before_steps: Callable[[], None] = lambda: None) -> loop.RunOutcome:
-        """Build what learns, put what it begins from into it, and run the loop.
+        """Build the learner and train.
 
         Args:
-            start: where it goes on.
-            before_steps: runs once all of that fits.
+            start: where the run begins.
+            before_steps: called once the learner has been built on all ranks.
         """
         training, compute = self.options.training, self.compute
         step, position, world = start.step, start.position, compute.world
@@ -126,7 +126,7 @@ class RankJob:
         torch.set_num_threads(training.threads)
         allow_tf32(compute.device, allowed=training.tf32)
         learner = build_learner(self.options, self.origin, start.checkpoint, compute)
-        world.barrier()  # for all ranks: what does not fit one of them leaves the run as it was
+        world.barrier()  # so that a run that does not fit some rank is left as it was
         before_steps()
         progress = TrainingProgress(step=step, total_steps=total_steps, say=self.say, visible=world.is_main)
         for line in introduction(self.options, self.data, learner, progress, position):
@@ -163,7 +163,7 @@ class RankJob:
     def _hooks(
         self, learner: Learner, progress: TrainingProgress, latest: Checkpoint | None
     ) -> Iterator[loop.Hooks]:
-        """Open what the run does after its steps: validation, metrics and their trackers, excerpts, checkpoints."""
+        """Open what runs after each step: validation, metrics and their trackers, excerpts, checkpoints."""
         training, world, step = self.options.training, self.compute.world, progress.step
         guard = NonfiniteGuard(
             learner,
@@ -173,7 +173,7 @@ class RankJob:
             say=self.say,
         )
         best = best_of(self.run, last_step=step, measured_on=self._windows_key) if latest else None
-        # All ranks write a checkpoint together where each holds a part of it, else rank 0 alone.
+        # If weights are sharded, all ranks write a checkpoint together, else rank 0 alone.
         writers = world.with_own_group() if learner.is_sharded else ALONE if world.is_main else None
         tracked = TrackedRun(
             folder=self.run,
@@ -195,7 +195,7 @@ class RankJob:
             Trackers(metrics, names, tracked, self.say) as trackers,
         ):
             if world.is_main and latest:
-                self._say_what_metrics_lost(latest.state, metrics.num_lines)
+                self._say_lost_metrics(latest.state, metrics.num_lines)
             show_excerpts: Callable[[int], object] = loop.nothing
             if training.excerpts.sample_every:
                 tokenizer = load_run_tokenizer(self.run, self.datasets.tokenizer)
@@ -234,7 +234,7 @@ class RankJob:
         tensors = partial(tensors_of, learner.model, learner.optimizer)
         return Snapshot(tensors=tensors, state=state, flush=metrics.sync)
 
-    def _say_what_metrics_lost(self, state: CheckpointState, num_lines: int) -> None:
+    def _say_lost_metrics(self, state: CheckpointState, num_lines: int) -> None:
         if (lost := state.metrics_lines - num_lines) > 0:
             self.say(
                 f"{self.run / FILE_NAME}: {lost} of the {state.metrics_lines} lines up to step {state.step} are gone or broken; "

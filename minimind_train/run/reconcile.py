@@ -1,8 +1,8 @@
 """Which of a run's options a resume may change.
 
-What the user writes against `config.json` later is taken over where it cannot change the result (devices, micro-batch, logging), and
-otherwise refused with both sides shown, unless the user allows that change by name, in which case it is noted in `config.json`. Which of
-these holds for an option is in its annotation; see `resume_policy`.
+An option that cannot change the result (devices, micro-batch, logging) is taken over. Any other that differs from `config.json` is refused,
+with both sides shown, unless the user allows that change by name; then it is noted in `config.json`. Which of these holds for an option
+stands in its annotation; see `resume_policy`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -26,41 +26,41 @@ from minimind_train.run_folder.record import MOVE, WEIGHTS, Change, RunRecord
 _SKIPS = "skip_positions"
 
 _ALLOWING = {WEIGHTS: "`reweight`"}
-"""Changes that are allowed by a parameter of their own."""
+"""Changes that have a parameter of their own to allow them."""
 
 _PARAMETERS = _ALLOWING | {
     MOVE: "`resume_from`",
     "dataset": "`shards`",
     "tokenizer": "`shards`",
 }
-"""What changes are asked for by, where it is not their name."""
+"""The parameters that ask for changes, where they are not the names of the changes."""
 
 
 def with_stages(options: RunOptions, stages: tuple[MixtureStage, ...]) -> RunOptions:
-    """Return the options with the shares of a mixture that hold, and from where on."""
+    """Return the options with the shares of a mixture, and the positions from which on they hold."""
     return replace(options, data=replace(options.data, mixture_stages=stages))
 
 
-def resolved(options: RunOptions, shards: Datasets) -> RunOptions:
-    """Return the options with nothing left to this machine, to the dataset or to a default."""
+def resolved(options: RunOptions, datasets: Datasets) -> RunOptions:
+    """Return the options with everything decided that was left to this machine, to the dataset or to a default."""
     training = options.training
     epochs = options.default_epochs if training.epochs is None and training.steps is None else training.epochs
-    measured_on, origin = (
+    val_shards, origin = (
         path and str(Path(path).resolve())
         for path in (options.validation.val_shards, options.start.from_weight)
     )
-    # Neighbours in pack have nothing in common but that their lengths fit; concat is the plain token stream that others train on.
-    masked = (
+    # Documents share a packed window only because their lengths fit; concat is the plain token stream, as other projects train on it.
+    document_mask = (
         options.data.layout == "pack" if options.data.document_mask is None else options.data.document_mask
     )
-    # Weights that were trained before bring their own room for entries, which may be more than the tokenizer has.
-    entries = options.model.vocab_size if options.start.from_sha256 else shards.tokenizer.vocab_size
+    # Initial weights have a vocabulary size of their own, which may be larger than the tokenizer's.
+    vocab_size = options.model.vocab_size if options.start.from_sha256 else datasets.tokenizer.vocab_size
     return replace(
         options,
-        data=replace(options.data, shards=shards.resolved(), document_mask=masked),
+        data=replace(options.data, shards=datasets.resolved(), document_mask=document_mask),
         start=replace(options.start, from_weight=origin),
-        validation=replace(options.validation, val_shards=measured_on),
-        model=replace(options.model, vocab_size=entries).resolved(),
+        validation=replace(options.validation, val_shards=val_shards),
+        model=replace(options.model, vocab_size=vocab_size).resolved(),
         training=replace(
             training,
             epochs=epochs,
@@ -71,13 +71,13 @@ def resolved(options: RunOptions, shards: Datasets) -> RunOptions:
     )
 
 
-def record_of(options: RunOptions, shards: Datasets) -> RunRecord:
-    """Return what `config.json` says of a run that begins with these options, resolved, on this dataset."""
+def record_of(options: RunOptions, datasets: Datasets) -> RunRecord:
+    """Return the record of a run that begins with these options, resolved, on these datasets."""
     return RunRecord(
         command=options.command,
         options=recorded(options),
-        dataset=shards.fingerprint,
-        tokenizer=shards.tokenizer,
+        dataset=datasets.fingerprint,
+        tokenizer=datasets.tokenizer,
     )
 
 
@@ -85,15 +85,15 @@ def reconciled(
     run: Path,
     record: RunRecord,
     options_given: Mapping[str, Any],
-    shards: Datasets,
+    datasets: Datasets,
     *,
     step: int,
     allow_change: Collection[str],
 ) -> tuple[RunOptions, RunRecord]:
-    """Hold what the user wrote against what the run is; return the options that hold from here on, and their record.
+    """Compare the options that the user gave with those of the run; return the options that hold from here on, and their record.
 
     Raises:
-        UserError: something differs that must not.
+        UserError: an option differs that must not.
     """
     kind = kind_of(record, run)
     policy = policies(kind)
@@ -101,50 +101,52 @@ def reconciled(
         raise UserError(
             f"{run}: a run of `mm-train {record.command}` has no option {min(unknown)}; leave it out"
         )
-    skipped = Skips.of((*record.options.get(_SKIPS, ()), *options_given.get(_SKIPS, ()))).as_texts()
-    given = {
+    skips = Skips.of((*record.options.get(_SKIPS, ()), *options_given.get(_SKIPS, ()))).as_texts()
+    new_values = {
         name: value
         for name, value in options_given.items()
         if policy[name].resume not in {Resume.ACTION, Resume.UNRECORDED}
     }
-    begun = begun_with(kind, record)
-    values = begun | given | {_SKIPS: skipped}
-    if "nproc" in given and "threads" not in given:
-        values["threads"] = 0  # the share of a core's threads is another one now
+    old_values = begun_with(kind, record)
+    values = old_values | new_values | {_SKIPS: skips}
+    if "nproc" in new_values and "threads" not in new_values:
+        values["threads"] = 0  # another number of processes shares the cores now
     ends = names_of(kind, Resume.END)
-    if given.keys() & ends:  # either one says alone when the run ends
-        given |= {name: given.get(name) for name in ends}
-        values |= given
+    if new_values.keys() & ends:  # each of them alone says when the run ends
+        new_values |= {name: new_values.get(name) for name in ends}
+        values |= new_values
     try:
         options = options_of(replace(record, options=values), run)
     except ValueError as error:
         raise UserError(f"{run}: with these options the run cannot go on: {error}") from None
     model = options.model
-    options = resolved(options, shards)
+    options = resolved(options, datasets)
     options = replace(options, model=replace(options.model, vocab_size=model.vocab_size))
-    new = replace(record_of(options, shards), changes=record.changes)
+    new = replace(record_of(options, datasets), changes=record.changes)
     free = {Resume.FREE, Resume.ORIGIN} | (
         set() if options.model.balances_micro_batches else {Resume.UNLESS_BALANCED}
     )
     sides = {
-        name: (begun[name], new.options[name]) for name in sorted(given) if policy[name].resume not in free
+        name: (old_values[name], new.options[name])
+        for name in sorted(new_values)
+        if policy[name].resume not in free
     }
-    then, now = read_sources(source_texts(record.options["shards"])), shards.sources
-    if [source.name for source in then] != [source.name for source in now]:
+    sources_then, sources_now = read_sources(source_texts(record.options["shards"])), datasets.sources
+    if [source.name for source in sources_then] != [source.name for source in sources_now]:
         raise UserError(
-            f"`shards` has other parts (in the run: {_names(then)}, asked for: {_names(now)})",
+            f"`shards` has other parts (in the run: {_names(sources_then)}, asked for: {_names(sources_now)})",
             where=run,
             remedy="the parts of a run stay, where one may wait with weight 0; write them all, or start a "
             "new run in another `run`",
             option="shards",
         )
-    if "shards" in given and shards.mixed:
-        sides[WEIGHTS] = (shown_weights(then), shown_weights(now))
-    sides["dataset"] = (_shown(record.dataset), _shown(new.dataset))
+    if "shards" in new_values and datasets.mixed:
+        sides[WEIGHTS] = (shown_weights(sources_then), shown_weights(sources_now))
+    sides["dataset"] = (_shortened(record.dataset), _shortened(new.dataset))
     sides["tokenizer"] = (record.tokenizer.sha256[:12], new.tokenizer.sha256[:12])
     changes = _agreed_changes(run, kind, sides, step=step, allowed=allow_change)
-    if (before := record.options.get(_SKIPS, [])) != list(skipped):
-        changes.append(Change(step=step, name=_SKIPS, old=before, new=list(skipped)))
+    if (before := record.options.get(_SKIPS, [])) != list(skips):
+        changes.append(Change(step=step, name=_SKIPS, old=before, new=list(skips)))
     return options, new.changed(changes)
 
 
@@ -156,18 +158,17 @@ def _agreed_changes(
     step: int,
     allowed: Collection[str],
 ) -> list[Change]:
-    """Return the changes that a resume makes to what a run is, if the user allows them all.
+    """Return the changes that a resume makes to a run, if the user allows them all.
 
     Args:
         run: the run folder, for the error.
         kind: the options of its phase.
-        sides: by name, (in the run, asked for) of whatever decides the result.
-        step: after which they hold.
-        allowed: names that the user lets change. Either of the options that say when a run ends stands for all, as they replace
-            each other.
+        sides: by name, (in the run, asked for) of everything that decides the result.
+        step: after which the changes hold.
+        allowed: names that may change. One of the options that say when a run ends stands for all of them, as they replace each other.
 
     Raises:
-        UserError: something differs that must not.
+        UserError: an option differs that must not.
     """
     different = {name: pair for name, pair in sides.items() if pair[0] != pair[1]}
 
@@ -188,7 +189,7 @@ def _agreed_changes(
         refused -= ends
     if refused:
         shown = "; ".join(map(show, sorted(refused)))
-        # Of two ends of a run that change places, the one that holds from here on is enough.
+        # Of two options that say when the run ends, allowing the one that holds from here on is enough.
         names = sorted(name for name in refused if name not in ends or different[name][1] is not None)
         passing = " ".join(_ALLOWING.get(name, f"`allow_change` {name}") for name in names)
         raise UserError(
@@ -198,9 +199,9 @@ def _agreed_changes(
 
 
 def refuse_idle_changes(options: RunOptions, step: int, changes: Sequence[Change]) -> None:
-    """Refuse changes that would hold from the end of a run on, where nothing is learned any more.
+    """Refuse changes that would hold only after the end of a run, when nothing is learned any more.
 
-    A change of the end itself, which leaves the run finished, is none of them.
+    A change of the end itself is allowed, even if it leaves the run finished.
 
     Raises:
         UserError: there are such changes.
@@ -221,7 +222,7 @@ def _names(sources: Sequence[DatasetSource]) -> str:
     return ", ".join(source.name for source in sources if source.name) or "one dataset without a name"
 
 
-def _shown(dataset: str) -> str:
-    """Shorten the fingerprints of a dataset, or of the parts of a mixture, for the eye."""
+def _shortened(dataset: str) -> str:
+    """Return the fingerprint of a dataset, or those of a mixture's parts, cut to a length that can be read."""
     parts = (each.rpartition("=") for each in dataset.split(" "))
     return " ".join(f"{name}{equals}{fingerprint[:12]}" for name, equals, fingerprint in parts)

@@ -1,12 +1,12 @@
-"""A run described in a TOML file: `--config run.toml`, and the `run.toml` in each run folder that repeats it.
+"""The options of a run in a TOML file: `config` of a command, and the `run.toml` in each run folder that repeats the run.
 
-    command = "pretrain"        # optional: for which of the kinds of training this is
-    preset = "minimind-3"       # optional: see `presets`; what else stands here wins over it
+    command = "pretrain"        # optional: the kind of training that this is for
+    preset = "minimind-3"       # optional: see `presets`; other options here override it
     shards = "data"
     seq_len = 512
 
-The names are those of the flags, with `_` or `-`; there are no sections, as no name has two meanings. Paths are relative to where the
-command is called, as in flags. What stands on the command line wins.
+Names are those of the options, with `_` or `-`; there are no sections, as no name has two meanings. Paths are relative to the working
+directory, as on the command line. Options on the command line override these.
 """
 
 import difflib
@@ -24,12 +24,12 @@ _COMMAND, _PRESET = "command", "preset"
 
 
 def read_description(path: Path, command: str, names: Collection[str]) -> dict[str, Any]:
-    """Return the options in a TOML file, by the names of the options.
+    """Return the options in a TOML file by name.
 
     Args:
         path: the file.
         command: the kind of training that they are for.
-        names: of the options that there are.
+        names: of all options.
 
     Raises:
         ValueError: the file cannot be read, is of another kind of training, or has a name that is no option; the message is a
@@ -49,9 +49,9 @@ def read_description(path: Path, command: str, names: Collection[str]) -> dict[s
         if name in options:
             raise ValueError(f"{path}: {name} stands there twice, with _ and with -; leave one out")
         options[name] = value
-    if (meant := options.pop(_COMMAND, command)) != command:
+    if (command_there := options.pop(_COMMAND, command)) != command:
         raise ValueError(
-            f"{path}: is for mm-train {meant}, not {command}; call that, or change `command` there"
+            f"{path}: is for mm-train {command_there}, not {command}; call that, or change `command` there"
         )
     preset = options.pop(_PRESET, None)
     if preset is not None and preset not in PRESETS:
@@ -69,14 +69,14 @@ def _unknown(key: str, name: str, value: Any, names: Collection[str]) -> str:
 
 
 def describe(options: RunOptions, changes: Sequence[Change] = ()) -> str:
-    """Return the TOML that repeats a run with these options, resolved; `changes` on the way are told as comments."""
+    """Return the TOML that repeats a run with these options, resolved; comments tell of `changes` during the run."""
     values = recorded(options)
     if values["layout"] != "pack":
-        del values["long_documents"]  # would do nothing, and is refused as that
+        del values["long_documents"]  # it would do nothing, and so it is refused
     lines = [
         f"# Repeats this run: mm-train {options.command} --config run.toml --run NEW_FOLDER",
         *(
-            f"# Not so from the beginning: {change.name} was {_shown(change.old)} up to step {change.step}."
+            f"# Not so from the beginning: {change.name} was {_toml(change.old)} up to step {change.step}."
             for change in changes
         ),
         f"{_COMMAND} = {_toml(options.command)}",
@@ -87,13 +87,13 @@ def describe(options: RunOptions, changes: Sequence[Change] = ()) -> str:
 
 
 def _section(part: Any, values: dict[str, Any]) -> list[str]:
-    """Return the lines of one dataclass of options, under what its docstring says; those of what it is composed of follow."""
-    flags = [
+    """Return the lines of one dataclass of options, headed by its docstring, and after them those of the dataclasses in it."""
+    names = [
         field.name
         for field in fields(part)
         if field.metadata.get("flag", True) and values.get(field.name) is not None
     ]
-    lines = [f"{name} = {_toml(values[name])}" for name in flags]
+    lines = [f"{name} = {_toml(values[name])}" for name in names]
     inner = (getattr(part, field.name) for field in fields(part))
     below = [line for each in inner if is_dataclass(each) for line in _section(each, values)]
     title = (part.__doc__ or "").partition("\n")[0]
@@ -113,7 +113,3 @@ def _toml(value: Any) -> str:
 
 
 _ESCAPES = {chr(code): f"\\u{code:04x}" for code in (*range(32), 127)} | {'"': '\\"', "\\": "\\\\"}
-
-
-def _shown(value: Any) -> str:
-    return _toml(value).replace("\n", " ")

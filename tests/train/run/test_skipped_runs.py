@@ -136,9 +136,9 @@ def test_a_run_that_leaves_all_out_is_refused(begin, tmp_path):
 
 
 def test_what_is_no_range_is_wrong_usage(begin, stopped_run):
-    with pytest.raises(ValueError, match="skip_positions must be A:B"):
+    with pytest.raises(ValueError, match="`skip_positions` must be A:B"):
         begin(skip_positions=["5"])
-    with pytest.raises(ValueError, match="skip_positions must be A:B"):
+    with pytest.raises(ValueError, match="`skip_positions` must be A:B"):
         resume(stopped_run, {"skip_positions": ["9:8"]}, say=Said())
 
 
