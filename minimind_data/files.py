@@ -27,21 +27,23 @@ _HASH_BLOCK_BYTES = 4 * 2**20
 
 
 def partial_name(path: Path) -> Path:
-    """Return the temporary name for `path`: of this process alone, so that a dying twin cannot write into our file."""
+    """Return the temporary name for `path`: this process's own, so that another one that is still being killed cannot write to it."""
     return path.with_name(f"{path.name}.{_process_number(os.getpid())}{PARTIAL_SUFFIX}")
 
 
 @functools.lru_cache
 def _process_number(process_id: int) -> int:
-    """Return a number that no other process has; a process of another machine may well have our id."""
+    """Return a number that no other process has; the id alone will not do, since a process on another machine may have the same."""
     return process_id + (secrets.randbits(64) << 32)
 
 
 def remove_partials(folder: Path, names: Container[str] | None = None) -> None:
-    """Delete what killed processes left half-written of the files with these names.
+    """Delete the temporary files that killed processes left in a folder; the caller holds the folder's lock.
 
-    Without names the folder is ours, and everything goes that has a temporary name, folders with all that is in them.
-    The caller holds the folder's lock.
+    Args:
+        folder: where they are.
+        names: only those of files with these names. Without names the folder is taken to be this program's own, and everything with
+            a temporary name is deleted, folders and their content too.
     """
     for path in folder.glob(f"*.*{PARTIAL_SUFFIX}"):
         name, process, _ = path.name.rsplit(".", 2)
@@ -64,7 +66,7 @@ def fsync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file beside `path` to write to; at the end it is flushed and renamed, and where the block raises it is removed."""
+    """Yield a temporary file to write to, which becomes `path` when the block ends and is removed when the block raises."""
     partial = partial_name(path)
     try:
         with partial.open("wb") as file:
@@ -79,29 +81,31 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a whole file or nothing: beside its place, fsync, rename, fsync of the folder."""
+    """Write a file as a whole or not at all: under a temporary name, flushed to the disk, renamed, the folder flushed too."""
     with whole_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
 def is_disk_full(error: OSError) -> bool:
-    """Tell whether an error says that no more can be written: a full disk, a full quota, a limit on the size of files."""
+    """Tell whether an error means that no more can be written: a full disk or quota, or a limit on the size of files."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
 def user_error_on_full_disk(folder: Path) -> Iterator[None]:
-    """Turn a full disk, wherever it shows inside the block, into a sentence about `folder`."""
+    """Raise a UserError about `folder` where the disk is full at any moment inside the block."""
     try:
         yield
     except OSError as error:
         if not is_disk_full(error):
             raise
-        what, remedy = ("a limit on the size of files was met", "raise it (`ulimit -f`)")
-        if error.errno != errno.EFBIG:
-            what, remedy = ("the disk is full", "free some space")
+        what, remedy = ("the disk is full", "free some space")
+        if error.errno == errno.EFBIG:
+            what, remedy = ("the limit on the size of files is reached", "raise it (`ulimit -f`)")
         raise UserError(
-            f"{folder}: {what}; what was whole before stays, so {remedy} and run the same command again"
+            what,
+            where=folder,
+            remedy=f"everything that was finished is kept, so {remedy} and run the same command again",
         ) from None
 
 
@@ -112,7 +116,7 @@ def sha256_of(path: Path) -> str:
 
 
 def sha256_of_stream(file: BinaryIO, start: int = 0, stop: int | None = None) -> str:
-    """Return the hexadecimal SHA-256 of the bytes [start, stop) of an open file, to its end by default."""
+    """Return the hexadecimal SHA-256 of the bytes [start, stop) of an open file, by default up to its end."""
     digest = hashlib.sha256()
     file.seek(start)
     left = None if stop is None else stop - start
@@ -137,27 +141,27 @@ def checksum_of_json(content: dict[str, Any]) -> str:
 
 
 class DamagedFileError(UserError):
-    """A file that `write_checked` wrote holds something else now.
+    """A file that `write_checked` wrote holds something else now."""
 
-    Args:
-        path: the file.
-        problem: what does not fit.
-        remedy: what to do.
-    """
+    problem = ""
+    """How that shows, such as `its checksum does not fit`."""
 
-    def __init__(self, path: Path, problem: str, remedy: str | None) -> None:
-        super().__init__(f"edited or damaged ({problem})", where=path, remedy=remedy)
-        self.problem = problem
+    @classmethod
+    def of(cls, path: Path, problem: str, remedy: str | None) -> Self:
+        """Return the error for a file."""
+        error = cls(f"edited or damaged ({problem})", where=path, remedy=remedy)
+        error.problem = problem
+        return error
 
 
 def checked_json(content: dict[str, Any], *, key: str) -> str:
-    """Return the text of a JSON file that ends with its own checksum, under `key`: an edit or a flipped byte shows."""
+    """Return the text of a JSON file that ends with its own checksum under `key`, so that any change of its content is found."""
     return json.dumps({**content, key: checksum_of_json(content)}, ensure_ascii=False, indent=1) + "\n"
 
 
 def write_checked(path: Path, content: dict[str, Any], *, key: str) -> None:
-    """Write JSON with its own checksum under `key`, whole or not at all; `read_checked` reads it."""
-    # File names that are no UTF-8 come as lone surrogates, which this leaves as JSON's own escapes.
+    """Write JSON with its own checksum under `key`, as a whole or not at all; `read_checked` reads it."""
+    # A file name that is not UTF-8 holds lone surrogates, which UTF-8 cannot encode; their backslash escapes are JSON's too.
     write_atomic(path, checked_json(content, key=key).encode(errors="backslashreplace"))
 
 
@@ -169,13 +173,13 @@ def read_checked(
     Args:
         path: the file.
         key: what its checksum is called.
-        remedy: what to do where it is damaged, for the error.
-        version: its `format_version`, where it has one that is to be looked at before the checksum.
+        remedy: what the user can do if it is damaged.
+        version: the `format_version` that it must have, which is checked before the checksum; None checks no version.
 
     Raises:
         FileNotFoundError, NotADirectoryError: there is no such file.
         DamagedFileError: it is not what was written.
-        UserError: it may not be read, or is of another version.
+        UserError: it cannot be read for want of permission, or has another version.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -186,11 +190,11 @@ def read_checked(
     except PermissionError as error:
         raise UserError(f"cannot be read ({error.strerror})", where=path, remedy="make it readable") from None
     except OSError as error:
-        raise DamagedFileError(path, f"cannot be read: {error.strerror}", remedy) from None
+        raise DamagedFileError.of(path, f"cannot be read: {error.strerror}", remedy) from None
     except (ValueError, RecursionError) as error:
-        raise DamagedFileError(path, f"no JSON: {error}", remedy) from None
+        raise DamagedFileError.of(path, f"no JSON: {error}", remedy) from None
     if not isinstance(content, dict):
-        raise DamagedFileError(path, "no JSON object", remedy)
+        raise DamagedFileError.of(path, "no JSON object", remedy)
     if version is not None and content.get("format_version", version) != version:
         raise UserError(
             f"format version {content['format_version']}; this program reads version {version}",
@@ -198,18 +202,18 @@ def read_checked(
             remedy="use the program that wrote it",
         )
     if not fits:
-        raise DamagedFileError(path, "its checksum does not fit", remedy)
+        raise DamagedFileError.of(path, "its checksum does not fit", remedy)
     return content
 
 
 class FolderLock:
-    """A lock file that one process at a time can hold, released by the kernel when that process ends in whatever way.
+    """A lock file that one process at a time can hold; the kernel releases it when that process ends, however it ends.
 
     Args:
-        path: the lock file; it is created, and removed on the way out.
-        busy: the sentence for the user who comes second.
-        shared: hold it together with others who share it, so that only one who does not share is kept out.
-        wait: wait for the lock, and tell this function the sentence before; without it, whoever comes second is refused.
+        path: the lock file, which is created on entering and removed on leaving.
+        busy: the sentence for the user whose process comes second.
+        shared: let other processes hold the lock too, if they also share it.
+        wait: takes the sentence `busy`, after which the lock is waited for; without this, a process that comes second is refused.
 
     Raises:
         UserError: another process holds the lock (at once, unless `wait` is given).
@@ -243,21 +247,25 @@ class FolderLock:
             if self._is_still_there(descriptor):
                 self._descriptor = descriptor
                 return self
-            os.close(descriptor)  # the holder before us removed this file between our open and our lock
+            os.close(
+                descriptor
+            )  # its last holder removed this file after we had opened it and before we locked it
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._descriptor is not None
-        with contextlib.suppress(BlockingIOError):  # others share it: the last of them removes it
+        with contextlib.suppress(
+            BlockingIOError
+        ):  # other processes still share it, and the last of them removes it
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._path.unlink(missing_ok=True)
         os.close(self._descriptor)
         self._descriptor = None
 
-    def _wait_for(self, descriptor: int, tell: Say) -> None:
+    def _wait_for(self, descriptor: int, say: Say) -> None:
         try:
-            tell(self._busy)
+            say(self._busy)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except BaseException:
             os.close(descriptor)

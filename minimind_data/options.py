@@ -1,14 +1,14 @@
-"""How an option is declared: once, in the frozen dataclass that reads it.
+"""How an option is declared: once, as a field of the frozen dataclass that uses it.
 
-A field's help, and its parser where the type alone does not say how to read a flag, stand in its annotation:
+The help of an option is in the annotation of its field, and so is its parser, where the type alone does not say how to read a flag:
 
     split_bytes: Annotated[int, "Bytes of input that make one shard.", parse_size] = 64 * 2**20
 
-The command line makes its flags from these dataclasses, so a default or a help text is never written twice.
+The command line makes its flags from these dataclasses, so defaults and help texts are written once.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
@@ -25,34 +25,34 @@ def parse_size(text: str | int) -> int:
     """Read a number of bytes such as `64MiB`, `1.5GB` or `4096`.
 
     Raises:
-        ValueError: the text is no size; the message says what one looks like.
+        ValueError: the text is not a size; the message shows what one looks like.
     """
-    written = str(text).strip().lower()
-    digits = written.rstrip("abcdefghijklmnopqrstuvwxyz ")
-    unit = written[len(digits) :].strip()
+    size = str(text).strip().lower()
+    digits = size.rstrip("abcdefghijklmnopqrstuvwxyz ")
+    unit = size[len(digits) :].strip()
     try:
         return int(float(digits) * _UNITS[unit])
     except (KeyError, ValueError, OverflowError):
-        raise ValueError(f"{text!r} is no size; write one like 64MiB, 1.5GB or 4096") from None
+        raise ValueError(f"{text!r} is not a size; write one like 64MiB, 1.5GB or 4096") from None
 
 
 def format_size(size: int) -> str:
-    """Write a number of bytes as `parse_size` reads it: 64MiB where it comes out even, else plain bytes."""
-    for unit, worth in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size and size % worth == 0:
-            return f"{size // worth}{unit}"
+    """Write a number of bytes as `parse_size` reads it: with a unit, such as 64MiB, where that is exact, else plain bytes."""
+    for unit, num_bytes in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size and size % num_bytes == 0:
+            return f"{size // num_bytes}{unit}"
     return str(size)
 
 
 def check_limits(options: object, limits: Mapping[str, tuple[float, float]]) -> None:
-    """Check options against the least and the most that each may be; None is let through.
+    """Check options against the least and the greatest value that each may have; None is allowed.
 
     Args:
         options: a dataclass of options.
-        limits: by the name of the option, (least, most), both allowed.
+        limits: for each of them by name, (least, greatest) value, both allowed.
 
     Raises:
-        ValueError: one is outside; the message says the limits and the value.
+        ValueError: an option is outside its limits; the message gives both and the value.
     """
     for name, (least, most) in limits.items():
         value = getattr(options, name)
@@ -61,54 +61,61 @@ def check_limits(options: object, limits: Mapping[str, tuple[float, float]]) -> 
 
 
 def as_paths(options: object, *names: str) -> None:
-    """Turn strings among these options, of a frozen dataclass that is being made, into paths."""
+    """Turn those of these options that are strings into paths; for the `__post_init__` of a frozen dataclass."""
     for name in names:
         if isinstance(value := getattr(options, name), str):
             object.__setattr__(options, name, Path(value))
 
 
 def leaves(cls: type, defaults: object = None, *, flags_only: bool = True) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (name, annotation with extras, default) for the options of a dataclass, nested dataclasses flattened.
+    """Yield (name, annotation with extras, default) for each option of a dataclass and of the dataclasses nested in it.
 
-    With `flags_only`, those alone that the user writes.
-    Defaults are those of `defaults`, an instance; without one, those of the fields. Where a dataclass composes another by a
-    factory, what the factory makes has the say, so that one set of options can have other defaults in another place.
+    Args:
+        cls: the dataclass.
+        defaults: an instance whose values are the defaults; without one they are the fields' own. Where a nested dataclass has a
+            factory, its defaults are those of what the factory makes, so the same options can have other defaults in another place.
+        flags_only: leave out the options that have no flag.
     """
     hints = get_type_hints(cls, include_extras=True)
     for field in fields(cls):
         kind = hints[field.name]
         if is_dataclass(kind):
             assert isinstance(kind, type)
-            made = None if field.default_factory is MISSING else field.default_factory()
-            yield from leaves(
-                kind, made if defaults is None else getattr(defaults, field.name), flags_only=flags_only
-            )
+            nested_defaults = _nested_defaults(field, defaults)
+            yield from leaves(kind, nested_defaults, flags_only=flags_only)
         elif field.metadata.get("flag", True) or not flags_only:
             yield field.name, kind, field.default if defaults is None else getattr(defaults, field.name)
 
 
 def options_from(cls: type[_T], values: dict[str, Any], defaults: _T | None = None) -> _T:
-    """Make `cls` from flat option values, filling nested dataclasses; names that it does not know are left alone.
+    """Make a dataclass of options, and the dataclasses nested in it, from the values of options by their flat names.
 
-    What `values` leaves out is as in `defaults`, by default as in what the factories of `cls` make.
+    Args:
+        cls: the dataclass.
+        values: the options; names that it does not have are ignored.
+        defaults: an instance whose values hold for options that are not in `values`; without one, the defaults of `leaves` do.
     """
     hints = get_type_hints(cls)
-    made: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for field in fields(cls):  # type: ignore[arg-type]
         kind = hints[field.name]
         if is_dataclass(kind):
             assert isinstance(kind, type)
-            inner = None if field.default_factory is MISSING else field.default_factory()
-            made[field.name] = options_from(
-                kind, values, inner if defaults is None else getattr(defaults, field.name)
-            )
+            arguments[field.name] = options_from(kind, values, _nested_defaults(field, defaults))
         elif field.name in values:
-            made[field.name] = values[field.name]
-    return cls(**made) if defaults is None else replace(defaults, **made)  # type: ignore[type-var]
+            arguments[field.name] = values[field.name]
+    return cls(**arguments) if defaults is None else replace(defaults, **arguments)  # type: ignore[type-var]
+
+
+def _nested_defaults(field: Field[Any], defaults: object) -> Any:
+    """Return the defaults of the dataclass in a field: those in `defaults`, else what its factory makes, else None."""
+    if defaults is not None:
+        return getattr(defaults, field.name)
+    return None if field.default_factory is MISSING else field.default_factory()
 
 
 def flatten(options: "DataclassInstance") -> dict[str, Any]:
-    """Return every option of a dataclass by its flat name: the inverse of `build`."""
+    """Return every option of a dataclass by its flat name: the inverse of `options_from`."""
     flat: dict[str, Any] = {}
     for field in fields(options):
         value = getattr(options, field.name)
@@ -120,7 +127,7 @@ def flatten(options: "DataclassInstance") -> dict[str, Any]:
 
 
 def differences(there: dict[str, Any], here: dict[str, Any], names: Iterable[str]) -> list[str]:
-    """Say, for each of `names` in which two sets of options differ, what stands on either side."""
+    """Return a clause for each of `names` that has different values in two sets of options, with both values."""
     return [
         f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
         for name in names

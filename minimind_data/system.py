@@ -11,13 +11,13 @@ def num_cores() -> int:
 
 
 def allow_open_files(count: int) -> None:
-    """Raise this process's limit of open files to `count` and some more, as far as the system lets it.
+    """Raise this process's limit on open files to somewhat more than `count`, as far as the system allows.
 
-    A memory map keeps its file open, and the limit is often 1,024 where thousands are allowed to whoever asks.
+    A memory map keeps its file open. The limit is often 1,024 although a process may raise it to many thousands.
     """
     wanted = count + 256
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit that it does not tell
+        with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit that it does not report
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

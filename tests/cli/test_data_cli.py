@@ -208,7 +208,7 @@ def test_a_full_disk_is_named_and_the_run_can_go_on(source, tmp_path, monkeypatc
 
     arguments = ["tokenize", source, "--out", tmp_path / "data", "--workers", 1, "--split-bytes", "2KiB"]
     monkeypatch.setattr(writer.ShardWriter, "append", full)
-    assert "data: the disk is full; what was whole before stays" in sentence(mm_data(*arguments))
+    assert "data: the disk is full; everything that was finished is kept" in sentence(mm_data(*arguments))
     assert not list((tmp_path / "data").rglob("*.partial"))
     monkeypatch.undo()
     result = mm_data(*arguments)
@@ -300,7 +300,7 @@ def test_sizes_are_read(text, size):
 
 @pytest.mark.parametrize("text", ["", "MiB", "1XiB", "-", "nan", "inf", "1e400"])
 def test_no_sizes_are_refused(text):
-    with pytest.raises(ValueError, match="is no size"):
+    with pytest.raises(ValueError, match="is not a size"):
         parse_size(text)
 
 

@@ -1,6 +1,7 @@
 """JSON files with their own checksum: what was written comes back, and whatever else is there is named."""
 
 import json
+import pickle
 
 import pytest
 
@@ -92,3 +93,12 @@ def test_a_file_that_may_not_be_read_is_not_damaged(path, monkeypatch):
     with pytest.raises(UserError, match="cannot be read .Permission denied.; make it readable") as error:
         read_checked(path, key="sha256")
     assert not isinstance(error.value, DamagedFileError)
+
+
+def test_the_error_survives_pickling(path):
+    path.write_bytes(b"{}")
+    with pytest.raises(DamagedFileError) as error:
+        read_checked(path, key="sha256", remedy="mend it")
+    copy = pickle.loads(pickle.dumps(error.value))
+    assert (str(copy), vars(copy)) == (str(error.value), vars(error.value))
+    assert copy.problem == "its checksum does not fit"
