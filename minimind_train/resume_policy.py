@@ -64,6 +64,6 @@ def _policy(extras: tuple[Any, ...], default: Any) -> Policy:
     resume = next((extra for extra in extras if isinstance(extra, Resume)), Resume.ALLOWED)
     before = next((extra.value for extra in extras if isinstance(extra, Before)), default)
     assert before is not MISSING, (
-        "an option that every run must be told cannot be added to runs that there are"
+        "an option needs a default, or `Before`, to be read from records that do not have it"
     )
     return Policy(resume, before)

@@ -1,4 +1,4 @@
-"""What a run can be told: the options that all phases share, and what each phase makes of them.
+"""The options of a run: what all phases share, and what each phase makes of it.
 
 They are resolved once, when a run begins, and from then on they are what its `config.json` says.
 """
@@ -49,7 +49,7 @@ class StartOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What a run of every phase can be told. A phase has other defaults, and options of its objective."""
+    """The options of a run of any phase. A phase changes defaults, and may have options of its objective."""
 
     command: ClassVar[str]
     """What `mm-train` calls the phase, and what the run's record says."""
@@ -70,7 +70,7 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions(RunOptions):
-    """Everything that a pre-training run can be told."""
+    """The options of a pre-training run."""
 
     command: ClassVar[str] = "pretrain"
     dataset_kind: ClassVar[Kind] = "pretrain"
@@ -78,7 +78,7 @@ class PretrainOptions(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SftOptions(RunOptions):
-    """Everything that a run of supervised fine-tuning can be told; the defaults are MiniMind's."""
+    """The options of supervised fine-tuning; the defaults are MiniMind's."""
 
     command: ClassVar[str] = "sft"
     dataset_kind: ClassVar[Kind] = "sft"
@@ -99,7 +99,7 @@ class SftOptions(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DpoOptions(RunOptions):
-    """Everything that a run of direct preference optimization can be told; the defaults are MiniMind's."""
+    """The options of direct preference optimization; the defaults are MiniMind's."""
 
     command: ClassVar[str] = "dpo"
     dataset_kind: ClassVar[Kind] = "dpo"
