@@ -75,9 +75,9 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1, help="one mutant of so many")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
     arguments = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     equal = read_equal(EQUAL.read_text("utf-8"))
-    known, survivors, num_tested, began = set(), [], 0, time.monotonic()
+    known, num_tested, num_survivors, began = set(), 0, 0, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy = Path(folder).resolve() / "project"
         copy.mkdir()
@@ -91,42 +91,19 @@ def main() -> int:
             mutants = [each for each in mutants if (each[0], each[1].was, each[1].becomes) not in equal]
             print(f"{package}: {len(mutants)} mutants", flush=True)
             num_tested += len(mutants)
-            survivors += survivors_of(copy, NEAREST[package], paths, mutants)
+            for path, mutant in Tests(copy, NEAREST[package]).survivors(mutants):
+                num_survivors += 1
+                print(f"{path}:{mutant.line}\n- {mutant.was}\n+ {mutant.becomes}\n", flush=True)
         stale = [
             key
             for key in equal
             if any(key[0] in paths for _, paths in modules_of(arguments.module)) and key not in known
         ]
     minutes = (time.monotonic() - began) / 60
-    print(f"{num_tested} mutants in {minutes:.0f} minutes, {len(survivors)} of which no test minds")
+    print(f"{num_tested} mutants in {minutes:.0f} minutes, {num_survivors} of which no test minds")
     for path, was, becomes in stale:
         print(f"equal.txt has what is no mutant any more: {path}\n- {was}\n+ {becomes}")
-    return 1 if survivors or stale else 0
-
-
-def survivors_of(
-    copy: Path, nearest: Sequence[str], paths: Sequence[str], mutants: Sequence[tuple[str, Mutant]]
-) -> list[Mutant]:
-    """The mutants that all tests pass with; each is printed when it is found."""
-    tests = Tests(copy, nearest)
-    coverage = tests.trace(paths)
-    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    sys.dont_write_bytecode = True
-    survivors = []
-    for path, mutant in mutants:
-        file = copy / path
-        original = file.read_text("utf-8")
-        for compiled in (file.parent / "__pycache__").glob(f"{file.stem}.*"):
-            compiled.unlink()
-        file.write_text(mutant.source, "utf-8")
-        names = coverage.of(path, mutant.line, mutant.last_line)
-        if not (names and len(names) < 400 and not tests.pass_with(names)) and tests.pass_with(None):
-            survivors.append(mutant)
-            print(f"{path}:{mutant.line}\n- {mutant.was}\n+ {mutant.becomes}\n", flush=True)
-        file.write_text(original, "utf-8")
-    sys.dont_write_bytecode = False
-    os.environ["PYTHONDONTWRITEBYTECODE"] = ""
-    return survivors
+    return 1 if num_survivors or stale else 0
 
 
 if __name__ == "__main__":

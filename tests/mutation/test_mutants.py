@@ -5,6 +5,7 @@ import textwrap
 
 from tests.mutation.__main__ import EQUAL, NEAREST, ROOT, modules_of, read_equal, sampled
 from tests.mutation.mutants import mutants_of
+from tests.mutation.running import changed_codes
 
 SOURCE = '''
 """Text with 1 number."""
@@ -95,3 +96,23 @@ def test_the_packages_and_their_tests_exist_and_what_is_judged_equal_has_a_reaso
 def test_a_list_of_equal_mutants_is_read():
     text = "# a note\n\nfolder/a.py\n- if a < b:\n+ if a <= b:\nthey are never\nthe same\n"
     assert read_equal(text) == {("folder/a.py", "if a < b:", "if a <= b:"): "they are never the same"}
+
+
+def test_changed_functions_can_be_put_in_place_of_those_that_were_imported():
+    source = "SIZE = 3\n\n\ndef outer(n=1):\n    print(\n        n\n    )\n    def inner():\n        return n + 1\n    return inner()\n\n\nclass A:\n    n = 5\n\n    def b(self):\n        return 2\n"
+    changed = {
+        (mutant.was, mutant.becomes): [name for name, _ in changed_codes(source, mutant.source, "a.py")]
+        for mutant in mutants_of(source)
+    }
+    assert changed["SIZE = 3", "SIZE = 4"] == []
+    assert changed["def outer(n=1):", "def outer(n=2):"] == []
+    assert changed["n = 5", "n = 6"] == []
+    assert changed["return 2", "return 3"] == ["A.b"]
+    assert "outer.<locals>.inner" in changed["return n + 1", "return n + 2"]
+    shorter = next(mutant for mutant in mutants_of(source) if mutant.was == "print( n )")
+    codes = changed_codes(source, shorter.source, "a.py")
+    assert ("A.b", 16) in codes, "by its old line"
+    names = {}
+    exec(compile(source, "a.py", "exec"), names)  # noqa: S102 - it stands above
+    names["outer"].__code__ = codes["outer", 4]
+    assert names["outer"](4) == 5
