@@ -45,7 +45,7 @@ class TrainingProgress:
         self.step = step
         self.total_steps = total_steps
         self._say = say
-        self._shown: tuple[str | None, list[int]] = (None, [])
+        self._last_details: tuple[str | None, list[int]] = (None, [])
         self._last_line = -math.inf
         form = "{n_fmt}/{total_fmt}{postfix} {remaining} left {bar}"
         self._bar = _bar(form, total=total_steps, initial=step) if visible else None
@@ -56,7 +56,7 @@ class TrainingProgress:
         loss = f"loss {record['loss']:.4f}" if "loss" in record else "skipped"
         numbers = f"{loss}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tok/s"
         if "val_loss" in record:
-            self._say(f"step {record['step']}/{self.total_steps}  validation {_measured(record)}")
+            self._say(f"step {record['step']}/{self.total_steps}  validation {_validation(record)}")
         if "reward_margin" in record:
             numbers += f"  margin {record['reward_margin']:.3f}"
         shard = record.get("shard")
@@ -74,11 +74,11 @@ class TrainingProgress:
             return
         self._bar.postfix = numbers.replace("  ", " ")
         self._bar.update()
-        shown = (shard, [int(done) for done in epochs.values()])
-        if shown != self._shown:  # the line has no room for what seldom changes
+        details = (shard, [int(done) for done in epochs.values()])
+        if details != self._last_details:  # the progress line has no room for what seldom changes
             if position:
                 self._say(f"step {record['step']}:{position}".replace("  ", " "))
-            self._shown = shown
+            self._last_details = details
 
     def __enter__(self) -> Self:
         return self
@@ -91,13 +91,13 @@ class TrainingProgress:
 
 
 class WindowProgress:
-    """How far a measurement is, on a terminal; gone when it is done. A context manager."""
+    """How far an evaluation is, on a terminal; erased when it is done. A context manager."""
 
     def __init__(self, num_windows: int) -> None:
         self._bar = _bar("{n_fmt}/{total_fmt} windows {remaining} left {bar}", total=num_windows, leave=False)
 
     def add(self, num_windows: int) -> None:
-        """Show that so many more are measured."""
+        """Show that so many more windows are evaluated."""
         if self._bar is not None:
             self._bar.update(num_windows)
 
@@ -112,14 +112,14 @@ class WindowProgress:
 
 
 def _bar(form: str, **options: Any) -> tqdm | None:
-    """Return a progress line of the house's width on stderr, where that is a terminal."""
+    """Return a progress line on stderr, of at most the usual width, or None where stderr is not a terminal."""
     if not sys.stderr.isatty():
         return None
     columns = min(_MAX_COLUMNS, shutil.get_terminal_size().columns) - _SPARE_COLUMNS
     return tqdm(file=sys.stderr, ncols=columns, bar_format=form, **options)
 
 
-def _measured(record: dict[str, Any]) -> str:
+def _validation(record: dict[str, Any]) -> str:
     loss = f"loss {record['val_loss']:.4f}"
     if "val_perplexity" in record:
         return f"{loss}  perplexity {record['val_perplexity']:,.2f}  {record['val_bits_per_byte']:.4f} bits a byte"

@@ -9,11 +9,11 @@ from minimind_train.order.mixture import MixtureOrder, Order
 from minimind_train.order.sample_order import SampleOrder
 
 
-def introduce(order: MixtureOrder, position: int, wanted: str) -> list[str]:
-    """Say of a mixture what holds at a position: the shares, how near they come to the weights, and where each part is."""
+def mixture_lines(order: MixtureOrder, position: int, weights: str) -> list[str]:
+    """Return lines that describe a mixture at a position: its weights, the shares that meet them, and the epochs of each part."""
     stage = next(stage for stage in reversed(order.stages) if stage.start <= position)
     lines = [
-        f"mixture of {len(order.names)}, wanted of the tokens: {wanted}; a pattern of {stage.period} windows:"
+        f"mixture of {len(order.names)}, wanted of the tokens: {weights}; a pattern of {stage.period} windows:"
     ]
     for name, part, share, epochs in zip(
         order.names, order.parts, stage.shares, epochs_of(order, position).values(), strict=True
@@ -26,20 +26,20 @@ def introduce(order: MixtureOrder, position: int, wanted: str) -> list[str]:
 
 
 def window_at(order: Order, windows: Windows | MixedWindows, position: int) -> dict[str, Any]:
-    """Say which window stands at a position: `part` (of a mixture), `epoch`, `window`, `shard` and `offset`, all of the part."""
+    """Return the window at a position: `part` (of a mixture), `epoch`, `window`, `shard` and `offset`, all within the part."""
     if isinstance(order, MixtureOrder) and isinstance(windows, MixedWindows):
-        there = order.window(position)
-        shard, offset = windows.parts[there.part].locate(there.window)
-        part = {"part": order.names[there.part]}
-        return part | {"epoch": there.epoch, "window": there.window, "shard": shard, "offset": offset}
+        window = order.window(position)
+        shard, offset = windows.parts[window.part].locate(window.window)
+        part = {"part": order.names[window.part]}
+        return part | {"epoch": window.epoch, "window": window.window, "shard": shard, "offset": offset}
     assert isinstance(order, SampleOrder)
-    epoch, window = order.window(position)
-    shard, offset = windows.locate(window)
-    return {"epoch": epoch, "window": window, "shard": shard, "offset": offset}
+    epoch, number = order.window(position)
+    shard, offset = windows.locate(number)
+    return {"epoch": epoch, "window": number, "shard": shard, "offset": offset}
 
 
 def epochs_of(order: MixtureOrder, position: int) -> dict[str, float]:
-    """Return how often each part has been gone through before a position, such as 1.25."""
+    """Return the epochs of each part that are done before a position, such as 1.25."""
     counts: Mapping[str, int] = dict(zip(order.names, order.taken(position), strict=True))
     return {
         name: round(count / part.num_windows, 4)

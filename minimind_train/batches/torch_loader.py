@@ -1,10 +1,10 @@
-"""From windows and an order to batches, for anybody's DataLoader; our own loop has `step_loader.StepLoader`.
+"""From windows and their order to the batches of any PyTorch loop; our own loop uses `batches.steps.StepLoader`.
 
-`WindowDataset` and `ResumableBatchSampler` are the same data and the same order for a loop that brings its own
-`torch.utils.data.DataLoader`, or torchdata's `StatefulDataLoader`.
+`WindowDataset` and `ResumableBatchSampler` give the same samples in the same order to `torch.utils.data.DataLoader`, or to torchdata's
+`StatefulDataLoader`.
 
-All count in positions (see `minimind_train.order.sample_order`). No loader decides what has been learned: each batch says which positions it
-holds, and the loop that completes a step knows the position.
+The state is a position (see `minimind_train.order.sample_order`). A loader reads ahead of the training, so it is the loop that says how many
+batches it has finished.
 """
 
 from collections.abc import Iterator
@@ -46,15 +46,15 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, window: int | list[int]) -> dict[str, Tensor]:
         """Return one window, or for a list a whole batch, int64 [B, seq_len] each.
 
-        A DataLoader with `batch_size=None` asks for batches: `DataLoader(dataset, sampler=batch_sampler, batch_size=None)`. That saves
-        taking the batch apart and putting it together again.
+        With `DataLoader(dataset, sampler=batch_sampler, batch_size=None)` the loader asks for whole batches, which are then not taken apart
+        and collated again.
         """
         if isinstance(window, list):
             return {name: torch.from_numpy(array) for name, array in self._batch(window).items()}
         return self.__getitems__([window])[0]
 
     def __getitems__(self, windows: list[int]) -> list[dict[str, Tensor]]:
-        """Return many windows, read in one gather; this is what a DataLoader calls for a batch."""
+        """Return several windows, read in one gather; a DataLoader calls this for a batch."""
         if not windows:
             return []
         batch = self._batch(windows)
@@ -72,21 +72,21 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
 class ResumableBatchSampler(Sampler[list[int]]):
     """A batch sampler whose state is one number, its position: `DataLoader(WindowDataset(windows), batch_sampler=sampler)`.
 
-    An iteration runs from the sampler's position to the end of the epoch, and the next one through the next epoch, in another order;
-    there is no `set_epoch`. With `stop` it runs to that position instead, through as many epochs as that takes. An iteration
-    that is broken off does not count: the next begins where it began. (Unless a loader with workers had already taken its last
-    batch. To go on after breaking off, load a state.)
+    An iteration runs from the sampler's position to the end of the epoch, and the next one through the next epoch in another order;
+    `set_epoch` is not needed. With `stop` it runs to that position instead, through as many epochs as that takes. An iteration that is
+    left early does not count: the next one starts where it started, unless a loader with workers had already taken its last batch. To go
+    on after leaving an iteration, load a state.
 
-    A position counts samples, so it means the same with another `global_batch` or `world_size`. At the end of
-    an epoch it is the beginning of the next, so a loop over epochs goes on with `for epoch in range(sampler.epoch, …)`.
+    A position counts samples, so it means the same with another `global_batch` or `world_size`. At the end of an epoch it is the
+    beginning of the next one, so a loop over epochs continues with `for epoch in range(sampler.epoch, …)`.
 
     To save the position:
 
-    - torchdata's `StatefulDataLoader` does it by itself, with any number of workers.
-    - A `DataLoader` with workers asks for batches long before it hands them out, and the sampler cannot know how long. Count the
-      batches that your loop has consumed since the iteration began, and save `state_after(batches_consumed)`.
-    - `state_dict()` is the position after the last batch that the *loader* took. That is exact where nothing reads ahead
-      (`num_workers=0`), and at the end of an epoch. Anywhere else it is too far, and a resume from it would leave samples out.
+    - torchdata's `StatefulDataLoader` saves it by itself, with any number of workers.
+    - A `DataLoader` with workers asks for batches before the loop gets them, and the sampler cannot know how many. Count the batches
+      that your loop has finished since the iteration began, and save `state_after(batches_consumed)`.
+    - `state_dict()` is the position after the last batch that the *loader* took. It is exact without read-ahead (`num_workers=0`) and
+      at the end of an epoch. Otherwise it is too far, and a resume from it would skip samples.
 
     Args:
         order: the order of the windows.
@@ -94,8 +94,8 @@ class ResumableBatchSampler(Sampler[list[int]]):
         rank: which of the ranks this is; it gets every `world_size`-th sample of each batch.
         world_size: how many ranks share a batch.
         start: the position to begin at.
-        stop: the position to end at; without it each iteration ends with its epoch.
-        drop_last: leave out a last batch that is shorter than the others.
+        stop: the position to end at; by default each iteration ends with its epoch.
+        drop_last: drop a last batch that is shorter than the others.
         skips: positions that are left out.
     """
 
@@ -124,7 +124,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
 
     @property
     def epoch(self) -> int:
-        """The epoch in which the next iteration begins."""
+        """The epoch in which the next iteration starts."""
         return self._next_start // self.order.num_windows
 
     def __repr__(self) -> str:
@@ -136,10 +136,10 @@ class ResumableBatchSampler(Sampler[list[int]]):
         return len(self._iteration(self._next_start))
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Begin at the position.
+        """Start at the sampler's position.
 
         Raises:
-            UserError: the last batch would leave a rank without a sample, where every rank must take part.
+            UserError: some ranks would have no sample in the last batch, and every rank must take part.
         """
         iteration = self._iteration(self._next_start)
         rest = self.skips.count(iteration.start, iteration.stop) % self.global_batch
@@ -152,11 +152,11 @@ class ResumableBatchSampler(Sampler[list[int]]):
         return iteration
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position after the last batch that was taken from this sampler."""
+        """Return the state after the last batch that was taken from this sampler."""
         return self._state(self._latest.position)
 
     def state_after(self, batches_consumed: int) -> dict[str, Any]:
-        """Return the position after so many batches of the present iteration, however far a loader has read ahead."""
+        """Return the state after so many batches of the current iteration, however far a loader has read ahead."""
         if not 0 <= batches_consumed <= len(self._latest):
             raise ValueError(
                 f"the iteration has {len(self._latest)} batches, so {batches_consumed} cannot have been consumed"
@@ -165,7 +165,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
         return self._state(self._latest.position_after(end))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position.
+        """Go to the position of a saved state.
 
         Raises:
             UserError: the position belongs to another order of samples, or lies behind the end.
@@ -197,8 +197,8 @@ class ResumableBatchSampler(Sampler[list[int]]):
 class _Iteration(Iterator[list[int]]):
     """One iteration of a `ResumableBatchSampler`, over the positions [start, stop).
 
-    It has a state of its own because torchdata asks iterators for one. It differs from the sampler's where an epoch has just
-    ended: what is left of this iteration is nothing, while the sampler's next one is the next epoch.
+    torchdata asks iterators for a state, so it has one of its own. It differs from the sampler's at the end of an epoch: this iteration has
+    nothing left, while the sampler's next one is the next epoch.
     """
 
     def __init__(self, sampler: ResumableBatchSampler, start: int, stop: int) -> None:
@@ -226,7 +226,7 @@ class _Iteration(Iterator[list[int]]):
         return windows
 
     def position_after(self, end: int) -> int:
-        """The position when everything before `end` is done: a remainder that is dropped is passed over."""
+        """The position when everything before `end` is done; a remainder that is dropped counts as done."""
         needed = self.sampler.global_batch if self.sampler.drop_last else 1
         return self.stop if self.sampler.skips.count(end, self.stop) < needed else end
 

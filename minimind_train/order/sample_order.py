@@ -22,7 +22,7 @@ OrderKind = Literal["shuffled", "sequential"]
 
 _permutation: Final = lru_cache(maxsize=16)(Permutation)
 _block_permutation: Final = lru_cache(maxsize=16)(BlockPermutation)
-"""A batch touches one epoch or two, batch after batch; their keys are mixed once."""
+"""Cached, so that keys are mixed once: successive batches touch one or two epochs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +31,10 @@ class SampleOrder:
 
     Attributes:
         num_windows: n, the windows of the dataset; every epoch visits each once.
-        seed: another seed, another order. Sequential order ignores it.
-        kind: `shuffled`, anew in each epoch, or `sequential`, as the windows stand in the shards.
-        block: windows that stand next to each other in the shards and stay together in the shuffle; see `block_permutation.py`. 1 shuffles
-            each on its own. Sequential order ignores it.
+        seed: decides the shuffle. Sequential order ignores it.
+        kind: `shuffled`, differently in each epoch, or `sequential`, as in the shards.
+        block: number of neighbouring windows that stay together in the shuffle, see `block_permutation`; 1 shuffles single windows.
+            Sequential order ignores it.
     """
 
     num_windows: int

@@ -1,4 +1,4 @@
-"""The samples of a range of positions: what a run, an epoch or a step is to learn, as arithmetic on the numbers of its samples."""
+"""The samples of a range of positions: what a run or a step is to learn, as arithmetic on the numbers of its samples."""
 
 from dataclasses import dataclass
 
@@ -36,7 +36,7 @@ class SampleRange:
         return self.skips.count(self.start, self.stop)
 
     def position_after(self, num_samples: int) -> int:
-        """Return the position behind the first samples of the range; `start` itself where there are to be none."""
+        """Return the position behind so many samples of the range; `start` itself for none."""
         return self.skips.after(self.start, num_samples)
 
     def positions(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:

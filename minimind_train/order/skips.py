@@ -1,7 +1,7 @@
-"""Positions that a run leaves out, such as those on which it diverged, as arithmetic.
+"""Positions that a run leaves out, for example those on which it diverged, as arithmetic.
 
-A range A:B leaves out the positions A to B - 1, once and for all: what stands there is not learned, nothing else moves up, and a
-position means what it always did. Global batches are made of the positions that are kept, so they stay whole.
+A range A:B leaves out the positions A to B - 1 for good. Their samples are not learned, but no other sample moves up: every position means
+what it meant before. Global batches are made of the positions that are kept, so they keep their size.
 """
 
 import re
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 __all__ = ["MAX_POSITION", "NO_SKIPS", "Skips"]
 
 MAX_POSITION = 2**62
-"""Behind any position that a run can reach."""
+"""Beyond any position that a run can reach."""
 
 _RANGE = re.compile(r"([0-9]{1,19}):([0-9]{1,19})")
 
@@ -25,7 +25,7 @@ class Skips:
     """Ranges of positions that are left out.
 
     Attributes:
-        ranges: (first, behind the last) of each, ascending, with something kept between them.
+        ranges: (first, last + 1) of each, ascending, with at least one kept position between two.
     """
 
     ranges: tuple[tuple[int, int], ...] = ()
@@ -35,7 +35,7 @@ class Skips:
         """Read ranges written A:B, in any order; they may overlap.
 
         Raises:
-            ValueError: one of them is no range; the message says what one looks like.
+            ValueError: one of them is not a range.
         """
         ranges: list[tuple[int, int]] = []
         for text in texts:
@@ -59,27 +59,27 @@ class Skips:
         return tuple(f"{first}:{stop}" for first, stop in self.ranges)
 
     def kept_before(self, position: int) -> int:
-        """How many positions before this one are kept."""
+        """Return the number of kept positions before this one."""
         return position - sum(min(stop, position) - first for first, stop in self.ranges if first < position)
 
     def count(self, start: int, stop: int) -> int:
-        """How many positions of [start, stop) are kept."""
+        """Return the number of kept positions in [start, stop)."""
         return self.kept_before(stop) - self.kept_before(start)
 
     def kept(self, numbers: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        """The positions that are kept, by their number among these: int64 of the same shape."""
+        """Return kept positions by their number among all kept ones: int64 of the same shape."""
         numbers = np.asarray(numbers, np.int64)
         if not self.ranges:
             return numbers
         lengths = np.array([stop - first for first, stop in self.ranges], np.int64)
         skipped = np.cumsum(np.concatenate([[0], lengths]))
-        # A range stands before the kept position that it pushes back, whose number is its own start less all before it.
+        # The number, among kept positions, of the first one behind each range: the start of the range less all that is skipped before.
         pushed = np.array([first for first, _ in self.ranges], np.int64) - skipped[:-1]
         positions: NDArray[np.int64] = numbers + skipped[np.searchsorted(pushed, numbers, side="right")]
         return positions
 
     def after(self, start: int, num_samples: int) -> int:
-        """The position behind so many kept ones, counted from `start`; `start` itself where there are to be none."""
+        """Return the position behind so many kept ones from `start` on; `start` itself for none."""
         if not num_samples:
             return start
         return int(self.kept([self.kept_before(start) + num_samples - 1])[0]) + 1

@@ -1,6 +1,6 @@
-"""The device that a run computes on: what `auto` means on this machine, how much memory it has, and what is said when that runs out.
+"""The device that a run computes on: what `auto` means here, how much memory the device has, and the error when that runs out.
 
-Which device each of several ranks gets is in `world`, in which dtype it computes in `precision`.
+`world` decides which device each of several ranks gets, and `model.precision` in which dtype it computes.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ _DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device that `auto`, `cpu`, `cuda`, `cuda:1`, `mps` … means here.
+    """Return the device that a name such as `auto`, `cpu`, `cuda`, `cuda:1` or `mps` means here.
 
     Raises:
         UserError: there is no such device.
@@ -32,17 +32,13 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (
-        RuntimeError,
-        AssertionError,
-        NotImplementedError,
-    ):  # what torch raises differs from backend to backend
+    except (RuntimeError, AssertionError, NotImplementedError):  # backends differ in what they raise
         raise refusal from None
     return device
 
 
 def memory_of(device: torch.device) -> int | None:
-    """Return the bytes of memory that a device has in all, or None where that is not known."""
+    """Return the total memory of a device in bytes, or None where that is not known."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     if device.type == "cpu":
@@ -51,16 +47,16 @@ def memory_of(device: torch.device) -> int | None:
 
 
 def refuse_too_large(what: str, num_bytes: int, device: torch.device, remedy: str) -> None:
-    """Refuse what cannot fit a device, before the system ends the process for trying.
+    """Refuse what cannot fit a device, before the system kills the process for trying.
 
     Args:
-        what: what wants the memory, for the error.
-        num_bytes: how much it takes at least.
+        what: what needs the memory, for the error.
+        num_bytes: how much it needs at least.
         device: where it goes.
         remedy: what the user can do.
 
     Raises:
-        UserError: it takes more than all of the device's memory.
+        UserError: it needs more than the device has.
     """
     memory = memory_of(device)
     if memory is not None and num_bytes > memory:
@@ -71,15 +67,15 @@ def refuse_too_large(what: str, num_bytes: int, device: torch.device, remedy: st
 
 @contextlib.contextmanager
 def user_error_on_out_of_memory(remedy: str) -> Iterator[None]:
-    """Turn memory that ran out inside the block, on the device or beside it, into one sentence that ends in `remedy`."""
+    """Turn the errors of memory that runs out in the block, of the device or the host, into one sentence that ends in `remedy`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # On the CPU torch raises a plain RuntimeError, which only its text tells from others; so do CUDA's own calls, as for pinned memory.
-        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        # On the CPU torch raises a plain RuntimeError, recognised by its text alone; so do some CUDA calls, for example for pinned memory.
+        is_out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
             words in str(error) for words in ("allocate memory", "out of memory")
         )
-        if not short:
+        if not is_out_of_memory:
             raise
         reason = str(error).partition("\n")[0] or "MemoryError"
         raise UserError(f"the memory is used up ({reason}); {remedy}") from None

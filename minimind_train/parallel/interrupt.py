@@ -1,6 +1,6 @@
 """Requests to stop a run early: SIGINT, SIGTERM, and `--max-hours`. The step is finished and saved, then the run ends.
 
-A second signal is obeyed at once. How several ranks agree on a request is in `world`.
+A second signal stops the run at once. How several ranks agree on a request is in `world`.
 """
 
 import math
@@ -17,7 +17,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop(IntEnum):
-    """Why a run stops before its time. The number is the exit status that says so: what shells show for a signal, what `timeout` gives."""
+    """Why a run stops early. The number is the exit status: that of a shell for a signal, and that of `timeout` for the time limit."""
 
     MAX_HOURS = 124
     SIGINT = 128 + signal.SIGINT
@@ -25,48 +25,48 @@ class Stop(IntEnum):
 
     @property
     def what(self) -> str:
-        """As a user knows it."""
+        """Its name for the user."""
         return "`max_hours`" if self is Stop.MAX_HOURS else self.name
 
 
 def acknowledge(number: int) -> None:
-    """Say on stderr that a signal was heard, since the step that is to end first may take minutes. A signal handler may call it."""
+    """Say on stderr that a signal was received, as the step to be finished may take minutes. A signal handler may call this."""
     name = signal.Signals(number).name
     line = f"{name}: stops after this step, which is saved; once more stops now, unsaved\n"
     try:
-        # Where a progress line stands, it is drawn again below. Past Python's buffers: the signal may have come amid a write.
+        # A progress line is erased and drawn again below. Written without Python's buffers, as the signal may have interrupted a write.
         os.write(sys.stderr.fileno(), (("\r\x1b[K" if sys.stderr.isatty() else "") + line).encode())
     except (OSError, ValueError):
-        return  # nobody reads it
+        return  # there is nobody to read it
 
 
 class StopRequest:
-    """Listens for SIGINT and SIGTERM while it is entered (in other threads than the main one it hears nothing), and keeps the time.
+    """Listens for SIGINT and SIGTERM, and watches the time limit; a context manager. Outside the main thread it receives no signals.
 
     Args:
-        max_hours: after which a stop is due; 0 for no limit.
-        tell: whether to acknowledge a signal; one process of a run does.
+        max_hours: the time limit; 0 for none.
+        acknowledges: whether to acknowledge a signal on stderr, as one process of a run does.
 
     Attributes:
-        signal: the signal that asked for a stop, or None.
+        signal: the signal received, or None.
     """
 
-    def __init__(self, max_hours: float = 0, *, tell: bool = False) -> None:
-        self._tell = tell
+    def __init__(self, max_hours: float = 0, *, acknowledges: bool = False) -> None:
+        self._acknowledges = acknowledges
         self.signal: signal.Signals | None = None
-        self._former: dict[signal.Signals, Any] = {}
+        self._former_handlers: dict[signal.Signals, Any] = {}
         self._deadline = time.monotonic() + 3600 * max_hours if max_hours else math.inf
 
     @property
     def stop(self) -> Stop | None:
-        """Why to stop now, or None."""
+        """The reason to stop now, or None."""
         if number := self.signal:
             return Stop(128 + number)
         return Stop.MAX_HOURS if time.monotonic() >= self._deadline else None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._hear) for number in _SIGNALS}
+            self._former_handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         return self
 
     def __exit__(
@@ -74,13 +74,13 @@ class StopRequest:
     ) -> None:
         self._restore()
 
-    def _hear(self, number: int, _: FrameType | None) -> None:
+    def _receive(self, number: int, _: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         self._restore()
-        if self._tell:
+        if self._acknowledges:
             acknowledge(number)
 
     def _restore(self) -> None:
-        for number, handler in self._former.items():
+        for number, handler in self._former_handlers.items():
             signal.signal(number, handler)
-        self._former = {}
+        self._former_handlers = {}

@@ -1,12 +1,12 @@
-"""The ranks of a run on this machine: started, watched and ended together.
+"""Launching the ranks of a run on this machine: they are started, watched and ended together.
 
-The process that the user started learns nothing. It starts one process for each rank, passes signals on, and waits; when one ends
-before its time, it ends the others, which would wait for it for ever, and says why. Each rank in turn watches the pipe that it was
-given: when nobody holds the other end any more, it has nobody to work for and ends at once. So nothing is left over, whoever is killed.
+The process that the user started does not train. It starts one process for each rank, forwards signals, and waits. If a rank ends early,
+it ends the others, which would wait for that rank for ever, and says why. Each rank watches its pipe to this process: when the other
+end is closed, that process is gone, and the rank ends at once. So no process is left over, whichever is killed.
 
-Processes are spawned, not forked: a fork would share the threads and devices of its parent. They meet at a port of 127.0.0.1 that
-the system picks. A signal is passed on as a message, so that one which reaches ranks by itself as well, as Ctrl-C on a
-terminal does, is still one.
+Processes are spawned, not forked: a fork would share the threads and devices of its parent. The ranks meet at a port of 127.0.0.1 that the
+system picks. Signals are forwarded as messages, so that a signal which also reaches the ranks directly, as Ctrl-C on a terminal does, still
+counts once.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 _HOST = "127.0.0.1"
 _GRACE_SECONDS = 10.0
-"""The time that ranks get, after another one has ended, to notice it and to finish a checkpoint that is being written."""
+"""Time for ranks to notice that another one ended, and to finish a checkpoint that is being written."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -47,30 +47,30 @@ class _End(NamedTuple):
     """How a rank ended."""
 
     kind: Literal["done", "refused", "failed", "lost", "interrupted", "killed"]
-    """`lost`: because another one had ended. `killed`: without a word."""
+    """`lost`: because another rank ended. `killed`: without giving a reason."""
     result: Any
-    """What `work` returned where it is done, else why it ended."""
+    """What `work` returned, or else the reason why the rank ended."""
 
 
 def launch_ranks(work: Callable[[World], T], nproc: int) -> T:
     """Run `work` on several ranks on this machine, one process each, and return what rank 0 returns.
 
     Args:
-        work: can be pickled, and so can what it returns.
+        work: picklable, as is what it returns.
         nproc: how many ranks.
 
     Raises:
-        UserError: a rank ended before its time; the message says why.
-        KeyboardInterrupt: Ctrl-C before all could stop in good order, or a second time.
+        UserError: a rank ended early; the message says why.
+        KeyboardInterrupt: Ctrl-C a second time, or before the ranks could stop properly.
     """
     ranks = _Ranks()
     try:
-        with ranks.passing_signals_on():
+        with ranks.forwarding_signals():
             ranks.start(work, nproc)
             ends = ranks.wait()
     finally:
         ranks.kill()
-    # What a rank says because another one is gone is no reason, unless there is no other.
+    # A rank that ended because another one was lost gives no reason, so it comes last.
     early = sorted(
         (item for item in ends.items() if item[1].kind != "done"), key=lambda item: item[1].kind == "lost"
     )
@@ -79,29 +79,28 @@ def launch_ranks(work: Callable[[World], T], nproc: int) -> T:
         return outcome
     rank, end = early[0]
     if end.kind == "interrupted" and ranks.forwarded_signal:
-        signal.raise_signal(
-            ranks.forwarded_signal
-        )  # nobody listens any more, so it does what it does to any process
+        # Its former handler is restored, so it does to this process what it does to any other.
+        signal.raise_signal(ranks.forwarded_signal)
     raise UserError(_sentence(rank, end, nproc))
 
 
 class _Ranks:
-    """The processes, and the ends of the pipes to them.
+    """The processes of the ranks, and our ends of the pipes to them.
 
     Attributes:
-        forwarded_signal: the signal that was passed on, or None.
+        forwarded_signal: the signal that was forwarded, or None.
     """
 
     def __init__(self) -> None:
         self.forwarded_signal: signal.Signals | None = None
-        self._former: dict[signal.Signals, Any] = {}
+        self._former_handlers: dict[signal.Signals, Any] = {}
         self._processes: dict[int, SpawnProcess] = {}
         self._pipes: dict[int, Connection] = {}
-        # The ranks meet here; it is kept as long as they live.
+        # The ranks find each other by it, so it is kept as long as they live.
         self._store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
 
     def start(self, work: Callable[[World], Any], nproc: int) -> None:
-        """Start them all."""
+        """Start all ranks."""
         context = multiprocessing.get_context("spawn")
         for rank in range(nproc):
             place = RankPlace(rank=rank, size=nproc, local_rank=rank, local_size=nproc)
@@ -109,25 +108,25 @@ class _Ranks:
             process = context.Process(
                 target=_be_rank, args=(work, place, self._store.port, theirs), name=f"rank-{rank}"
             )
-            # Ctrl-C on a terminal comes to them too; while they still import it waits for them to answer it.
-            former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            # Ctrl-C on a terminal reaches the ranks too. It is blocked until they have imported their modules and can handle it.
+            former_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 process.start()
             finally:
                 self._processes[rank], self._pipes[rank] = process, ours
-                signal.pthread_sigmask(signal.SIG_SETMASK, former)
+                signal.pthread_sigmask(signal.SIG_SETMASK, former_mask)
             theirs.close()
             if self.forwarded_signal:
                 ours.send(self.forwarded_signal)
 
     def wait(self) -> dict[int, _End]:
-        """Return how each rank ended, in the order in which they did; when one failed, the others are ended."""
+        """Return how each rank ended, in the order in which they did. After one has failed, wait only for a while."""
         ends: dict[int, _End] = {}
         deadline: float | None = None
         while len(ends) < len(self._processes):
-            left = [process.sentinel for rank, process in self._processes.items() if rank not in ends]
+            running = [process.sentinel for rank, process in self._processes.items() if rank not in ends]
             timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not connection.wait(left, timeout):
+            if not connection.wait(running, timeout):
                 return ends
             ends |= {
                 rank: self._end_of(rank)
@@ -139,25 +138,25 @@ class _Ranks:
         return ends
 
     def kill(self) -> None:
-        """End those that are left."""
+        """Kill the ranks that are still running."""
         for process in self._processes.values():
             if process.pid is not None:
                 process.kill()
                 process.join()
 
     @contextlib.contextmanager
-    def passing_signals_on(self) -> Iterator[None]:
-        """Pass SIGINT and SIGTERM on to the ranks; a second one ends all at once."""
+    def forwarding_signals(self) -> Iterator[None]:
+        """Forward SIGINT and SIGTERM to the ranks during the block; a second signal ends everything at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self._former = {number: signal.signal(number, self._pass_on) for number in _SIGNALS}
+        self._former_handlers = {number: signal.signal(number, self._forward) for number in _SIGNALS}
         try:
             yield
         finally:
             self._restore()
 
-    def _pass_on(self, number: int, _: FrameType | None) -> None:
+    def _forward(self, number: int, _: FrameType | None) -> None:
         if self.forwarded_signal:
             self.kill()
             self._restore()
@@ -170,9 +169,9 @@ class _Ranks:
                 pipe.send(self.forwarded_signal)
 
     def _restore(self) -> None:
-        for number, handler in self._former.items():
+        for number, handler in self._former_handlers.items():
             signal.signal(number, handler)
-        self._former = {}
+        self._former_handlers = {}
 
     def _end_of(self, rank: int) -> _End:
         pipe, process = self._pipes[rank], self._processes[rank]
@@ -185,22 +184,22 @@ class _Ranks:
         if status < 0:
             memory = ", perhaps because the memory was used up" if -status == signal.SIGKILL else ""
             return _End("killed", f"was killed by {signal.Signals(-status).name}{memory}")
-        return _End("killed", f"ended with status {status} and without a word")
+        return _End("killed", f"ended with status {status} without giving a reason")
 
 
 def _sentence(rank: int, end: _End, nproc: int) -> str:
-    """Say why a rank, and with it the run, has ended."""
+    """Return the sentence that says why a rank ended, and the run with it."""
     if end.kind in {"refused", "lost"}:
         return str(end.result)
     return f"rank {rank} of {nproc} {end.result}, so the others were ended too; go on with `resume`, which may have another `nproc`"
 
 
 def _be_rank(work: Callable[[World], Any], place: RankPlace, port: int, pipe: Connection) -> None:
-    """Be one of the ranks: what the spawned process does."""
+    """Be one of the ranks, in a spawned process."""
     world = World(place, launched=True)
     threading.Thread(target=_listen, args=(pipe, world), name="listener", daemon=True).start()
-    _meet_on_this_machine()
-    # tqdm's own lock is one of all processes, which is missed where one of them is killed.
+    _use_loopback()
+    # tqdm's own lock is shared by all processes; one that is killed would never release it.
     tqdm.set_lock(threading.RLock())
     torch.set_num_threads(max(1, torch.get_num_threads() // place.local_size))
     status = 1
@@ -215,17 +214,17 @@ def _be_rank(work: Callable[[World], Any], place: RankPlace, port: int, pipe: Co
         end = _End("refused", str(error))
     except KeyboardInterrupt:
         end = _End("interrupted", "was interrupted")
-    except BaseException as error:  # noqa: BLE001 - a defect of ours, which is shown and ends the run
+    except BaseException as error:  # noqa: BLE001 - a bug: it is shown and ends the run
         traceback.print_exc()
         end = _End("failed", f"failed ({type(error).__name__}: {error}; the traceback is above)")
     with contextlib.suppress(OSError):
         pipe.send(end)
     sys.stderr.flush()
-    os._exit(status)  # what is still in flight to ranks that are gone would be waited for
+    os._exit(status)  # a normal exit could wait for messages to ranks that are gone
 
 
 def _listen(pipe: Connection, world: World) -> None:
-    """Take signals from the process that started this one, and end with it."""
+    """Receive signals from the process that started this one, and end when it does."""
     try:
         while True:
             world.forwarded_signal = pipe.recv()
@@ -233,8 +232,8 @@ def _listen(pipe: Connection, world: World) -> None:
         os._exit(1)
 
 
-def _meet_on_this_machine() -> None:
-    """Let gloo use the loopback, and not the address that the machine's name may stand for."""
+def _use_loopback() -> None:
+    """Let gloo use the loopback interface instead of the address that the machine's name resolves to."""
     for _, name in socket.if_nameindex():
         if name in {"lo", "lo0"}:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

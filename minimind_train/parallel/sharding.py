@@ -1,6 +1,6 @@
-"""Tensors of which each rank holds a block of rows, as `fully_shard` makes them: which rows those are, and back to what they belong to.
+"""Sharded tensors, of which each rank holds a block of rows, as `fully_shard` makes them: their own rows, and back to whole tensors.
 
-`torch.distributed.tensor` takes a second to be imported, so nobody does it here; whoever has a sharded tensor has done it.
+`torch.distributed.tensor` takes a second to import, so it is not imported here; where there is a sharded tensor, it has been.
 """
 
 from typing import TYPE_CHECKING, TypeGuard
@@ -14,12 +14,12 @@ __all__ = ["is_sharded", "own_rows", "sharded_like", "whole"]
 
 
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Whether each rank holds some rows of a tensor."""
+    """Whether each rank holds only some rows of the tensor."""
     return hasattr(tensor, "device_mesh")
 
 
 def own_rows(tensor: "DTensor") -> tuple[Tensor, int]:
-    """Return the rows that this rank holds, the tensor's own memory, and the number of the first one."""
+    """Return the rows that this rank holds, a view of the tensor's memory, and the number of the first."""
     mesh = tensor.device_mesh
     rows = tensor.to_local()
     first = min(mesh.get_local_rank() * -(-len(tensor) // mesh.size()), len(tensor))
@@ -27,7 +27,7 @@ def own_rows(tensor: "DTensor") -> tuple[Tensor, int]:
 
 
 def sharded_like(tensor: "DTensor", rows: Tensor) -> "DTensor":
-    """Return a tensor of the same shape, sharded in the same way, of which this rank holds `rows`."""
+    """Return a tensor of the same shape and sharding, of which this rank holds `rows`."""
     return type(tensor).from_local(
         rows.to(tensor.device),
         tensor.device_mesh,
@@ -39,5 +39,5 @@ def sharded_like(tensor: "DTensor", rows: Tensor) -> "DTensor":
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor as a plain one; where it is sharded every rank asks at the same time."""
+    """Return a plain tensor of all rows; for a sharded tensor this is a collective."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor

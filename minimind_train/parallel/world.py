@@ -1,10 +1,10 @@
 """The ranks that train one model together: which one this process is, and the collectives that they use on the host.
 
-A `World` is passed to whoever needs it; there is no global one. Its collectives carry a few numbers or small objects in host memory, so
-they use gloo even where gradients use nccl: none of them waits for a GPU. In a world of one rank each returns its argument at once.
+A `World` is passed to whatever needs it; there is no global one. Its collectives carry a few numbers or small objects in host memory. So
+they use gloo, even where gradients use nccl, and never wait for a GPU. In a world of one rank each returns its argument at once.
 
-What rank 0 decides (which checkpoint, which options) is broadcast, so that no two ranks can decide differently. Only rank 0 writes
-files and prints. Gradients are not this module's business: see `minimind_train.training.wrapping`. Nor is starting ranks: see `launch`.
+What rank 0 decides (which checkpoint, which options) is broadcast, so that no two ranks decide differently. Only rank 0 writes files and
+prints. Gradients are averaged in `minimind_train.training.data_parallel`; ranks are started in `launch`.
 """
 
 import contextlib
@@ -27,40 +27,40 @@ T = TypeVar("T")
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _TIMEOUT = timedelta(minutes=30)
-"""For a rank that is silent but not gone: one that saves to a slow disk, say, or a machine that has lost its network."""
+"""Long enough for a rank that is slow but alive, for example one that saves to a slow disk."""
 
 _LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out")
 
 
 class LostRankError(UserError):
-    """A collective failed because another rank has ended; that rank reports the reason."""
+    """A collective failed because another rank ended; that rank reports the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankPlace:
-    """Where a process stands among those that learn together."""
+    """The rank of a process among those that train together, and on its machine."""
 
     rank: int
     """From 0, over all machines."""
     size: int
     local_rank: int
-    """From 0, on this machine: which of its devices is this process's."""
+    """From 0, on this machine: also the number of its device."""
     local_size: int
     """Ranks on this machine."""
 
 
 class World:
-    """All ranks, as one of them sees them. Every collective must be called by all ranks, in the same order.
+    """All ranks, as one of them sees them. All ranks must call every collective, in the same order.
 
     Args:
         place: this rank's.
         group: the process group of the collectives; the default group where it is None.
-        launched: whether a process of ours started the ranks, which hears signals for them.
+        launched: whether `launch_ranks` started the ranks; then the process that called it receives signals for them.
 
     Attributes:
         place: this rank's.
         launched: as above.
-        forwarded_signal: a signal that the launching process received and passed on to its ranks, or None.
+        forwarded_signal: a signal that the launching process forwarded to its ranks, or None.
     """
 
     def __init__(self, place: RankPlace, group: Any = None, *, launched: bool = False) -> None:
@@ -75,12 +75,12 @@ class World:
 
     @property
     def rank(self) -> int:
-        """Of this process."""
+        """The rank of this process."""
         return self.place.rank
 
     @property
     def size(self) -> int:
-        """How many ranks there are."""
+        """The number of ranks."""
         return self.place.size
 
     @property
@@ -89,20 +89,20 @@ class World:
         return self.place.rank == 0
 
     def device(self, name: str) -> torch.device:
-        """Return what `resolve_device` does, among several ranks each one's own.
+        """Return the device of this rank: what `resolve_device` returns, or, with several ranks, one of the machine's devices.
 
         Raises:
-            UserError: there is no such device, or none for this rank.
+            UserError: there is no such device, or not one for each rank.
         """
         place = self.place
         if place.size == 1 or name == "cpu":
             device = resolve_device(name)
             if device.type == "cuda" and device.index is not None:
-                torch.cuda.set_device(device)  # what names no device is on this one too
+                torch.cuda.set_device(device)  # so that this device is the default one too
             return device
-        there = torch.cuda.device_count()
-        if place.local_rank < there:
-            torch.cuda.set_device(place.local_rank)  # before anything makes itself at home on the first one
+        num_devices = torch.cuda.device_count()
+        if place.local_rank < num_devices:
+            torch.cuda.set_device(place.local_rank)  # before anything uses the first device
         device = resolve_device(name)
         if device.type == "cpu":
             return device
@@ -113,9 +113,9 @@ class World:
                 remedy="write `device` cuda or `device` cpu",
                 option="device",
             )
-        if place.local_size > there:
+        if place.local_size > num_devices:
             raise UserError(
-                f"{place.local_size} processes on a machine with {there} cuda devices, and each needs its own",
+                f"{place.local_size} processes on a machine with {num_devices} cuda devices, and each needs its own",
                 remedy="start fewer (`nproc`), or add `device` cpu",
                 option="nproc",
             )
@@ -130,25 +130,25 @@ class World:
         totals: list[float] = sums.tolist()
         return totals
 
-    def agreed_stop(self, asked: Stop | None) -> Stop | None:
-        """Return the reason to stop of any rank that has one; the same on all ranks, so that all stop after the same step."""
-        asked = asked or (Stop(128 + self.forwarded_signal) if self.forwarded_signal else None)
+    def agreed_stop(self, request: Stop | None) -> Stop | None:
+        """Return the reason to stop, if any rank has one; the same on all ranks, so that all stop after the same step."""
+        request = request or (Stop(128 + self.forwarded_signal) if self.forwarded_signal else None)
         if self.size == 1:
-            return asked
-        number = torch.tensor(asked or 0)
+            return request
+        number = torch.tensor(request or 0)
         dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
         return Stop(int(number)) if number else None
 
     def broadcast(self, value: T | None) -> T:
-        """Return rank 0's value, which can be pickled; the other ranks pass None.
+        """Return rank 0's value, which must be picklable; the other ranks pass None.
 
         Raises:
-            UserError: rank 0 raised one in `relaying_errors` instead of coming here.
+            UserError: rank 0 raised it in `relaying_errors` before it came here.
         """
         if self.size > 1:
-            box = [value]
-            dist.broadcast_object_list(box, src=0, group=self._group)
-            value = box[0]
+            values = [value]
+            dist.broadcast_object_list(values, src=0, group=self._group)
+            value = values[0]
         if isinstance(value, UserError):
             raise value
         assert value is not None
@@ -156,7 +156,7 @@ class World:
 
     @contextlib.contextmanager
     def relaying_errors(self) -> Iterator[None]:
-        """Around what rank 0 does while the others wait in `broadcast`: a `UserError` raised here is raised there too."""
+        """Surround what rank 0 does while the others wait in `broadcast`: a `UserError` raised in the block is raised there too."""
         try:
             yield
         except UserError as error:
@@ -165,12 +165,12 @@ class World:
             raise
 
     def broadcast_tensor(self, tensor: Tensor) -> None:
-        """Overwrite a tensor, in place, by rank 0's tensor of the same shape and dtype."""
+        """Overwrite a tensor in place with rank 0's, of the same shape and dtype."""
         if self.size > 1:
             dist.broadcast(tensor, src=0, group=self._group)
 
     def all_gather(self, value: T) -> list[T]:
-        """Return the values of all ranks, which can be pickled, by rank."""
+        """Return the values of all ranks, by rank; they must be picklable."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -178,7 +178,7 @@ class World:
         return values
 
     def barrier(self) -> None:
-        """Return once all ranks have called this."""
+        """Return when all ranks have called this."""
         self.all_reduce_sum((0.0,))
 
 
@@ -187,10 +187,10 @@ ALONE = World(RankPlace(rank=0, size=1, local_rank=0, local_size=1))
 
 
 def torchrun_place() -> RankPlace | None:
-    """Return the place that the environment variables of `torchrun` give this process; None where they are not set.
+    """Return the place that `torchrun` gives this process by environment variables; None where they are not set.
 
     Raises:
-        UserError: some of them are missing or no numbers.
+        UserError: some of them are missing, or are not numbers.
     """
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return None
@@ -216,14 +216,14 @@ def torchrun_place() -> RankPlace | None:
 
 @contextlib.contextmanager
 def process_group(world: World, store: Any = None) -> Iterator[None]:
-    """Initialise torch's default process group for the block, and destroy it at the end; nothing in a world of one rank.
+    """Initialise torch's default process group for the block and destroy it afterwards; with one rank, do nothing.
 
     Args:
         world: the ranks.
-        store: where the ranks meet, a store of `torch.distributed`; without it, at MASTER_ADDR and MASTER_PORT.
+        store: a store of `torch.distributed` by which the ranks find each other; by default the one at MASTER_ADDR and MASTER_PORT.
 
     Raises:
-        LostRankError: another rank has ended.
+        LostRankError: another rank ended.
     """
     if world.size == 1:
         yield
@@ -242,11 +242,11 @@ def process_group(world: World, store: Any = None) -> Iterator[None]:
             f"rank {world.rank} of {world.size} has lost the others, of which one has ended ({reason})",
             remedy="what that one says is the reason; go on with `resume`",
         ) from None
-    # On the way out of an error the group is left as it is: taking it down may wait for ranks that are gone.
+    # After an error the group is left as it is: destroying it could wait for ranks that are gone.
     dist.destroy_process_group()
 
 
 def _is_connection_loss(error: RuntimeError) -> bool:
-    """Whether an error means that another rank does not answer; gloo's is told from others by its text alone."""
+    """Whether an error means that another rank does not answer; only the text of gloo's errors says so."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(word in text for word in _LOST)

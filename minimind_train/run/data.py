@@ -13,7 +13,7 @@ from minimind_data.tokenizer.loading import refuse_other_tokenizer
 from minimind_train.batches.datasets import Datasets, shown_weights
 from minimind_train.batches.mixed_windows import MixedWindows
 from minimind_train.batches.options import NEEDS_SEQUENTIAL, window_options
-from minimind_train.batches.positions import epochs_of, introduce
+from minimind_train.batches.positions import epochs_of, mixture_lines
 from minimind_train.order.mixture import MixtureOrder, MixtureStage
 from minimind_train.order.skips import Skips
 from minimind_train.progress import Say
@@ -159,5 +159,5 @@ class RunData:
             for first, stop in self.skips.ranges
         ]
         if isinstance(self.order, MixtureOrder):
-            lines += introduce(self.order, position, shown_weights(self._datasets.sources))
+            lines += mixture_lines(self.order, position, shown_weights(self._datasets.sources))
         return lines

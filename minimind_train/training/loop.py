@@ -91,8 +91,8 @@ def run(
     loss: float | None = None
     stopping: Stop | None = None
     learner.wrapped.train()
-    tells = world.is_main and not world.launched  # else the launching process has said it
-    with StopRequest(options.max_hours, tell=tells) as request, progress:
+    acknowledges = world.is_main and not world.launched  # else the launching process does
+    with StopRequest(options.max_hours, acknowledges=acknowledges) as request, progress:
         throughput = _Throughput()
         for step, batch in enumerate(batches, first_step):
             if step == first_step:
