@@ -1,1 +1,1 @@
-"""What is on disk: shards, their index, the manifest; writing them, opening them as one stream, checking, merging and shuffling them."""
+"""Datasets on disk: their format, and how they are written, opened as one stream of tokens, verified, merged and shuffled."""

@@ -1,6 +1,6 @@
-"""Whole shards out of a dataset, front to back, held against the manifest's checksums on the way.
+"""Reading whole shards from front to back, and checking them against the checksums of the manifest on the way.
 
-What makes new files out of a dataset reads it through here: a damaged byte is never given a checksum that fits it.
+Whatever makes new files out of a dataset reads it through here, so that a damaged byte never gets a new, valid checksum.
 """
 
 import contextlib
@@ -19,25 +19,25 @@ from minimind_data.errors import UserError
 from minimind_data.reporting import Report
 
 Documents = tuple[TokenArray, NDArray[np.int64]]
-"""Tokens [sum(lengths)] of the dataset's dtype, and the lengths int64 [documents]."""
+"""(tokens [sum(lengths)] of the dataset's dtype, lengths int64 [documents])."""
 Sequences = tuple[TokenArray, NDArray[np.int64], MaskArray | None]
-"""Likewise, of sequences; with what is learned of the tokens, uint8 [sum(lengths)], where the dataset says."""
+"""(tokens [sum(lengths)] of the dataset's dtype, lengths int64 [sequences], loss mask uint8 [sum(lengths)] where there is one)."""
 
 
 def check_kind(shards: ShardSet, target: str) -> None:
-    """Check that every document of a dataset is one sequence and nothing beside its tokens, as a format wants it.
+    """Check that the documents of a dataset are single sequences without a loss mask, for a format that has room for nothing else.
 
     Args:
         shards: the dataset.
-        target: the format.
+        target: the name of the format.
 
     Raises:
-        UserError: it is of another kind than pretrain.
+        UserError: the dataset is not of kind pretrain.
     """
     kind = shards.manifest.kind
     if kind != "pretrain":
         raise UserError(
-            f"a dataset of kind {kind}, and {target} has no place for what of it is learned",
+            f"a dataset of kind {kind}, and {target} has no room for its loss mask",
             where=shards.folder,
             remedy="take `target_format` hf or parquet",
             option="target_format",
@@ -45,16 +45,16 @@ def check_kind(shards: ShardSet, target: str) -> None:
 
 
 def checked_documents(shards: ShardSet, index: int, report: Report) -> Iterator[Documents]:
-    """Read the documents of a shard in blocks, each one sequence; else as `checked_sequences`."""
+    """Read the documents of a shard, each of which is one sequence, in blocks; see `checked_sequences`."""
     for tokens, lengths, _ in checked_sequences(shards, index, report):
         yield tokens, lengths
 
 
 def checked_sequences(shards: ShardSet, index: int, report: Report) -> Iterator[Sequences]:
-    """Read the sequences of a shard in blocks of whole documents, and at the end refuse it where its bytes are not the manifest's.
+    """Read the sequences of a shard in blocks of whole documents, and check its checksums at the end.
 
     Raises:
-        FormatError: a checksum does not fit.
+        FormatError: the shard is not the one that the manifest names.
     """
     manifest, entry, item = shards.manifest, shards.manifest.shards[index], shards.dtype.itemsize
     each = manifest.sequences_per_document
@@ -85,17 +85,17 @@ def checked_sequences(shards: ShardSet, index: int, report: Report) -> Iterator[
 
 
 def carry_set_aside(datasets: Sequence[ShardSet], folder: Path) -> str | None:
-    """Join the files of bad records that datasets were made without, so that what was left out stays known.
+    """Join the files of bad records of several datasets into one.
 
     Args:
-        datasets: where they are, in order.
-        folder: where the one file goes; none is made where there are none.
+        datasets: in the order of the result.
+        folder: where the file goes; where no dataset has bad records, none is made.
 
     Returns:
-        Its SHA-256, which the manifest wants, or None.
+        The SHA-256 of the file, for the manifest; None where there is none.
 
     Raises:
-        FormatError: one is missing or not what its manifest says.
+        FormatError: one of the files is missing, or not the one that its manifest names.
     """
     with_set_aside = [dataset for dataset in datasets if dataset.manifest.set_aside_sha256 is not None]
     if not with_set_aside:
@@ -105,7 +105,7 @@ def carry_set_aside(datasets: Sequence[ShardSet], folder: Path) -> str | None:
         for dataset in with_set_aside:
             path = dataset.folder / SET_ASIDE_NAME
             if not path.is_file():
-                raise FormatError(f"{path}: missing, though the manifest names it; put it back")
+                raise FormatError("missing, although the manifest names it", where=path, remedy="put it back")
             digest = hashlib.sha256()
             with path.open("rb") as file:
                 while block := file.read(2**20):
@@ -116,9 +116,10 @@ def carry_set_aside(datasets: Sequence[ShardSet], folder: Path) -> str | None:
     return whole.hexdigest()
 
 
-def _check(path: Path, found: str, wanted: str) -> None:
-    if found != wanted:
+def _check(path: Path, sha256: str, expected: str) -> None:
+    if sha256 != expected:
         raise FormatError(
-            f"{path}: SHA-256 {found[:12]}…, where the manifest wants {wanted[:12]}…; it is damaged, and `mm-data verify` "
-            "finds everything that is"
+            f"SHA-256 {sha256[:12]}…, where the manifest says {expected[:12]}…",
+            where=path,
+            remedy="it is damaged, and `mm-data verify` names all files that are",
         )

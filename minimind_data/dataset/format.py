@@ -1,8 +1,8 @@
-r"""The on-disk contract: what a dataset folder holds, byte by byte. This docstring is the specification.
+r"""What a dataset folder holds, byte by byte. This docstring is the specification.
 
 A *dataset* is a folder with shards, a copy of `tokenizer.json`, and one `manifest.json`, which is written last: a folder
-without a manifest is no dataset. All numbers are little-endian. Where the tokenizer has a chat template, it stands in
-`tokenizer_config.json` beside it, with the special tokens that it names.
+without a manifest is not a dataset. All numbers are little-endian. If the tokenizer has a chat template, `tokenizer_config.json` is
+there too, with the template and the special tokens that it names.
 
 A *shard* `NAME` is two files in the layout of Megatron-Core's `IndexedDataset`:
 
@@ -16,15 +16,15 @@ A *shard* `NAME` is two files in the layout of Megatron-Core's `IndexedDataset`:
                 S x i64   byte offset of each sequence in NAME.bin
                 (D+1) x i64   the sequence index at which each document starts; begins with 0, ends with S
 
-    NAME.mask   conversations only: a byte for each token of NAME.bin, 1 where it is learned, else 0
+    NAME.mask   conversations and pairs only, the loss mask: a byte for each token of NAME.bin, 1 where the token is learned, else 0
 
 A pre-training document (`pretrain`) is one sequence: BOS + the tokens of its text + EOS. A conversation (`sft`) is one
 sequence: the tokens of the text that the chat template makes of it, and nothing around them. A pair (`dpo`) is two such
 sequences: the chosen conversation, then the rejected one.
 
 `manifest.json` (see `Manifest`) names the tokenizer, the options that shaped the tokens, the inputs, and every shard in
-order with its checksums and the bytes of input that it came from. Its *fingerprint* is a hash of what determines the
-tokens: two datasets with one fingerprint hold the same tokens in the same order, wherever and however they were built.
+order with its checksums and the bytes of input that it came from. Its *fingerprint* is a hash of everything that determines the
+tokens: two datasets with the same fingerprint hold the same tokens in the same order, wherever and however they were built.
 
 Source of the shard layout: Megatron-LM, megatron/core/datasets/indexed_dataset.py (`_IndexWriter`, `_IndexReader`).
 """
@@ -48,9 +48,15 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+TEMPLATE_NAME = "chat_template.jinja"
 SET_ASIDE_NAME = "set-aside.jsonl"
+"""The bad records that a dataset was made without."""
 VALIDATION_NAME = "val"
-"""The folder, inside a dataset's, of the dataset that holds its validation part."""
+"""The folder inside that of a dataset that holds its validation part, a dataset too."""
+
+REMAKE = "delete the shard's .bin and .idx and run the same `mm-data tokenize` again: it makes only what is missing"
+REMAKE_ALL = f"delete {MANIFEST_NAME} and run the same `mm-data tokenize` again: it makes everything anew"
+RESTORE = "run the same `mm-data tokenize` again: it restores the file"
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
@@ -59,7 +65,7 @@ INDEX_HEADER_BYTES = _INDEX_HEADER.size
 
 MAX_UINT16_VOCABULARY = 65_536
 MAX_VOCABULARY = 2**31 - 1
-"""What int32 tokens can tell apart."""
+"""The most entries whose ids fit into int32."""
 
 TokenDtype = Literal["uint16", "int32"]
 DTYPE_CODES: dict[TokenDtype, int] = {"uint16": 8, "int32": 4}
@@ -68,7 +74,9 @@ DTYPES_BY_CODE: dict[int, TokenDtype] = {code: name for name, code in DTYPE_CODE
 TokenArray = NDArray[Any]
 """Tokens as they are on disk: uint16 or int32."""
 MaskArray = NDArray[np.uint8]
-"""1 where a token is learned, else 0."""
+"""A loss mask: 1 where a token is learned, else 0."""
+IGNORED = -100
+"""The target of a position that does not count in the loss: the default `ignore_index` of PyTorch's cross entropy."""
 
 Kind = Literal["pretrain", "sft", "dpo"]
 
@@ -76,15 +84,15 @@ _CHECKSUM = "checksum"
 _CUT_OPTIONS = {"split_bytes", "shard_bytes"}
 """Options that decide where one shard ends and the next begins, and nothing else."""
 _OPTIONAL = ("mask_sha256", "different_prompts", "unlearned", "tokenizer_config_sha256")
-"""What a manifest says only where there is something to say, and then at the end of its object."""
+"""Keys that a manifest has only where they are not empty or 0, as the last ones of their object."""
 
 
 class FormatError(UserError):
-    """Something on disk is not what this format says; the message names the file and what to do."""
+    """A file is not what this format requires; the message names it and says what to do."""
 
 
 def dtype_for(vocab_size: int) -> TokenDtype:
-    """Return the narrowest token dtype of the format that holds ids below `vocab_size`."""
+    """Return the narrower of the two token dtypes, where it holds all ids below `vocab_size`."""
     return "uint16" if vocab_size <= MAX_UINT16_VOCABULARY else "int32"
 
 
@@ -108,11 +116,11 @@ class IndexHeader:
 
     @property
     def file_bytes(self) -> int:
-        """Size that the whole `.idx` file has."""
+        """Size of the whole `.idx` file."""
         return index_size(self.num_sequences, self.num_documents)
 
     def pack(self) -> bytes:
-        """Return the header as it stands on disk."""
+        """Return the bytes of the header."""
         code = DTYPE_CODES[self.dtype]
         return _INDEX_HEADER.pack(
             INDEX_MAGIC, INDEX_VERSION, code, self.num_sequences, self.num_documents + 1
@@ -120,41 +128,37 @@ class IndexHeader:
 
     @classmethod
     def unpack(cls, data: bytes, path: Path) -> Self:
-        """Read a header; `path` is for the error.
+        """Read a header.
+
+        Args:
+            data: the beginning of the file.
+            path: of the file, for the error.
 
         Raises:
-            FormatError: the bytes are no header that this version knows.
+            FormatError: this version knows no such header.
         """
         if len(data) < INDEX_HEADER_BYTES or not data.startswith(INDEX_MAGIC):
-            raise FormatError(f"{path}: no shard index (it should begin with {INDEX_MAGIC!r}); {REMAKE}")
+            raise FormatError(
+                f"not a shard index (it should begin with {INDEX_MAGIC!r})", where=path, remedy=REMAKE
+            )
         _, version, code, num_sequences, num_starts = _INDEX_HEADER.unpack(data[:INDEX_HEADER_BYTES])
         if version != INDEX_VERSION or code not in DTYPES_BY_CODE or num_starts < 1:
             raise FormatError(
-                f"{path}: the index header says version {version}, dtype code {code}, {num_starts} document starts; "
-                f"known are version {INDEX_VERSION} and dtype codes {sorted(DTYPES_BY_CODE)}; {REMAKE}"
+                f"the index header says version {version}, dtype code {code}, {num_starts} document starts; this program reads "
+                f"version {INDEX_VERSION} with dtype codes {sorted(DTYPES_BY_CODE)}",
+                where=path,
+                remedy=REMAKE,
             )
         return cls(dtype=DTYPES_BY_CODE[code], num_sequences=num_sequences, num_documents=num_starts - 1)
 
 
-def _optional_last(content: dict[str, Any]) -> dict[str, Any]:
-    required = {name: value for name, value in content.items() if name not in _OPTIONAL}
-    return required | {name: content[name] for name in _OPTIONAL if content.get(name)}
-
-
-REMAKE = "delete the shard's .bin and .idx and run the same `mm-data tokenize` again: it makes only what is missing"
-
-REMAKE_ALL = f"delete {MANIFEST_NAME} and run the same `mm-data tokenize` again: it makes all of it anew"
-
-RESTORE = "run the same `mm-data tokenize` again: it restores it"
-
-
 def index_bytes(header: IndexHeader, lengths: NDArray[np.int64], document_starts: NDArray[np.int64]) -> bytes:
-    """Return a whole `.idx` file.
+    """Return the bytes of a whole `.idx` file.
 
     Args:
         header: dtype and counts.
-        lengths: int64 [S], tokens of each sequence.
-        document_starts: int64 [D+1], the sequence at which each document starts, ending with S.
+        lengths: int64 [S], the number of tokens of each sequence.
+        document_starts: int64 [D+1], the sequence at which each document starts; the last one is S.
     """
     offsets = np.zeros(len(lengths), "<i8")
     np.cumsum(lengths[:-1] * np.dtype(header.dtype).itemsize, out=offsets[1:])
@@ -173,9 +177,9 @@ class TokenizerInfo:
     """The vocabulary that gives the ids of a dataset their meaning."""
 
     sha256: str
-    """SHA-256 of tokenizer.json, as all in a manifest in hexadecimal digits."""
+    """SHA-256 of tokenizer.json, in hexadecimal digits as all checksums of a manifest."""
     vocab_size: int
-    """The largest id plus one; the height of an embedding table."""
+    """The largest id plus one: the rows of an embedding table."""
     bos_id: int
     eos_id: int
     pad_id: int
@@ -196,12 +200,12 @@ class InputEntry:
     """One input file of a dataset."""
 
     path: str
-    """As it was given on the command line, without credentials; `-` for standard input."""
+    """As the user wrote it, without credentials; `-` for standard input."""
     bytes: int
-    """As it is stored, compressed or not."""
+    """Size of the file as it is stored, compressed or not."""
     sha256: str
     form: str = "jsonl"
-    """`jsonl`, `parquet` or `text`; or, of a dataset that was converted, the format that it came from."""
+    """`jsonl`, `parquet` or `text`; for a dataset that was converted, the format that it was converted from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,63 +225,65 @@ class WrittenShard:
     """SHA-256 of the .mask file; empty where there is none."""
 
     def file_sizes(self) -> dict[str, int]:
-        """Return the size in bytes that each of its files has, by suffix."""
+        """Return the size in bytes of each of its files, by suffix."""
         sizes = {".bin": self.bytes, ".idx": index_size(self.sequences, self.documents)}
         return sizes | {".mask": self.tokens} if self.mask_sha256 else sizes
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardOrigin:
-    """The records that a shard was made of, and what of them made no document."""
+    """The part of the inputs that a shard was made of, and how many of its records made no document."""
 
     input: int
-    """Which of the manifest's inputs the documents came from; the first of them, where small text files share a shard."""
+    """The index, in the manifest, of the input that the documents came from; of the first one, where small files share a shard."""
     input_start: int
-    """First byte of that input, decompressed, that belongs to this shard. In Parquet, the first row group."""
+    """The first byte of this part in the decompressed input; in Parquet, the first row group."""
     input_stop: int
-    """The byte after its last one, or the row group."""
+    """The byte, or the row group, behind the last one."""
     input_sha256: str
     """SHA-256 of those bytes; in Parquet, of the fields that were read."""
     inputs: int = 1
     """How many inputs the shard holds, from `input` on."""
     first_line: int = 0
-    """Records of the input that come before it."""
+    """How many records of the input come before this part."""
     lines: int = 0
-    """Records that it was made of, those included that made no document."""
+    """How many records it has, with those that made no document."""
     empty_texts: int = 0
+    """Records whose text is empty."""
     set_aside: int = 0
+    """Bad records."""
     duplicates: int = 0
-    """Documents left out because an earlier one has the same text."""
+    """Documents with the text of an earlier one."""
     duplicates_sha256: str = ""
-    """SHA-256 of the numbers of those documents, as little-endian int32; empty where none were looked for."""
+    """SHA-256 of the numbers of those documents, as little-endian int32; empty where duplicates were kept."""
     different_prompts: int = 0
-    """Pairs of the split whose two conversations do not begin alike."""
+    """Pairs whose two conversations do not begin with the same prompt."""
     unlearned: int = 0
-    """Conversations of the split in which an answer is not learned, because its tokens run into those around it."""
+    """Conversations with an answer that is not learned, because its first or last token also covers text around it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """One shard: its name, its files, and what they were made of. `manifest.json` has the three side by side in one object."""
+    """One shard: its name, its files, and what they were made of. In `manifest.json` all of that is one flat object."""
 
     name: str
     written: WrittenShard
     origin: ShardOrigin
 
     def moved_by(self, inputs_before: int) -> Self:
-        """Return the entry for a manifest that has more inputs in front of those of this one."""
+        """Return the entry for a manifest in which so many other inputs come before those of this one."""
         return replace(self, origin=replace(self.origin, input=self.origin.input + inputs_before))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the object that stands in `manifest.json`."""
+        """Return its object in `manifest.json`."""
         return _optional_last({"name": self.name, **asdict(self.written), **asdict(self.origin)})
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Self:
-        """Read such an object.
+        """Read its object in `manifest.json`.
 
         Raises:
-            KeyError, TypeError: it is none.
+            KeyError, TypeError: the object lacks a key, or has one that it should not have.
         """
         rest = dict(content)
         name, written = rest.pop("name"), take_fields(WrittenShard, rest)
@@ -285,13 +291,18 @@ class ShardEntry:
 
 
 def take_fields(cls: type[_T], content: dict[str, Any]) -> _T:
-    """Make a dataclass of those of the keys that are its fields, and remove them from `content`.
+    """Make a dataclass of the items of `content` that are named as its fields, and remove these items.
 
     Raises:
-        TypeError: one without a default is missing.
+        TypeError: a field without a default is missing.
     """
     names = [field.name for field in fields(cls) if field.name in content]  # type: ignore[arg-type]
     return cls(**{name: content.pop(name) for name in names})
+
+
+def _optional_last(content: dict[str, Any]) -> dict[str, Any]:
+    required = {name: value for name, value in content.items() if name not in _OPTIONAL}
+    return required | {name: content[name] for name in _OPTIONAL if content.get(name)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,24 +313,24 @@ class Manifest:
     dtype: TokenDtype
     tokenizer: TokenizerInfo
     options: dict[str, Any]
-    """The options that shaped the tokens (such as the field the text was in) or the cut into shards."""
+    """The options that decided the tokens (such as the field the text was in) or where shards end."""
     inputs: tuple[InputEntry, ...]
     shards: tuple[ShardEntry, ...]
     empty_texts: int = 0
-    """Records whose text was empty; they made no document."""
+    """Records whose text is empty, which made no document."""
     set_aside: int = 0
-    """Bad records that were set aside."""
+    """Bad records, which made no document."""
     duplicates: int = 0
-    """Documents left out because an earlier one has the same text."""
+    """Documents that were left out because an earlier one has the same text."""
     set_aside_sha256: str | None = None
-    """SHA-256 of the file that holds them; None where there are none."""
+    """SHA-256 of set-aside.jsonl, the file of the bad records; None where there are none."""
     tokenizer_config_sha256: str | None = None
     """SHA-256 of tokenizer_config.json; None where the tokenizer has no chat template."""
     format_version: int = FORMAT_VERSION
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what determines the tokens and their order; neither paths nor the cut into shards are part of it."""
+        """A hash of everything that determines the tokens and their order; paths and the borders of shards do not."""
         content = {
             "format": self.format_version,
             "kind": self.kind,
@@ -343,7 +354,7 @@ class Manifest:
 
     @property
     def has_masks(self) -> bool:
-        """Whether the shards have a mask."""
+        """Whether the shards have a loss mask."""
         return self.kind != "pretrain"
 
     @property
@@ -368,12 +379,12 @@ class Manifest:
 
     @property
     def different_prompts(self) -> int:
-        """Pairs whose two conversations do not begin alike."""
+        """Pairs whose two conversations do not begin with the same prompt."""
         return sum(entry.origin.different_prompts for entry in self.shards)
 
     @property
     def unlearned(self) -> int:
-        """Conversations in which an answer is not learned."""
+        """Conversations with an answer that is not learned."""
         return sum(entry.origin.unlearned for entry in self.shards)
 
     def to_json(self) -> str:
@@ -391,7 +402,7 @@ class Manifest:
         """Read the manifest of a dataset.
 
         Raises:
-            FormatError: the folder is no dataset, or its manifest is damaged or of another version.
+            FormatError: the folder is not a dataset, or its manifest is damaged or of another version.
         """
         path = folder / MANIFEST_NAME
         try:
@@ -413,12 +424,9 @@ class Manifest:
                 }
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise FormatError(f"{path}: not a manifest of this program ({error!r}); {REMAKE_ALL}") from None
+            raise FormatError(
+                f"not a manifest of this program ({error!r})", where=path, remedy=REMAKE_ALL
+            ) from None
         if manifest.fingerprint != fingerprint or manifest.dtype not in DTYPE_CODES:
-            raise FormatError(f"{path}: its fingerprint does not fit its content; {REMAKE_ALL}")
+            raise FormatError("its fingerprint does not fit its content", where=path, remedy=REMAKE_ALL)
         return manifest
-
-
-TEMPLATE_NAME = "chat_template.jinja"
-
-IGNORED = -100

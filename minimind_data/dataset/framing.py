@@ -1,7 +1,7 @@
-"""Documents as they are stored, BOS + ids + EOS: out of the ids of texts, and out of documents of other projects.
+"""Framing: documents become BOS + ids + EOS, as they are stored.
 
-Everything works on whole blocks of documents: tokens end to end, and the length of each. Documents of other projects may have a BOS or an
-EOS already, and ids that no vocabulary of ours has; those of texts were just encoded, and have neither.
+The functions work on blocks of documents: their tokens end to end, and the length of each document. Documents from other projects may
+have a BOS or EOS already, and ids outside the vocabulary; the ids of a text that was just encoded have neither.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,36 +15,37 @@ from minimind_data.dataset.format import TokenArray, TokenDtype, TokenizerInfo, 
 from minimind_data.errors import UserError
 
 BLOCK_TOKENS = 2**21
-"""Tokens that are handled at a time; what a conversion holds in memory is a small multiple of it."""
+"""Tokens that are handled at a time; a conversion holds a small multiple of them in memory."""
 MAX_DOCUMENT_TOKENS = 2**26
-"""A longer document is refused: it would have to be held whole, and is most likely a wrong separator."""
+"""Longer documents are refused: each has to fit into memory, and most likely the separator is a wrong one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Framed:
-    """Documents in our form, and what had to be done to them."""
+    """Documents with BOS and EOS, and how many of them came without."""
 
     tokens: TokenArray
     """[sum(lengths)] of the dataset's dtype, little-endian."""
     lengths: NDArray[np.int64]
+    """int64 [documents], with BOS and EOS."""
     bos_added: int
     eos_added: int
     empty: int
-    """Documents without any token between BOS and EOS; they are left out, as empty texts are."""
+    """Documents without a token between BOS and EOS, which are left out as empty texts are."""
 
 
 def frame_documents(
     tokens: NDArray[Any], lengths: NDArray[np.int64], info: TokenizerInfo, dtype: TokenDtype
 ) -> Framed:
-    """Give every document exactly the BOS and EOS that it lacks.
+    """Add BOS and EOS to documents that lack them.
 
-    A first token that is BOS and a last one that is EOS are kept as the frame. Where BOS and EOS are the same token, one
-    lone token is a frame of nothing.
+    A BOS that comes first and an EOS that comes last are left as they are. Where BOS and EOS are the same token, a document of that one
+    token counts as empty.
 
     Args:
-        tokens: [sum(lengths)] of any integer dtype: the documents end to end, ids checked before.
-        lengths: int64 [n], tokens of each; 0 is allowed.
-        info: whose BOS and EOS.
+        tokens: [sum(lengths)] of any integer dtype: the documents end to end, their ids already checked.
+        lengths: int64 [n], the number of tokens of each; 0 is allowed.
+        info: has the ids of BOS and EOS.
         dtype: of the result.
     """
     stops = np.cumsum(lengths)
@@ -88,12 +89,12 @@ def frame_documents(
 def frame_texts(
     ids: NDArray[np.uint32], offsets: NDArray[np.int64], info: TokenizerInfo, dtype: TokenDtype
 ) -> tuple[TokenArray, NDArray[np.int64]]:
-    """Put BOS before and EOS behind every text of a batch; nothing is looked at, so this is quicker than `frame_documents`.
+    """Put BOS before and EOS behind every text of a batch, whatever its ids are; this is faster than `frame_documents`.
 
     Args:
-        ids: uint32 [T], the texts' ids end to end.
-        offsets: int64 [n + 1], where each text begins.
-        info: for BOS and EOS.
+        ids: uint32 [T], the ids of the texts end to end.
+        offsets: int64 [n + 1], where each text begins in `ids`, and T.
+        info: has the ids of BOS and EOS.
         dtype: of the result.
 
     Returns:
@@ -118,24 +119,23 @@ def check_ids(tokens: NDArray[Any], vocab_size: int, where: Callable[[int], str]
     Args:
         tokens: integers of any dtype.
         vocab_size: the largest id plus one.
-        where: says, for a number of these tokens, which file and place that is.
+        where: names the file and the place of a token, by its index in `tokens`.
 
     Raises:
-        UserError: an id is negative or too large; the sentence names the first.
+        UserError: an id is negative or too large; the message names the first one.
     """
     if not len(tokens) or (int(tokens.max()) < vocab_size and int(tokens.min()) >= 0):
         return
     first = int(np.flatnonzero((tokens < 0) | (tokens >= vocab_size))[0])
     raise UserError(
         f"{where(first)} is {int(tokens[first])}, where the tokenizer has ids 0 to {vocab_size - 1}",
-        remedy="name with `tokenizer` the one that made these ids, and with `source_format` the format "
-        "that they are in",
+        remedy="pass with `tokenizer` the one that made these ids, and with `source_format` the format of the file",
         option="tokenizer",
     )
 
 
 def document_ranges(lengths: NDArray[np.int64], max_tokens: int) -> Iterator[tuple[int, int]]:
-    """Yield ranges [first, last) of documents that hold at most `max_tokens` tokens; a longer document stands alone."""
+    """Yield ranges [first, last) of documents with at most `max_tokens` tokens together; a longer document is a range of its own."""
     stops = np.cumsum(lengths)
     first, done = 0, 0
     while first < len(lengths):
@@ -145,13 +145,18 @@ def document_ranges(lengths: NDArray[np.int64], max_tokens: int) -> Iterator[tup
 
 
 def check_lengths(lengths: NDArray[np.int64], where: str) -> None:
-    """Check that every document can be held in memory.
+    """Check that every document is short enough to be held in memory.
+
+    Args:
+        lengths: int64 [n], tokens of each.
+        where: the file, for the error.
 
     Raises:
-        UserError: one cannot.
+        UserError: a document is too long.
     """
     if len(lengths) and int(lengths.max()) > MAX_DOCUMENT_TOKENS:
         raise UserError(
-            f"{where}: a document of {int(lengths.max()):,} tokens, where {MAX_DOCUMENT_TOKENS:,} can be held; "
-            "look whether its documents are marked as this format wants, or cut it into shorter ones"
+            f"a document of {int(lengths.max()):,} tokens, where at most {MAX_DOCUMENT_TOKENS:,} are allowed",
+            where=where,
+            remedy="check that its documents are separated as this format requires, or cut it into shorter ones",
         )

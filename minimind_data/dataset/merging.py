@@ -1,7 +1,7 @@
-"""merge(): several datasets of one tokenizer become one, whose shards are the same files under a new roof.
+"""merge(): several datasets of one tokenizer become one dataset, whose shards are the same files.
 
-Nothing is read: shards are linked (copied where links cannot be), their checksums come from the manifests, their sizes are
-looked at. Documents stand in the order in which the datasets are named. The inputs of all are the inputs of the whole.
+The shards are hard-linked, or copied where that is impossible, and not read: their checksums are those in the manifests, and only their
+sizes are checked. The documents come in the order in which the datasets are named, and so do the inputs.
 """
 
 import dataclasses
@@ -36,25 +36,28 @@ def merge(
     *,
     progress: Progress = no_progress,
 ) -> Manifest:
-    """Put datasets one behind the other; a dataset that is named twice is in it twice.
+    """Make one dataset of several, one after the other; a dataset that is named twice is in it twice.
 
     Args:
         folders: the datasets, in the order of the result.
-        options: where to, and how.
+        options: the folder of the result, and whether to link or copy.
         progress: shows the bytes and the tokens of the shards that are in place.
 
+    Returns:
+        The manifest of the result.
+
     Raises:
-        UserError: the datasets do not go together, or `out` cannot be made.
+        UserError: the datasets are of different kinds or tokenizers, or `out` cannot be written to.
         FormatError: one of them is damaged.
     """
     if len(folders) < 2:
-        raise UserError("merging takes two datasets or more; name them one after the other")
+        raise UserError("a merge takes at least two datasets", remedy="name them one after the other")
     datasets = [ShardSet.open(folder) for folder in folders]
     for dataset in datasets:
         _refuse_different(datasets[0], dataset)
         for entry in dataset.manifest.shards:
             _check_sizes(dataset.folder, entry)
-    manifest = _merged([dataset.manifest for dataset in datasets])
+    manifest = _joined_manifest([dataset.manifest for dataset in datasets])
     with new_folder(options.out) as folder:
         with progress("merge", manifest.num_bytes) as report:
             old = ((dataset.folder, entry) for dataset in datasets for entry in dataset.manifest.shards)
@@ -79,10 +82,11 @@ def _refuse_different(first: ShardSet, other: ShardSet) -> None:
         }
         for dataset in (first, other)
     )
-    if found := differences(there, here, there):
+    if different := differences(there, here, there):
         raise UserError(
-            f"{other.folder}: does not go together with {first.folder}: {'; '.join(found)}; only datasets of one kind, made with "
-            "one tokenizer, can be merged"
+            f"cannot be merged with {first.folder}: {'; '.join(different)}",
+            where=other.folder,
+            remedy="merge datasets of one kind that were made with one tokenizer",
         )
 
 
@@ -90,13 +94,14 @@ def _check_sizes(folder: Path, entry: ShardEntry) -> None:
     for suffix, size in entry.written.file_sizes().items():
         path = folder / f"{entry.name}{suffix}"
         if not path.is_file():
-            raise FormatError(f"{path}: missing; {REMAKE}")
+            raise FormatError("missing", where=path, remedy=REMAKE)
         if (size_here := path.stat().st_size) != size:
-            raise FormatError(f"{path}: {size_here:,} bytes, where the manifest wants {size:,}; {REMAKE}")
+            what = f"{size_here:,} bytes, where the manifest says {size:,}"
+            raise FormatError(what, where=path, remedy=REMAKE)
 
 
-def _merged(manifests: Sequence[Manifest]) -> Manifest:
-    """Say what the whole holds: it follows from what the parts hold, whatever folders they are in."""
+def _joined_manifest(manifests: Sequence[Manifest]) -> Manifest:
+    """Return the manifest of the result, which follows from the manifests alone, whatever folders they are in."""
     inputs = tuple(entry for manifest in manifests for entry in manifest.inputs)
     shards: list[ShardEntry] = []
     inputs_before = 0

@@ -1,4 +1,4 @@
-"""Shard: the files of one shard, mapped and held against the manifest."""
+"""Shard: the files of one shard, mapped into memory and compared with the manifest."""
 
 import contextlib
 import mmap
@@ -31,56 +31,57 @@ _NO_FILE: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) els
 
 @contextlib.contextmanager
 def _opened(path: Path, expected_bytes: int) -> Iterator[int]:
-    """Open a file of the size that the manifest says."""
+    """Open a file, which must have the size that the manifest says."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
-        raise FormatError(f"{path}: missing; {REMAKE}") from None
+        raise FormatError("missing", where=path, remedy=REMAKE) from None
     try:
-        found = os.fstat(descriptor).st_size
-        if found != expected_bytes:
-            raise FormatError(
-                f"{path}: {found:,} bytes, where the manifest wants {expected_bytes:,}; {REMAKE}"
-            )
+        size = os.fstat(descriptor).st_size
+        if size != expected_bytes:
+            what = f"{size:,} bytes, where the manifest says {expected_bytes:,}"
+            raise FormatError(what, where=path, remedy=REMAKE)
         yield descriptor
     finally:
         os.close(descriptor)
 
 
 def _map(descriptor: int) -> mmap.mmap:
-    """Map a whole file, which is not empty, read-only."""
+    """Map a whole file, which must not be empty, read-only."""
     return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ, **_NO_FILE)
 
 
 class Shard:
-    """One shard, mapped. Nothing is read beyond the header of its index.
+    """One shard in memory maps. Opening it reads the header of its index, its first token and its last.
 
     Attributes:
         entry: what the manifest says of it.
         tokens: uint16 or int32 [tokens], the sequences end to end.
-        ends: its first token and its last; None where it has none.
-        mask: uint8 [tokens], 1 where a token is learned; None in pre-training, which learns all.
-        index: uint8, the whole `.idx` file; the next three are views of it.
-        lengths: int32 [sequences], tokens of each sequence.
-        offsets: int64 [sequences], byte offset of each sequence in the `.bin` file.
+        ends: its first and its last token; None where it has no tokens.
+        mask: uint8 [tokens], the loss mask, 1 where a token is learned; None in pre-training, where all tokens are.
+        index: uint8, the whole `.idx` file; the next three attributes are views of it.
+        lengths: int32 [sequences], the number of tokens of each sequence.
+        offsets: int64 [sequences], the byte offset of each sequence in the `.bin` file.
         document_starts: int64 [documents + 1], the sequence at which each document starts.
 
     Raises:
-        FormatError: a file is missing, shorter or longer than the manifest says, or has a wrong header.
+        FormatError: a file is missing, has another size than the manifest says, or a wrong header.
     """
 
     def __init__(self, folder: Path, entry: ShardEntry, dtype: TokenDtype) -> None:
         self.entry = entry
-        wanted = IndexHeader(
+        expected = IndexHeader(
             dtype=dtype, num_sequences=entry.written.sequences, num_documents=entry.written.documents
         )
         index_path = folder / f"{entry.name}.idx"
-        # What is looked at here is read, not touched in the map: a fault makes the system read all around it, up to megabytes.
-        with _opened(index_path, wanted.file_bytes) as descriptor:
+        # These few bytes are read from the file and not from the map: a page fault makes the system read up to megabytes around it.
+        with _opened(index_path, expected.file_bytes) as descriptor:
             header = IndexHeader.unpack(os.pread(descriptor, INDEX_HEADER_BYTES, 0), index_path)
-            if header != wanted:
+            if header != expected:
                 raise FormatError(
-                    f"{index_path}: its header says {header}, where the manifest wants {wanted}; {REMAKE}"
+                    f"its header says {header}, where the manifest says {expected}",
+                    where=index_path,
+                    remedy=REMAKE,
                 )
             self.index: NDArray[np.uint8] = np.frombuffer(_map(descriptor), np.uint8)
         lengths_stop = INDEX_HEADER_BYTES + 4 * entry.written.sequences
@@ -111,21 +112,21 @@ class Shard:
         return f"Shard({self.entry.name!r}: {counted(written.documents, 'document')}, {counted(written.tokens, 'token')})"
 
     def will_need(self, start: int, stop: int) -> None:
-        """Tell the system that the tokens [start, stop) are read soon; it returns at once, and reads them meanwhile."""
-        for mapped, size in ((self._map, self.tokens.itemsize), (self._mask_map, 1)):
-            if mapped is None or not _HAS_WILLNEED:
+        """Tell the system that the tokens [start, stop) will be read soon; it returns at once and reads them in the background."""
+        for memory_map, size in ((self._map, self.tokens.itemsize), (self._mask_map, 1)):
+            if memory_map is None or not _HAS_WILLNEED:
                 continue
             begin = start * size // mmap.PAGESIZE * mmap.PAGESIZE
-            length = min(stop * size, len(mapped)) - begin
+            length = min(stop * size, len(memory_map)) - begin
             if length > 0:
-                mapped.madvise(mmap.MADV_WILLNEED, begin, length)
+                memory_map.madvise(mmap.MADV_WILLNEED, begin, length)
 
     def sequence_of(self, token: int) -> int:
-        """Return the sequence that holds the token at this offset of the shard."""
+        """Return the number of the sequence that the token at this offset of the shard belongs to."""
         return int(np.searchsorted(self.offsets, token * self.tokens.itemsize, side="right")) - 1
 
 
 def mask_of(shard: Shard) -> MaskArray:
-    """Return the mask of a shard that has one."""
+    """Return the loss mask of a shard that has one."""
     assert shard.mask is not None, shard.entry.name
     return shard.mask

@@ -1,9 +1,9 @@
-"""ShardSet: open a dataset, check it, and read token rows out of its memory maps.
+"""ShardSet: open a dataset, check it, and read rows of tokens out of its memory maps.
 
-Opening a dataset reads the manifest and hashes the tokenizer, nothing else; a shard is mapped, and held against the
-manifest, when its first token is wanted. `verification.py` reads every byte.
+Opening a dataset reads the manifest and hashes the tokenizer, nothing else. A shard is mapped into memory, and compared with the
+manifest, when the first of its tokens is read. `verify` is what reads every byte.
 
-All shards together are one stream of tokens and one list of documents; both are addressed by global numbers (int64).
+All shards together are one stream of tokens and one list of documents, both addressed by global numbers (int64).
 """
 
 import threading
@@ -33,19 +33,20 @@ from minimind_data.system import allow_open_files
 
 __all__ = ["Shard", "ShardSet"]
 
-_COUNTED_TOKENS = 2**20
-"""Tokens whose mask is looked at at a time."""
+_TOKENS_PER_COUNT = 2**20
+"""So many bytes of a loss mask are counted at a time."""
 
 
 class ShardSet:
-    """All shards of a dataset as one token stream and one document list.
+    """All shards of a dataset as one stream of tokens and one list of documents.
 
     Attributes:
-        folder: the dataset folder.
-        manifest: its manifest.
-        token_starts: int64 [shards + 1], the global number of each shard's first token, ending with the number of tokens.
-        document_starts: int64 [shards + 1], likewise for documents.
-        sequence_starts: int64 [shards + 1], likewise for sequences, of which a pair is two.
+        folder: of the dataset.
+        manifest: of the dataset.
+        dtype: of the tokens, little-endian.
+        token_starts: int64 [shards + 1], the global number of the first token of each shard, and at last the number of tokens.
+        document_starts: int64 [shards + 1], the same for documents.
+        sequence_starts: int64 [shards + 1], the same for sequences; a pair is two of them.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -70,23 +71,24 @@ class ShardSet:
         """Open a dataset.
 
         Raises:
-            FormatError: the folder is no dataset, or its tokenizer is not the one that made the shards.
+            FormatError: the folder is not a dataset, or its tokenizer is not the one that made the shards.
         """
         folder = Path(folder)
         manifest = Manifest.read(folder)
         path = folder / TOKENIZER_NAME
         if not path.is_file():
-            raise FormatError(f"{path}: missing; {RESTORE}")
-        found = sha256_of(path)
-        if found != manifest.tokenizer.sha256:
+            raise FormatError("missing", where=path, remedy=RESTORE)
+        sha256 = sha256_of(path)
+        if sha256 != manifest.tokenizer.sha256:
             raise FormatError(
-                f"{path}: its SHA-256 is {found[:12]}…, but the shards were made with {manifest.tokenizer.sha256[:12]}…; "
-                f"put the right tokenizer back, or {RESTORE}"
+                f"its SHA-256 is {sha256[:12]}…, but the shards were made with {manifest.tokenizer.sha256[:12]}…",
+                where=path,
+                remedy=f"put the right tokenizer back, or {RESTORE}",
             )
         return cls(folder, manifest)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as a folder name: the process that unpickles maps the files itself."""
+        """Pickle the folder and the manifest alone: the process that unpickles them maps the files itself."""
         return (type(self), (self.folder, self.manifest))
 
     @property
@@ -135,20 +137,20 @@ class ShardSet:
         return (self.shard(index) for index in range(len(self)))
 
     def shard(self, index: int) -> Shard:
-        """Return a shard by its place in the manifest, mapping it when it is first asked for."""
+        """Return a shard by its index in the manifest, mapping it when it is asked for the first time."""
         self._map_all(np.array([index]))
         return self._shards[index]
 
     def open_shard(self, index: int) -> Shard:
-        """Map a shard for the caller alone: unlike that of `shard` its map is not kept, so a pass over all shards holds one at a time."""
+        """Map a shard for the caller alone: `shard` keeps its maps, while a pass over all shards by this has one map at a time."""
         return Shard(self.folder, self.manifest.shards[index], self.manifest.dtype)
 
     def rows(self, starts: NDArray[np.int64], width: int) -> TokenArray:
-        """Copy rows of the token stream; a row may reach across any number of shards.
+        """Copy rows of the token stream; a row may span any number of shards.
 
         Args:
-            starts: int64 [B], global number of each row's first token.
-            width: tokens in a row.
+            starts: int64 [B], the global number of the first token of each row.
+            width: the number of tokens of a row.
 
         Returns:
             uint16 or int32 [B, width].
@@ -159,7 +161,7 @@ class ShardSet:
         return self._rows(starts, width, masks=False)
 
     def mask_rows(self, starts: NDArray[np.int64], width: int) -> MaskArray:
-        """Copy the mask of rows of the token stream, uint8 [B, width]; else as `rows`."""
+        """Copy the loss mask of rows of the token stream, uint8 [B, width]; otherwise like `rows`."""
         assert self.manifest.has_masks, self.manifest.kind
         return self._rows(starts, width, masks=True)
 
@@ -183,14 +185,14 @@ class ShardSet:
         return rows
 
     def count_learned(self) -> int:
-        """Count the tokens that are learned, reading all masks; without masks all are."""
+        """Count the tokens that are learned, for which all loss masks are read; without masks, all tokens are learned."""
         if not self.manifest.has_masks:
             return self.num_tokens
         masks = (mask_of(shard) for shard in self)
         return sum(
-            int(np.count_nonzero(mask[start : start + _COUNTED_TOKENS]))
+            int(np.count_nonzero(mask[start : start + _TOKENS_PER_COUNT]))
             for mask in masks
-            for start in range(0, len(mask), _COUNTED_TOKENS)
+            for start in range(0, len(mask), _TOKENS_PER_COUNT)
         )
 
     def sequence_spans(
@@ -199,11 +201,11 @@ class ShardSet:
         """Look sequences up in the indexes of their shards.
 
         Args:
-            owners: intp [B], the index of each sequence's shard.
-            sequences: int64 [B], its number in that shard.
+            owners: intp [B], the shard of each sequence, by its index.
+            sequences: int64 [B], the number of each sequence in its shard.
 
         Returns:
-            (global number of its first token, its length in tokens), both int64 [B].
+            (global number of the first token of each, its length in tokens), both int64 [B].
 
         Raises:
             FormatError: an index points outside its shard.
@@ -218,16 +220,18 @@ class ShardSet:
             place = int(np.argmax(outside))
             name = self.manifest.shards[int(owners[place])].name
             raise FormatError(
-                f"{self.folder / name}.idx: damaged (sequence {sequences[place]} lies outside the shard); {REMAKE}"
+                f"damaged (sequence {sequences[place]} lies outside the shard)",
+                where=self.folder / f"{name}.idx",
+                remedy=REMAKE,
             )
         return first + self.token_starts[owners], lengths
 
     def will_need(self, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> None:
-        """Tell the system that rows [start, stop) of the token stream are read soon, so that it reads them all at once.
+        """Tell the system that rows [start, stop) of the token stream will be read soon, so that it reads them all at once.
 
         Args:
-            starts: int64 [B], global number of each row's first token.
-            stops: int64 [B], of the token behind its last, greater.
+            starts: int64 [B], the global number of the first token of each row.
+            stops: int64 [B], the number behind its last token; greater than the start.
         """
         firsts, lasts = self.owners(starts), self.owners(stops - 1)
         self._map_all(np.concatenate([firsts, lasts]))
@@ -235,16 +239,16 @@ class ShardSet:
         for first, last, start, stop in rows:
             for index in range(first, last + 1):
                 begin = int(self.token_starts[index])
-                # What lies between a first and a last is seldom there, and mapped by `shard`.
+                # A row seldom spans more than two shards; those between its first and its last may not be mapped yet.
                 shard = self._shards.get(index) or self.shard(index)
                 shard.will_need(max(0, start - begin), stop - begin)
 
     def slice(self, start: int, stop: int) -> TokenArray:
-        """Return the tokens [start, stop) of the stream: a view where one shard holds them all, else a copy."""
+        """Return the tokens [start, stop) of the stream: a view where they are all in one shard, else a copy."""
         return self._joined(start, stop, lambda shard: shard.tokens)
 
     def mask_slice(self, start: int, stop: int) -> MaskArray:
-        """Return the mask of the tokens [start, stop), likewise."""
+        """Return the loss mask of the tokens [start, stop), as `slice` does."""
         return self._joined(start, stop, mask_of)
 
     def _joined(self, start: int, stop: int, array_of: Callable[[Shard], NDArray[Any]]) -> NDArray[Any]:
@@ -258,13 +262,13 @@ class ShardSet:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def owners(self, tokens: NDArray[np.int64]) -> NDArray[np.intp]:
-        """Return the index of the shard that holds each of these tokens, intp of the same shape."""
+        """Return the index of the shard of each of these tokens, intp of the same shape."""
         return np.searchsorted(self.token_starts, tokens, side="right") - 1
 
     def sequences_at(self, tokens: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
-        """Return (index of its shard, number of its sequence in that shard) of each of these tokens, both of their shape.
+        """Return (index of its shard, number of its sequence in that shard) for each of these tokens, both of the same shape.
 
-        One search for all of them at a time, over as many indexes as it takes.
+        One binary search finds the sequences of all tokens at the same time, in however many indexes they are.
         """
         owners = self.owners(tokens)
         self._map_all(owners)
@@ -279,12 +283,12 @@ class ShardSet:
         return owners, low
 
     def name_and_offset(self, token: int) -> tuple[str, int]:
-        """Return (shard name, token offset in that shard) of a global token number."""
+        """Return (name of the shard, offset in tokens in that shard) of a token by its global number."""
         owner = min(int(self.owners(np.array([token]))[0]), len(self) - 1)
         return self.manifest.shards[owner].name, token - int(self.token_starts[owner])
 
     def index_of(self, name: str) -> int:
-        """Return the place of a shard in the manifest.
+        """Return the index, in the manifest, of the shard of this name.
 
         Raises:
             UserError: there is no such shard.
@@ -297,52 +301,52 @@ class ShardSet:
         return index
 
     def token_at(self, name: str, offset: int) -> int:
-        """Return the global number of the token at `offset` of the shard `name`: the inverse of `name_and_offset`.
+        """Return the global number of the token at `offset` in the shard `name`: the inverse of `name_and_offset`.
 
         Raises:
-            UserError: there is no such shard, or it is shorter.
+            UserError: there is no such shard, or it has no token at that offset.
         """
         index = self.index_of(name)
         num_tokens = self.manifest.shards[index].written.tokens
         if not 0 <= offset < num_tokens:
             raise UserError(
-                f"{self.folder}: shard {name} holds tokens 0 to {num_tokens - 1}, there is none at {offset}"
+                f"shard {name} has tokens 0 to {num_tokens - 1}, and none at {offset}", where=self.folder
             )
         return int(self.token_starts[index]) + offset
 
     def _map_all(self, owners: NDArray[np.intp]) -> None:
-        """Map the shards that are asked for here for the first time; the first check is free once all are mapped."""
+        """Map those of the shards that are not mapped yet; once all shards are, this costs one comparison."""
         if len(self._shards) == len(self):
             return
-        wanted = [index for index in np.unique(owners).tolist() if index not in self._shards]
-        if not wanted:
+        unmapped = [index for index in np.unique(owners).tolist() if index not in self._shards]
+        if not unmapped:
             return
         with self._mapping:
             allow_open_files(2 * len(self))
-            made = {}
-            for index in wanted:
-                if index in self._shards:  # another thread was first; its map is the one that gathers know
+            new_shards = {}
+            for index in unmapped:
+                if index in self._shards:  # another thread was faster, and the gathers have its map
                     continue
                 shard = self.open_shard(index)
                 if not self.manifest.has_masks:
                     self._check_ends(shard)
-                made[index] = shard
-            filled = {index: shard for index, shard in made.items() if len(shard.tokens)}
-            self._tokens = self._tokens.with_maps({index: shard.tokens for index, shard in filled.items()})
-            self._indexes = self._indexes.with_maps({index: shard.index for index, shard in filled.items()})
+                new_shards[index] = shard
+            not_empty = {index: shard for index, shard in new_shards.items() if len(shard.tokens)}
+            self._tokens = self._tokens.with_maps({index: one.tokens for index, one in not_empty.items()})
+            self._indexes = self._indexes.with_maps({index: one.index for index, one in not_empty.items()})
             if self.manifest.has_masks:
-                self._masks = self._masks.with_maps(
-                    {index: mask_of(shard) for index, shard in filled.items()}
-                )
-            # Last: whoever finds a shard here, with the lock or without, finds it in the gathers too.
-            self._shards |= made
+                self._masks = self._masks.with_maps({index: mask_of(one) for index, one in not_empty.items()})
+            # Last, so that a thread that finds a shard here without taking the lock finds its maps in the gathers too.
+            self._shards |= new_shards
 
     def _check_ends(self, shard: Shard) -> None:
-        """A shard begins with BOS and ends with EOS; one that a different tokenizer made seldom does."""
+        """Check that a shard begins with BOS and ends with EOS, which one that another tokenizer made seldom does."""
         info = self.manifest.tokenizer
         if shard.ends and shard.ends != (info.bos_id, info.eos_id):
             begin, end = shard.ends
             raise FormatError(
-                f"{self.folder / shard.entry.name}.bin: begins with token {begin} and ends with {end}, "
-                f"where this dataset's tokenizer has BOS {info.bos_id} and EOS {info.eos_id}; it is another dataset's. {REMAKE}"
+                f"begins with token {begin} and ends with {end}, where this dataset's tokenizer has BOS {info.bos_id} and EOS "
+                f"{info.eos_id}, so it belongs to another dataset",
+                where=self.folder / f"{shard.entry.name}.bin",
+                remedy=REMAKE,
             )

@@ -1,15 +1,15 @@
-"""shuffle(): a dataset with the same documents in a pseudorandom order that follows from the seed alone.
+"""shuffle(): the same documents in a pseudorandom order that follows from the seed alone.
 
 Document i of the result is document `Permutation(n, seed, 0)[i]` of the source. The permutation is computed index by index, each index
-once, so the work grows with the number of documents and no list of all of them exists.
+once, so the work grows linearly with the number of documents and there is never a list of all of them.
 
-The source is read twice. First from front to back, against its checksums. Then out of its memory maps, in the order of the result: for
-every million of documents the permutation says which they are, the indexes say where each lies and how long it is, and that is cut
-into shards; a shard is copied 64 MiB at a time, its documents in the order in which they lie in the source, with their masks where they
-have some. A pair stays one document: chosen, then rejected.
+The source is read twice. The first pass goes from front to back and checks the checksums. The second reads from memory maps in the order
+of the result, a million documents at a time: the permutation gives their numbers, the indexes give their positions and lengths, and from
+these the borders of the new shards follow. The tokens of a shard, and its loss mask where there is one, are copied 64 MiB at a time, in
+the order in which they lie in the source. A pair stays one document: chosen, then rejected.
 
-So memory holds where a million documents lie, where those of one shard lie, and 64 MiB of tokens, whether the dataset has 10^6 documents
-or 10^9. The pages of the maps come on top; the system takes them back when it needs them.
+So the memory holds the positions of a million documents, those of one shard, and 64 MiB of tokens, whether the dataset has 10^6
+documents or 10^9. The pages of the maps come on top of that; the system takes them back when it needs them.
 """
 
 import hashlib
@@ -36,13 +36,13 @@ from minimind_data.reporting import Progress, no_progress
 from minimind_data.system import allow_open_files
 
 ORDER_VERSION = 2
-"""Which order a seed stands for; the manifest records it. Version 1, which is not recorded, sorted the documents by a hash of their numbers."""
+"""How the order follows from the seed; it is in the manifest. Version 1, which is in none, sorted the documents by hashes of their numbers."""
 
 _DOCUMENTS_AT_ONCE = 2**20
 _FETCH_BYTES = 64 * 2**20
 _GATHER_TOKENS = 2**19
 _LONG_DOCUMENT = 2**12
-"""Tokens from which on a document is copied by itself: an index entry for each of its tokens would cost more."""
+"""Documents of at least so many tokens are copied one by one: an index entry for each of their tokens would cost more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,23 +67,26 @@ def shuffle(
     *,
     progress: Progress = no_progress,
 ) -> Manifest:
-    """Write the documents of a dataset in another order; every document stands in the result exactly once.
+    """Write the documents of a dataset in another order, every document exactly once.
 
-    Its one input is the source: its tokens end to end, with their checksum, are what every shard came from.
+    The new manifest has one input, the source as a whole: the size and the checksum of its tokens end to end.
 
     Args:
-        source: the dataset.
-        options: the seed, and where to.
-        progress: shows the bytes that are read, each twice, and the tokens that are written.
+        source: the folder of the dataset.
+        options: the seed, and the folder of the result.
+        progress: shows the bytes that are read, each of them twice, and the tokens that are written.
+
+    Returns:
+        The manifest of the result.
 
     Raises:
-        UserError: `out` cannot be made, or the dataset cannot be shuffled.
+        UserError: `out` cannot be written to, or the dataset has no documents.
         FormatError: the dataset is damaged.
     """
     source = Path(source)
     shards = ShardSet.open(source)
     if not shards.num_documents:
-        raise UserError(f"{source}: holds no document; there is nothing to shuffle")
+        raise UserError("has no documents, so there is nothing to shuffle", where=source)
     allow_open_files(2 * len(shards))
     manifest = shards.manifest
     num_bytes = manifest.num_bytes
@@ -122,7 +125,7 @@ def shuffle(
                     ),
                 )
             )
-        shuffled = Manifest(
+        result = Manifest(
             kind=manifest.kind,
             dtype=manifest.dtype,
             tokenizer=manifest.tokenizer,
@@ -140,22 +143,22 @@ def shuffle(
             set_aside_sha256=carry_set_aside([shards], folder),
             tokenizer_config_sha256=manifest.tokenizer_config_sha256,
         )
-        write_metadata(folder, shuffled, source)
-    return shuffled
+        write_metadata(folder, result, source)
+    return result
 
 
 def order(
     num_documents: int, seed: int, documents_at_once: int = _DOCUMENTS_AT_ONCE
 ) -> Iterator[NDArray[np.int64]]:
-    """Yield the numbers of all documents in their shuffled order; where one piece ends and the next begins does not matter.
+    """Yield the numbers of all documents in the order of the result, piece by piece.
 
     Args:
         num_documents: of the dataset.
         seed: 0 to 2^64 - 1.
-        documents_at_once: how many numbers a piece holds.
+        documents_at_once: how many numbers a piece has; the order does not depend on it.
 
     Yields:
-        int64, some of the numbers 0 to num_documents - 1.
+        int64, at most `documents_at_once` of the numbers 0 to num_documents - 1.
     """
     permutation = Permutation(num_documents, seed, 0)
     for first in range(0, num_documents, documents_at_once):
@@ -209,19 +212,18 @@ def fetch(
     lengths: NDArray[np.int64],
     array_of: Callable[[Shard], NDArray[Any]] = tokens_of,
 ) -> NDArray[Any]:
-    """Copy sequences out of the maps, in the order in which they lie there.
+    """Copy sequences out of the memory maps, which are read from front to back.
 
     Args:
         shards: the dataset.
         starts: int64 [n], the global number of each sequence's first token.
         lengths: int64 [n], its tokens.
-        array_of: what is copied: the tokens of a shard, or its mask.
+        array_of: returns what is copied from a shard: its tokens, or its loss mask.
 
     Returns:
-        [sum(lengths)] of the dataset's dtype (of uint8, for masks): the sequences end to end, in the order in which they were
-        asked for.
+        [sum(lengths)] of the dataset's dtype, of uint8 for masks: the sequences end to end, in the order of `starts`.
     """
-    fetched = np.empty(int(lengths.sum()), shards.dtype if array_of is tokens_of else np.uint8)
+    target = np.empty(int(lengths.sum()), shards.dtype if array_of is tokens_of else np.uint8)
     places = np.cumsum(lengths) - lengths
     by_source = np.argsort(starts, kind="stable")
     owners = shards.owners(starts[by_source])
@@ -231,8 +233,8 @@ def fetch(
         documents = by_source[begin:end]
         inside = starts[documents] - shards.token_starts[owner]
         source = array_of(shards.shard(owner))
-        _copy_documents(source, inside, lengths[documents], fetched, places[documents])
-    return fetched
+        _copy_documents(source, inside, lengths[documents], target, places[documents])
+    return target
 
 
 def _copy_documents(
@@ -242,7 +244,7 @@ def _copy_documents(
     target: NDArray[Any],
     places: NDArray[np.int64],
 ) -> None:
-    """Copy source[starts:starts + lengths] to target[places:…] for every document: long ones by slices, the rest by index."""
+    """Copy source[starts:starts + lengths] to target[places:…] for every document: long ones by slices, the others by index."""
     is_long = lengths >= _LONG_DOCUMENT
     for start, length, place in zip(starts[is_long], lengths[is_long], places[is_long], strict=True):
         target[place : place + length] = source[start : start + length]

@@ -1,7 +1,7 @@
-"""A folder that appears whole or not at all, for what is made in one go: conversions, merges, shuffles, exports of weights.
+"""New folders that appear as a whole or not at all: for conversions, merges, shuffles and exports of weights.
 
-Everything is written into a folder beside its place and that folder is renamed at the end. What a killed run leaves is
-called `NAME.mm-data.partial`; the next run for the same place removes it.
+Everything is written into a temporary folder beside the final one, and that is renamed at the end. A killed run leaves its temporary
+folder, `NAME.mm-data.partial`, which the next run with the same target removes.
 """
 
 import contextlib
@@ -25,16 +25,18 @@ from minimind_data.files import (
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a folder to write into; it becomes `out` when the block ends, and vanishes when the block raises.
+    """Yield a temporary folder, which becomes `out` when the block ends and is removed when the block raises.
 
-    The files in it must be flushed to the disk by whoever writes them; `durable_file` and `place_file` do so.
+    The block flushes the files that it writes to the disk, for which there are `durable_file` and `place_file`.
 
     Raises:
-        UserError: `out` holds something already or cannot be made, another run is making it, or the disk is full.
+        UserError: `out` is not empty or cannot be written to, another run is making it, or the disk is full.
     """
-    out = Path(os.path.abspath(out))  # noqa: PTH100 - `resolve` would follow a link and write beside its target
+    out = Path(os.path.abspath(out))  # noqa: PTH100 - `resolve` would follow a link, and the folder would be made beside the link's target
     _check_free(out)
-    partial = out.with_name(f"{out.name}.mm-data{PARTIAL_SUFFIX}")  # nobody else's, for it is removed unasked
+    partial = out.with_name(
+        f"{out.name}.mm-data{PARTIAL_SUFFIX}"
+    )  # a name of our own, since it is removed without asking
     lock = FolderLock(
         out.with_name(f".{out.name}.lock"),
         f"{out}: another run is writing there; wait for it or take another `out`",
@@ -53,7 +55,7 @@ def new_folder(out: Path) -> Iterator[Path]:
                 option="out",
             ) from None
         try:
-            _check_free(out)  # another run may have finished it while this one came to the lock
+            _check_free(out)  # another run may have finished before this one got the lock
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             yield partial
@@ -69,14 +71,19 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 def _check_free(out: Path) -> None:
     if out.is_mount():
-        raise UserError(f"{out}: a mount point, which no folder can be renamed to; name a folder inside it")
+        raise UserError(
+            "a mount point, which no folder can be renamed to",
+            where=out,
+            remedy="name a folder inside it",
+            option="out",
+        )
     if out.is_dir():
         if any(out.iterdir()):
             raise UserError(
                 "not empty", where=out, remedy="take another `out`, or delete that folder", option="out"
             )
     elif out.exists() or out.is_symlink():
-        raise UserError("a file", where=out, remedy="`out` names a folder that is to be made", option="out")
+        raise UserError("a file", where=out, remedy="name a new folder with `out`", option="out")
 
 
 @contextlib.contextmanager
@@ -89,17 +96,17 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def place_file(source: Path, target: Path, *, copy: bool) -> None:
-    """Put a committed file under another name: a second link to the same bytes, or a copy where that cannot be.
+    """Give a finished file a second name: by a hard link, or by a copy where that is impossible.
 
     Args:
-        source: a file that nobody writes into any more; this toolkit replaces its files, it never edits them.
-        target: the new name.
-        copy: never link.
+        source: a file that is never written to again; this toolkit replaces its files and never edits them.
+        target: the second name.
+        copy: copy in any case.
     """
     if not copy:
         try:
             os.link(source, target)
-        except OSError as error:  # another disk, or a file system without links
+        except OSError as error:  # another disk, or a file system without hard links
             if is_disk_full(error):
                 raise
         else:
@@ -109,12 +116,12 @@ def place_file(source: Path, target: Path, *, copy: bool) -> None:
 
 
 def write_metadata(folder: Path, manifest: Manifest, tokenizer: Path | bytes) -> None:
-    """Write the tokenizer and then the manifest, which makes the folder a dataset.
+    """Write the tokenizer and, last, the manifest, which makes the folder a dataset.
 
     Args:
-        folder: where to.
-        manifest: the dataset's.
-        tokenizer: the folder that has it, with its chat template where the manifest names one; or what its file holds.
+        folder: of the dataset.
+        manifest: of the dataset.
+        tokenizer: the folder with tokenizer.json, and tokenizer_config.json where the manifest names one; or the bytes of tokenizer.json.
     """
     tokenizer_json = tokenizer if isinstance(tokenizer, bytes) else (tokenizer / TOKENIZER_NAME).read_bytes()
     files = [(TOKENIZER_NAME, tokenizer_json), (MANIFEST_NAME, manifest.to_json().encode())]
@@ -126,7 +133,7 @@ def write_metadata(folder: Path, manifest: Manifest, tokenizer: Path | bytes) ->
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
-    """Return names of which no two are the same: the second `a` becomes `a~2`, or the next number that is free."""
+    """Return these names made unique: the second `a` becomes `a~2`, or `a~` with the next number that is free."""
     taken = set(names)
     seen: set[str] = set()
     unique = []

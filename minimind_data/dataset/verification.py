@@ -1,6 +1,6 @@
-"""verify(): recompute every checksum of a dataset, so that a single flipped byte anywhere in it is found.
+"""verify(): recompute every checksum of a dataset, which finds a single flipped byte anywhere in it.
 
-Opening a dataset checks names, sizes and headers and costs nothing; this reads every byte.
+Opening a dataset takes no time, and checks the names, sizes and headers of files alone; this reads every byte.
 """
 
 import hashlib
@@ -26,26 +26,27 @@ _BLOCK_BYTES = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What `verify` found."""
+    """The result of `verify`."""
 
     files: int
-    """Files that were read."""
+    """How many files the dataset has."""
     bytes: int
+    """How many bytes were read."""
     problems: tuple[str, ...]
-    """Which file, and what is wrong with it. Empty for a whole dataset."""
+    """The files that are wrong, and what is wrong with them; empty for a dataset that is whole."""
     remedies: tuple[str, ...]
-    """What to do about them, each once."""
+    """What to do about the problems, each thing once."""
 
 
 def verify(folder: Path | str, *, progress: Progress = no_progress) -> Verdict:
-    """Hold every file of a dataset against its checksum, several files at a time.
+    """Compare every file of a dataset with its checksum, several files at a time.
 
     Args:
-        folder: the dataset.
+        folder: of the dataset.
         progress: shows the bytes that are read.
 
     Raises:
-        FormatError: there is no readable manifest to hold anything against.
+        FormatError: the manifest, which has the checksums, is missing or damaged.
     """
     folder = Path(folder)
     files = _files(folder, Manifest.read(folder))
@@ -55,7 +56,7 @@ def verify(folder: Path | str, *, progress: Progress = no_progress) -> Verdict:
     expected_bytes = sum(file.path.stat().st_size for file in files if file.path.is_file())
     with (
         progress("verify", expected_bytes) as report,
-        ThreadPoolExecutor(num_cores()) as pool,  # hashing holds no lock of the interpreter
+        ThreadPoolExecutor(num_cores()) as pool,  # hashing releases the interpreter's lock
     ):
         for file, (problem, size) in zip(
             files, pool.map(lambda file: _check(file, report), files), strict=True
@@ -68,12 +69,12 @@ def verify(folder: Path | str, *, progress: Progress = no_progress) -> Verdict:
 
 
 def _check(file: "_File", report: Report) -> tuple[str, int]:
-    """Return (what is wrong with a file, the bytes that were read)."""
+    """Return (what is wrong with a file, or an empty string; the number of bytes that were read)."""
     digest = hashlib.sha256()
     size = 0
     try:
-        with file.path.open("rb") as opened:
-            while block := opened.read(_BLOCK_BYTES):
+        with file.path.open("rb") as stream:
+            while block := stream.read(_BLOCK_BYTES):
                 digest.update(block)
                 size += len(block)
                 report(len(block), 0)
@@ -81,15 +82,15 @@ def _check(file: "_File", report: Report) -> tuple[str, int]:
         return f"{file.path}: missing", 0
     except OSError as error:
         return f"{file.path}: cannot be read ({error.strerror})", size
-    found = digest.hexdigest()
-    if found == file.sha256:
+    sha256 = digest.hexdigest()
+    if sha256 == file.sha256:
         return "", size
-    return f"{file.path}: SHA-256 {found[:12]}…, where it should be {file.sha256[:12]}…", size
+    return f"{file.path}: SHA-256 {sha256[:12]}…, where it should be {file.sha256[:12]}…", size
 
 
 @dataclass(frozen=True)
 class _File:
-    """A file of a dataset, what it should be, and what mends it."""
+    """A file of a dataset, the checksum that it should have, and what to do where it has another."""
 
     path: Path
     sha256: str

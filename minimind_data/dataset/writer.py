@@ -1,7 +1,7 @@
-"""ShardWriter: append documents, commit by rename.
+"""ShardWriter: append sequences to a shard, which appears under its name when it is complete.
 
-Until `commit` nothing carries the shard's name; an exception, or a process that is killed, leaves no shard. What a commit
-leaves is durable: all files are fsynced before their rename, and the index, without which a shard is none, comes last.
+Until `commit` there is no file with the shard's name, so an exception or a kill leaves no shard. `commit` makes the shard durable: all
+files are flushed to the disk before they are renamed, and the index, without which there is no shard, comes last.
 """
 
 import errno
@@ -27,18 +27,18 @@ from minimind_data.files import partial_name, write_atomic
 
 
 class ShardWriter:
-    """Writes `NAME.bin` and `NAME.idx` into a folder, and `NAME.mask` where it is given masks.
+    """Writes `NAME.bin` and `NAME.idx` into a folder, and `NAME.mask` where there is a loss mask.
 
         with ShardWriter(folder, "text-00000", "uint16") as writer:
             writer.append(tokens, lengths)
             written = writer.commit()
 
     Args:
-        folder: where the shard goes; it exists.
-        name: the shard's name, without suffix.
+        folder: where the shard goes; it must exist.
+        name: of the shard, without suffix.
         dtype: of the tokens on disk.
         sequences_per_document: 1 for pre-training and SFT, 2 for DPO (chosen, rejected).
-        masked: whether every token comes with its byte of the mask.
+        masked: whether the shard has a loss mask.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class ShardWriter:
         Args:
             tokens: [sum(lengths)] of the shard's dtype: the sequences end to end.
             lengths: int64 [n], the tokens of each.
-            mask: [sum(lengths)], 1 where a token is learned; given where the shard is `masked`, and only there.
+            mask: uint8 [sum(lengths)], 1 where a token is learned; for a shard that is `masked`, and only for that.
         """
         assert tokens.dtype == numpy_dtype(self._dtype), (tokens.dtype, self._dtype)
         assert int(lengths.sum()) == len(tokens), (int(lengths.sum()), len(tokens))
@@ -83,7 +83,7 @@ class ShardWriter:
         self._num_tokens += len(tokens)
 
     def commit(self) -> WrittenShard:
-        """Make the shard durable under its name, `.idx` last."""
+        """Make the shard durable and give it its name, the index last."""
         lengths = np.concatenate([*self._lengths, np.empty(0, np.int64)])
         num_documents, left_over = divmod(len(lengths), self._sequences_per_document)
         assert left_over == 0, (len(lengths), self._sequences_per_document)
@@ -122,7 +122,7 @@ class ShardWriter:
 
 
 class _OpenFile:
-    """A file of a shard that is being written beside its place."""
+    """A file of a shard that is being written under a temporary name."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -132,7 +132,7 @@ class _OpenFile:
 
     @property
     def sha256(self) -> str:
-        """Of what was written."""
+        """SHA-256 of what was written."""
         return self._digest.hexdigest()
 
     def write(self, data: NDArray[np.uint8]) -> None:
@@ -141,21 +141,21 @@ class _OpenFile:
         self._digest.update(data.data)
 
     def finish(self) -> None:
-        """Make it durable under its partial name."""
+        """Flush it to the disk and close it, still under its temporary name."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        # A writer whose build was killed may come this late; the next build has removed its file and may be done already.
+        # A worker of a killed build may come here after the next build has removed its file, or has even finished.
         if not os.fstat(self._file.fileno()).st_nlink:
             raise FileNotFoundError(errno.ENOENT, "removed by another run", str(self._partial))
         self._file.close()
 
     def publish(self) -> None:
-        """Give it its name."""
+        """Rename it to its final name."""
         self._partial.replace(self._path)
 
     def discard(self) -> None:
-        """Close it and leave nothing under its partial name."""
+        """Close it and remove the temporary file."""
         try:
-            self._file.close()  # flushes, which a full disk refuses
+            self._file.close()  # flushes, which fails on a full disk
         finally:
             self._partial.unlink(missing_ok=True)

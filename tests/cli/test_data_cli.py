@@ -253,7 +253,7 @@ def test_verify_says_each_remedy_once_and_it_helps(source, dataset):
     told = sentence(mm_data("verify", dataset))
     assert (
         told.count("delete the shard's")
-        == told.count("run the same `mm-data tokenize` again: it restores it")
+        == told.count("run the same `mm-data tokenize` again: it restores the file")
         == 1
     )
     again = mm_data("tokenize", source, "--out", dataset, "--split-bytes", "2KiB")

@@ -430,7 +430,7 @@ def test_merged_conversations_keep_their_masks(source, tmp_path, kind):
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"text": "a text"}\n')
     tokenize([texts], options(tmp_path / "text", "pretrain"))
-    with pytest.raises(UserError, match="does not go together"):
+    with pytest.raises(UserError, match="cannot be merged with"):
         merge([tmp_path / "a", tmp_path / "text"], MergeOptions(out=tmp_path / "d"))
 
 

@@ -68,6 +68,6 @@ def test_a_document_that_no_memory_should_hold_is_refused():
     check_lengths(np.array([], np.int64), "here")
     check_lengths(np.array([3, MAX_DOCUMENT_TOKENS]), "here")
     with pytest.raises(
-        UserError, match="^here: a document of 67,108,865 tokens, where 67,108,864 can be held"
+        UserError, match="^here: a document of 67,108,865 tokens, where at most 67,108,864 are allowed"
     ):
         check_lengths(np.array([3, MAX_DOCUMENT_TOKENS + 1]), "here")

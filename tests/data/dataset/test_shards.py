@@ -68,7 +68,7 @@ def test_unknown_places_are_named(make_dataset):
     shards = make_dataset(SHARDS)
     with pytest.raises(ValueError, match="no shard named 'nope'; its 4 shards are text-00000"):
         shards.token_at("nope", 0)
-    with pytest.raises(ValueError, match="text-00001 holds tokens 0 to 39, there is none at 40"):
+    with pytest.raises(ValueError, match="text-00001 has tokens 0 to 39, and none at 40"):
         shards.token_at("text-00001", 40)
 
 
@@ -101,13 +101,13 @@ def _flip(path: Path, at: int) -> None:
     [
         (
             lambda folder: _cut(folder / "text-00001.bin"),
-            r"text-00001.bin: 78 bytes, where the manifest wants 80",
+            r"text-00001.bin: 78 bytes, where the manifest says 80",
         ),
         (
             lambda folder: _cut(folder / "text-00001.idx"),
-            r"text-00001.idx: .* bytes, where the manifest wants",
+            r"text-00001.idx: .* bytes, where the manifest says",
         ),
-        (lambda folder: _flip(folder / "text-00001.idx", 3), r"text-00001.idx: no shard index"),
+        (lambda folder: _flip(folder / "text-00001.idx", 3), r"text-00001.idx: not a shard index"),
         (
             lambda folder: _flip(folder / "text-00001.idx", 9),
             r"text-00001.idx: the index header says version",
