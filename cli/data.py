@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,8 +28,7 @@ from minimind_train.batches.options import DataOptions, OrderOptions, WindowOpti
 from minimind_train.batches.positions import window_at
 from minimind_train.order.sample_order import OrderKind
 from minimind_train.order.skips import Skips
-from minimind_train.run.options import options_of
-from minimind_train.run_folder.record import RunRecord
+from minimind_train.run.location import data_at
 from minimind_train.training.options import TrainingOptions
 
 from . import rearrange
@@ -256,7 +255,8 @@ def locate(
     if not 0 <= seed <= MAX_SEED:
         raise UserError(f"--seed must be from 0 to 2^64 - 1, not {seed}")
     if run:
-        data, seed = _read_of_run(run, position, options_given - {"run", "position", "as_json"})
+        _refuse_beside_run(options_given - {"run", "position", "as_json"})
+        data, seed = data_at(run, position)
     elif not folders or seq_len is None:
         raise typer.BadParameter("pass DIR and --seq-len, or --run with the folder of a run")
     else:
@@ -294,20 +294,17 @@ def locate(
     print(f"show it with: {_window_command(folder, place['window'], data)}")
 
 
-def _read_of_run(run: Path, position: int, options_given: frozenset[str]) -> tuple[DataOptions, int]:
-    """Return what a run reads, as it was at a position, and the seed of its order.
+def _refuse_beside_run(names: frozenset[str]) -> None:
+    """Refuse options that a run leaves no room for.
 
     Raises:
-        typer.BadParameter: options were passed beside it, which it leaves no room for.
+        typer.BadParameter: there are some.
     """
-    if options_given:
-        names = ", ".join(
-            "DIR" if name == "folders" else f"--{name.replace('_', '-')}" for name in sorted(options_given)
+    if names:
+        shown = ", ".join(
+            "DIR" if name == "folders" else f"--{name.replace('_', '-')}" for name in sorted(names)
         )
-        raise typer.BadParameter(f"--run already decides the order; leave out {names}")
-    record = RunRecord.read(run)
-    options = options_of(record, run)
-    return replace(options.data, skip_positions=record.skip_positions_at(position)), options.training.seed
+        raise typer.BadParameter(f"--run already decides the order; leave out {shown}")
 
 
 def _window_command(folder: Path, window: int, data: WindowOptions) -> str:

@@ -63,12 +63,12 @@ def generate(
     changes = {name: value for name, value in asdict(scaling).items() if name in options_given}
     if chat:
         session = ChatSession.open(
-            run, options, system=system, step=checkpoint, device=device, changes=changes
+            run, options, system=system, checkpoint=checkpoint, device=device, changes=changes
         )
         talk(session, prompt)
         return
     assert prompt is not None
-    for text in complete(run, prompt, options, step=checkpoint, device=device, changes=changes):
+    for text in complete(run, prompt, options, checkpoint=checkpoint, device=device, changes=changes):
         print(text, end="", flush=True)
     print()
 
@@ -103,15 +103,15 @@ def evaluate(
         raise typer.BadParameter(
             f"--shards is given {len(shards)} times, but one dataset is evaluated at a time; run the command for each"
         )
-    from minimind_train.run.evaluation import evaluate_run
+    from minimind_train.run.evaluation import evaluate as evaluate_run
 
     (folder,) = shards
     evaluation = evaluate_run(
         run,
         folder,
-        step=checkpoint,
-        num_windows=windows,
-        batch=micro_batch,
+        checkpoint=checkpoint,
+        windows=windows,
+        micro_batch=micro_batch,
         device=device,
         dtype=dtype,
         seq_len=seq_len,
@@ -143,7 +143,7 @@ def export(
     """Export a model for transformers, peft or MiniMind."""
     from minimind_train.weights.exporting import export as export_weights
 
-    export_weights(run, out, to=to, step=checkpoint, dtype=dtype, say=say_in_flags())
+    export_weights(run, out, to=to, checkpoint=checkpoint, dtype=dtype, say=say_in_flags())
 
 
 def plot(

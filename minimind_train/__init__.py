@@ -1,1 +1,91 @@
-"""Training: the order of samples, the model, and a run from its first step to its last. Imports minimind_data, which never imports this."""
+"""Training small language models on datasets of `minimind_data`, which never imports this package.
+
+    position --> sample --> batch --> step --> checkpoint --> text, weights elsewhere
+    order        order      batches   training  run_folder    generation, weights
+
+A position counts samples since the run began. It is all that a run stores of its way through the data: `order` turns it into samples by
+arithmetic, so a run goes on from it at once and on any number of devices. `model` and `objectives` are what a step computes, `parallel` is
+who computes it, and `run` puts all of it together: options, beginning and resuming. `integrations` is the same order in other loops.
+
+    from minimind_train import PretrainOptions, begin, open_run, resume
+
+    begin(PretrainOptions.of(shards="data/mine", run="runs/first", steps=100, save_every=50))
+    resume("runs/first", {"steps": 200}, allow_change={"steps"})
+    print(*open_run("runs/first").complete("The sky is"), sep="")
+
+The names of `__all__` are the public ones. Each is imported when it is asked for; most of them need torch, which takes seconds.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minimind_train.batches.torch_loader import ResumableBatchSampler, WindowDataset
+    from minimind_train.generation.chat_session import ChatSession
+    from minimind_train.generation.completion import complete
+    from minimind_train.generation.options import GenerateOptions
+    from minimind_train.order.mixture import MixtureOrder
+    from minimind_train.order.sample_order import SampleOrder
+    from minimind_train.order.skips import Skips
+    from minimind_train.run.entry import begin, resume
+    from minimind_train.run.evaluation import evaluate
+    from minimind_train.run.location import locate
+    from minimind_train.run.opening import OpenRun, open_run
+    from minimind_train.run.options import DpoOptions, PretrainOptions, SftOptions
+    from minimind_train.weights.exporting import export
+
+__all__ = [
+    "ChatSession",
+    "DpoOptions",
+    "GenerateOptions",
+    "MixtureOrder",
+    "OpenRun",
+    "PretrainOptions",
+    "ResumableBatchSampler",
+    "SampleOrder",
+    "SftOptions",
+    "Skips",
+    "WindowDataset",
+    "begin",
+    "complete",
+    "evaluate",
+    "export",
+    "locate",
+    "open_run",
+    "resume",
+]
+
+_MODULES = {
+    "batches.torch_loader": ("ResumableBatchSampler", "WindowDataset"),
+    "generation.chat_session": ("ChatSession",),
+    "generation.completion": ("complete",),
+    "generation.options": ("GenerateOptions",),
+    "order.mixture": ("MixtureOrder",),
+    "order.sample_order": ("SampleOrder",),
+    "order.skips": ("Skips",),
+    "run.entry": ("begin", "resume"),
+    "run.evaluation": ("evaluate",),
+    "run.location": ("locate",),
+    "run.opening": ("OpenRun", "open_run"),
+    "run.options": ("DpoOptions", "PretrainOptions", "SftOptions"),
+    "weights.exporting": ("export",),
+}
+_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
+
+
+def _public(name: str) -> Any:
+    """Import a public name; what a module's `__getattr__` is called for."""
+    if name not in _MODULE_OF:
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message)
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+if not TYPE_CHECKING:  # a type checker knows the names by their imports, and that there are no others
+    __getattr__ = _public
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

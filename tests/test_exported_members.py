@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import minimind_data
+import minimind_train
 
-FACES = [minimind_data]
+FACES = [minimind_data, minimind_train]
 EVERY_FACE = pytest.mark.parametrize("package", FACES, ids=lambda package: package.__name__)
 NOT_BY_AN_IMPORT = {"__version__"}
 

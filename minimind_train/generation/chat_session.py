@@ -14,7 +14,7 @@ from minimind_data.chat.encoding import encode_prompt, ends_of_answers
 from minimind_data.chat.template import ChatTemplate, chat_template_of
 from minimind_data.errors import UserError
 from minimind_data.tokenizer.loading import Tokenizer
-from minimind_train.generation.options import GenerateOptions
+from minimind_train.generation.options import DEFAULTS, GenerateOptions
 from minimind_train.generation.sampling import generate, stream_text
 from minimind_train.model.transformer import MiniMind
 from minimind_train.parallel.devices import resolve_device
@@ -58,11 +58,11 @@ class ChatSession:
     @classmethod
     def open(
         cls,
-        run: Path,
-        options: GenerateOptions,
+        run: Path | str,
+        options: GenerateOptions = DEFAULTS,
         *,
         system: str | None = None,
-        step: CheckpointChoice = None,
+        checkpoint: CheckpointChoice = None,
         device: str = "auto",
         changes: Mapping[str, Any] = MappingProxyType({}),
         say: Say = say_on_stderr,
@@ -73,7 +73,7 @@ class ChatSession:
             run: the folder.
             options: of sampling.
             system: text of a system message at the beginning.
-            step: of the checkpoint, if it is a run.
+            checkpoint: the step of one, or `best`, if it is a run.
             device: where to compute.
             changes: options of the model that are to differ, such as those of its positions.
             say: called with a sentence about each damaged checkpoint.
@@ -81,18 +81,10 @@ class ChatSession:
         Raises:
             UserError: there is no such model, or no template.
         """
-        template = chat_template_of(run)
-        trained = open_model(run, step=step, say=say, changes=changes)
-        if template is None:
-            raise UserError(
-                "has no chat template, which says how turns are written",
-                where=run,
-                remedy="put the tokenizer_config.json or chat_template.jinja of its tokenizer into the folder, "
-                "or leave `chat` out",
-                option="chat",
-            )
+        run = Path(run)
+        trained = open_model(run, step=checkpoint, say=say, changes=changes)
         model = trained.model.to(resolve_device(device))
-        return cls(model, trained.tokenizer, template, options, system)
+        return cls(model, trained.tokenizer, template_of(run), options, system)
 
     def clear(self) -> None:
         """Forget all messages but the system message."""
@@ -140,3 +132,20 @@ class ChatSession:
             if len(prompt_ids) <= longest or len(self.messages) <= oldest + 1:
                 return prompt_ids
             del self.messages[oldest : oldest + 2]
+
+
+def template_of(run: Path) -> ChatTemplate:
+    """Return the chat template in the folder of a model.
+
+    Raises:
+        UserError: there is none.
+    """
+    template = chat_template_of(run)
+    if template is None:
+        raise UserError(
+            "has no chat template, which says how turns are written",
+            where=run,
+            remedy="put the tokenizer_config.json or chat_template.jinja of its tokenizer into the folder, or leave `chat` out",
+            option="chat",
+        )
+    return template

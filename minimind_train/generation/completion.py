@@ -6,8 +6,10 @@ from types import MappingProxyType
 from typing import Any
 
 from minimind_data.errors import UserError
-from minimind_train.generation.options import GenerateOptions
+from minimind_data.tokenizer.loading import Tokenizer
+from minimind_train.generation.options import DEFAULTS, GenerateOptions
 from minimind_train.generation.sampling import generate, stream_text
+from minimind_train.model.transformer import MiniMind
 from minimind_train.parallel.devices import resolve_device
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.run_folder.options import CheckpointChoice
@@ -15,11 +17,11 @@ from minimind_train.weights.loading import open_model
 
 
 def complete(
-    run: Path,
+    run: Path | str,
     prompt: str,
-    options: GenerateOptions,
+    options: GenerateOptions = DEFAULTS,
     *,
-    step: CheckpointChoice = None,
+    checkpoint: CheckpointChoice = None,
     device: str = "auto",
     changes: Mapping[str, Any] = MappingProxyType({}),
     say: Say = say_on_stderr,
@@ -30,7 +32,7 @@ def complete(
         run: the folder of a run, which may still be training, or a Hugging Face folder.
         prompt: the text to continue; special tokens in it are recognised.
         options: of sampling.
-        step: of the checkpoint, or `best`; by default the newest whole one.
+        checkpoint: the step of one, or `best`; by default the newest whole one.
         device: where to compute.
         changes: options of the model that are to differ from the run's, such as those of its positions.
         say: called with a sentence about each damaged checkpoint.
@@ -38,6 +40,29 @@ def complete(
     Raises:
         UserError: there is no such model or checkpoint.
     """
+    _check(prompt)
+    trained = open_model(Path(run), step=checkpoint, say=say, changes=changes)
+    return continue_text(trained.model.to(resolve_device(device)), trained.tokenizer, prompt, options)
+
+
+def continue_text(
+    model: MiniMind, tokenizer: Tokenizer, prompt: str, options: GenerateOptions = DEFAULTS
+) -> Iterator[str]:
+    """Yield what a model generates after BOS and `prompt`, piece by piece.
+
+    Args:
+        model: in evaluation mode, where it is to compute.
+        tokenizer: the model's.
+        prompt: the text to continue; special tokens in it are recognised.
+        options: of sampling.
+    """
+    _check(prompt)
+    info, encoder = tokenizer.info, tokenizer.reference
+    prompt_ids = [info.bos_id, *encoder.encode(prompt, add_special_tokens=False).ids]
+    return stream_text(encoder, generate(model, prompt_ids, options=options, eos_id=info.eos_id))
+
+
+def _check(prompt: str) -> None:
     try:
         prompt.encode()
     except UnicodeEncodeError:
@@ -46,8 +71,3 @@ def complete(
             remedy="pass UTF-8",
             option="prompt",
         ) from None
-    trained = open_model(run, step=step, say=say, changes=changes)
-    model, info = trained.model.to(resolve_device(device)), trained.tokenizer.info
-    tokenizer = trained.tokenizer.reference
-    prompt_ids = [info.bos_id, *tokenizer.encode(prompt, add_special_tokens=False).ids]
-    return stream_text(tokenizer, generate(model, prompt_ids, options=options, eos_id=info.eos_id))

@@ -32,3 +32,7 @@ class GenerateOptions:
             raise ValueError(f"`top_p` must be above 0 and at most 1, not {self.top_p}")
         if self.top_k < 0:
             raise ValueError(f"`top_k` must be 0 or more, not {self.top_k}")
+
+
+DEFAULTS = GenerateOptions()
+"""How a model generates where nobody says how."""

@@ -1,4 +1,4 @@
-"""Requests to stop a run early: SIGINT, SIGTERM, and `--max-hours`. The step is finished and saved, then the run ends.
+"""Requests to stop a run early: SIGINT, SIGTERM, the option `max_hours`, and its caller's own. The step is finished and saved, then the run ends.
 
 A second signal stops the run at once. How several ranks agree on a request is in `world`.
 """
@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from enum import IntEnum
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -19,6 +20,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Stop(IntEnum):
     """Why a run stops early. The number is the exit status: that of a shell for a signal, and that of `timeout` for the time limit."""
 
+    CALLER = 1
     MAX_HOURS = 124
     SIGINT = 128 + signal.SIGINT
     SIGTERM = 128 + signal.SIGTERM
@@ -26,7 +28,13 @@ class Stop(IntEnum):
     @property
     def what(self) -> str:
         """Its name for the user."""
-        return "`max_hours`" if self is Stop.MAX_HOURS else self.name
+        names = {Stop.CALLER: "its caller", Stop.MAX_HOURS: "`max_hours`"}
+        return names.get(self, self.name)
+
+
+def never() -> bool:
+    """Ask for no stop."""
+    return False
 
 
 def acknowledge(number: int) -> None:
@@ -45,14 +53,18 @@ class StopRequest:
 
     Args:
         max_hours: the time limit; 0 for none.
+        asked: called after each step; true where the caller of the run wants it to stop.
         acknowledges: whether to acknowledge a signal on stderr, as one process of a run does.
 
     Attributes:
         signal: the signal received, or None.
     """
 
-    def __init__(self, max_hours: float = 0, *, acknowledges: bool = False) -> None:
+    def __init__(
+        self, max_hours: float = 0, asked: Callable[[], bool] = never, *, acknowledges: bool = False
+    ) -> None:
         self._acknowledges = acknowledges
+        self._asked = asked
         self.signal: signal.Signals | None = None
         self._former_handlers: dict[signal.Signals, Any] = {}
         self._deadline = time.monotonic() + 3600 * max_hours if max_hours else math.inf
@@ -62,7 +74,9 @@ class StopRequest:
         """The reason to stop now, or None."""
         if number := self.signal:
             return Stop(128 + number)
-        return Stop.MAX_HOURS if time.monotonic() >= self._deadline else None
+        if time.monotonic() >= self._deadline:
+            return Stop.MAX_HOURS
+        return Stop.CALLER if self._asked() else None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():

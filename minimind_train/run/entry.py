@@ -5,6 +5,7 @@ options say which phase it is; `reconcile` says which of them a resume may chang
 """
 
 import contextlib
+import pickle
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -18,11 +19,12 @@ from minimind_data.errors import UserError
 from minimind_data.files import user_error_on_full_disk
 from minimind_train.batches.datasets import Datasets
 from minimind_train.batches.options import source_texts
+from minimind_train.parallel.interrupt import never
 from minimind_train.parallel.launch import launch_ranks
 from minimind_train.parallel.world import ALONE, World, process_group, torchrun_place
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.run.initial import InitialWeights, with_initial_weights
-from minimind_train.run.options import RunOptions, recorded
+from minimind_train.run.options import RunOptions, kind_of, recorded, refuse_unknown
 from minimind_train.run.phases import refuse_other_kind
 from minimind_train.run.rank import RankJob, Start
 from minimind_train.run.reconcile import reconciled, record_of, refuse_idle_changes, resolved
@@ -34,19 +36,26 @@ from minimind_train.training import loop
 
 __all__ = ["begin", "resume"]
 
+OnStep = Callable[[dict[str, Any]], object]
+
 
 def begin(
     options: RunOptions,
     say: Say = say_on_stderr,
     *,
+    on_step: OnStep = loop.ignore,
+    stop: Callable[[], bool] = never,
     names_given: Collection[str] | None = None,
     world: World | None = None,
 ) -> loop.RunOutcome:
-    """Begin a run and train until it ends or a signal stops it.
+    """Begin a run and train until it ends, or a signal or `stop` stops it; the step is then finished and saved.
 
     Args:
-        options: of a phase, such as `PretrainOptions`.
+        options: of a phase, such as `PretrainOptions.of(shards="data", run="runs/first")`.
         say: takes lines for the user; of several processes, that of rank 0 calls it.
+        on_step: called with the record of each finished step, which has its `step`, its `loss` and what else metrics.jsonl says; of
+            several processes, by rank 0.
+        stop: asked after each step, likewise, whether to save and stop.
         names_given: which of the options the user wrote, by flat name; by default, those that differ from their defaults.
         world: the ranks, where they have joined already and this process is one of them; by default, `nproc` are started.
 
@@ -54,17 +63,20 @@ def begin(
         UserError: the run cannot begin, or cannot go on; the message says why and what to do.
     """
     prepare = partial(_prepare_new, options, say, names_given=names_given)
-    return _run_on_ranks(prepare, nproc=options.training.nproc, world=world)
+    watch = loop.Watch(on_step=on_step, stop=stop)
+    return _run_on_ranks(prepare, watch, nproc=options.training.nproc, world=world)
 
 
 def resume(
-    run: Path,
+    run: Path | str,
     options_given: Mapping[str, Any] = MappingProxyType({}),
     *,
     command: str | None = None,
     allow_change: Collection[str] = (),
     reweight: bool = False,
     say: Say = say_on_stderr,
+    on_step: OnStep = loop.ignore,
+    stop: Callable[[], bool] = never,
     world: World | None = None,
 ) -> loop.RunOutcome:
     """Resume a run from its newest complete checkpoint.
@@ -76,16 +88,23 @@ def resume(
         allow_change: names of options that may differ from what the run was begun with.
         reweight: whether the parts of a mixture have new weights from here on, those of the option `shards`.
         say: takes lines for the user; of several processes, that of rank 0 calls it.
+        on_step: as for `begin`.
+        stop: as for `begin`.
         world: as for `begin`.
 
     Raises:
-        UserError: there is no run, it is of another phase, or an option differs that must not; the message shows both sides.
+        UserError: there is no run, it is of another phase, there is no such option, or one differs that must not; the message shows
+            both sides.
     """
+    run = Path(run)
     allow_change = {*allow_change, *([WEIGHTS] if reweight else [])}
-    prepare = partial(_prepare_resumed, run, options_given, say, command=command, allow_change=allow_change)
+    prepare = partial(
+        _prepare_resumed, run, dict(options_given), say, command=command, allow_change=allow_change
+    )
     starts_ranks = world is None and torchrun_place() is None
     recorded_nproc = RunRecord.read(run).options.get("nproc", 1) if starts_ranks else 1
-    return _run_on_ranks(prepare, nproc=options_given.get("nproc", recorded_nproc), world=world)
+    watch = loop.Watch(on_step=on_step, stop=stop)
+    return _run_on_ranks(prepare, watch, nproc=options_given.get("nproc", recorded_nproc), world=world)
 
 
 _Prepared = tuple[RankJob, Start, Callable[[], None]]
@@ -93,14 +112,19 @@ _Prepared = tuple[RankJob, Start, Callable[[], None]]
 
 
 def _run_on_ranks(
-    prepare: Callable[[World], AbstractContextManager[_Prepared]], *, nproc: int, world: World | None
+    prepare: Callable[[World], AbstractContextManager[_Prepared]],
+    watch: loop.Watch,
+    *,
+    nproc: int,
+    world: World | None,
 ) -> loop.RunOutcome:
     """Train as a rank of `world`, or as the rank that torchrun started, or launch `nproc` ranks, or train alone."""
-    work = partial(_train_as_rank, prepare)
+    work = partial(_train_as_rank, prepare, watch)
     if world is not None:
         return work(world)
     place = torchrun_place()
     if place is None and nproc > 1:
+        _refuse_what_cannot_be_sent(work)
         return launch_ranks(work, nproc)
     if place is not None and nproc > 1:
         raise UserError(
@@ -113,15 +137,31 @@ def _run_on_ranks(
         return work(world)
 
 
+def _refuse_what_cannot_be_sent(work: Callable[[World], loop.RunOutcome]) -> None:
+    """Refuse callables of the caller that no other process can have.
+
+    Raises:
+        UserError: one of them is a lambda, say, or holds an open file.
+    """
+    try:
+        pickle.dumps(work)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"what watches the run is called in another process, which cannot have it ({error})",
+            remedy="pass functions of a module as `say`, `on_step` and `stop`, or train with `nproc` 1",
+            option="nproc",
+        ) from None
+
+
 def _train_as_rank(
-    prepare: Callable[[World], AbstractContextManager[_Prepared]], world: World
+    prepare: Callable[[World], AbstractContextManager[_Prepared]], watch: loop.Watch, world: World
 ) -> loop.RunOutcome:
     """Train as one rank: rank 0 prepares the run and broadcasts where it starts; the others wait for that."""
     if world.is_main:
         with contextlib.ExitStack() as stack:
             with world.relaying_errors():
                 job, start, before_steps = stack.enter_context(prepare(world))
-            outcome = job.train(world.broadcast(start), before_steps)
+            outcome = job.train(world.broadcast(start), before_steps, watch)
             if outcome.step >= outcome.total_steps:
                 runs.note_finish(job.run, outcome.step)
             return outcome
@@ -182,6 +222,7 @@ def _prepare_resumed(
             raise UserError(
                 f"{run}: a run of `mm-train {record.command}`, not of {command}; resume it with that command"
             )
+        refuse_unknown(kind_of(record, run), options_given)
         runs.clean(run)
         latest = checkpoint.load_latest(run, say)
         step = latest.state.step if latest else 0

@@ -30,13 +30,13 @@ from minimind_train.training.learner import Compute
 from minimind_train.weights.loading import open_model
 
 
-def evaluate_run(
-    run: Path,
-    dataset: Path,
+def evaluate(
+    run: Path | str,
+    dataset: Path | str,
     *,
-    step: CheckpointChoice = None,
-    num_windows: int | None = None,
-    batch: int = 32,
+    checkpoint: CheckpointChoice = None,
+    windows: int | None = None,
+    micro_batch: int = 32,
     device: str = "auto",
     dtype: Dtype | None = None,
     seq_len: int | None = None,
@@ -49,9 +49,9 @@ def evaluate_run(
     Args:
         run: the folder of a run, which may still be training, or a Hugging Face folder.
         dataset: the folder of a dataset with the model's tokenizer.
-        step: of the checkpoint, or `best`; by default the newest complete one.
-        num_windows: how many windows, spread evenly; all by default.
-        batch: windows in one forward pass.
+        checkpoint: the step of one, or `best`; by default the newest complete one.
+        windows: how many, spread evenly; all by default.
+        micro_batch: windows in one forward pass.
         device: where to compute.
         dtype: of matrix products; by default the run's, and `auto` for a Hugging Face folder.
         seq_len: of the windows; by default the run's.
@@ -62,7 +62,8 @@ def evaluate_run(
     Raises:
         UserError: there is no such model, checkpoint or dataset, or the tokenizers differ; the message shows both sides.
     """
-    trained = open_model(run, step=step, say=say, changes=changes)
+    run, dataset = Path(run), Path(dataset)
+    trained = open_model(run, step=checkpoint, say=say, changes=changes)
     shards = ShardSet.open(dataset)
     refuse_other_tokenizer(
         (shards.folder, shards.manifest.tokenizer),
@@ -89,8 +90,8 @@ def evaluate_run(
     compute = Compute(device=where, dtype=resolve_dtype(dtype or options.training.dtype, where))
     evaluator = open_evaluator(
         shards,
-        num_windows=num_windows,
-        batch_size=batch,
+        num_windows=windows,
+        batch_size=micro_batch,
         compute=compute,
         say=say,
         **window_options(data),

@@ -3,15 +3,16 @@
 They are resolved once, when a run begins, and from then on they are what its `config.json` says.
 """
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from minimind_data.dataset.format import Kind
 from minimind_data.errors import UserError
-from minimind_data.options import flatten, options_from
+from minimind_data.options import flatten, leaves, options_from
 from minimind_train.batches.options import DataOptions, source_texts
 from minimind_train.model.config import LoraConfig, ModelConfig
 from minimind_train.objectives.options import ObjectiveOptions, PreferenceOptions
@@ -66,6 +67,18 @@ class RunOptions:
     optim: OptimizerOptions = field(default_factory=OptimizerOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
+
+    @classmethod
+    def of(cls, **options: Any) -> Self:
+        """Return options by the names that they have on the command line and in run.toml, the others at the phase's defaults.
+
+            SftOptions.of(shards="data/sft", run="runs/sft", from_weight="runs/pretrain", learning_rate=2e-5)
+
+        Raises:
+            ValueError: there is no such option, or it cannot have that value.
+        """
+        refuse_unknown(cls, options)
+        return options_from(cls, options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +135,22 @@ PHASE_OPTIONS: Mapping[str, type[RunOptions]] = {
     options.command: options for options in (PretrainOptions, SftOptions, DpoOptions)
 }
 """The options of each phase, by what `mm-train` calls it."""
+
+
+def refuse_unknown(kind: type[RunOptions], names: Iterable[str]) -> None:
+    """Refuse names of no option.
+
+    Raises:
+        UserError: there is one; the message says which option has a name like that.
+    """
+    known = [name for name, _, _ in leaves(kind)]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            remedy = (
+                f"did you mean `{near[0]}`?" if near else f"its options are the fields of {kind.__name__}"
+            )
+            raise UserError(f"{name} is no option of {kind.command}", remedy=remedy, option=name)
 
 
 def changeable(kind: type[RunOptions]) -> frozenset[str]:

@@ -108,12 +108,18 @@ class RankJob:
     @user_error_on_out_of_memory(
         "go on with `resume` and a smaller `micro_batch`, or free some memory; earlier checkpoints are intact"
     )
-    def train(self, start: Start, before_steps: Callable[[], None] = lambda: None) -> loop.RunOutcome:
+    def train(
+        self,
+        start: Start,
+        before_steps: Callable[[], None] = lambda: None,
+        watch: loop.Watch = loop.UNWATCHED,
+    ) -> loop.RunOutcome:
         """Build the learner and train.
 
         Args:
             start: where the run begins.
             before_steps: called once the learner has been built on all ranks.
+            watch: what the caller does after each step.
         """
         training, compute = self.options.training, self.compute
         step, position, world = start.step, start.position, compute.world
@@ -153,7 +159,7 @@ class RankJob:
             num_terms=learner.objective.num_terms,
             trim=not self.options.model.balances_experts,
         )
-        with batches, self._hooks(learner, progress, start.checkpoint) as hooks:
+        with batches, self._hooks(learner, progress, start.checkpoint, watch) as hooks:
             return loop.run(learner, batches, progress, training, hooks)
 
     def _window_source(self, windows: Windows | MixedWindows) -> WindowSource:
@@ -161,7 +167,7 @@ class RankJob:
 
     @contextlib.contextmanager
     def _hooks(
-        self, learner: Learner, progress: TrainingProgress, latest: Checkpoint | None
+        self, learner: Learner, progress: TrainingProgress, latest: Checkpoint | None, watch: loop.Watch
     ) -> Iterator[loop.Hooks]:
         """Open what runs after each step: validation, metrics and their trackers, excerpts, checkpoints."""
         training, world, step = self.options.training, self.compute.world, progress.step
@@ -212,6 +218,7 @@ class RankJob:
                 ),
                 metrics=trackers,
                 show_excerpts=show_excerpts,
+                watch=watch,
                 save=saver.after_step,
             )
 

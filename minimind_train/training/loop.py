@@ -13,7 +13,7 @@ import torch
 
 from minimind_train.batches.steps import StepLoader
 from minimind_train.order.seeds import derive_seed
-from minimind_train.parallel.interrupt import Stop, StopRequest
+from minimind_train.parallel.interrupt import Stop, StopRequest, never
 from minimind_train.progress import TrainingProgress
 from minimind_train.run_folder.metrics import Records
 from minimind_train.training.data_parallel import settle
@@ -52,6 +52,23 @@ def nothing(_: int) -> dict[str, Any]:
     return {}
 
 
+def ignore(_: dict[str, Any]) -> None:
+    """Be what watches a run that nobody watches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """What the caller of a run wants to know and to say after each step."""
+
+    on_step: Callable[[dict[str, Any]], object] = ignore
+    """Called with the step's record of metrics, also where the step is not logged."""
+    stop: Callable[[], bool] = never
+    """Asked after `on_step`: whether to save and stop."""
+
+
+UNWATCHED = Watch()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
     """What a run does besides learning. The loop calls these with each finished step, in this order."""
@@ -66,6 +83,8 @@ class Hooks:
     """Takes a line for each logged step."""
     show_excerpts: Callable[[int], object] = nothing
     """Lets the model write where that is due."""
+    watch: Watch = UNWATCHED
+    """Is told of the step, and may ask to stop."""
     save: Save
     """Saves a checkpoint where one is due."""
 
@@ -92,7 +111,7 @@ def run(
     stopping: Stop | None = None
     learner.wrapped.train()
     acknowledges = world.is_main and not world.launched  # else the launching process does
-    with StopRequest(options.max_hours, acknowledges=acknowledges) as request, progress:
+    with StopRequest(options.max_hours, hooks.watch.stop, acknowledges=acknowledges) as request, progress:
         throughput = _Throughput()
         for step, batch in enumerate(batches, first_step):
             if step == first_step:
@@ -134,6 +153,7 @@ def run(
                 throughput.reset()
             progress.update(record, logged=logged)
             hooks.show_excerpts(step)
+            hooks.watch.on_step(dict(record))
             # Asked once: a request that comes after this line ends the next step, which is then saved like this one.
             stopping = world.agreed_stop(request.stop)
             hooks.save(record, leaving=bool(stopping) or step == total_steps)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from minimind_data.options import check_limits
+from minimind_data.options import as_paths, check_limits
 from minimind_train.model.config import Dtype
 from minimind_train.resume_policy import Before, Resume
 from minimind_train.run_folder.options import SaveOptions
@@ -194,6 +194,7 @@ class TrainingOptions:
     log_every: Annotated[int, "Steps between lines of metrics.", Resume.FREE] = 10
 
     def __post_init__(self) -> None:
+        as_paths(self, "run")
         if self.epochs is not None and self.steps is not None:
             raise ValueError("`epochs` and `steps` both say when the run ends; pass one of them")
         check_limits(self, _LIMITS)

@@ -48,11 +48,11 @@ _DEFAULT_DTYPE: dict[Target, WeightDtype] = {"hf": "fp32", "minimind": "fp16", "
 
 
 def export(
-    run: Path,
-    out: Path,
+    run: Path | str,
+    out: Path | str,
     *,
     to: Target,
-    step: CheckpointChoice = None,
+    checkpoint: CheckpointChoice = None,
     dtype: WeightDtype | None = None,
     say: Say = say_on_stderr,
 ) -> Path:
@@ -63,7 +63,7 @@ def export(
         out: a folder that is new or empty; for MiniMind any folder, or the `.pth` itself.
         to: hf for a folder that transformers opens; minimind for a `.pth` that MiniMind's code opens; peft for a folder with only the
             adapters.
-        step: whose checkpoint; the newest whole one by default, or `best`.
+        checkpoint: the step of one, or `best`; the newest whole one by default.
         dtype: of the weights; by default fp32, and fp16 for minimind, as MiniMind stores them.
         say: takes lines for the user.
 
@@ -73,11 +73,14 @@ def export(
     Raises:
         UserError: the form cannot hold this model, or nothing can be written there.
     """
+    run, out = Path(run), Path(out)
     record = RunRecord.read(run)
     dtype = dtype or _DEFAULT_DTYPE[to]
     if to == "peft":
-        return _to_peft(out, run, step=step, base=record.options.get("from_weight"), dtype=dtype, say=say)
-    model = model_of(run, step=step, say=say)
+        return _to_peft(
+            out, run, step=checkpoint, base=record.options.get("from_weight"), dtype=dtype, say=say
+        )
+    model = model_of(run, step=checkpoint, say=say)
     if model.config.dropout:
         say(f"dropout {model.config.dropout} matters only in training and is not exported")
     weights = _cast(model.state_dict(), dtype, run)

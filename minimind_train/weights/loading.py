@@ -44,6 +44,8 @@ class TrainedModel:
     tokenizer: Tokenizer
     record: RunRecord | None
     """The run's record; None for a Hugging Face folder."""
+    step: int | None
+    """The step of the checkpoint; None for a Hugging Face folder."""
 
 
 def open_model(
@@ -66,9 +68,9 @@ def open_model(
     """
     if not is_hf_folder(path):
         record = RunRecord.read(path)
-        model = model_of(path, step=step, say=say, changes=changes)
+        model, step = _model_and_step_of(path, step, say, changes)
         tokenizer = load_run_tokenizer(path, record.tokenizer)
-        return TrainedModel(model=model, tokenizer=tokenizer, record=record)
+        return TrainedModel(model=model, tokenizer=tokenizer, record=record, step=step)
     if step is not None:
         raise UserError(
             "is no run, so it has no checkpoint of a step",
@@ -88,7 +90,7 @@ def open_model(
         raise UserError(f"{path}: its model cannot be used like that: {error}") from None
     model = MiniMind(config).eval()
     model.load_state_dict(weights.tensors)
-    return TrainedModel(model=model, tokenizer=tokenizer, record=None)
+    return TrainedModel(model=model, tokenizer=tokenizer, record=None, step=None)
 
 
 class Weights(NamedTuple):

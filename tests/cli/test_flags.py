@@ -19,6 +19,7 @@ IN_TOML = {"command"}
 FUNCTIONS = {"tokenize"}
 PACKAGES = {"tokenizers"}
 OF_MINIMIND = {"data_path"}
+FROM_PYTHON = {"say", "on_step", "stop"}
 
 
 def strings():
@@ -104,6 +105,7 @@ def test_what_the_library_calls_a_parameter_is_one_of_a_command():
         | FUNCTIONS
         | PACKAGES
         | OF_MINIMIND
+        | FROM_PYTHON
     )
     for module, text in strings():
         for name in re.findall(r"`([a-z][a-z0-9_]*)(?:=False)?`", text):

@@ -52,7 +52,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_gives_way_to_a_newer_one(
 ):
     run, race = training_run
     race(function, 2)
-    assert text_of(run) == text_of(whole_run, step=9)
+    assert text_of(run) == text_of(whole_run, checkpoint=9)
 
 
 @pytest.mark.parametrize("function", ["read_checked", "StoredTensors"])
@@ -76,12 +76,12 @@ def test_a_checkpoint_that_was_asked_for_and_is_deleted_meanwhile_is_named(train
     run, race = training_run
     race("StoredTensors", 1)
     with pytest.raises(UserError, match="step-000000003: deleted while it was read"):
-        text_of(run, step=3)
+        text_of(run, checkpoint=3)
     with pytest.raises(UserError, match="no checkpoint of step 3; there are: 6"):
-        text_of(run, step=3)
+        text_of(run, checkpoint=3)
     for step in (-1, 10**400):
         with pytest.raises(UserError, match="no checkpoint of step"):
-            text_of(run, step=step)
+            text_of(run, checkpoint=step)
 
 
 def test_what_has_no_checkpoint_says_so(tmp_path, whole_run):

@@ -11,7 +11,7 @@ from minimind_data.errors import UserError
 from minimind_data.options import options_from
 from minimind_train.objectives.reference import REFERENCE_FOLDER_NAME
 from minimind_train.run import entry
-from minimind_train.run.evaluation import evaluate_run
+from minimind_train.run.evaluation import evaluate
 from minimind_train.run.options import DpoOptions
 from tests.helpers.datasets import chat_dataset
 from tests.helpers.runs import Said, metrics, stop_after, weights
@@ -107,7 +107,7 @@ def test_it_is_measured_on_pairs_that_it_does_not_learn(begin, tmp_path):
     measured = [line for line in metrics(run) if "val_loss" in line]
     assert [line["step"] for line in measured] == [3, 6]
     assert "validation loss" in said.text
-    found = evaluate_run(run, val, batch=4)
+    found = evaluate(run, val, micro_batch=4)
     assert found.pairs == measured[-1]["val_pairs"] == 10
     assert found.loss == pytest.approx(measured[-1]["val_loss"], rel=1e-4)
     for name, value in found.metrics.items():

@@ -12,7 +12,7 @@ from minimind_train.model.config import ModelConfig, parameter_line
 from minimind_train.model.presets import PRESETS
 from minimind_train.run import entry
 from minimind_train.run.entry import resume
-from minimind_train.run.evaluation import evaluate_run
+from minimind_train.run.evaluation import evaluate
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import RunRecord
 from tests.helpers.runs import Said, config_of, metrics, stop_after, weights
@@ -114,7 +114,7 @@ def test_a_run_from_before_mixtures_goes_on_dense(stopped_run):
 
 def test_a_mixture_is_measured_without_its_balance_and_writes(whole_mixture, small_dataset):
     run, _ = whole_mixture
-    found = evaluate_run(run, small_dataset, device="cpu", say=Said())
+    found = evaluate(run, small_dataset, device="cpu", say=Said())
     assert 0 < found.loss < 6
     options = GenerateOptions(max_new_tokens=5, temperature=0)
     text = "".join(complete(run, "北京", options, device="cpu", say=Said()))

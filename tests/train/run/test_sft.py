@@ -11,7 +11,7 @@ from minimind_data.errors import UserError
 from minimind_data.options import flatten, leaves, options_from
 from minimind_data.windows.opening import open_windows
 from minimind_train.run import entry
-from minimind_train.run.evaluation import evaluate_run
+from minimind_train.run.evaluation import evaluate
 from minimind_train.run.options import DpoOptions, SftOptions
 from minimind_train.run_folder.record import RunRecord
 from tests.helpers.datasets import chat_dataset
@@ -91,10 +91,10 @@ def test_it_is_measured_on_conversations_and_on_text(begin, tmp_path, chat_base)
     run, _ = begin(val_shards=str(val), val_every=3)
     measured = [line for line in metrics(run) if "val_loss" in line]
     assert [line["step"] for line in measured] == [3, 6]
-    found = evaluate_run(run, val)
+    found = evaluate(run, val)
     assert found.loss == pytest.approx(measured[-1]["val_loss"])
     assert found.bits_per_byte is not None
-    assert evaluate_run(run, chat_base.parent / "data").targets > 0
+    assert evaluate(run, chat_base.parent / "data").targets > 0
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "dpo"])
@@ -113,7 +113,7 @@ def test_pairs_are_not_measured_like_text(begin, tmp_path, dpo_dataset):
         begin(val_shards=str(dpo_dataset))
     run, _ = begin(steps=1)
     with pytest.raises(UserError, match=r"a dataset of pairs, and .*run is a run of sft"):
-        evaluate_run(run, dpo_dataset)
+        evaluate(run, dpo_dataset)
 
 
 def test_the_stream_of_all_conversations_is_no_layout():

@@ -19,7 +19,7 @@ from minimind_data.windows.opening import open_windows
 from minimind_train.objectives.objective import MicroLoss, NextToken
 from minimind_train.run import entry
 from minimind_train.run.entry import resume
-from minimind_train.run.evaluation import evaluate_run
+from minimind_train.run.evaluation import evaluate
 from minimind_train.run_folder.record import RunRecord
 from minimind_train.training.evaluate import Evaluator, _byte_counter, open_evaluator
 from minimind_train.training.learner import Compute
@@ -252,11 +252,11 @@ def test_wrong_options_are_refused(tmp_path, small_dataset, changes):
 
 def test_a_run_measured_from_outside_gives_what_it_gave_itself(measured_run, other_dataset):
     run, _ = measured_run
-    found = evaluate_run(run, other_dataset, num_windows=16, device="cpu", say=Said())
+    found = evaluate(run, other_dataset, windows=16, device="cpu", say=Said())
     last = metrics(run)[-1]
     assert found.loss == pytest.approx(last["val_loss"], rel=1e-6)
     assert (found.targets, found.bytes) == (last["val_targets"], last["val_bytes"])
-    earlier = evaluate_run(run, other_dataset, step=3, device="cpu", say=Said())
+    earlier = evaluate(run, other_dataset, checkpoint=3, device="cpu", say=Said())
     assert earlier.loss != found.loss
 
 
@@ -264,7 +264,7 @@ def test_the_precision_is_the_run_s_unless_another_is_asked_for(measured_run, ot
     run, _ = measured_run
 
     def loss(**asked):
-        return evaluate_run(run, other_dataset, num_windows=16, device="cpu", say=Said(), **asked).loss
+        return evaluate(run, other_dataset, windows=16, device="cpu", say=Said(), **asked).loss
 
     assert loss() == loss(dtype="fp32")
     assert loss(dtype="bf16") != loss()
@@ -276,4 +276,4 @@ def test_a_run_is_not_measured_on_another_tokenizer(tmp_path, whole_run, small_d
     with pytest.raises(
         UserError, match=r"\(259 entries, .*, \w{12}…\) and .* \(259 entries, .* have different tokenizers"
     ):
-        evaluate_run(whole_run, other, say=Said())
+        evaluate(whole_run, other, say=Said())

@@ -192,7 +192,7 @@ def test_weights_can_be_stored_short(make_run, tmp_path, dtype, torch_dtype):
 def test_an_earlier_checkpoint_can_be_exported(tmp_path, small_dataset):
     run = tmp_path / "run"
     entry.begin(config_of(run, small_dataset, **(BRISK | {"save_every": 1, "keep": 0})), Said())
-    export(run, tmp_path / "first", to="hf", step=1, say=Said())
+    export(run, tmp_path / "first", to="hf", checkpoint=1, say=Said())
     _, weights = read_hf_folder(tmp_path / "first")
     name = "model.norm.weight"
     assert torch.equal(weights[name], model_of(run, step=1, say=Said()).state_dict()[name])

@@ -17,7 +17,7 @@ from minimind_train.model.config import ModelConfig
 from minimind_train.model.transformer import MiniMind
 from minimind_train.run import entry
 from minimind_train.run.entry import resume
-from minimind_train.run.evaluation import evaluate_run
+from minimind_train.run.evaluation import evaluate
 from minimind_train.run.options import PretrainOptions
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import RunRecord
@@ -219,24 +219,24 @@ def test_a_folder_is_measured_and_asked_as_its_run_is(kind, make_run, tmp_path, 
     options = GenerateOptions(max_new_tokens=12, temperature=0.9)
     texts = ["".join(complete(path, "北京", options, device="cpu", say=Said())) for path in (run, folder)]
     assert texts[0] == texts[1]
-    there = evaluate_run(run, small_dataset, device="cpu", say=Said())
+    there = evaluate(run, small_dataset, device="cpu", say=Said())
     other = retokenized(tmp_path / "other")
     for dataset in (small_dataset, other):
-        here = evaluate_run(folder, dataset, device="cpu", dtype="fp32", seq_len=16, say=Said())
+        here = evaluate(folder, dataset, device="cpu", dtype="fp32", seq_len=16, say=Said())
         assert here.loss == pytest.approx(there.loss, rel=1e-6)
     with pytest.raises(UserError, match="have different tokenizers"):
-        evaluate_run(run, other, device="cpu", say=Said())
+        evaluate(run, other, device="cpu", say=Said())
     with pytest.raises(UserError, match="leave `checkpoint` out"):
-        evaluate_run(folder, small_dataset, step=3, device="cpu", say=Said())
+        evaluate(folder, small_dataset, checkpoint=3, device="cpu", say=Said())
 
 
 def test_windows_may_be_cut_otherwise_than_in_the_run(make_run, tmp_path, small_dataset):
     run, shards = make_run(), shutil.copytree(small_dataset, tmp_path / "data")
     entry.begin(config_of(tmp_path / "packed", shards, steps=1, layout="pack", seq_len=40), Said())
     for cut in ({"seq_len": 8}, {"layout": "pad"}, {"layout": "pack", "seq_len": 40}):
-        evaluate_run(run, shards, device="cpu", **cut, say=Said())
-    streams = evaluate_run(tmp_path / "packed", shards, device="cpu", layout="concat", say=Said())
-    kept_apart = evaluate_run(tmp_path / "packed", shards, device="cpu", say=Said())
+        evaluate(run, shards, device="cpu", **cut, say=Said())
+    streams = evaluate(tmp_path / "packed", shards, device="cpu", layout="concat", say=Said())
+    kept_apart = evaluate(tmp_path / "packed", shards, device="cpu", say=Said())
     assert streams.targets > kept_apart.targets
 
 
@@ -244,9 +244,9 @@ def test_longer_windows_than_the_model_reads_need_stretched_positions(make_run, 
     run = make_run(max_position_embeddings=32)
     cut = {"seq_len": 64}
     with pytest.raises(UserError, match="reads at most 32 tokens, .* 64; take .* `inference_rope_scaling`"):
-        evaluate_run(run, small_dataset, device="cpu", **cut, say=Said())
+        evaluate(run, small_dataset, device="cpu", **cut, say=Said())
     changes = {**STRETCHED, "yarn_original_max_position_embeddings": 32}
-    assert evaluate_run(run, small_dataset, device="cpu", **cut, changes=changes, say=Said()).targets > 0
+    assert evaluate(run, small_dataset, device="cpu", **cut, changes=changes, say=Said()).targets > 0
 
 
 def test_a_folder_that_says_nothing_of_bos_cannot_be_asked(make_run, tmp_path):

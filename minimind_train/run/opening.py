@@ -1,0 +1,122 @@
+"""A run, or the folder of a Hugging Face model, opened from Python: its model, its tokenizer, its options, and what it reads.
+
+trained = open_run("runs/first")
+"".join(trained.complete("The sky is"))
+trained.windows[trained.order.window(40)[1]]
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from minimind_data.errors import UserError
+from minimind_data.tokenizer.loading import Tokenizer
+from minimind_data.windows.base import Windows
+from minimind_train.batches.datasets import Datasets
+from minimind_train.batches.mixed_windows import MixedWindows
+from minimind_train.generation.chat_session import ChatSession, template_of
+from minimind_train.generation.completion import continue_text
+from minimind_train.generation.options import DEFAULTS, GenerateOptions
+from minimind_train.model.transformer import MiniMind
+from minimind_train.order.mixture import Order
+from minimind_train.parallel.devices import resolve_device
+from minimind_train.progress import Say, say_on_stderr
+from minimind_train.run.options import RunOptions, options_of
+from minimind_train.run_folder.options import CheckpointChoice
+from minimind_train.weights.loading import open_model
+
+__all__ = ["OpenRun", "open_run"]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class OpenRun:
+    """A trained model and where it comes from; `open_run` makes it."""
+
+    folder: Path
+    model: MiniMind
+    """In evaluation mode, where it is to compute."""
+    tokenizer: Tokenizer
+    options: RunOptions | None
+    """Of the run; None for the folder of a Hugging Face model, which says none."""
+    step: int | None
+    """Of the checkpoint; None for the folder of a Hugging Face model."""
+
+    def complete(self, prompt: str, options: GenerateOptions = DEFAULTS) -> Iterator[str]:
+        """Yield what the model generates after a text, piece by piece.
+
+        Raises:
+            UserError: the prompt is empty, or too long for the model.
+        """
+        return continue_text(self.model, self.tokenizer, prompt, options)
+
+    def chat(self, options: GenerateOptions = DEFAULTS, *, system: str | None = None) -> ChatSession:
+        """Begin a chat with the model, by the template in its folder.
+
+        Raises:
+            UserError: there is none.
+        """
+        return ChatSession(self.model, self.tokenizer, template_of(self.folder), options, system)
+
+    @property
+    def windows(self) -> Windows | MixedWindows:
+        """The windows that the run reads.
+
+        Raises:
+            UserError: it is no run, or its dataset is not where it was.
+        """
+        return self._reading[0]
+
+    @property
+    def order(self) -> Order:
+        """Which of them stands at which position.
+
+        Raises:
+            UserError: as `windows`.
+        """
+        return self._reading[1]
+
+    @cached_property
+    def _reading(self) -> tuple[Windows | MixedWindows, Order]:
+        if self.options is None:
+            raise UserError("is no run, so it reads nothing", where=self.folder)
+        data, seed = self.options.data, self.options.training.seed
+        return Datasets.open(data.shards).windows_and_order(data, seed=seed, say=say_on_stderr)
+
+    def __repr__(self) -> str:
+        kind = "Hugging Face model" if self.options is None else f"{self.options.command}, step {self.step}"
+        num_parameters = sum(weight.numel() for weight in self.model.parameters())
+        return f"OpenRun({str(self.folder)!r}: {kind}, {num_parameters / 1e6:,.2f} M parameters, {self.tokenizer!r})"
+
+
+def open_run(
+    folder: Path | str,
+    *,
+    checkpoint: CheckpointChoice = None,
+    device: str = "auto",
+    changes: Mapping[str, Any] = MappingProxyType({}),
+    say: Say = say_on_stderr,
+) -> OpenRun:
+    """Open a run, which may still be training, or the folder of a Hugging Face model.
+
+    Args:
+        folder: of either.
+        checkpoint: of a run, the step of one, or `best`; the newest whole one by default.
+        device: where the model is to compute.
+        changes: options of the model that are to differ, such as those of its positions.
+        say: called with a sentence about each damaged checkpoint.
+
+    Raises:
+        UserError: there is no such model or checkpoint.
+    """
+    folder = Path(folder)
+    trained = open_model(folder, step=checkpoint, say=say, changes=changes)
+    return OpenRun(
+        folder=folder,
+        model=trained.model.to(resolve_device(device)),
+        tokenizer=trained.tokenizer,
+        options=options_of(trained.record, folder) if trained.record else None,
+        step=trained.step,
+    )
