@@ -145,9 +145,9 @@ class DistributedSampler(Sampler[int]):
         """Go to an epoch, which has an order of its own; a training loop calls this before each, as with torch's sampler."""
         self.epoch = epoch
 
-    def share_from(self, position: int) -> "_Share":
+    def share_from(self, position: int) -> "_EpochShare":
         """Return the rest of the epoch for this device, when all devices together have consumed so many samples of it."""
-        return _Share(self, position)
+        return _EpochShare(self, position)
 
     def __len__(self) -> int:
         """Return the number of samples of this device."""
@@ -159,7 +159,7 @@ class DistributedSampler(Sampler[int]):
         return (index for first in range(0, len(share), _PIECE) for index in share[first : first + _PIECE])
 
 
-class _Share:
+class _EpochShare:
     """A device's share of an epoch from a position on: a sequence whose slices are computed when they are asked for."""
 
     def __init__(self, sampler: DistributedSampler, position: int) -> None:
@@ -238,7 +238,7 @@ class SkipBatchSampler(Sampler[list[int]]):
         return self.position // getattr(self.sampler, "num_replicas", 1)
 
 
-def _batches(indices: "_Share | Sequence[int]", first: int, batch_size: int) -> Iterator[list[int]]:
+def _batches(indices: "_EpochShare | Sequence[int]", first: int, batch_size: int) -> Iterator[list[int]]:
     return (list(indices[start : start + batch_size]) for start in range(first, len(indices), batch_size))
 
 

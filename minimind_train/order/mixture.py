@@ -46,15 +46,15 @@ def shares_of(weights: Sequence[Fraction]) -> tuple[int, ...]:
     total = sum(weights)
     if min(weights) < 0 or not total:
         raise ValueError("the weights of a mixture are 0 or more, and one at least is more")
-    wanted = [weight / total for weight in weights]
-    period = math.lcm(*(share.denominator for share in wanted))
+    exact_shares = [weight / total for weight in weights]
+    period = math.lcm(*(share.denominator for share in exact_shares))
     if period <= MAX_PERIOD:
-        return tuple(int(share * period) for share in wanted)
-    shares = [max(share > 0, math.floor(share * MAX_PERIOD)) for share in wanted]
+        return tuple(int(share * period) for share in exact_shares)
+    shares = [max(share > 0, math.floor(share * MAX_PERIOD)) for share in exact_shares]
     while (missing := MAX_PERIOD - sum(shares)) != 0:  # at most once for each part
         sign = 1 if missing > 0 else -1
-        free = [part for part, share in enumerate(wanted) if share and (sign > 0 or shares[part] > 1)]
-        most = max(free, key=lambda part: sign * (wanted[part] * MAX_PERIOD - shares[part]))
+        free = [part for part, share in enumerate(exact_shares) if share and (sign > 0 or shares[part] > 1)]
+        most = max(free, key=lambda part: sign * (exact_shares[part] * MAX_PERIOD - shares[part]))
         shares[most] += sign
     divisor = math.gcd(*shares)
     return tuple(share // divisor for share in shares)
@@ -244,11 +244,11 @@ class MixtureOrder:
         """Return (the part at each position, how many of its windows were taken before), both int64 of the positions' shape."""
         if positions.size and positions.min() < 0:
             raise ValueError(f"a position counts samples from 0, and cannot be {positions.min()}")
-        begins = np.array([stage.start for stage in self.stages], np.int64)
-        held = np.searchsorted(begins, positions, side="right") - 1
+        starts = np.array([stage.start for stage in self.stages], np.int64)
+        stage_numbers = np.searchsorted(starts, positions, side="right") - 1
         owners, numbers = np.empty_like(positions), np.empty_like(positions)
-        for which in np.unique(held).tolist():
-            stage, here = self.stages[which], held == which
+        for number in np.unique(stage_numbers).tolist():
+            stage, here = self.stages[number], stage_numbers == number
             parts, before = _pattern(stage.shares)
             periods, slots = np.divmod(positions[here] - stage.start, stage.period)
             owner = parts[slots]
