@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from minimind_data.errors import UserError
+from minimind_data.json_fields import shown
 from minimind_data.reporting import Say
 
 PARTIAL_SUFFIX = ".partial"
@@ -197,7 +198,7 @@ def read_checked(
         raise DamagedFileError.of(path, "no JSON object", remedy)
     if version is not None and content.get("format_version", version) != version:
         raise UserError(
-            f"format version {content['format_version']}; this program reads version {version}",
+            f"format version {shown(content['format_version'])}; this program reads version {version}",
             where=path,
             remedy="use the program that wrote it",
         )

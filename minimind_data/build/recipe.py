@@ -7,6 +7,7 @@ from minimind_data.build.plan import TokenizeOptions
 from minimind_data.chat.encoding import ChatEncoding
 from minimind_data.dataset.format import Kind, Manifest, TokenizerInfo
 from minimind_data.files import sha256_of_bytes
+from minimind_data.json_fields import FiniteJson
 from minimind_data.options import differences
 from minimind_data.tokenizer.loading import Tokenizer
 
@@ -17,7 +18,7 @@ class Recipe:
 
     kind: Kind
     tokenizer: TokenizerInfo
-    options: dict[str, Any]
+    options: dict[str, FiniteJson]
     """Those that shape the tokens or the cut into shards, by name, as JSON holds them."""
 
     @classmethod
@@ -33,11 +34,6 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as JSON holds it."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Self:
-        """Read what `to_json` gave."""
-        return cls(**{**content, "tokenizer": TokenizerInfo(**content["tokenizer"])})
 
     def facts(self) -> dict[str, Any]:
         """Return what the recipe says, by the names that a comparison shows."""

@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import orjson
@@ -30,7 +30,6 @@ from minimind_data.dataset.format import (
     TokenizerInfo,
     WrittenShard,
     numpy_dtype,
-    take_fields,
 )
 from minimind_data.dataset.framing import frame_texts
 from minimind_data.dataset.writer import ShardWriter
@@ -42,6 +41,7 @@ from minimind_data.inputs.blocks import BadRecord, Block
 from minimind_data.inputs.forms import form_of
 from minimind_data.inputs.spec import RecordSpec
 from minimind_data.inputs.splits import open_reader
+from minimind_data.json_fields import BESIDE, Count, FileName
 from minimind_data.reporting import Report
 from minimind_data.tokenizer.backends import Encoder, Ids, Offsets, first_difference, make_encoder
 from minimind_data.tokenizer.loading import cached_tokenizer
@@ -98,10 +98,10 @@ class SplitTask:
 class SplitResult:
     """The result of one split; kept beside the shard until the manifest takes it over."""
 
-    name: str
-    origin: ShardOrigin
+    name: FileName
+    origin: Annotated[ShardOrigin, BESIDE]
     """Without `first_line`, which is known when all splits before it are made."""
-    compared: int
+    compared: Count
     """Documents whose ids were compared with the reference's."""
     backend: str
     difference: str | None
@@ -117,17 +117,6 @@ class SplitResult:
         origin = content.pop("origin")
         del origin["first_line"]
         return {**origin, **content}
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Self:
-        """Read such an object."""
-        rest = dict(content)
-        origin = take_fields(ShardOrigin, rest)
-        shard, val_shard = (
-            None if written is None else WrittenShard(**written)
-            for written in (rest.pop("shard"), rest.pop("val_shard"))
-        )
-        return cls(**rest, origin=origin, shard=shard, val_shard=val_shard)
 
 
 @dataclass(frozen=True, kw_only=True)

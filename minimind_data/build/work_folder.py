@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, TypeVar
 
 from minimind_data.build.plan import TokenizeOptions, slice_of
 from minimind_data.build.recipe import Recipe
@@ -32,6 +32,7 @@ from minimind_data.dataset.format import (
 )
 from minimind_data.errors import UserError
 from minimind_data.files import (
+    DamagedFileError,
     FolderLock,
     fsync_folder,
     is_disk_full,
@@ -41,7 +42,10 @@ from minimind_data.files import (
 )
 from minimind_data.inputs.discovery import source_of
 from minimind_data.inputs.sources import STDIN, Source, spool
+from minimind_data.json_fields import BESIDE, FieldError, FileName, read_fields
 from minimind_data.reporting import Progress
+
+_T = TypeVar("_T")
 
 WORK_FOLDER_NAME = ".mm-build"
 STDIN_NAME = "stdin"
@@ -61,27 +65,16 @@ class CannotWriteError(UserError):
 class Plan:
     """What `plan.json` says: what the build makes, and of what."""
 
-    recipe: Recipe
+    recipe: Annotated[Recipe, BESIDE]
     inputs: tuple[Source, ...]
     """Where the inputs lie, so that `mm-data commit` finds them from any working directory."""
-    shards: tuple[str, ...]
+    shards: tuple[FileName, ...]
     """Names of the shards that this build, or a dataset before it, may have made, in alphabetical order."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that stands in `plan.json`: what the recipe says stands beside the rest."""
         inputs = [asdict(source) for source in self.inputs]
         return {**self.recipe.to_json(), "inputs": inputs, "shards": list(self.shards)}
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Self:
-        """Read such an object."""
-        recipe = dict(content)
-        inputs, shards = recipe.pop("inputs"), recipe.pop("shards")
-        return cls(
-            recipe=Recipe.from_json(recipe),
-            inputs=tuple(Source(**source) for source in inputs),
-            shards=tuple(shards),
-        )
 
 
 class WorkFolder:
@@ -191,10 +184,9 @@ class WorkFolder:
             f"delete {self.path} and run the command that began this build again, which makes all splits anew"
         )
         try:
-            content = read_checked(self.path / PLAN_NAME, key=_CHECKSUM, remedy=remedy)
+            return _read(Plan, self.path / PLAN_NAME, remedy)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return Plan.from_json(content)
 
     def write_result(self, result: SplitResult) -> None:
         """Put down that a split is made."""
@@ -207,11 +199,14 @@ class WorkFolder:
             UserError: the file is damaged.
         """
         remedy = "delete it and run the command that made this split again, which makes it anew"
+        path = self.path / f"{name}{_RESULT_SUFFIX}"
         try:
-            content = read_checked(self.path / f"{name}{_RESULT_SUFFIX}", key=_CHECKSUM, remedy=remedy)
+            result = _read(SplitResult, path, remedy)
         except FileNotFoundError:
             return None
-        return SplitResult.from_json(content)
+        if result.name != name:
+            raise DamagedFileError.of(path, f"it is of shard {result.name!r}", remedy)
+        return result
 
     def read_hashes(self, tasks: Sequence[SplitTask]) -> list[bytes]:
         """Return the hashes of the texts of each split."""
@@ -254,6 +249,15 @@ class WorkFolder:
         (self.path / PLAN_NAME).unlink(missing_ok=True)  # last: it says which shards may be stale
         for path in self.path.glob(f"{_LOCK_NAME}-*"):
             path.unlink()
+
+
+def _read(cls: type[_T], path: Path, remedy: str) -> _T:
+    """Read what `write_checked` wrote, every field held against its annotation."""
+    content = read_checked(path, key=_CHECKSUM, remedy=remedy)
+    try:
+        return read_fields(cls, content)
+    except FieldError as error:
+        raise DamagedFileError.of(path, str(error), remedy) from None
 
 
 def spooled(work: WorkFolder, options: TokenizeOptions, progress: Progress) -> Source:

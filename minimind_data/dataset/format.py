@@ -30,18 +30,27 @@ Source of the shard layout: Megatron-LM, megatron/core/datasets/indexed_dataset.
 """
 
 import struct
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minimind_data.errors import UserError
 from minimind_data.files import checked_json, checksum_of_json, read_checked
+from minimind_data.json_fields import (
+    BESIDE,
+    MAX_COUNT,
+    Count,
+    Digest,
+    FieldError,
+    FileName,
+    FiniteJson,
+    Rule,
+    read_fields,
+)
 from minimind_data.reporting import counted
-
-_T = TypeVar("_T")
 
 FORMAT_VERSION = 1
 
@@ -56,6 +65,7 @@ VALIDATION_NAME = "val"
 
 REMAKE = "delete the shard's .bin and .idx and run the same `mm-data tokenize` again: it makes only what is missing"
 REMAKE_ALL = f"delete {MANIFEST_NAME} and run the same `mm-data tokenize` again: it makes everything anew"
+RENEW = f"get the dataset again, or {REMAKE_ALL}"
 RESTORE = "run the same `mm-data tokenize` again: it restores the file"
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
@@ -176,13 +186,15 @@ def index_bytes(header: IndexHeader, lengths: NDArray[np.int64], document_starts
 class TokenizerInfo:
     """The vocabulary that gives the ids of a dataset their meaning."""
 
-    sha256: str
+    sha256: Digest
     """SHA-256 of tokenizer.json, in hexadecimal digits as all checksums of a manifest."""
-    vocab_size: int
+    vocab_size: Annotated[
+        int, Rule(f"a number from 1 to {MAX_VOCABULARY:,}", lambda size: 1 <= size <= MAX_VOCABULARY)
+    ]
     """The largest id plus one: the rows of an embedding table."""
-    bos_id: int
-    eos_id: int
-    pad_id: int
+    bos_id: Count
+    eos_id: Count
+    pad_id: Count
 
     @property
     def summary(self) -> str:
@@ -201,9 +213,9 @@ class InputEntry:
 
     path: str
     """As the user wrote it, without credentials; `-` for standard input."""
-    bytes: int
+    bytes: Count
     """Size of the file as it is stored, compressed or not."""
-    sha256: str
+    sha256: Digest
     form: str = "jsonl"
     """`jsonl`, `parquet` or `text`; for a dataset that was converted, the format that it was converted from."""
 
@@ -212,16 +224,16 @@ class InputEntry:
 class WrittenShard:
     """Counts, sizes and checksums of the files of a shard."""
 
-    documents: int
-    sequences: int
-    tokens: int
-    bytes: int
+    documents: Count
+    sequences: Count
+    tokens: Count
+    bytes: Count
     """Size of the .bin file."""
-    sha256: str
+    sha256: Digest
     """SHA-256 of the .bin file."""
-    index_sha256: str
+    index_sha256: Digest
     """SHA-256 of the .idx file."""
-    mask_sha256: str = ""
+    mask_sha256: Digest = ""
     """SHA-256 of the .mask file; empty where there is none."""
 
     def file_sizes(self) -> dict[str, int]:
@@ -234,31 +246,31 @@ class WrittenShard:
 class ShardOrigin:
     """The part of the inputs that a shard was made of, and how many of its records made no document."""
 
-    input: int
+    input: Count
     """The index, in the manifest, of the input that the documents came from; of the first one, where small files share a shard."""
-    input_start: int
+    input_start: Count
     """The first byte of this part in the decompressed input; in Parquet, the first row group."""
-    input_stop: int
+    input_stop: Count
     """The byte, or the row group, behind the last one."""
-    input_sha256: str
+    input_sha256: Digest
     """SHA-256 of those bytes; in Parquet, of the fields that were read."""
-    inputs: int = 1
+    inputs: Count = 1
     """How many inputs the shard holds, from `input` on."""
-    first_line: int = 0
+    first_line: Count = 0
     """How many records of the input come before this part."""
-    lines: int = 0
+    lines: Count = 0
     """How many records it has, with those that made no document."""
-    empty_texts: int = 0
+    empty_texts: Count = 0
     """Records whose text is empty."""
-    set_aside: int = 0
+    set_aside: Count = 0
     """Bad records."""
-    duplicates: int = 0
+    duplicates: Count = 0
     """Documents with the text of an earlier one."""
-    duplicates_sha256: str = ""
+    duplicates_sha256: Digest = ""
     """SHA-256 of the numbers of those documents, as little-endian int32; empty where duplicates were kept."""
-    different_prompts: int = 0
+    different_prompts: Count = 0
     """Pairs whose two conversations do not begin with the same prompt."""
-    unlearned: int = 0
+    unlearned: Count = 0
     """Conversations with an answer that is not learned, because its first or last token also covers text around it."""
 
 
@@ -266,9 +278,9 @@ class ShardOrigin:
 class ShardEntry:
     """One shard: its name, its files, and what they were made of. In `manifest.json` all of that is one flat object."""
 
-    name: str
-    written: WrittenShard
-    origin: ShardOrigin
+    name: FileName
+    written: Annotated[WrittenShard, BESIDE]
+    origin: Annotated[ShardOrigin, BESIDE]
 
     def moved_by(self, inputs_before: int) -> Self:
         """Return the entry for a manifest in which so many other inputs come before those of this one."""
@@ -277,27 +289,6 @@ class ShardEntry:
     def to_json(self) -> dict[str, Any]:
         """Return its object in `manifest.json`."""
         return _optional_last({"name": self.name, **asdict(self.written), **asdict(self.origin)})
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Self:
-        """Read its object in `manifest.json`.
-
-        Raises:
-            KeyError, TypeError: the object lacks a key, or has one that it should not have.
-        """
-        rest = dict(content)
-        name, written = rest.pop("name"), take_fields(WrittenShard, rest)
-        return cls(name=name, written=written, origin=ShardOrigin(**rest))
-
-
-def take_fields(cls: type[_T], content: dict[str, Any]) -> _T:
-    """Make a dataclass of the items of `content` that are named as its fields, and remove these items.
-
-    Raises:
-        TypeError: a field without a default is missing.
-    """
-    names = [field.name for field in fields(cls) if field.name in content]  # type: ignore[arg-type]
-    return cls(**{name: content.pop(name) for name in names})
 
 
 def _optional_last(content: dict[str, Any]) -> dict[str, Any]:
@@ -312,19 +303,19 @@ class Manifest:
     kind: Kind
     dtype: TokenDtype
     tokenizer: TokenizerInfo
-    options: dict[str, Any]
+    options: dict[str, FiniteJson]
     """The options that decided the tokens (such as the field the text was in) or where shards end."""
     inputs: tuple[InputEntry, ...]
     shards: tuple[ShardEntry, ...]
-    empty_texts: int = 0
+    empty_texts: Count = 0
     """Records whose text is empty, which made no document."""
-    set_aside: int = 0
+    set_aside: Count = 0
     """Bad records, which made no document."""
-    duplicates: int = 0
+    duplicates: Count = 0
     """Documents that were left out because an earlier one has the same text."""
-    set_aside_sha256: str | None = None
+    set_aside_sha256: Digest | None = None
     """SHA-256 of set-aside.jsonl, the file of the bad records; None where there are none."""
-    tokenizer_config_sha256: str | None = None
+    tokenizer_config_sha256: Digest | None = None
     """SHA-256 of tokenizer_config.json; None where the tokenizer has no chat template."""
     format_version: int = FORMAT_VERSION
 
@@ -413,20 +404,39 @@ class Manifest:
             ) from None
         except UserError as error:
             raise FormatError(error.what, where=error.where, remedy=error.remedy) from None
+        fingerprint = content.pop("fingerprint", None)
         try:
-            fingerprint = content.pop("fingerprint")
-            manifest = cls(
-                **{
-                    **content,
-                    "tokenizer": TokenizerInfo(**content["tokenizer"]),
-                    "inputs": tuple(InputEntry(**entry) for entry in content["inputs"]),
-                    "shards": tuple(ShardEntry.from_json(entry) for entry in content["shards"]),
-                }
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise FormatError(
-                f"not a manifest of this program ({error!r})", where=path, remedy=REMAKE_ALL
-            ) from None
-        if manifest.fingerprint != fingerprint or manifest.dtype not in DTYPE_CODES:
+            manifest = read_fields(cls, content)
+        except FieldError as error:
+            raise FormatError(f"not a manifest of this program ({error})", where=path, remedy=RENEW) from None
+        if contradiction := _contradiction(manifest):
+            raise FormatError(f"contradicts itself ({contradiction})", where=path, remedy=RENEW)
+        if manifest.fingerprint != fingerprint:
             raise FormatError("its fingerprint does not fit its content", where=path, remedy=REMAKE_ALL)
         return manifest
+
+
+def _contradiction(manifest: Manifest) -> str | None:
+    """Return a clause on two facts that cannot both be true of a dataset, or None."""
+    if max(manifest.tokenizer.special_ids) >= manifest.tokenizer.vocab_size:
+        return f"special tokens {manifest.tokenizer.special_ids} in a vocabulary of {manifest.tokenizer.vocab_size:,}"
+    item = numpy_dtype(manifest.dtype).itemsize
+    names: set[str] = set()
+    for shard in manifest.shards:
+        written, origin = shard.written, shard.origin
+        if shard.name in names:
+            return f"two shards are called {shard.name!r}"
+        names.add(shard.name)
+        if written.bytes != item * written.tokens:
+            return (
+                f"shard {shard.name} has {written.tokens:,} tokens of {item} bytes in {written.bytes:,} bytes"
+            )
+        if written.sequences != manifest.sequences_per_document * written.documents:
+            return f"shard {shard.name} has {written.sequences:,} sequences in {written.documents:,} documents of {manifest.kind}"
+        if bool(written.mask_sha256) != manifest.has_masks:
+            return f"shard {shard.name} has {'a' if written.mask_sha256 else 'no'} mask, and the kind is {manifest.kind}"
+        if origin.input + origin.inputs > len(manifest.inputs):
+            return f"shard {shard.name} is of input {origin.input + origin.inputs - 1}, and there are {len(manifest.inputs)}"
+    if manifest.num_bytes > MAX_COUNT:
+        return f"its shards have {manifest.num_bytes:,} bytes together"
+    return None

@@ -36,6 +36,10 @@ def _opened(path: Path, expected_bytes: int) -> Iterator[int]:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         raise FormatError("missing", where=path, remedy=REMAKE) from None
+    except OSError as error:
+        raise FormatError(
+            f"cannot be opened ({error.strerror})", where=path, remedy=f"mend that, or {REMAKE}"
+        ) from None
     try:
         size = os.fstat(descriptor).st_size
         if size != expected_bytes:

@@ -19,6 +19,7 @@ from minimind_data.inputs import stores
 from minimind_data.inputs.delimited import BYTE_ORDER_MARK
 from minimind_data.inputs.forms import AUTO, FORMS, FormChoice, titles
 from minimind_data.inputs.sources import STDIN, Compression, Source
+from minimind_data.json_fields import as_file_name
 
 _COMPRESSIONS: dict[bytes, Compression] = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _COMPRESSION_SUFFIXES = (".gz", ".gzip", ".zst", ".zstd")
@@ -166,7 +167,7 @@ def stem_of(source: Source) -> str:
             if name.lower().endswith(suffix) and len(name) > len(suffix):
                 name = name[: -len(suffix)]
                 break
-    return name.encode()[:_MAX_STEM_BYTES].decode(errors="ignore")
+    return as_file_name(name.encode()[:_MAX_STEM_BYTES].decode(errors="ignore"))
 
 
 def _files_of(one: str, form: FormChoice) -> tuple[list[str], list[str]]:

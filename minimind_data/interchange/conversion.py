@@ -35,6 +35,7 @@ from minimind_data.inputs.hashes import InputHashes
 from minimind_data.inputs.sources import Source
 from minimind_data.interchange.base import Part, ReadOptions, TokenFiles, TokenFormat, WriteOptions
 from minimind_data.interchange.formats import ALIASES, FORMAT_NAMES, FORMATS, SHARDS, detect
+from minimind_data.json_fields import as_file_name
 from minimind_data.options import as_paths, parse_size
 from minimind_data.reporting import Progress, Report, no_progress
 from minimind_data.tokenizer.loading import SpecialTokens, Tokenizer, load_tokenizer
@@ -170,7 +171,7 @@ class _Import:
         self._tokenizer, self._options, self._folder = tokenizer, options, folder
         self._separator_id = separator_id
         self._dtype = dtype_for(tokenizer.info.vocab_size)
-        self._names = unique_names([path.stem for path in files.token_files])
+        self._names = unique_names([as_file_name(path.stem) for path in files.token_files])
         self._num_shards = [0] * len(files.token_files)
         self._entries: list[ShardEntry] = []
         self._bos_added = self._eos_added = self._empty = 0
