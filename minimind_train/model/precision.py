@@ -7,10 +7,11 @@ fp16.
 import math
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
+from minimind_data.json_fields import Count, FieldError, Rule, read_fields
 from minimind_train.model.config import Dtype
 
 _TF32_CAPABILITY = (8, 0)
@@ -56,10 +57,10 @@ class LossScale:
     scaler of their own. The scale is a power of two, so that scaling does not round.
     """
 
-    value: float = 2.0**16
-    steady_steps: int = 0
+    value: Annotated[float, Rule("more than 0", lambda value: value > 0)] = 2.0**16
+    steady_steps: Count = 0
     """Steps without overflow since the scale last changed."""
-    skipped_steps: int = 0
+    skipped_steps: Count = 0
     """Steps of the whole run that changed no weight."""
 
     def skips(self, loss: float, grad_norm: float) -> bool:
@@ -81,6 +82,15 @@ class LossScale:
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint; `LossScale(**state)` restores it."""
         return asdict(self)
+
+    @classmethod
+    def is_state(cls, state: dict[str, Any]) -> bool:
+        """Tell whether `state` is what `state_dict` returns."""
+        try:
+            read_fields(cls, state)
+        except FieldError:
+            return False
+        return True
 
 
 def _cpu_multiplies_bf16() -> bool:

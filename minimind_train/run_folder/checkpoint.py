@@ -20,10 +20,10 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -41,6 +41,18 @@ from minimind_data.files import (
     sha256_of,
     write_checked,
 )
+from minimind_data.json_fields import (
+    BESIDE,
+    Count,
+    Digest,
+    FieldError,
+    FileName,
+    Key,
+    Rule,
+    read_fields,
+    shown,
+)
+from minimind_train.model.precision import LossScale
 from minimind_train.parallel.world import ALONE, World
 from minimind_train.run_folder.record import CHECKPOINTS_NAME
 from minimind_train.run_folder.tensors import (
@@ -56,8 +68,7 @@ FORMAT_VERSION = 2  # 1 did not count the lines of metrics
 STATE_NAME = "state.json"
 _CHECKSUM = "sha256"
 
-_KEYS = {"position": "cursor"}
-"""Fields of a `CheckpointState` that state.json calls otherwise."""
+_POSITION_KEY = "cursor"
 
 _NAME = re.compile(r"step-(\d{9,})")
 
@@ -82,19 +93,19 @@ class GoneCheckpointError(UserError):
 class CheckpointState:
     """The contents of a checkpoint besides its tensors."""
 
-    step: int
+    step: Count
     """Completed optimizer steps."""
-    position: int
+    position: Annotated[Count, Key(_POSITION_KEY)]
     """Samples consumed by these steps: the position of the next sample. In state.json it is called `cursor`."""
     config: dict[str, Any]
     """The run's options, resolved."""
     dataset: str
     """Fingerprint of the dataset."""
-    metrics_lines: int
+    metrics_lines: Count
     """The number of lines in metrics.jsonl; it does not follow from the step, as `log_every` may have changed."""
-    loss_scale: dict[str, Any] | None = None
+    loss_scale: Annotated[dict[str, Any], Rule("the state of a loss scale", LossScale.is_state)] | None = None
     """In fp16 the state of its `LossScale`."""
-    skipped_steps: int = 0
+    skipped_steps: Count = 0
     """Steps so far whose loss or gradient was not finite, and which therefore changed no weight."""
     val_loss: float | None = None
     """The validation loss after this step, where it was measured."""
@@ -103,11 +114,29 @@ class CheckpointState:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _FileEntry:
+    """What state.json says of another file of the checkpoint."""
+
+    bytes: Count
+    sha256: Digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StateFile:
+    """The contents of state.json."""
+
+    state: Annotated[CheckpointState, BESIDE]
+    files: dict[FileName, _FileEntry]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A checkpoint on disk whose checksums have just been verified."""
 
     folder: Path
     state: CheckpointState
+    files: tuple[str, ...]
+    """Its files of tensors, as state.json lists them; what else lies in the folder is not looked at."""
 
     def restore(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
         """Load the weights into a model, and the state into an optimizer if one is given, bit for bit.
@@ -117,21 +146,22 @@ class Checkpoint:
             UserError: the model is not the one that was saved.
         """
         try:
-            weights = self._stored(MODEL_NAME)
+            weights = StoredTensors(self.folder / name for name in _parts_of(MODEL_NAME, self.files))
             put_weights(self.folder, model, weights)
             if optimizer is not None:
-                put_optimizer_state(optimizer, model, self._stored(OPTIMIZER_NAME))
+                stored = StoredTensors(self.folder / name for name in _parts_of(OPTIMIZER_NAME, self.files))
+                put_optimizer_state(optimizer, model, stored)
         except (OSError, SafetensorError):
             if self.folder.exists():
                 raise
             raise GoneCheckpointError(self.folder) from None
 
-    def _stored(self, name: str) -> StoredTensors:
-        stem, _, suffix = name.rpartition(".")
-        files = [*self.folder.glob(name), *self.folder.glob(f"{stem}-*-of-*.{suffix}")]
-        if not files:
-            raise FileNotFoundError(self.folder / name)
-        return StoredTensors(files)
+
+def _parts_of(name: str, files: Iterable[str]) -> list[str]:
+    """Return the files among these that are `name`, or the parts of it that ranks wrote, in order."""
+    stem, _, suffix = name.rpartition(".")
+    part = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+)?\.{re.escape(suffix)}")
+    return sorted(file for file in files if part.fullmatch(file))
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -228,7 +258,7 @@ def best_of(
         if last_step is not None and step > last_step:
             break
         with contextlib.suppress(UserError, OSError):  # damaged or gone, so it cannot be used
-            state = _state_in(folder_of(run, step))
+            state, _ = _state_in(folder_of(run, step))
             if state.val_loss is not None:
                 measured.append((state.val_loss, state))
     if not measured:
@@ -302,7 +332,8 @@ def load_latest(run: Path, on_damaged: Callable[[str], None]) -> Checkpoint | No
 def _verified(run: Path, step: int) -> Checkpoint:
     folder = folder_of(run, step)
     try:
-        return Checkpoint(folder=folder, state=_state_in(folder, with_files=True))
+        state, files = _state_in(folder, with_files=True)
+        return Checkpoint(folder=folder, state=state, files=files)
     except DamagedCheckpointError:
         if folder.exists():
             raise
@@ -325,44 +356,51 @@ def _write(folder: Path, tensors: Tensors, between_files: Callable[[], object]) 
 
 def _write_state(folder: Path, state: CheckpointState, files: dict[str, Any]) -> None:
     # In the order of the fields, each under its name on disk.
-    content = {_KEYS.get(name, name): value for name, value in asdict(state).items()}
+    content = {_POSITION_KEY if name == "position" else name: value for name, value in asdict(state).items()}
     content = {"format_version": FORMAT_VERSION, **content, "files": files}
     write_checked(folder / STATE_NAME, content, key=_CHECKSUM)
     for name in files:  # safetensors lets nobody else read its files; they get the rights of a usual one
         shutil.copymode(folder / STATE_NAME, folder / name)
 
 
-def _state_in(folder: Path, *, with_files: bool = False) -> CheckpointState:
-    """Read state.json and verify its checksum, and if asked for those of the other files."""
+def _state_in(folder: Path, *, with_files: bool = False) -> tuple[CheckpointState, tuple[str, ...]]:
+    """Read state.json and verify its checksum, and if asked for those of the other files; return their names too."""
     try:
         content = read_checked(folder / STATE_NAME, key=_CHECKSUM)
-        problem = _problem(folder, content["files"]) if with_files else None
-        version = content["format_version"]
-        if problem is None and version == FORMAT_VERSION:
-            keys = {field.name: _KEYS.get(field.name, field.name) for field in fields(CheckpointState)}
-            return CheckpointState(**{name: content[key] for name, key in keys.items() if key in content})
+        version = content.get("format_version")
+        if version is not None and version != FORMAT_VERSION:
+            raise UserError(
+                f"checkpoint {folder} is of format {shown(version)}; this program reads format {FORMAT_VERSION}"
+            )
+        file = read_fields(_StateFile, content, ignore_unknown=True)
+        problem = None
+        if folder_of(folder.parents[1], file.state.step) != folder:
+            problem = f"{STATE_NAME} is of step {file.state.step}"
+        elif with_files:
+            problem = _problem(folder, file.files)
+        if problem is None:
+            return file.state, tuple(file.files)
     except PermissionError:
         raise  # it is not damaged, and must not be deleted
     except OSError as error:
         problem = f"{Path(error.filename or folder).name}: {error.strerror}"
     except DamagedFileError as error:
         problem = f"{STATE_NAME}: {error.problem}"
-    except (KeyError, TypeError, AttributeError):
-        problem = f"{STATE_NAME} is not one of this program's"
-    if problem is None:
-        raise UserError(
-            f"checkpoint {folder} is of format {version}; this program reads format {FORMAT_VERSION}"
-        )
+    except FieldError as error:
+        problem = f"{STATE_NAME}: {error}"
     raise DamagedCheckpointError(f"checkpoint {folder} is damaged ({problem})")
 
 
-def _problem(folder: Path, files: dict[str, Any]) -> str | None:
+def _problem(folder: Path, files: dict[str, _FileEntry]) -> str | None:
     """Return a clause on the first file that is damaged, or None."""
+    for name in (MODEL_NAME, OPTIMIZER_NAME):
+        if not _parts_of(name, files):
+            return f"{STATE_NAME} lists no {name}"
     for name, entry in files.items():
         num_bytes = (folder / name).stat().st_size
-        if num_bytes != entry["bytes"]:
-            return f"{name} has {num_bytes} bytes instead of {entry['bytes']}"
-        if sha256_of(folder / name) != entry["sha256"]:
+        if num_bytes != entry.bytes:
+            return f"{name} has {num_bytes} bytes instead of {entry.bytes}"
+        if sha256_of(folder / name) != entry.sha256:
             return f"{name} does not fit its checksum"
     return None
 
