@@ -236,7 +236,9 @@ class FolderLock:
                     raise
                 folder = self._path.parent
                 raise UserError(
-                    f"{folder}: cannot be written ({error.strerror}); make it writable, or take another folder"
+                    f"cannot be written ({error.strerror})",
+                    where=folder,
+                    remedy="make it writable, or take another folder",
                 ) from None
             try:
                 fcntl.flock(descriptor, self._kind | fcntl.LOCK_NB)

@@ -189,8 +189,8 @@ class _Run:
             if (module := _MISSING_MODULE.search(str(error))) is not None:  # before a task of ours could look
                 node = _NODE.search(str(error))
                 raise UserError(
-                    f"node {node[1] if node else 'unknown'} has no Python module {module[1]}; install minimind-pipeline, the same "
-                    "version, on all nodes of the Ray cluster"
+                    f"node {node[1] if node else 'unknown'} has no Python module {module[1]}",
+                    remedy="install minimind-pipeline, the same version, on all nodes of the Ray cluster",
                 ) from None
             raise RuntimeError(f"a worker failed:\n{error}") from None
         except RayError as error:
@@ -265,14 +265,15 @@ def _check(shared: _Shared, task: SplitTask, node: str) -> None:
         for name, here in _versions().items()
         if here != shared.versions[name]
     ]:
-        raise UserError(f"node {node} has {', '.join(different)}; install the same on all nodes")
+        raise UserError(f"node {node} has {', '.join(different)}", remedy="install the same on all nodes")
     if shared.folder is not None:
         try:
             os.chdir(shared.folder)
         except OSError:
             raise UserError(
-                f"{shared.folder}: node {node} does not see this folder, which {shared_by_all}; or name all files by their full "
-                "paths"
+                f"node {node} does not see this folder, which {shared_by_all}; or name all files by their "
+                "full paths",
+                where=shared.folder,
             ) from None
     try:
         is_same_folder = shared.token_path.read_text() == shared.token
@@ -292,7 +293,7 @@ def _check(shared: _Shared, task: SplitTask, node: str) -> None:
             is_same_file = False
         if not is_same_file:
             raise UserError(
-                f"{source.name}: node {node} does not see this file as it is; inputs {shared_by_all}"
+                f"node {node} does not see this file as it is; inputs {shared_by_all}", where=source.name
             )
 
 
@@ -349,8 +350,8 @@ def _connected() -> Iterator[None]:
         except (RayError, ConnectionError, OSError, RuntimeError, ValueError) as error:
             message = str(error).strip() or type(error).__name__
             raise UserError(
-                f"the Ray cluster at {address} cannot be joined ({message.splitlines()[0]}); run this on a node of it, with the same "
-                "versions of Ray and Python"
+                f"the Ray cluster at {address} cannot be joined ({message.splitlines()[0]})",
+                remedy="run this on a node of it, with the same versions of Ray and Python",
             ) from None
         finally:
             if is_main_thread:  # Ray takes it over, and would turn it into an exit status of its own
@@ -386,6 +387,7 @@ def _cluster_address() -> str:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
     except (OSError, ValueError, OverflowError) as error:
         raise UserError(
-            f"no Ray cluster answers at {address} ({error}); begin it, or set RAY_ADDRESS to HOST:PORT of one that runs"
+            f"no Ray cluster answers at {address} ({error})",
+            remedy="begin it, or set RAY_ADDRESS to HOST:PORT of one that runs",
         ) from None
     return address

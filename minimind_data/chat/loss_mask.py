@@ -60,7 +60,7 @@ def find_answer_marks(tokenizer: Tokenizer, template: ChatTemplate) -> AnswerMar
         probe = _Probe(tokenizer, text)
         prompts = [render_chat(template, messages[:1], add_generation_prompt=flag) for flag in (True, False)]
     except RenderError as error:
-        raise UserError(f"{error} on a plain conversation of four turns; {_REMEDY}") from None
+        raise UserError(f"{error} on a plain conversation of four turns", remedy=_REMEDY) from None
     if all(part in text for part in (*_ASKED, *_ANSWERED)):
         prompt = prompts[0].removeprefix(prompts[1]) if prompts[0].startswith(prompts[1]) else ""
         for opens, closes in itertools.product(probe.openings(prompt), probe.closings()):
@@ -68,8 +68,9 @@ def find_answer_marks(tokenizer: Tokenizer, template: ChatTemplate) -> AnswerMar
             if probe.fits(marks):
                 return marks
     raise UserError(
-        "the chat template sets the assistant's turns off by no special tokens of this tokenizer, so which tokens are targets "
-        f"cannot be told; {_REMEDY}"
+        "the chat template sets the assistant's turns off by no special tokens of this tokenizer, so "
+        "which tokens are targets cannot be told",
+        remedy=_REMEDY,
     )
 
 

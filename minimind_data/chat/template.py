@@ -105,7 +105,7 @@ def chat_template_of(path: Path | str | None, file: Path | None = None) -> ChatT
     except FileNotFoundError:
         config = {}
     except ValueError as error:
-        raise UserError(f"{config_path}: not JSON ({error})") from None
+        raise UserError(f"not JSON ({error})", where=config_path) from None
     if not isinstance(config, dict):
         config = {}
     if file is not None or (folder / TEMPLATE_NAME).is_file():
@@ -137,13 +137,15 @@ def _read_template(path: Path, config: Mapping[str, Any]) -> ChatTemplate:
             option="chat_template",
         ) from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: no UTF-8 ({error.reason} at byte {error.start})") from None
+        raise UserError(f"no UTF-8 ({error.reason} at byte {error.start})", where=path) from None
     return _checked(text, config, path)
 
 
 def _checked(text: object, config: Mapping[str, Any], path: Path) -> ChatTemplate:
     if not isinstance(text, str):
-        raise UserError(f"{path}: its chat template is no text; put one into {TEMPLATE_NAME} beside it")
+        raise UserError(
+            "its chat template is no text", where=path, remedy=f"put one into {TEMPLATE_NAME} beside it"
+        )
     special: list[tuple[str, Any]] = [
         (name, _plain_token(config[name])) for name in _SPECIAL_NAMES if config.get(name) is not None
     ]
@@ -153,7 +155,7 @@ def _checked(text: object, config: Mapping[str, Any], path: Path) -> ChatTemplat
     try:
         _environment().parse(text)
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"{path}: its chat template is no Jinja (line {error.lineno}: {error})") from None
+        raise UserError(f"its chat template is no Jinja (line {error.lineno}: {error})", where=path) from None
     return ChatTemplate(text=text, special_tokens=tuple(special))
 
 

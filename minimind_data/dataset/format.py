@@ -400,7 +400,7 @@ class Manifest:
             content = read_checked(path, key=_CHECKSUM, remedy=REMAKE_ALL, version=FORMAT_VERSION)
         except (FileNotFoundError, NotADirectoryError):
             raise FormatError(
-                f"{folder}: no dataset (no {MANIFEST_NAME}); make one with `mm-data tokenize`"
+                f"no dataset (no {MANIFEST_NAME})", where=folder, remedy="make one with `mm-data tokenize`"
             ) from None
         except UserError as error:
             raise FormatError(error.what, where=error.where, remedy=error.remedy) from None

@@ -297,7 +297,9 @@ class ShardSet:
         if index is None:
             names = list(self._index_by_name)
             some = ", ".join(names[:3]) + (f", … {names[-1]}" if len(names) > 3 else "")
-            raise UserError(f"{self.folder}: no shard named {name!r}; its {len(names)} shards are {some}")
+            raise UserError(
+                f"no shard named {name!r}", where=self.folder, remedy=f"its {len(names)} shards are {some}"
+            )
         return index
 
     def token_at(self, name: str, offset: int) -> int:

@@ -57,7 +57,7 @@ def find_sources(inputs: Sequence[str], form: FormChoice = AUTO) -> tuple[list[S
     for one in inputs:
         if one == STDIN:
             raise UserError(
-                "-: standard input can be read once, and by tokenize alone; save it to a file first"
+                "-: standard input can be read once, and by tokenize alone", remedy="save it to a file first"
             )
         files, left_out = _files_of(one, form)
         if left_out:
@@ -69,7 +69,8 @@ def find_sources(inputs: Sequence[str], form: FormChoice = AUTO) -> tuple[list[S
             key = _shown(location) if stores.is_uri(location) else os.path.realpath(location)
             if key in taken:
                 raise UserError(
-                    f"{_shown(location)}: named twice (by {taken[key]} and by {_shown(one)}); its documents would be doubled"
+                    f"named twice (by {taken[key]} and by {_shown(one)}); its documents would be doubled",
+                    where=_shown(location),
                 )
             taken[key] = _shown(one)
             sources.append(source_of(location, form))
@@ -92,12 +93,12 @@ def source_of(location: str, form: FormChoice = AUTO, *, name: str | None = None
     with source.open() as file:
         head = file.read(_HEAD_BYTES)
     if not head:
-        raise UserError(f"{source.name}: the file is empty; there is nothing to tokenize")
+        raise UserError("the file is empty; there is nothing to tokenize", where=source.name)
     try:
         source.name.encode()
     except UnicodeEncodeError:
         raise UserError(
-            f"{source.name}: the name is no UTF-8, so a manifest cannot hold it; rename the file"
+            "the name is no UTF-8, so a manifest cannot hold it", where=source.name, remedy="rename the file"
         ) from None
     compression = next((kind for magic, kind in _COMPRESSIONS.items() if head.startswith(magic)), None)
     if compression is not None:
@@ -106,7 +107,7 @@ def source_of(location: str, form: FormChoice = AUTO, *, name: str | None = None
             head = text.read(_HEAD_BYTES)
         if not head:
             raise UserError(
-                f"{source.name}: nothing is in it once decompressed; there is nothing to tokenize"
+                "nothing is in it once decompressed; there is nothing to tokenize", where=source.name
             )
     return replace(source, form=_form_in(source, head, form))
 
@@ -120,10 +121,14 @@ def _form_in(source: Source, head: bytes, choice: FormChoice) -> str:
     if by_magic is None:
         other = next((kind for magic, kind in _OTHER_MAGICS.items() if head.startswith(magic)), None)
         if other is not None:
-            raise UserError(f"{name}: a {other} file; unpack it, or write it as {titles(joined_by='or')}")
+            raise UserError(
+                f"a {other} file", where=name, remedy=f"unpack it, or write it as {titles(joined_by='or')}"
+            )
     elif source.compression is not None and not FORMS[by_magic].may_be_compressed:
         title = FORMS[by_magic].title
-        raise UserError(f"{name}: a compressed {title} file; decompress it, for {title} is read in parts")
+        raise UserError(
+            f"a compressed {title} file", where=name, remedy=f"decompress it, for {title} is read in parts"
+        )
     elif choice in (AUTO, by_magic):
         return by_magic
     form = _form_by_name(name) or _form_by_start(head) if choice == AUTO else choice
@@ -135,10 +140,10 @@ def _form_in(source: Source, head: bytes, choice: FormChoice) -> str:
     if entry.magic:
         magic = entry.magic.decode()
         raise UserError(
-            f"{name}: no {entry.title} file, whatever its name says (it should begin with {magic})"
+            f"no {entry.title} file, whatever its name says (it should begin with {magic})", where=name
         )
     if why := entry.objection(head):
-        raise UserError(f"{name}: {why}")
+        raise UserError(why, where=name)
     return form
 
 
@@ -182,12 +187,14 @@ def _files_of(one: str, form: FormChoice) -> tuple[list[str], list[str]]:
         if not path.exists() and _GLOB.search(one):
             matches = sorted(match for match in glob.glob(one, recursive=True) if not Path(match).is_dir())  # noqa: PTH207 - from cwd or root
             if not matches:
-                raise UserError(f"{one}: no file matches")
+                raise UserError("no file matches", where=one)
             return matches, []
     except OSError as error:
         where = error.filename if isinstance(error.filename, str) else one
         raise UserError(
-            f"{where}: cannot be looked into ({error.strerror}); mend that, or name the files that matter"
+            f"cannot be looked into ({error.strerror})",
+            where=where,
+            remedy="mend that, or name the files that matter",
         ) from None
     return [one], []
 
@@ -224,7 +231,8 @@ def _of_known_form(folder: str, files: list[str], form: FormChoice) -> tuple[lis
         left_out = [file for file in files if not _form_by_name(_shown(file))]
     if not known:
         raise UserError(
-            f"{_shown(folder)}: a folder without any file of a known form ({', '.join(sorted(_SUFFIXES))}, also .gz or .zst)"
+            f"a folder without any file of a known form ({', '.join(sorted(_SUFFIXES))}, also .gz or .zst)",
+            where=_shown(folder),
         )
     return known, left_out
 
@@ -240,8 +248,10 @@ def _check_is_file(source: Source) -> None:
     name, path = source.name, Path(source.location)
     with contextlib.suppress(OSError):  # opening it will say
         if path.is_dir():
-            raise UserError(f"{name}: a folder, where a file is needed")
+            raise UserError("a folder, where a file is needed", where=name)
         if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
             raise UserError(
-                f"{name}: a pipe or a device, which cannot be read twice; save it to a file, or pipe it into `-`"
+                "a pipe or a device, which cannot be read twice",
+                where=name,
+                remedy="save it to a file, or pipe it into `-`",
             )

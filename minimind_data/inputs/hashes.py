@@ -38,7 +38,9 @@ class InputHashes:
             with source.reading():
                 if source.stamp() != stamp:
                     raise UserError(
-                        f"{source.name}: was changed while it was being read; run the same command again"
+                        "was changed while it was being read",
+                        where=source.name,
+                        remedy="run the same command again",
                     )
         return tuple(
             InputEntry(path=source.name, bytes=stamp[0], sha256=digest, form=source.form)

@@ -147,7 +147,9 @@ class LineReader:
                 elif len(data) > MAX_LINE_BYTES:
                     line = self._num_before() + self.num_lines + 1
                     raise UserError(
-                        f"{self._source.name}:{line}: a record of over {MAX_LINE_BYTES >> 20:,} MiB; write one record a line"
+                        f"a record of over {MAX_LINE_BYTES >> 20:,} MiB",
+                        where=f"{self._source.name}:{line}",
+                        remedy="write one record a line",
                     )
                 if not block:
                     return  # should the file have been cut off meanwhile, the build notices by its size

@@ -99,14 +99,18 @@ def _chat_columns(schema: Any, source: Source, kind: Literal["sft", "dpo"]) -> l
         columns = [name for name in MESSAGES_FIELDS if name in schema.names]
         if not columns:
             raise UserError(
-                f"{source.name}: no column 'conversations' or 'messages' (its columns: {names}); rename the one with the messages"
+                f"no column 'conversations' or 'messages' (its columns: {names})",
+                where=source.name,
+                remedy="rename the one with the messages",
             )
     else:
         columns = list(SIDE_FIELDS)
         for name in columns:
             if name not in schema.names:
                 raise UserError(
-                    f"{source.name}: no column {name!r} (its columns: {names}); rename the one with that side of the pairs"
+                    f"no column {name!r} (its columns: {names})",
+                    where=source.name,
+                    remedy="rename the one with that side of the pairs",
                 )
     for name in columns:
         column_type = schema.field(name).type

@@ -55,11 +55,11 @@ class Source:
         try:
             return Path(self.location).open("rb")
         except FileNotFoundError:
-            raise UserError(f"{self.name}: no such file") from None
+            raise UserError("no such file", where=self.name) from None
         except PermissionError:
-            raise UserError(f"{self.name}: may not be read; change its permissions") from None
+            raise UserError("may not be read", where=self.name, remedy="change its permissions") from None
         except OSError as error:
-            raise UserError(f"{self.name}: cannot be opened ({error.strerror})") from None
+            raise UserError(f"cannot be opened ({error.strerror})", where=self.name) from None
 
     def open_text(self) -> BinaryIO:
         """Open its bytes decompressed; the file can seek only if nothing was compressed."""
@@ -99,7 +99,7 @@ class Source:
                 cause = stores.without_its_secrets(cause, self.location)
                 remedy = "check it and the connection, then run the same command again"
             what = "damaged or cut off" if self.compression or as_container else "cannot be read"
-            raise UserError(f"{self.name}: {what} ({cause}); {remedy}") from None
+            raise UserError(f"{what} ({cause})", where=self.name, remedy=remedy) from None
 
 
 def _decompressed(raw: BinaryIO, compression: Compression) -> BinaryIO:
@@ -126,7 +126,9 @@ def spool(stream: BinaryIO, path: Path, report: Report) -> None:
                 block = stream.read(2**20)
             except OSError as error:
                 raise UserError(
-                    f"{STDIN}: standard input cannot be read ({error.strerror}); pipe text into this command"
+                    f"standard input cannot be read ({error.strerror})",
+                    where=STDIN,
+                    remedy="pipe text into this command",
                 ) from None
             if not block:
                 return

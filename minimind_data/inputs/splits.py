@@ -60,5 +60,5 @@ def texts_of(inputs: Sequence[Path | str], spec: RecordSpec | None = None) -> It
             for block in open_reader(split, spec).blocks():
                 if block.bad:
                     place = form_of(split.source, spec).place(split, block.bad[0].line)
-                    raise UserError(f"{place}: {block.bad[0].reason}")
+                    raise UserError(block.bad[0].reason, where=place)
                 yield from block.texts

@@ -84,8 +84,9 @@ def reaching(uri: str) -> Iterator[None]:
         if not is_of_reading(error):
             raise
         raise UserError(
-            f"{shown(uri)}: cannot be reached ({without_its_secrets(first_line(error), uri)}); check the address, the "
-            "credentials and the region"
+            f"cannot be reached ({without_its_secrets(first_line(error), uri)})",
+            where=shown(uri),
+            remedy="check the address, the credentials and the region",
         ) from None
 
 
@@ -141,7 +142,7 @@ def open_file(uri: str) -> BinaryIO:
         try:
             return cast("BinaryIO", store.open_input_file(path))
         except FileNotFoundError:
-            raise UserError(f"{shown(uri)}: no such file") from None
+            raise UserError("no such file", where=shown(uri)) from None
 
 
 def stamp(uri: str) -> tuple[int, int]:
@@ -173,12 +174,12 @@ def files(uri: str) -> tuple[list[str], bool]:
         if info.type == fs.FileType.File:  # even if its name has a * in it
             return [uri], False
         if info.type == fs.FileType.NotFound and wild is None:
-            raise UserError(f"{shown(uri)}: no such file; check the bucket and the key")
+            raise UserError("no such file", where=shown(uri), remedy="check the bucket and the key")
     if wild is not None:
         folder = path[: max(0, path.rfind("/", 0, wild.start()))]
         patterns = [_pattern(part) for part in path[len(folder) :].strip("/").split("/")]
     if not folder and scheme.lower() != "file://":
-        raise UserError(f"{shown(uri)}: names no bucket; name one, and files in it")
+        raise UserError("names no bucket", where=shown(uri), remedy="name one, and files in it")
     base = scheme + credentials + folder
     store, place = filesystem(_with_query(f"{base}/", query))
     with reaching(uri):
@@ -191,7 +192,7 @@ def files(uri: str) -> tuple[list[str], bool]:
     else:
         chosen = [one for one in inside if _matches(one.split("/"), patterns)]
     if not chosen and patterns is not None:
-        raise UserError(f"{shown(uri)}: no file matches")
+        raise UserError("no file matches", where=shown(uri))
     return [_with_query(f"{base}/{quote(one)}", query) for one in chosen], patterns is None
 
 

@@ -53,7 +53,9 @@ def read_tables(files: tuple[Path, ...], column: str, vocab_size: int, block_tok
         except (pa.ArrowException, OSError) as error:
             if getattr(error, "errno", None):  # the system's, not the format's
                 raise
-            raise UserError(f"{path}: damaged or not of this format ({error}); make it again") from None
+            raise UserError(
+                f"damaged or not of this format ({error})", where=path, remedy="make it again"
+            ) from None
 
 
 def _open(path: Path, column: str) -> Iterator[tuple[int, pa.Array]]:
@@ -83,20 +85,26 @@ def _open(path: Path, column: str) -> Iterator[tuple[int, pa.Array]]:
             before = here
         if before == size:  # to pyarrow a stream that was cut off between two batches is a finished one
             raise UserError(
-                f"{path}: ends without the mark that ends an Arrow stream; it was cut off, copy it again"
+                "ends without the mark that ends an Arrow stream",
+                where=path,
+                remedy="it was cut off, copy it again",
             )
 
 
 def _check_column(path: Path, column: str, schema: pa.Schema) -> None:
     if column not in schema.names:
         raise UserError(
-            f"{path}: no column {column!r}; it has {', '.join(schema.names)}, so say with `column` which one holds ids"
+            f"no column {column!r}",
+            where=path,
+            remedy=f"it has {', '.join(schema.names)}, so say with `column` which one holds ids",
         )
     kind = schema.field(column).type
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not is_list or not pa.types.is_integer(kind.value_type):
         raise UserError(
-            f"{path}: column {column!r} is of type {kind}, not of lists of integers; say with `column` which one holds ids"
+            f"column {column!r} is of type {kind}, not of lists of integers",
+            where=path,
+            remedy="say with `column` which one holds ids",
         )
 
 
@@ -104,7 +112,7 @@ def _ids_of(path: Path, column: str, row: int, array: pa.Array) -> tuple[NDArray
     """Return (lengths int64 [rows], tokens [sum(lengths)])."""
     if array.null_count:
         first = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
-        raise UserError(f"{path}: row {row + first:,} has no {column!r}; take such rows out")
+        raise UserError(f"row {row + first:,} has no {column!r}", where=path, remedy="take such rows out")
     values = array.flatten()
     if pa.types.is_fixed_size_list(array.type):
         lengths = np.full(len(array), array.type.list_size, np.int64)
@@ -112,7 +120,7 @@ def _ids_of(path: Path, column: str, row: int, array: pa.Array) -> tuple[NDArray
         lengths = np.diff(array.offsets.to_numpy(zero_copy_only=False)).astype(np.int64)
     if values.null_count:
         token = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
-        raise UserError(f"{_place(path, column, row, lengths)(token)} is null; take it out")
+        raise UserError(f"{_place(path, column, row, lengths)(token)} is null", remedy="take it out")
     return lengths, values.to_numpy(zero_copy_only=False)
 
 

@@ -87,7 +87,9 @@ def read_array(file: BinaryIO, path: Path, dtype: str, offset: int, count: int) 
     array = np.fromfile(file, dtype, count)
     if len(array) != count:
         raise UserError(
-            f"{path}: ends at byte {offset + array.nbytes:,} in the middle of its data; copy it again"
+            f"ends at byte {offset + array.nbytes:,} in the middle of its data",
+            where=path,
+            remedy="copy it again",
         )
     return array
 
@@ -201,7 +203,7 @@ class TokenFormat(ABC):
         indexes = [index for path in files if (index := self.index_of(path)) is not None]
         for path in (*files, *indexes):
             if not path.is_file():
-                raise UserError(f"{path}: no such file; {self.name} needs it{self.index_needed}")
+                raise UserError("no such file", where=path, remedy=f"{self.name} needs it{self.index_needed}")
         return TokenFiles(format=self.name, token_files=tuple(files), index_files=tuple(indexes))
 
     def file_of(self, source: Path) -> Path:

@@ -124,10 +124,14 @@ def convert(
         return _import(FORMATS[origin].open(source), options, progress)
     if origin == SHARDS:
         raise UserError(
-            f"{source}: is a dataset of this program already; say with `target_format` what it should become"
+            "is a dataset of this program already",
+            where=source,
+            remedy="say with `target_format` what it should become",
         )
     raise UserError(
-        f"{source}: is {origin}, and one side must be shards; convert it into shards, and these into {target}"
+        f"is {origin}, and one side must be shards",
+        where=source,
+        remedy=f"convert it into shards, and these into {target}",
     )
 
 
@@ -135,15 +139,16 @@ def _import(files: TokenFiles, options: ConvertOptions, progress: Progress) -> C
     origin = FORMATS[files.format]
     if options.tokenizer is None:
         raise UserError(
-            f"{files.token_files[0]}: nothing in it says which tokenizer made its ids; name the tokenizer.json "
-            "with `tokenizer`"
+            "nothing in it says which tokenizer made its ids",
+            where=files.token_files[0],
+            remedy="name the tokenizer.json with `tokenizer`",
         )
     tokenizer = load_tokenizer(
         options.tokenizer, SpecialTokens(bos=options.bos_token, eos=options.eos_token, pad=options.pad_token)
     )
     separator_id = options.separator_id
     if separator_id is not None and "separator_id" not in origin.options:
-        raise UserError(f"{origin.name} says itself where documents end; leave out `separator_id`")
+        raise UserError(f"{origin.name} says itself where documents end", remedy="leave out `separator_id`")
     if separator_id is None and origin.divider is not None:
         separator_id = tokenizer.info.bos_id if origin.divider == "bos" else tokenizer.info.eos_id
     with new_folder(options.out) as folder:
@@ -211,7 +216,7 @@ class _Import:
         """Write the manifest."""
         if not self._entries:
             raise UserError(
-                f"{self._files.token_files[0]}: no document with any token in it; nothing to convert"
+                "no document with any token in it; nothing to convert", where=self._files.token_files[0]
             )
         # A shard of a whole file has the checksum of that file, which is known by now.
         shards = tuple(

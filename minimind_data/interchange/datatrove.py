@@ -50,17 +50,23 @@ class Datatrove(TokenFormat):
         for number, (path, index_path) in enumerate(zip(files.token_files, files.index_files, strict=True)):
             if path.with_name(f"{path.name}.loss").exists():
                 raise UserError(
-                    f"{path}.loss: a loss mask, which would be lost; move it away to convert the tokens alone"
+                    "a loss mask, which would be lost",
+                    where=f"{path}.loss",
+                    remedy="move it away to convert the tokens alone",
                 )
             size, index_size = path.stat().st_size, index_path.stat().st_size
             num_documents, left_over = divmod(index_size, 8)
             if left_over:
                 raise UserError(
-                    f"{index_path}: {index_size:,} bytes are no list of 8-byte numbers; copy it again"
+                    f"{index_size:,} bytes are no list of 8-byte numbers",
+                    where=index_path,
+                    remedy="copy it again",
                 )
             if not num_documents:
                 if size:
-                    raise UserError(f"{path}: {size:,} bytes, but no document in its index; make it again")
+                    raise UserError(
+                        f"{size:,} bytes, but no document in its index", where=path, remedy="make it again"
+                    )
                 continue
             with index_path.open("rb") as index:
                 num_tokens = int(read_array(index, index_path, "<u8", index_size - 8, 1)[0])
@@ -71,8 +77,9 @@ class Datatrove(TokenFormat):
                     stops = read_array(index, index_path, "<u8", 8 * first, count).astype(np.int64)
                     if (np.diff(stops, prepend=done) < 0).any() or int(stops[-1]) > num_tokens:
                         raise UserError(
-                            f"{index_path}: the ends of documents {first:,} to {first + count:,} do not increase from {done:,}; "
-                            "it is damaged: make it again"
+                            f"the ends of documents {first:,} to {first + count:,} do not increase from {done:,}",
+                            where=index_path,
+                            remedy="it is damaged: make it again",
                         )
                     yield from read_documents(
                         path, number, options, dtype=dtype, stops=stops, first_token=done
@@ -100,7 +107,9 @@ def _dtype(path: Path, size: int, num_tokens: int) -> str:
     token_bytes = size // num_tokens if num_tokens else 2
     if num_tokens * token_bytes != size or token_bytes not in {2, 4}:
         raise UserError(
-            f"{path}: {size:,} bytes do not hold the {num_tokens:,} tokens of its index in 2 or 4 bytes each; copy both files again"
+            f"{size:,} bytes do not hold the {num_tokens:,} tokens of its index in 2 or 4 bytes each",
+            where=path,
+            remedy="copy both files again",
         )
     try:
         first_line = path.with_name(f"{path.name}.metadata").read_text().partition("\n")[0]
@@ -109,7 +118,9 @@ def _dtype(path: Path, size: int, num_tokens: int) -> str:
     stated = first_line.rpartition("|")[2].strip()
     if num_tokens and stated.isdecimal() and int(stated) != token_bytes:
         raise UserError(
-            f"{path}.metadata: says {stated} bytes a token, where the file and its index say {token_bytes}; find out which is right"
+            f"says {stated} bytes a token, where the file and its index say {token_bytes}",
+            where=f"{path}.metadata",
+            remedy="find out which is right",
         )
     return f"<u{token_bytes}"
 

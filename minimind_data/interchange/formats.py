@@ -60,17 +60,20 @@ def detect(source: Path) -> str:
         candidates = (source, *(token_format.file_of(source) for token_format in FORMATS.values()))
         files = [path for path in candidates if path.exists()][:1]
         if not files:
-            raise UserError(f"{source}: no such file or folder")
+            raise UserError("no such file or folder", where=source)
     names = sorted({name for path in files if (name := _format_of(path)) is not None})
     if len(names) == 1:
         return names[0]
     if names:
         raise UserError(
-            f"{source}: holds files of several formats ({', '.join(names)}); say which with `source_format`"
+            f"holds files of several formats ({', '.join(names)})",
+            where=source,
+            remedy="say which with `source_format`",
         )
     raise UserError(
-        f"{source}: its content does not show its format; nanoGPT's .bin has no header, so say `source_format` nanogpt if it "
-        "is that"
+        "its content does not show its format",
+        where=source,
+        remedy="nanoGPT's .bin has no header, so say `source_format` nanogpt if it is that",
     )
 
 

@@ -76,8 +76,10 @@ class Megatron(TokenFormat):
                         or last_sequence > num_sequences
                     ):
                         raise UserError(
-                            f"{index_path}: its documents {first:,} to {first + count:,} do not follow one another from sequence {sequence:,} "
-                            f"to {last_sequence:,} of {num_sequences:,}; it is damaged, or was not finalized: make it again"
+                            f"its documents {first:,} to {first + count:,} do not follow one another from sequence "
+                            f"{sequence:,} to {last_sequence:,} of {num_sequences:,}",
+                            where=index_path,
+                            remedy="it is damaged, or was not finalized: make it again",
                         )
                     ends, following = _ends(
                         index, index_path, starts, num_sequences=num_sequences, following=following, item=item
@@ -93,7 +95,9 @@ class Megatron(TokenFormat):
                     sequence = last_sequence
                 if following != size:
                     raise UserError(
-                        f"{path}: {size:,} bytes, where its index says {following:,}; copy both files again"
+                        f"{size:,} bytes, where its index says {following:,}",
+                        where=path,
+                        remedy="copy both files again",
                     )
 
     def write(self, folder: Path, part: Part, options: WriteOptions) -> int:
@@ -118,28 +122,34 @@ def _header(index: BinaryIO, path: Path) -> tuple[str, int, int]:
     header = index.read(INDEX_HEADER_BYTES)
     if len(header) < INDEX_HEADER_BYTES or not header.startswith(INDEX_MAGIC):
         raise UserError(
-            f"{path}: no Megatron index (it should begin with {INDEX_MAGIC!r}); name another `source_format`"
+            f"no Megatron index (it should begin with {INDEX_MAGIC!r})",
+            where=path,
+            remedy="name another `source_format`",
         )
     version, num_sequences, num_starts = (
         int.from_bytes(header[start:stop], "little") for start, stop in ((9, 17), (18, 26), (26, 34))
     )
     code = header[17]
     if code in _FLOATS:
-        raise UserError(f"{path}: its numbers are {_FLOATS[code]}, which are no token ids")
+        raise UserError(f"its numbers are {_FLOATS[code]}, which are no token ids", where=path)
     if version != INDEX_VERSION or code not in _DTYPES or num_starts < 1:
         raise UserError(
-            f"{path}: version {version}, dtype code {code}, {num_starts} document starts; "
-            f"known are version {INDEX_VERSION} and dtype codes {sorted(_DTYPES)}"
+            f"version {version}, dtype code {code}, {num_starts} document starts; known are version "
+            f"{INDEX_VERSION} and dtype codes {sorted(_DTYPES)}",
+            where=path,
         )
     whole = INDEX_HEADER_BYTES + 12 * num_sequences + 8 * num_starts
     size = path.stat().st_size
     if num_sequences and size == whole + num_sequences:
         raise UserError(
-            f"{path}: a multimodal index (a mode for each sequence at its end), whose .bin holds more than text; "
-            "only text can be converted"
+            "a multimodal index (a mode for each sequence at its end), whose .bin holds more than text; "
+            "only text can be converted",
+            where=path,
         )
     if size != whole:
-        raise UserError(f"{path}: {size:,} bytes, where its header says {whole:,}; copy it again")
+        raise UserError(
+            f"{size:,} bytes, where its header says {whole:,}", where=path, remedy="copy it again"
+        )
     return _DTYPES[code], num_sequences, num_starts - 1
 
 
@@ -170,8 +180,9 @@ def _ends(
         stops = following + np.cumsum(lengths * item)
         if (lengths < 0).any() or not np.array_equal(offsets, stops - lengths * item):
             raise UserError(
-                f"{path}: its sequences {first:,} to {first + count:,} are not end to end in the .bin; "
-                "write the dataset again with Megatron's IndexedDatasetBuilder"
+                f"its sequences {first:,} to {first + count:,} are not end to end in the .bin",
+                where=path,
+                remedy="write the dataset again with Megatron's IndexedDatasetBuilder",
             )
         following = int(stops[-1])
         low, high = np.searchsorted(starts, [first, first + count], side="right")

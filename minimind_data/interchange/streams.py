@@ -98,8 +98,9 @@ class Stream(TokenFormat):
                     open_document.add(number, byte, block)
             if number == 0 and not num_cuts and num_tokens:
                 raise UserError(
-                    f"{path}: the id {options.separator_id}, which divides documents, is nowhere in it; "
-                    "say with `separator_id` which id does that here"
+                    f"the id {options.separator_id}, which divides documents, is nowhere in it",
+                    where=path,
+                    remedy="say with `separator_id` which id does that here",
                 )
         if open_document.num_tokens:
             yield open_document.end(np.empty(0, dtype))
@@ -110,13 +111,17 @@ class Stream(TokenFormat):
         info = part.shards.manifest.tokenizer
         if self.token_bytes < part.shards.dtype.itemsize:
             raise UserError(
-                f"{part.shards.folder}: its vocabulary of {info.vocab_size:,} entries does not fit the {self.token_bytes}-byte ids of {self.name}; "
-                "take `target_format` llmc-llama3 or another"
+                f"its vocabulary of {info.vocab_size:,} entries does not fit the {self.token_bytes}-byte ids "
+                f"of {self.name}",
+                where=part.shards.folder,
+                remedy="take `target_format` llmc-llama3 or another",
             )
         num_tokens = part.num_tokens - part.num_documents
         if self.max_tokens is not None and num_tokens > self.max_tokens:
             raise UserError(
-                f"{path.name}: {num_tokens:,} tokens, where the header of this format can say {self.max_tokens:,}; leave out `one_file`"
+                f"{num_tokens:,} tokens, where the header of this format can say {self.max_tokens:,}",
+                where=path.name,
+                remedy="leave out `one_file`",
             )
         has_bos = self.divider == "bos"
         divider = info.bos_id if has_bos else info.eos_id
@@ -149,7 +154,9 @@ class NanoGPT(Stream):
         size = path.stat().st_size
         if size % self.token_bytes:
             raise UserError(
-                f"{path}: {size:,} bytes are no whole number of {self.token_bytes}-byte ids; name another `source_format`"
+                f"{size:,} bytes are no whole number of {self.token_bytes}-byte ids",
+                where=path,
+                remedy="name another `source_format`",
             )
         return 0, size // self.token_bytes
 
@@ -179,13 +186,16 @@ class LLMC(Stream):
             )
         if (magic, version) != (self.magic, self.version):
             raise UserError(
-                f"{path}: begins with {magic}, {version}, where this format has {self.magic}, {self.version}; "
-                "name another `source_format`"
+                f"begins with {magic}, {version}, where this format has {self.magic}, {self.version}",
+                where=path,
+                remedy="name another `source_format`",
             )
         whole = _HEADER_BYTES + num_tokens * self.token_bytes
         if size != whole:
             raise UserError(
-                f"{path}: {size:,} bytes, where its header says {num_tokens:,} tokens, which are {whole:,} bytes; copy it again"
+                f"{size:,} bytes, where its header says {num_tokens:,} tokens, which are {whole:,} bytes",
+                where=path,
+                remedy="copy it again",
             )
         return _HEADER_BYTES, num_tokens
 

@@ -156,20 +156,24 @@ def _saved_files(source: Path) -> tuple[Path, ...]:
     if (source / _SPLITS_NAME).is_file():
         splits = _read_json(source / _SPLITS_NAME).get("splits", [])
         some = ", ".join(str(source / name) for name in splits)
-        raise UserError(f"{source}: holds several splits; name one of them: {some}")
+        raise UserError("holds several splits", where=source, remedy=f"name one of them: {some}")
     state = _read_json(source / _STATE_NAME)
     if state.get("_indices_data_files"):
         raise UserError(
-            f"{source}: its rows are chosen by an index of their own; in datasets, call flatten_indices() and save it again"
+            "its rows are chosen by an index of their own",
+            where=source,
+            remedy="in datasets, call flatten_indices() and save it again",
         )
     try:
         files = tuple(source / str(entry["filename"]) for entry in state["_data_files"])
     except (KeyError, TypeError):
         raise UserError(
-            f"{source / _STATE_NAME}: does not name the data files; save the dataset again"
+            "does not name the data files", where=source / _STATE_NAME, remedy="save the dataset again"
         ) from None
     if missing := [path for path in files if not path.is_file()]:
-        raise UserError(f"{missing[0]}: missing, though {_STATE_NAME} names it; save the dataset again")
+        raise UserError(
+            f"missing, though {_STATE_NAME} names it", where=missing[0], remedy="save the dataset again"
+        )
     return files
 
 
@@ -178,10 +182,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(
-            f"{path}: no such file; `Dataset.save_to_disk` of Hugging Face datasets makes it"
+            "no such file", where=path, remedy="`Dataset.save_to_disk` of Hugging Face datasets makes it"
         ) from None
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+        raise UserError(f"not JSON ({error})", where=path) from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object; save the dataset again")
+        raise UserError("not a JSON object", where=path, remedy="save the dataset again")
     return content

@@ -40,7 +40,9 @@ def check_page_place(path: Path) -> None:
     if path.is_dir():
         raise UserError("is a folder", where=path, remedy="name a file to write")
     if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent}; make it, or name another place")
+        raise UserError(
+            f"there is no folder {path.parent}", where=path, remedy="make it, or name another place"
+        )
 
 
 def write_page(

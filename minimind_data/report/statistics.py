@@ -188,7 +188,7 @@ def measure_lengths(shards: ShardSet, seq_lens: Sequence[int]) -> tuple[Lengths,
                 option="seq_len",
             )
     if not shards.num_documents:
-        raise UserError(f"{shards.folder}: holds no document, so there is nothing to describe")
+        raise UserError("holds no document, so there is nothing to describe", where=shards.folder)
     counts: dict[int, int] = {}
     borders = {seq_len: _Borders(seq_len) for seq_len in seq_lens}
     for lengths in _length_blocks(shards):
@@ -339,8 +339,9 @@ def count_text(shards: ShardSet, tokenizer: Tokenizer, progress: Progress = no_p
                 block = shard.tokens[start : start + _BLOCK]
                 if int(block.max()) >= info.vocab_size or int(block.min()) < 0:
                     raise FormatError(
-                        f"{shards.folder / shard.entry.name}.bin: holds a token outside of the vocabulary of {info.vocab_size:,}; "
-                        f"run `mm-data verify {shards.folder}`"
+                        f"holds a token outside of the vocabulary of {info.vocab_size:,}",
+                        where=f"{shards.folder / shard.entry.name}.bin",
+                        remedy=f"run `mm-data verify {shards.folder}`",
                     )
                 counts += np.bincount(block, minlength=info.vocab_size)
                 report(block.nbytes, 0)

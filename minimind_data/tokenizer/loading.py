@@ -98,7 +98,7 @@ def load_tokenizer(path: Path | str | None = None, special: SpecialTokens | None
         ) from None
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{file}: not a tokenizer.json (not even UTF-8: {error.reason} at byte {error.start})"
+            f"not a tokenizer.json (not even UTF-8: {error.reason} at byte {error.start})", where=file
         ) from None
     reference = _parse(text, file)
     special = special or SpecialTokens()
@@ -123,15 +123,18 @@ def _parse(text: str, path: Path) -> tokenizers.Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # noqa: BLE001 - the library raises plain Exception
-        raise UserError(f"{path}: not a tokenizer that `tokenizers` can read ({error})") from None
+        raise UserError(f"not a tokenizer that `tokenizers` can read ({error})", where=path) from None
     if getattr(tokenizer.model, "dropout", None):
         raise UserError(
-            f"{path}: its model has dropout, so it encodes one text in many ways; set dropout to null"
+            "its model has dropout, so it encodes one text in many ways",
+            where=path,
+            remedy="set dropout to null",
         )
     ids = tokenizer.get_vocab(with_added_tokens=True).values()
     if not ids or max(ids) >= MAX_VOCABULARY:
         raise UserError(
-            f"{path}: its largest id is {max(ids, default=None)}; ids must be from 0 to {MAX_VOCABULARY - 1:,}"
+            f"its largest id is {max(ids, default=None)}; ids must be from 0 to {MAX_VOCABULARY - 1:,}",
+            where=path,
         )
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -144,7 +147,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+        raise UserError(f"not JSON ({error})", where=path) from None
     return config if isinstance(config, dict) else {}
 
 

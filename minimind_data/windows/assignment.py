@@ -161,7 +161,9 @@ def _documents(shards: ShardSet) -> Iterator[tuple[int, NDArray[np.int64]]]:
             yield int(shards.document_starts[index]) + start, lengths
         if num_tokens != entry.written.tokens:
             raise FormatError(
-                f"{shards.folder / entry.name}.idx: damaged (its lengths do not sum up to {entry.written.tokens:,} tokens); {REMAKE}"
+                f"damaged (its lengths do not sum up to {entry.written.tokens:,} tokens)",
+                where=f"{shards.folder / entry.name}.idx",
+                remedy=REMAKE,
             )
 
 

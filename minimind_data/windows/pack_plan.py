@@ -169,7 +169,8 @@ def open_plan(
     """
     if any(entry.written.sequences != entry.written.documents for entry in shards.manifest.shards):
         raise UserError(
-            f"{shards.folder}: its documents are of several sequences each, which layout pack does not know"
+            "its documents are of several sequences each, which layout pack does not know",
+            where=shards.folder,
         )
     name = _name(shards, width, long_documents)
     inside, cache = shards.folder / PACK_FOLDER_NAME, _cache_folder()
@@ -180,8 +181,9 @@ def open_plan(
         say(f"{shards.folder}: cannot be written ({reason}); the plan of its windows goes to {cache}")
         if here := _obstacle(cache):
             raise UserError(
-                f"{cache}: cannot be written ({here}), nor can {shards.folder}; set XDG_CACHE_HOME to a folder for the plan of "
-                "the windows"
+                f"cannot be written ({here}), nor can {shards.folder}",
+                where=cache,
+                remedy="set XDG_CACHE_HOME to a folder for the plan of the windows",
             )
     return _make(cache if reason else inside, shards, width, long_documents, say)
 
@@ -209,7 +211,9 @@ def _reopen(path: Path, shards: ShardSet) -> PackPlan:
     plan = PackPlan.read(path, shards, check=False)
     if plan is None:
         raise UserError(
-            f"{path}: the plan of the windows is gone or changed; start again, which makes it again"
+            "the plan of the windows is gone or changed",
+            where=path,
+            remedy="start again, which makes it again",
         )
     return plan
 

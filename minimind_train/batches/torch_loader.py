@@ -145,8 +145,9 @@ class ResumableBatchSampler(Sampler[list[int]]):
         rest = self.skips.count(iteration.start, iteration.stop) % self.global_batch
         if not self.drop_last and 0 < rest < self.world_size:
             raise UserError(
-                f"the last batch before position {iteration.stop} would have {rest} samples for {self.world_size} ranks; "
-                "take another global_batch, or drop_last=True to leave them out"
+                f"the last batch before position {iteration.stop} would have {rest} samples for "
+                f"{self.world_size} ranks",
+                remedy="take another global_batch, or drop_last=True to leave them out",
             )
         self._latest = iteration
         return iteration

@@ -103,7 +103,7 @@ class ChatSession:
             text.encode()
         except UnicodeEncodeError:
             raise UserError(
-                "this holds bytes that are no text in this terminal's encoding; write UTF-8"
+                "this holds bytes that are no text in this terminal's encoding", remedy="write UTF-8"
             ) from None
         before = list(self.messages)
         self.messages.append({"role": "user", "content": text})

@@ -32,7 +32,7 @@ def generate(
 def _check_prompt(model: MiniMind, prompt_ids: Sequence[int]) -> None:
     config = model.config
     if not prompt_ids:
-        raise UserError("the prompt has no tokens; begin it with BOS at least")
+        raise UserError("the prompt has no tokens", remedy="begin it with BOS at least")
     if len(prompt_ids) > config.longest_sequence:
         raise UserError(
             f"the prompt has {len(prompt_ids)} tokens and the model reads at most {config.longest_sequence}",
@@ -41,8 +41,9 @@ def _check_prompt(model: MiniMind, prompt_ids: Sequence[int]) -> None:
         )
     if max(prompt_ids) >= config.vocab_size:
         raise UserError(
-            f"the prompt holds token {max(prompt_ids)} but the model's vocabulary has {config.vocab_size} entries; "
-            "use the tokenizer that the model was trained with"
+            f"the prompt holds token {max(prompt_ids)} but the model's vocabulary has {config.vocab_size} "
+            "entries",
+            remedy="use the tokenizer that the model was trained with",
         )
 
 

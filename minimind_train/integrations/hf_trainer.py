@@ -71,17 +71,19 @@ class OrderedTrainer(Trainer):  # type: ignore[misc]
         self._sampler: _StepSampler | None = None
         if self.get_total_train_batch_size(args) != self._micro_batch * args.gradient_accumulation_steps:
             raise UserError(
-                "the devices of a tensor, context or sequence parallel group share their samples, which an order of samples cannot "
-                "follow; use data parallelism, FSDP included"
+                "the devices of a tensor, context or sequence parallel group share their samples, which an "
+                "order of samples cannot follow",
+                remedy="use data parallelism, FSDP included",
             )
         if len(self.train_dataset) != order.num_windows:
             raise UserError(
-                f"the order has {order.num_windows:,} windows, train_dataset has {len(self.train_dataset):,}; make the order "
-                "from the windows of that dataset"
+                f"the order has {order.num_windows:,} windows, train_dataset has {len(self.train_dataset):,}",
+                remedy="make the order from the windows of that dataset",
             )
         if args.auto_find_batch_size:
             raise UserError(
-                "auto_find_batch_size changes the samples of a step during the run; pass per_device_train_batch_size"
+                "auto_find_batch_size changes the samples of a step during the run",
+                remedy="pass per_device_train_batch_size",
             )
         args.ignore_data_skip = True  # no batches are read to be skipped
 
@@ -216,6 +218,7 @@ def _position_of(checkpoint: Path) -> tuple[int, dict[str, Any]]:
         ]["place"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: records no position in the order of samples ({type(error).__name__}: {error}); resume a checkpoint that "
-            "OrderedTrainer saved, or train from the beginning"
+            f"records no position in the order of samples ({type(error).__name__}: {error})",
+            where=path,
+            remedy="resume a checkpoint that OrderedTrainer saved, or train from the beginning",
         ) from None

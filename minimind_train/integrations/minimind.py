@@ -67,7 +67,7 @@ class PretrainDataset(Dataset[tuple[Tensor, Tensor]]):
         shards = ShardSet.open(folder)
         if shards.manifest.kind != "pretrain":
             raise UserError(
-                f"{folder}: a dataset of kind {shards.manifest.kind}; this takes one of kind pretrain"
+                f"a dataset of kind {shards.manifest.kind}; this takes one of kind pretrain", where=folder
             )
         info = shards.manifest.tokenizer
         passed = TokenizerInfo(

@@ -61,7 +61,8 @@ def refuse_too_large(what: str, num_bytes: int, device: torch.device, remedy: st
     memory = memory_of(device)
     if memory is not None and num_bytes > memory:
         raise UserError(
-            f"{what} take at least {num_bytes / 2**30:,.1f} GiB and {device} has {memory / 2**30:,.1f} GiB; {remedy}"
+            f"{what} take at least {num_bytes / 2**30:,.1f} GiB and {device} has {memory / 2**30:,.1f} GiB",
+            remedy=remedy,
         )
 
 
@@ -78,4 +79,4 @@ def user_error_on_out_of_memory(remedy: str) -> Iterator[None]:
         if not is_out_of_memory:
             raise
         reason = str(error).partition("\n")[0] or "MemoryError"
-        raise UserError(f"the memory is used up ({reason}); {remedy}") from None
+        raise UserError(f"the memory is used up ({reason})", remedy=remedy) from None

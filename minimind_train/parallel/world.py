@@ -209,7 +209,8 @@ def torchrun_place() -> RankPlace | None:
     if place is None or missing or not 0 <= place.rank < place.size:
         variables = ", ".join(f"{name}={os.environ.get(name, '')}" for name in _LAUNCHED)
         raise UserError(
-            f"the environment says that this is one of several ranks, but not which ({variables}); start it by torchrun, or unset RANK and WORLD_SIZE"
+            f"the environment says that this is one of several ranks, but not which ({variables})",
+            remedy="start it by torchrun, or unset RANK and WORLD_SIZE",
         )
     return place
 

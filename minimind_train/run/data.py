@@ -132,7 +132,9 @@ class RunData:
         kinds = [each.manifest.kind for each in (self._datasets.sets[0], shards)]
         if (kinds[0] == "dpo") != (kinds[1] == "dpo"):
             raise UserError(
-                f"{shards.folder}: a dataset of kind {kinds[1]}, and the run learns kind {kinds[0]}; pairs and texts are not measured alike"
+                f"a dataset of kind {kinds[1]}, and the run learns kind {kinds[0]}; pairs and texts are not "
+                "measured alike",
+                where=shards.folder,
             )
         refuse_other_tokenizer(
             (self._datasets.folder, self._datasets.tokenizer),

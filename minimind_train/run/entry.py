@@ -220,7 +220,9 @@ def _prepare_resumed(
         record = RunRecord.read(run)
         if command not in {None, record.command}:
             raise UserError(
-                f"{run}: a run of `mm-train {record.command}`, not of {command}; resume it with that command"
+                f"a run of `mm-train {record.command}`, not of {command}",
+                where=run,
+                remedy="resume it with that command",
             )
         refuse_unknown(kind_of(record, run), options_given)
         runs.clean(run)

@@ -110,8 +110,9 @@ def _of_pairs(model: MiniMind, run: Path, record: RunRecord | None, dataset: Pat
     if record is None or record.command != DpoOptions.command:
         what = "no run" if record is None else f"a run of {record.command}"
         raise UserError(
-            f"{dataset}: a dataset of pairs, and {run} is {what}; pairs say how far a run of `mm-train dpo` has "
-            "come from the model that it began from"
+            f"a dataset of pairs, and {run} is {what}; pairs say how far a run of `mm-train dpo` has come "
+            "from the model that it began from",
+            where=dataset,
         )
     options = options_of(record, run)
     assert isinstance(options, DpoOptions)

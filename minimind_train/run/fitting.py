@@ -31,7 +31,9 @@ def refuse_unfit(options: RunOptions, datasets: Datasets, compute: Compute) -> N
     vocab_size, room = datasets.tokenizer.vocab_size, options.model.vocab_size
     if vocab_size > room:
         raise UserError(
-            f"{datasets.folder}: a vocabulary of {vocab_size} entries does not fit a model of {room}; start a new run"
+            f"a vocabulary of {vocab_size} entries does not fit a model of {room}",
+            where=datasets.folder,
+            remedy="start a new run",
         )
     if options.data.seq_len > options.model.longest_sequence:
         raise UserError(

@@ -65,7 +65,7 @@ def with_initial_weights(
         model = options_from(ModelConfig, {**there, **chosen})
         options.lora.refuse_unfit(model)
     except ValueError as error:
-        raise UserError(f"{origin}: its model cannot be changed like that: {error}") from None
+        raise UserError(f"its model cannot be changed like that: {error}", where=origin) from None
     start = replace(
         options.start,
         from_weight=str(Path(origin).resolve()),

@@ -195,7 +195,9 @@ def kind_of(record: RunRecord, run: Path) -> type[RunOptions]:
     """
     if record.command not in PHASE_OPTIONS:
         raise UserError(
-            f"{run}: a run of `mm-train {record.command}`, which this program does not have; resume it with the program that began it"
+            f"a run of `mm-train {record.command}`, which this program does not have",
+            where=run,
+            remedy="resume it with the program that began it",
         )
     return PHASE_OPTIONS[record.command]
 

@@ -99,7 +99,9 @@ def reconciled(
     policy = policies(kind)
     if unknown := options_given.keys() - policy.keys():
         raise UserError(
-            f"{run}: a run of `mm-train {record.command}` has no option {min(unknown)}; leave it out"
+            f"a run of `mm-train {record.command}` has no option {min(unknown)}",
+            where=run,
+            remedy="leave it out",
         )
     skips = Skips.of((*record.options.get(_SKIPS, ()), *options_given.get(_SKIPS, ()))).as_texts()
     new_values = {
@@ -118,7 +120,7 @@ def reconciled(
     try:
         options = options_of(replace(record, options=values), run)
     except ValueError as error:
-        raise UserError(f"{run}: with these options the run cannot go on: {error}") from None
+        raise UserError(f"with these options the run cannot go on: {error}", where=run) from None
     model = options.model
     options = resolved(options, datasets)
     options = replace(options, model=replace(options.model, vocab_size=model.vocab_size))
@@ -193,7 +195,9 @@ def _agreed_changes(
         names = sorted(name for name in refused if name not in ends or different[name][1] is not None)
         passing = " ".join(_ALLOWING.get(name, f"`allow_change` {name}") for name in names)
         raise UserError(
-            f"{run}: this would be another run: {shown}; leave that out, or pass {passing} to change it from step {step + 1} on"
+            f"this would be another run: {shown}",
+            where=run,
+            remedy=f"leave that out, or pass {passing} to change it from step {step + 1} on",
         )
     return [Change(step=step, name=name, old=old, new=new) for name, (old, new) in different.items()]
 

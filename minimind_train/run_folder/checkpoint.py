@@ -282,7 +282,7 @@ def load(run: Path, step: int) -> Checkpoint:
     steps = steps_of(run)
     if step not in steps:
         listed = ", ".join(map(str, steps)) or "none"
-        raise UserError(f"{run}: no checkpoint of step {step}; there are: {listed}")
+        raise UserError(f"no checkpoint of step {step}", where=run, remedy=f"there are: {listed}")
     return _verified(run, step)
 
 
@@ -323,8 +323,10 @@ def load_latest(run: Path, on_damaged: Callable[[str], None]) -> Checkpoint | No
             on_damaged(f"{error}; trying the one before it")
     if steps:
         raise UserError(
-            f"{run / CHECKPOINTS_NAME}: every checkpoint is damaged; bring one back from a backup, or delete the folder "
-            f"{CHECKPOINTS_NAME} and resume, which starts the run again from its first step"
+            "every checkpoint is damaged",
+            where=run / CHECKPOINTS_NAME,
+            remedy=f"bring one back from a backup, or delete the folder {CHECKPOINTS_NAME} and resume, which "
+            "starts the run again from its first step",
         )
     return None
 

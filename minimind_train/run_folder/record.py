@@ -95,7 +95,7 @@ class RunRecord:
             return cls(**content, tokenizer=tokenizer, changes=changes)
         except (KeyError, TypeError, AttributeError) as error:
             why = f"{type(error).__name__}: {error}"
-            raise UserError(f"{path}: edited or damaged ({why}); {_RESTORE}") from None
+            raise UserError(f"edited or damaged ({why})", where=path, remedy=_RESTORE) from None
 
     def write(self, run: Path) -> None:
         """Write the record, whole or not at all."""
@@ -272,6 +272,8 @@ def load_run_tokenizer(run: Path, info: TokenizerInfo) -> Tokenizer:
     path = run / TOKENIZER_NAME
     if not path.is_file() or sha256_of(path) != info.sha256:
         raise UserError(
-            f"{path}: missing, or not the tokenizer that the run was trained with; copy it from the dataset"
+            "missing, or not the tokenizer that the run was trained with",
+            where=path,
+            remedy="copy it from the dataset",
         )
     return cached_tokenizer(path.read_bytes().decode(), info)

@@ -104,7 +104,9 @@ class Evaluator:
         self._num_bytes: int | None = None  # the same every time, so counted once
         if self._bytes_of and not any(self._bytes_of(samples) for samples in self._batches()):
             raise UserError(
-                f"{windows.shards.folder}: the {self._count:,} windows for validation hold no text; take more of them or another dataset"
+                f"the {self._count:,} windows for validation hold no text",
+                where=windows.shards.folder,
+                remedy="take more of them or another dataset",
             )
 
     @property
@@ -161,7 +163,9 @@ class Evaluator:
         loss = loss_sum / num_terms
         if not math.isfinite(loss):
             raise UserError(
-                f"{self.windows.shards.folder}: the model's loss on it is {loss}; go back to an earlier checkpoint"
+                f"the model's loss on it is {loss}",
+                where=self.windows.shards.folder,
+                remedy="go back to an earlier checkpoint",
             )
         if not self._bytes_of:
             means = {name: value / num_terms for name, value in zip(metric_sums, sums, strict=True)}

@@ -181,7 +181,9 @@ def _tokenizer_config(
         try:
             tokenizer_config = dict(json.loads(path.read_bytes()))
         except (ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"{path}: no object in JSON ({error}); copy it from the dataset again") from None
+            raise UserError(
+                f"no object in JSON ({error})", where=path, remedy="copy it from the dataset again"
+            ) from None
     tokens = {"bos_token": info.bos_id, "eos_token": info.eos_id, "pad_token": info.pad_id}
     return {
         **tokenizer_config,

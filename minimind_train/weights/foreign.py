@@ -56,7 +56,7 @@ def read_hf_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     try:
         content = json.loads(source.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{source}: cannot be read ({error})") from None
+        raise UserError(f"cannot be read ({error})", where=source) from None
     config = from_hf(content, str(source))
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(folder):
@@ -74,11 +74,11 @@ def _weight_files(folder: Path) -> list[Path]:
                     for part in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
                 ]
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise UserError(f"{index}: does not say which file holds which weight") from None
+                raise UserError("does not say which file holds which weight", where=index) from None
     for name in _FILES:
         if (folder / name).is_file():
             return [folder / name]
-    raise UserError(f"{folder}: holds no weights ({', '.join((*_FILES, *_INDEXES))} are looked for)")
+    raise UserError(f"holds no weights ({', '.join((*_FILES, *_INDEXES))} are looked for)", where=folder)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -94,20 +94,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             else torch.load(path, map_location="cpu", weights_only=True)
         )
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError("no such file", where=path) from None
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path}: holds more than tensors, or is no file of torch.save; such a file could run code, so it is not read; save its "
-            "state_dict() alone"
+            "holds more than tensors, or is no file of torch.save",
+            where=path,
+            remedy="such a file could run code, so it is not read; save its state_dict() alone",
         ) from None
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read ({str(error).partition(chr(10))[0]})") from None
+        raise UserError(f"cannot be read ({str(error).partition(chr(10))[0]})", where=path) from None
     if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
         loaded = loaded["model"]
     if not (
         isinstance(loaded, dict) and loaded and all(isinstance(tensor, Tensor) for tensor in loaded.values())
     ):
-        raise UserError(f"{path}: is no state_dict, which is a tensor for each name")
+        raise UserError("is no state_dict, which is a tensor for each name", where=path)
     return loaded
 
 
@@ -120,7 +121,9 @@ def num_entries(tensors: Mapping[str, Tensor], source: Path) -> int:
     embedding = tensors.get(_EMBEDDING)
     if embedding is None or embedding.ndim != 2:
         raise UserError(
-            f"{source}: has no {_EMBEDDING}, so it holds no model of MiniMind's since minimind2, nor one of Hugging Face's"
+            f"has no {_EMBEDDING}, so it holds no model of MiniMind's since minimind2, nor one of Hugging "
+            "Face's",
+            where=source,
         )
     return embedding.shape[0]
 

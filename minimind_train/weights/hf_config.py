@@ -164,17 +164,21 @@ def from_hf(config_json: Mapping[str, Any], source: str) -> ModelConfig:
     kind = config_json.get("model_type")
     if kind not in _DEFAULTS:
         known = ", ".join((*ARCHITECTURES, _MINIMIND))
-        raise UserError(f"{source}: a model of the type {kind!r}; the types that can be read are {known}")
+        raise UserError(
+            f"a model of the type {kind!r}", where=source, remedy=f"the types that can be read are {known}"
+        )
     for key, values in _ONLY_VALUES.items():
         if config_json.get(key) is not None and config_json[key] not in values:
-            raise UserError(f"{source}: {key} {config_json[key]!r} is not something that this model computes")
+            raise UserError(
+                f"{key} {config_json[key]!r} is not something that this model computes", where=source
+            )
     config_json = _DEFAULTS[kind] | {name: value for name, value in config_json.items() if value is not None}
     try:
         return _shape(kind, config_json, source)
     except KeyError as error:
-        raise UserError(f"{source}: says nothing of {error.args[0]}") from None
+        raise UserError(f"says nothing of {error.args[0]}", where=source) from None
     except (ValueError, TypeError) as error:
-        raise UserError(f"{source}: {error}") from None
+        raise UserError(str(error), where=source) from None
 
 
 def _shape(kind: str, config_json: Mapping[str, Any], source: str) -> ModelConfig:
@@ -225,8 +229,9 @@ def _scaling(rope: Mapping[str, Any], longest: int, source: str) -> RopeScaling:
         return RopeScaling()
     if kind != "yarn" or not rope.get("truncate", True):
         raise UserError(
-            f"{source}: positions are stretched by {kind!r}{'' if rope.get('truncate', True) else ' without truncate'}; "
-            "of these ways only yarn can be taken over"
+            f"positions are stretched by {kind!r}{'' if rope.get('truncate', True) else ' without truncate'}; "
+            "of these ways only yarn can be taken over",
+            where=source,
         )
     original = rope.get("original_max_position_embeddings") or longest
     factor = float(rope.get("factor") or longest / original)

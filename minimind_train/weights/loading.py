@@ -82,12 +82,12 @@ def open_model(
         tokenizer = load_tokenizer(path)
     except UserError as error:
         why = str(error).partition(";")[0]
-        raise UserError(f"{why}; put it into the folder, or into its tokenizer_config.json") from None
+        raise UserError(why, remedy="put it into the folder, or into its tokenizer_config.json") from None
     weights = load_weights(path, say=say)
     try:
         config = options_from(ModelConfig, {**flatten(weights.config), **changes})
     except ValueError as error:
-        raise UserError(f"{path}: its model cannot be used like that: {error}") from None
+        raise UserError(f"its model cannot be used like that: {error}", where=path) from None
     model = MiniMind(config).eval()
     model.load_state_dict(weights.tensors)
     return TrainedModel(model=model, tokenizer=tokenizer, record=None, step=None)
@@ -242,7 +242,7 @@ def _restore(checkpoint: Checkpoint, changes: Mapping[str, Any], say: Say) -> Mi
     try:
         config = options_from(ModelConfig, {**options, **changes})
     except ValueError as error:
-        raise UserError(f"{checkpoint.folder}: its model cannot be used like that: {error}") from None
+        raise UserError(f"its model cannot be used like that: {error}", where=checkpoint.folder) from None
     model = MiniMind(config).eval()
     lora = options_from(LoraConfig, options)
     if lora.lora_rank:
@@ -258,7 +258,9 @@ def _restore(checkpoint: Checkpoint, changes: Mapping[str, Any], say: Say) -> Mi
 
 def _of_file(path: Path, shape: ModelConfig | None) -> Weights:
     if shape is None:
-        raise UserError(f"{path}: a file of weights does not say of which model; pass a folder that does")
+        raise UserError(
+            "a file of weights does not say of which model", where=path, remedy="pass a folder that does"
+        )
     tensors = read_tensors(path)
     config = replace(shape, vocab_size=num_entries(tensors, path)).resolved()
     return Weights(config=config, tensors=parameters_of_model(tensors, config, path), tokenizer=None)
