@@ -46,12 +46,35 @@ def no_progress(_title: str, _num_bytes: int) -> AbstractContextManager[Report]:
     return contextlib.nullcontext(lambda _bytes, _tokens: None)
 
 
+class CountedReport:
+    """A `Report` that passes everything on to another one, and can take it all back.
+
+    Args:
+        report: the other one.
+    """
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self.num_bytes = 0
+        self.num_tokens = 0
+
+    def __call__(self, num_bytes: int, num_tokens: int) -> None:
+        """Pass on that this much more is done."""
+        self.num_bytes += num_bytes
+        self.num_tokens += num_tokens
+        self._report(num_bytes, num_tokens)
+
+    def take_back(self) -> None:
+        """Report that nothing of it counts, because the work is done over."""
+        self(-self.num_bytes, -self.num_tokens)
+
+
 class ByteProgress:
     """A `Progress` on stderr: how many of the bytes are done, how fast, and how many tokens, once there are some.
 
     Args:
         title: what is going on, in a word or three.
-        num_bytes: all of it.
+        num_bytes: all of them; 0 where that is not known.
     """
 
     def __init__(self, title: str, num_bytes: int, /) -> None:
@@ -64,7 +87,12 @@ class ByteProgress:
         self._bar: tqdm | None = None
         if sys.stderr.isatty():
             self._bar = tqdm(
-                total=num_bytes, desc=title, unit="B", unit_scale=True, dynamic_ncols=True, leave=False
+                total=num_bytes or None,
+                desc=title,
+                unit="B",
+                unit_scale=True,
+                dynamic_ncols=True,
+                leave=False,
             )
 
     def __enter__(self) -> Report:
@@ -93,11 +121,15 @@ class ByteProgress:
 
     def _print_line(self, seconds: float) -> None:
         rate = self._done / seconds
-        left = (self._total - self._done) / rate if rate > 0 else float("inf")
-        tokens = f", {self._count()}" if self._tokens else ""
-        share = 100 * self._done // max(1, self._total)
-        text = f"{self._title}: {share}% of {self._total / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s{tokens}, {left:.0f} s left"
-        print(text, file=sys.stderr, flush=True)  # noqa: T201 - progress is this module's purpose
+        parts = [f"{self._done / 1e6:.0f} MB", f"{rate / 1e6:.1f} MB/s"]
+        if self._total:
+            parts[0] = f"{100 * self._done // self._total}% of {self._total / 1e6:.0f} MB"
+        if self._tokens:
+            parts.append(self._count())
+        if self._total:
+            left = (self._total - self._done) / rate if rate > 0 else float("inf")
+            parts.append(f"{left:.0f} s left")
+        print(f"{self._title}: {', '.join(parts)}", file=sys.stderr, flush=True)  # noqa: T201 - what this class is for
 
 
 def counted(number: int, noun: str) -> str:

@@ -15,9 +15,9 @@ def allow_open_files(count: int) -> None:
 
     A memory map keeps its file open. The limit is often 1,024 although a process may raise it to many thousands.
     """
-    wanted = count + 256
+    target = count + 256
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < target:
+        most = target if hard == resource.RLIM_INFINITY else min(target, hard)
         with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit that it does not report
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

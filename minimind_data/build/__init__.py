@@ -1,1 +1,1 @@
-"""tokenize(): from a plan through engines and splits to a published dataset, interruptible at every moment."""
+"""Building datasets: tokenize() plans the splits of the inputs, makes a shard of each on an engine, and publishes them as a dataset."""

@@ -1,7 +1,7 @@
-"""Where tasks run: in this process, in a pool of processes on this machine, or (`ray.py`) on a Ray cluster.
+"""Engines, which run the tasks of a build: in this process, in a pool of processes on this machine, or on a Ray cluster (`ray`).
 
-An engine is given the job and the tasks and yields results as they come, in any order. It knows nothing of shards; that a
-result is right whoever made it is the business of `split.py`.
+An engine takes the job and the tasks, and yields results as they come, in any order. It knows nothing of shards; `split` makes sure that
+the result of a task is the same wherever it runs.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from typing import Any, Literal
 from minimind_data.build.split import HashResult, Job, SplitResult, SplitTask, run_task
 from minimind_data.build.workers import CORES_PER_PROCESS, Tries
 from minimind_data.errors import UserError
-from minimind_data.reporting import Report, Say
+from minimind_data.reporting import CountedReport, Report, Say
 from minimind_data.system import num_cores
 
 
@@ -32,10 +32,18 @@ def run_tasks(
     *,
     engine: Literal["local", "ray"],
 ) -> Iterator[SplitResult | HashResult]:
-    """Run tasks on the engine of this name, with at most `workers` cores busy, or with all that it has where that is 0.
+    """Run tasks on an engine.
+
+    Args:
+        job: what all tasks have in common.
+        tasks: the splits.
+        workers: how many cores may be busy; 0 for all that the engine has.
+        report: takes the bytes and tokens that are done.
+        say: takes sentences for the user.
+        engine: the name of the engine.
 
     Raises:
-        UserError: as `run_local` and `ray_engine.run_ray` say, or Ray is not installed.
+        UserError: as `run_local` and `ray.run_ray` say, or Ray is not installed.
     """
     if engine == "local":
         return run_local(job, tasks, workers or num_cores(), report, say)
@@ -57,11 +65,11 @@ def run_local(
 ) -> Iterator[SplitResult | HashResult]:
     """Run tasks on this machine with at most `workers` cores busy.
 
-    A process keeps a few cores busy: its encoder has threads, and reading, parsing and writing hide behind them until Python
-    itself becomes the limit. Beyond that there are several such processes. A job that one process can do runs in this one.
+    A process can keep a few cores busy, with several encoding threads beside one that reads and parses, until that one is the limit. For
+    more cores there are several such processes. Where one process is enough, it is this one.
 
     Raises:
-        UserError: a task met something that the user must mend, or worker processes died again and again at one split.
+        UserError: a task found something that the user must put right, or worker processes died again and again at one split.
     """
     num_processes = _num_processes(workers, len(tasks))
     job = replace(job, encoder_threads=-(-workers // num_processes))
@@ -77,60 +85,58 @@ def _num_processes(workers: int, num_tasks: int) -> int:
 
 
 class _WorkerDiedError(Exception):
-    """A worker process ended in the middle of its task; the text is the cause."""
+    """A worker process ended in the middle of a task; the text says why."""
 
 
 class _Worker:
-    """A process that makes one split after the other, and the pipe to it."""
+    """A process that makes one split after another, and the pipe to it."""
 
     def __init__(self, job: Job, report: Report) -> None:
-        # Spawned, not forked: the encoders' thread pools do not survive a fork.
+        # Spawned and not forked, since the thread pools of encoders do not survive a fork.
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, job), daemon=True)
-        with (
-            _sigint_blocked()
-        ):  # for good in the process that is started: Ctrl-C reaches both, the parent decides
+        # The new process inherits the blocked signal: Ctrl-C reaches both processes, and this one decides.
+        with _sigint_blocked():
             self.process.start()
-        theirs.close()  # so that the pipe breaks when the process ends
+        theirs.close()  # so that the pipe is closed when the process ends
         self.task: SplitTask | None = None
         self._report = report
-        self._told = (0, 0)
+        self._report_of_task = CountedReport(report)
 
     def give(self, task: SplitTask | None) -> None:
-        """Hand over a task; None lets the process end."""
+        """Send a task to the process; None lets it end."""
         self.task = task
-        self._told = (0, 0)
-        with contextlib.suppress(BrokenPipeError):  # its death shows at the next `receive`, with the cause
+        self._report_of_task = CountedReport(self._report)
+        with contextlib.suppress(BrokenPipeError):  # the next `receive` finds the process dead, and says why
             self.pipe.send(task)
 
     def receive(self) -> SplitResult | HashResult | None:
-        """Take the next message: pass on progress, or return the result of the task.
+        """Take the next message: pass progress on and return None, or return the result of the task.
 
         Raises:
-            UserError: the task met something for the user.
-            _WorkerDiedError: the process is gone; what it had told of this task is taken back.
+            UserError: the task found something that the user must put right.
+            _WorkerDiedError: the process is dead; what it had reported of this task is taken back.
         """
         try:
             kind, value = self.pipe.recv()
         except (EOFError, OSError):  # between two messages, or in the middle of one
             self.process.join()
-            self._report(-self._told[0], -self._told[1])
+            self._report_of_task.take_back()
             raise _WorkerDiedError(_cause_of_death(self.process.exitcode)) from None
         if kind == "user error":
             raise UserError(value)
         if kind == "crash":
             raise RuntimeError(f"a worker failed:\n{value}")
         if kind == "progress":
-            self._told = (self._told[0] + value[0], self._told[1] + value[1])
-            self._report(*value)
+            self._report_of_task(*value)
             return None
         assert isinstance(value, SplitResult | HashResult)
         return value
 
 
 class _Pool:
-    """Worker processes, the tasks that wait for them, and the way on when one dies."""
+    """Worker processes and the tasks that wait for them; when a worker dies, its task is tried again."""
 
     def __init__(
         self,
@@ -154,7 +160,7 @@ class _Pool:
                 self._start()
             while busy := {worker.pipe: worker for worker in self._workers if worker.task is not None}:
                 for pipe in connection.wait(list(busy)):
-                    worker = busy[pipe]  # type: ignore[index]  # these are our own pipes again
+                    worker = busy[pipe]  # type: ignore[index]  # `wait` returns some of the pipes that it got
                     try:
                         result = worker.receive()
                     except _WorkerDiedError as death:
@@ -177,7 +183,7 @@ class _Pool:
         worker.give(self._waiting.popleft())
 
     def _replace_dead(self, worker: _Worker, cause: str) -> None:
-        """Give a dead worker's split to the others, so that there is one fewer to share the memory; or to a new one at last."""
+        """Leave the split of a dead worker to the others, so that fewer share the memory; if it was the last one, start a new one."""
         assert worker.task is not None
         self._workers.remove(worker)
         self._tries.again(worker.task, cause)
@@ -196,7 +202,7 @@ def _sigint_blocked() -> Iterator[None]:
 
 
 def _work(pipe: Connection, job: Job) -> None:
-    """Make splits until told to stop, or until the parent is gone."""
+    """Make splits until the message to stop comes, or until the parent is gone."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     message: tuple[str, Any]
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
@@ -208,13 +214,13 @@ def _work(pipe: Connection, job: Job) -> None:
                 raise
             except UserError as error:
                 message = ("user error", str(error))
-            except Exception:  # noqa: BLE001 - shown whole by the parent
+            except Exception:  # noqa: BLE001 - the parent shows all of it
                 message = ("crash", traceback.format_exc())
             pipe.send(message)
 
 
 def _end_with_parent() -> None:
-    """End at once when the parent is killed: the next run may begin in this folder, and must find it at rest."""
+    """End at once when the parent is killed: the next run may start in this folder, where nothing must be written any more."""
     parent = parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""Two ways in which the stages of a build overlap: an iterator that runs ahead in a thread, and blocks encoded by several threads at a time.
+"""How reading, encoding and writing overlap: an iterator that runs ahead in a thread, and blocks that several threads encode at a time.
 
 Both keep the order of their items, and raise an exception where its item would have come.
 """
@@ -15,19 +15,19 @@ from minimind_data.errors import UserError
 from minimind_data.inputs.blocks import Block
 from minimind_data.tokenizer.backends import Encoder, Ids, Offsets, ReferenceEncoder
 
-_STAGE_DEPTH = 2
+_ITEMS_AHEAD = 2
 
 _T = TypeVar("_T")
 
 
 class DifferenceError(Exception):
-    """The fast backend failed, or it and the reference disagree about a document."""
+    """The fast backend failed, or encoded a document differently than the reference."""
 
 
 def encode_blocks(
     encoder: Encoder, blocks: Iterator[Block], num_threads: int
 ) -> Generator[tuple[Block, Ids, Offsets], None, None]:
-    """Encode several blocks at a time, and give them back in order.
+    """Encode several blocks at a time, and yield each with its ids and offsets, in order.
 
     Raises:
         DifferenceError: a fast encoder failed.
@@ -55,15 +55,15 @@ def _encode_block(encoder: Encoder, texts: list[str]) -> tuple[Ids, Offsets]:
         return encoder.encode_batch(texts)
     except (KeyboardInterrupt, SystemExit, MemoryError, UserError):
         raise
-    except BaseException as error:  # a panic in Rust is no Exception
+    except BaseException as error:  # a panic in Rust is not an Exception
         if encoder.name == ReferenceEncoder.name:
             raise
         raise DifferenceError(f"it failed: {type(error).__name__}: {error}") from None
 
 
 def ahead(items: Generator[_T, None, None]) -> Generator[_T, None, None]:
-    """Run an iterator in a thread of its own, a few items ahead; its exception is raised where its item would be."""
-    ready: queue.Queue[_T | _End] = queue.Queue(_STAGE_DEPTH)
+    """Run an iterator in a thread of its own, a few items ahead; an exception of it is raised where its next item would come."""
+    ready: queue.Queue[_T | _End] = queue.Queue(_ITEMS_AHEAD)
     stopped = threading.Event()
 
     def put(item: _T | _End) -> None:
@@ -81,7 +81,7 @@ def ahead(items: Generator[_T, None, None]) -> Generator[_T, None, None]:
                 put(item)
                 if stopped.is_set():
                     break
-        except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the consumer
+        except BaseException as error:  # noqa: BLE001 - the consumer raises it, whatever it is
             end = _End(error)
         finally:
             items.close()
@@ -101,6 +101,6 @@ def ahead(items: Generator[_T, None, None]) -> Generator[_T, None, None]:
 
 @dataclass(frozen=True)
 class _End:
-    """Stands behind the last item of a stage, with the exception that made it the last, if any."""
+    """Follows the last item of an iterator, with the exception that ended it, if one did."""
 
     error: BaseException | None = None

@@ -1,17 +1,18 @@
-"""tokenize(): plan the splits, run them on an engine, commit the manifest.
+"""tokenize(): plan the splits, run them on an engine, write the manifest.
 
-While a build is under way the folder holds `.mm-build/`: the lock, the plan, and one result for every shard that is whole. A
-run that starts and finds results from a killed one checks them against the input's bytes and makes only what is missing;
-the last step writes the manifest and removes `.mm-build/`. So the finished folder is the same whatever happened on the way.
+During a build the folder of the dataset has a folder `.mm-build/` with the lock, the plan, and a result for every shard that is
+complete. A run that finds the results of a killed one checks them against the bytes of the inputs, and makes only the shards that are
+missing. The last step writes the manifest and removes `.mm-build/`. So the dataset is the same whatever happened on the way.
 
-A finished dataset grows and changes in the same way: the shards whose input is what it was stay, the others are made, and a new
-manifest takes the old one's place. The old one is taken away first only where shards that it names are written anew.
+A finished dataset grows and changes in the same way: shards whose input has not changed stay, the others are made, and a new manifest
+replaces the old one. The old manifest is taken away beforehand only where shards that it names are written anew.
 """
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from minimind_data.build.dedup import duplicates
 from minimind_data.build.engines import run_tasks
@@ -28,7 +29,7 @@ from minimind_data.build.publish import DatasetMetadata, Summary, assemble, publ
 from minimind_data.build.recipe import Recipe, recipe_of
 from minimind_data.build.reuse import FinishedDataset, finished_dataset, is_there, reusable
 from minimind_data.build.split import HashResult, Job, SplitResult, SplitTask
-from minimind_data.build.work_folder import CannotWriteError, WorkFolder, spooled
+from minimind_data.build.work_folder import CannotWriteError, WorkFolder, spool_stdin
 from minimind_data.build.workers import encoders_in_our_threads
 from minimind_data.chat.encoding import ChatEncoding
 from minimind_data.chat.template import ChatTemplate, chat_template_of
@@ -58,16 +59,16 @@ def tokenize(
     say: Say = say_nothing,
     progress: Progress = no_progress,
 ) -> Summary:
-    """Turn text into a dataset; see this module's docstring for what an interruption leaves.
+    """Turn text into a dataset; the docstring of this module says what an interruption leaves behind.
 
     Args:
         inputs: files, folders, globs, URIs of object stores, or `-` for standard input, in the order of the dataset.
-        options: how.
+        options: how, and where the dataset goes.
         say: takes sentences that the user should know before the work is done.
         progress: shows the bytes that are read and the tokens that are made, step by step.
 
     Raises:
-        UserError: an input, a record, the tokenizer, the folder, the disk or the settings are not as they must be.
+        UserError: there is something wrong with an input, a record, the tokenizer, the folder, the disk or the options.
     """
     if not inputs:
         raise UserError("no input; name at least one file or folder")
@@ -76,23 +77,22 @@ def tokenize(
     )
     template = chat_template_of(options.tokenizer, options.chat.chat_template)
     chat = chat_encoding_of(options, tokenizer, template)
-    given = [str(one) for one in inputs]
-    before, after = (
-        (given[: given.index(STDIN)], given[given.index(STDIN) + 1 :]) if STDIN in given else (given, [])
-    )
-    sources, notes = find_sources(before, options.format)
-    more, more_notes = find_sources(after, options.format)
-    for note in notes + more_notes:
+    names = [str(one) for one in inputs]
+    reads_stdin = STDIN in names
+    number = names.index(STDIN) if reads_stdin else len(names)
+    sources_before, notes_before = find_sources(names[:number], options.format)
+    sources_after, notes_after = find_sources(names[number + 1 :], options.format)
+    for note in notes_before + notes_after:
         say(note)
     work = WorkFolder(options.out)
 
-    def plan() -> _Build:
-        piped = [spooled(work, options, progress)] if STDIN in given else []
-        planned = [*sources, *piped, *more]
-        for note in idle_options(planned, options.records):
+    def prepare() -> _Build:
+        stdin = [spool_stdin(work, options, progress)] if reads_stdin else []
+        sources = [*sources_before, *stdin, *sources_after]
+        for note in idle_options(sources, options.records):
             say(note)
         return _Build(
-            planned,
+            sources,
             options,
             tokenizer,
             work,
@@ -102,27 +102,32 @@ def tokenize(
             progress=progress,
         )
 
-    begun = None if STDIN in given else plan()
+    build = None if reads_stdin else prepare()  # standard input is copied to the folder, under its lock
     try:
         with user_error_on_full_disk(options.out), work.locked(options.task):
-            return (begun or plan()).run()
-    except CannotWriteError:
-        if begun is None or (summary := begun.finished()) is None:
+            return (build or prepare()).run()
+    except CannotWriteError:  # nor is there anything to write where the dataset is finished
+        if build is None or (summary := build.finished()) is None:
             raise
         return summary
 
 
 def commit(out: Path | str, *, say: Say = say_nothing, progress: Progress = no_progress) -> Summary:
-    """Join the slices that runs with `task` made into one dataset.
+    """Join the slices that several runs with `task` have made into one dataset.
+
+    Args:
+        out: the folder of the dataset.
+        say: as for `tokenize`.
+        progress: as for `tokenize`.
 
     Raises:
-        UserError: there is no such build, or some of its splits are not made.
+        UserError: no such build is there, or some of its splits are not made yet.
     """
     out = Path(out)
     work = WorkFolder(out)
     plan = work.plan()
     if plan is None and (out / MANIFEST_NAME).is_file():
-        raise UserError(f"{out}: a finished dataset already; there are no slices to join")
+        raise UserError("a finished dataset already, so there are no slices to join", where=out)
     if plan is None:
         raise UserError(
             "no unfinished build there", where=out, remedy="begin one by `mm-data tokenize` with `task` 1/N"
@@ -131,17 +136,21 @@ def commit(out: Path | str, *, say: Say = say_nothing, progress: Progress = no_p
     tokenizer_path, info = work.path / TOKENIZER_NAME, plan.recipe.tokenizer
     if not tokenizer_path.is_file() or sha256_of(tokenizer_path) != info.sha256:
         raise UserError(
-            f"{tokenizer_path}: missing or changed; run one of the slices again, which restores it"
+            "missing or changed",
+            where=tokenizer_path,
+            remedy="run one of the slices again, which restores it",
         )
     tokenizer = cached_tokenizer(tokenizer_path.read_text("utf-8"), info)
     template = chat_template_of(work.path)
     chat = chat_encoding_of(options, tokenizer, template)
     if gone := [source.location for source in plan.inputs if source.is_gone()]:
         raise UserError(
-            f"{gone[0]}: an input of this build, not there any more; put it back, then commit again"
+            "an input of this build, which is not there any more",
+            where=gone[0],
+            remedy="put it back, then commit again",
         )
     with user_error_on_full_disk(out), work.locked():
-        joined = _Build(
+        build = _Build(
             plan.inputs,
             options,
             tokenizer,
@@ -151,11 +160,11 @@ def commit(out: Path | str, *, say: Say = say_nothing, progress: Progress = no_p
             say=say,
             progress=progress,
         )
-        return joined.run(only_join=True)
+        return build.run(only_join=True)
 
 
 class _Build:
-    """One call of `tokenize` or `commit`, under the folder's lock."""
+    """One call of `tokenize` or `commit`; `run` is called under the lock of the folder."""
 
     def __init__(
         self,
@@ -183,40 +192,49 @@ class _Build:
         self._start = time.monotonic()
 
     def run(self, *, only_join: bool = False) -> Summary:
-        """Make what is missing, and the manifest unless this is a slice."""
+        """Make the shards that are missing, and the manifest unless this is a slice.
+
+        Args:
+            only_join: refuse to make shards.
+        """
         options, work = self._options, self._work
         work.remove_partials(self._tasks, options.task)
         hashes = InputHashes(self._sources)
-        if options.task is None:  # a slice writes no manifest, and need not read the inputs of all others
+        if (
+            options.task is None
+        ):  # a slice writes no manifest, so it need not read the inputs of the other slices
             hashes.begin()
         previous = finished_dataset(work)
         same_inputs = False
         if previous is not None:
-            self._refuse_other(previous)
+            self._refuse_other_recipe(previous)
             same_inputs = self._compare_inputs(previous, hashes.entries())
             if same_inputs and self._is_whole(previous):
                 restore(work, previous, self._tokenizer.json, self._config_json, self._say)
                 return self._summary(previous.manifest, previous.validation, already_done=True)
         self._begin(previous)
         inputs = hashes.entries() if previous else ()
-        kept, changed = reusable(work, self._tasks, options, previous, previous_inputs=inputs, say=self._say)
+        kept, changed = reusable(work, self._tasks, options, previous, inputs=inputs, say=self._say)
         missing = [task for task in slice_of(self._tasks, options.task) if task.name not in kept]
         if only_join and missing:
             raise UserError(
-                f"{options.out}: {len(missing)} of {len(self._tasks)} splits are not made ({missing[0].name}, …); run the slices "
-                "that hold them, then commit again"
+                f"{len(missing)} of {len(self._tasks)} splits are not made ({missing[0].name}, …)",
+                where=options.out,
+                remedy="run the slices that they are in, then commit again",
             )
         self._say_what_is_missing(kept, missing)
         if changed:
             work.retire()
-        made, choice = self._make(missing) if missing else ({}, None)
-        self._refuse_changed_shards(previous, [one for name, one in made.items() if name not in changed])
+        results, backend = self._make(missing) if missing else ({}, None)
+        self._refuse_changed_shards(
+            previous, [result for name, result in results.items() if name not in changed]
+        )
         manifest = validation = None
         if options.task is None and previous is not None and same_inputs and not changed:
             restore(work, previous, self._tokenizer.json, self._config_json, self._say)
             manifest, validation = previous.manifest, previous.validation
         elif options.task is None:
-            splits = [(task, made.get(task.name) or kept[task.name]) for task in self._tasks]
+            splits = [(task, results.get(task.name) or kept[task.name]) for task in self._tasks]
             metadata = assemble(
                 work,
                 self._recipe,
@@ -228,10 +246,10 @@ class _Build:
             self._say_that_validation_is_empty(metadata)
             publish(work, metadata, self._tokenizer.json, self._config_json)
             manifest, validation = metadata.manifest, metadata.validation
-        return self._summary(manifest, validation, made=made, kept=len(kept), choice=choice)
+        return self._summary(manifest, validation, results=results, num_kept=len(kept), backend=backend)
 
     def _begin(self, previous: FinishedDataset | None) -> None:
-        """Write down what is to be made, and find out what must not be."""
+        """Write down the plan, and find the duplicates, which are not to be made."""
         work = self._work
         names = {task.name for task in self._tasks} | (previous.names if previous else set())
         work.begin(self._recipe, self._sources, names)
@@ -243,12 +261,14 @@ class _Build:
         if self._options.dedup == "exact":
             self._find_duplicates()
 
-    def _refuse_changed_shards(self, previous: FinishedDataset | None, made: Sequence[SplitResult]) -> None:
-        """Refuse a lost shard that came out otherwise than the finished dataset says."""
-        unlike = [result.name for result in made if previous is not None and previous.differs(result)]
-        if unlike:
+    def _refuse_changed_shards(
+        self, previous: FinishedDataset | None, results: Sequence[SplitResult]
+    ) -> None:
+        """Refuse a shard that the finished dataset had lost and that now differs from what its manifest says."""
+        different = [result.name for result in results if previous is not None and previous.differs(result)]
+        if different:
             raise UserError(
-                f"{unlike[0]} came out otherwise than the manifest says",
+                f"{different[0]} was made again, and differs from what the manifest says",
                 where=self._options.out,
                 remedy="tokenize into another `out`",
                 option="out",
@@ -257,18 +277,17 @@ class _Build:
     def _say_that_validation_is_empty(self, metadata: DatasetMetadata) -> None:
         if self._options.val_fraction and metadata.validation is None:
             self._say(
-                f"no document fell to the validation part: `val_fraction` {self._options.val_fraction} is small for it"
+                f"the validation part got no document: `val_fraction` {self._options.val_fraction} is too small for so few"
             )
 
     def finished(self) -> Summary | None:
-        """Return what a finished, whole dataset of these inputs and this recipe holds, or None; writes nothing."""
+        """Return the summary of the finished dataset where these inputs and this recipe made it and it is whole; writes nothing."""
         previous = finished_dataset(self._work)
         if previous is None:
             return None
-        self._refuse_other(previous)
-        if not self._compare_inputs(previous, InputHashes(self._sources).entries()) or not self._is_whole(
-            previous
-        ):
+        self._refuse_other_recipe(previous)
+        same_inputs = self._compare_inputs(previous, InputHashes(self._sources).entries())
+        if not (same_inputs and self._is_whole(previous)):
             return None
         return self._summary(previous.manifest, previous.validation, already_done=True)
 
@@ -278,21 +297,21 @@ class _Build:
             is_there(self._options.out, entry.name, entry.written) for entry in previous.manifest.shards
         ) and all(is_there(self._work.val, entry.name, entry.written) for entry in val_shards)
 
-    def _refuse_other(self, previous: FinishedDataset) -> None:
+    def _refuse_other_recipe(self, previous: FinishedDataset) -> None:
         """Refuse another recipe than that of the finished dataset."""
         if different := Recipe.of_manifest(previous.manifest).differences(self._recipe):
             raise UserError(
-                f"holds a dataset made otherwise: {'; '.join(different)}",
+                f"holds a dataset that was made differently: {'; '.join(different)}",
                 where=self._options.out,
                 remedy="take another `out`, or delete that dataset",
                 option="out",
             )
 
     def _compare_inputs(self, previous: FinishedDataset, inputs: Sequence[InputEntry]) -> bool:
-        """Tell whether the inputs are those of the finished dataset, in whatever folders.
+        """Tell whether the inputs are those of the finished dataset, in whatever folders they are now.
 
         Raises:
-            UserError: some are gone; one that was only renamed or moved is not.
+            UserError: an input of the dataset is not among them, neither its name nor its content.
         """
         here = [(Path(entry.path).name, entry.sha256) for entry in inputs]
         there = [(Path(entry.path).name, entry.sha256) for entry in previous.manifest.inputs]
@@ -301,9 +320,9 @@ class _Build:
         if removed and self._options.on_removed_input == "stop":
             some = ", ".join(removed[:3]) + (f" and {len(removed) - 3} more" if len(removed) > 3 else "")
             raise UserError(
-                f"holds documents of {some}, not among the inputs now",
+                f"holds documents of {some}, which is not among the inputs now",
                 where=self._options.out,
-                remedy="name all inputs, old and new, or `on_removed_input` drop leaves those documents out",
+                remedy="name all inputs, old and new, or leave those documents out with `on_removed_input` drop",
                 option="on_removed_input",
             )
         return here == there
@@ -314,47 +333,47 @@ class _Build:
                 f"the vocabulary has {self._tokenizer.info.vocab_size:,} entries, over 65,536: tokens take 4 bytes (int32)"
             )
         if kept and missing:
-            self._say(f"{len(kept)} of {len(self._tasks)} splits were done before; making {len(missing)}")
+            self._say(f"{len(kept)} of {len(self._tasks)} splits are done already; making {len(missing)}")
 
     def _find_duplicates(self) -> None:
-        """Note for every split which of its documents stood before."""
+        """Note for every split which of its documents have the text of an earlier one."""
         job = dataclasses.replace(self._job("tokenizers"), step="hash")
         with self._progress("looking for duplicates", _num_bytes(self._tasks)) as report:
             for _ in self._run(job, self._tasks, report):
                 pass
-        dropped = duplicates(self._work.read_hashes(self._tasks))
+        drops = duplicates(self._work.read_hashes(self._tasks))
         self._tasks = [
-            dataclasses.replace(task, drop=drop) for task, drop in zip(self._tasks, dropped, strict=True)
+            dataclasses.replace(task, drop=drop) for task, drop in zip(self._tasks, drops, strict=True)
         ]
 
     def _make(self, missing: list[SplitTask]) -> tuple[dict[str, SplitResult], Choice]:
-        """Run the missing splits; where the fast backend proves wrong, run all of its splits again without it."""
+        """Make the missing splits; if the fast backend proves wrong in one, make all splits that it encoded again without it."""
         with encoders_in_our_threads():
             sample = sample_texts(missing, self._options, self._chat)
-            choice = choose_backend(self._tokenizer, self._options.backend, sample)
-            self._say(f"encoding with {choice.name}: {choice.note}")
-            job = self._job(choice.name)
+            backend = choose_backend(self._tokenizer, self._options.backend, sample)
+            self._say(f"encoding with {backend.name}: {backend.note}")
+            job = self._job(backend.name)
             with self._progress("tokenize", _num_bytes(missing)) as report:
-                made = self._make_with(job, missing, report)
-                if any(result.difference is not None for result in made.values()):
-                    again = [task for task in missing if made[task.name].backend != "tokenizers"]
-                    made |= self._make_with(dataclasses.replace(job, backend="tokenizers"), again, report)
-        return made, choice
+                results = self._make_with(job, missing, report)
+                if any(result.difference is not None for result in results.values()):
+                    again = [task for task in missing if results[task.name].backend != "tokenizers"]
+                    results |= self._make_with(dataclasses.replace(job, backend="tokenizers"), again, report)
+        return results, backend
 
     def _make_with(self, job: Job, tasks: list[SplitTask], report: Report) -> dict[str, SplitResult]:
-        """Run splits, write down the result of each, and say the first in which the fast backend differs from the reference."""
-        made: dict[str, SplitResult] = {}
+        """Make splits, write down the result of each, and say in which one the fast backend first differs from the reference."""
+        results: dict[str, SplitResult] = {}
         differs = False
         for result in self._run(job, tasks, report):
             assert not isinstance(result, HashResult)
             self._work.write_result(result)
-            made[result.name] = result
+            results[result.name] = result
             if result.difference is not None and not differs:
                 differs = True
                 self._say(
                     f"{job.backend} differs from tokenizers ({result.name}, {result.difference}); tokenizers does the work"
                 )
-        return made
+        return results
 
     def _run(self, job: Job, tasks: list[SplitTask], report: Report) -> Iterator[SplitResult | HashResult]:
         return run_tasks(job, tasks, self._options.workers, report, self._say, engine=self._options.engine)
@@ -379,23 +398,22 @@ class _Build:
         validation: Manifest | None,
         *,
         already_done: bool = False,
-        made: dict[str, SplitResult] | None = None,
-        kept: int = 0,
-        choice: Choice | None = None,
+        results: Mapping[str, SplitResult] = MappingProxyType({}),
+        num_kept: int = 0,
+        backend: Choice | None = None,
     ) -> Summary:
-        results = list((made or {}).values())
         return Summary(
             manifest=manifest,
             validation=validation,
             already_done=already_done,
-            kept_shards=kept,
+            kept_shards=num_kept,
             made_shards=len(results),
-            input_bytes=_num_bytes([task for task in self._tasks if task.name in (made or {})]),
+            input_bytes=_num_bytes([task for task in self._tasks if task.name in results]),
             seconds=time.monotonic() - self._start,
-            backend=choice,
-            compared=sum(result.compared for result in results),
+            backend=backend,
+            compared=sum(result.compared for result in results.values()),
             differences=tuple(
-                f"{result.name}: {result.difference}" for result in results if result.difference
+                f"{result.name}: {result.difference}" for result in results.values() if result.difference
             ),
         )
 

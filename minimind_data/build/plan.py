@@ -27,10 +27,8 @@ from minimind_data.tokenizer.loading import Tokenizer
 
 _MIN_SPLIT_BYTES = 1024
 
-_SAMPLE_PLACES = 4
-
-_SAMPLE_TEXTS_PER_PLACE = 8
-
+_SAMPLE_SPLITS = 4
+_SAMPLE_TEXTS_PER_SPLIT = 8
 _SAMPLE_MAX_CHARS = 2**14
 
 _WITH_CONVERSATIONS = titles(lambda form: form.holds_conversations)
@@ -42,31 +40,31 @@ def _read_with(option: str) -> str:
 
 
 def parse_slice(text: str | tuple[int, int]) -> tuple[int, int]:
-    """Read I/N: the I-th of N slices, from 1.
+    """Read I/N, the I-th of N slices, counted from 1.
 
     Raises:
-        ValueError: the text is no such thing.
+        ValueError: the text is something else.
     """
     if isinstance(text, tuple):
         return text
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise ValueError(f"{text!r} is no slice; write I/N, such as 1/8 to 8/8")
+        raise ValueError(f"{text!r} is not a slice; write I/N, such as 1/8 to 8/8")
     return int(number), int(count)
 
 
 def parse_fraction(text: str | float) -> float:
-    """Read a number from 0 to below 1.
+    """Read a number that is at least 0 and less than 1.
 
     Raises:
-        ValueError: the text is no such number.
+        ValueError: the text is something else.
     """
     try:
         fraction = float(text)
     except ValueError:
         fraction = -1.0
     if not 0 <= fraction < 1:
-        raise ValueError(f"{text!r} is no fraction; write one from 0 to below 1, such as 0.01")
+        raise ValueError(f"{text!r} is not a fraction; write one of at least 0 and less than 1, such as 0.01")
     return fraction
 
 
@@ -151,7 +149,7 @@ class TokenizeOptions:
 
 
 def plan_tasks(sources: Sequence[Source], options: TokenizeOptions) -> list[SplitTask]:
-    """Name every split of every source: by the source's name, numbered where two share one."""
+    """Return a task for every split of every source, with a name that no other one has: that of its source, and a number."""
     prefixes = unique_names([stem_of(source) for source in sources])
     planned = plan_splits(sources, options.split_bytes, options.records, options.kind)
     return [
@@ -162,7 +160,7 @@ def plan_tasks(sources: Sequence[Source], options: TokenizeOptions) -> list[Spli
 
 
 def idle_options(sources: Sequence[Source], records: RecordSpec) -> list[str]:
-    """Say which options do nothing, being for a form that no input has."""
+    """Return a sentence for each option that does nothing, because no input has the form that it is for."""
     idle = []
     for name in ("field", "template", "separator"):
         if getattr(records, name) == getattr(RecordSpec(), name):
@@ -180,12 +178,12 @@ def slice_of(tasks: list[SplitTask], part: tuple[int, int] | None) -> list[Split
 def chat_encoding_of(
     options: TokenizeOptions, tokenizer: Tokenizer, template: ChatTemplate | None
 ) -> ChatEncoding | None:
-    """Return how conversations become tokens; None where the records are none.
+    """Return how conversations become tokens, or None where the records are texts.
 
     Args:
         options: of the build.
         tokenizer: that encodes them.
-        template: its chat template, where it has one.
+        template: its chat template, if it has one.
 
     Raises:
         UserError: there is no chat template, or it does not show which tokens are answers.
@@ -213,10 +211,10 @@ def chat_encoding_of(
 
 
 def check_forms(sources: Sequence[Source], options: TokenizeOptions) -> None:
-    """Check that conversations come in a form that holds some.
+    """Check that the inputs have a form that can hold the records of this kind.
 
     Raises:
-        UserError: a source has another one.
+        UserError: conversations are to be read from a source that can hold texts alone.
     """
     for source in sources:
         form = FORMS[source.form]
@@ -230,16 +228,16 @@ def check_forms(sources: Sequence[Source], options: TokenizeOptions) -> None:
 
 
 def sample_texts(tasks: list[SplitTask], options: TokenizeOptions, chat: ChatEncoding | None) -> list[str]:
-    """Return some short texts from a few places of the input; bad records are not this function's business."""
+    """Return the beginnings of some texts from a few splits, on which encoders are compared; bad records are ignored here."""
     texts: list[str] = []
-    step = max(1, len(tasks) // _SAMPLE_PLACES)
-    for task in tasks[::step][:_SAMPLE_PLACES]:
+    step = max(1, len(tasks) // _SAMPLE_SPLITS)
+    for task in tasks[::step][:_SAMPLE_SPLITS]:
         split = task.split
         split = form_of(split.source, options.records, options.kind).sample(split, _SAMPLE_MAX_CHARS)
-        found: list[str] = []
+        texts_of_split: list[str] = []
         for block in open_reader(split, options.records, chat).blocks():
-            found += block.texts
-            if len(found) >= _SAMPLE_TEXTS_PER_PLACE:
+            texts_of_split += block.texts
+            if len(texts_of_split) >= _SAMPLE_TEXTS_PER_SPLIT:
                 break
-        texts += [text[:_SAMPLE_MAX_CHARS] for text in found[:_SAMPLE_TEXTS_PER_PLACE]]
+        texts += [text[:_SAMPLE_MAX_CHARS] for text in texts_of_split[:_SAMPLE_TEXTS_PER_SPLIT]]
     return texts

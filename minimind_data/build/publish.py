@@ -1,4 +1,4 @@
-"""From the results of all splits to a finished dataset: its manifest, that of its validation part, and the file of bad records.
+"""From the results of all splits to a finished dataset: the manifest, that of the validation part, and the file of bad records.
 
 `assemble` makes them in memory, `publish` writes them with the manifest last, `restore` puts back what a finished dataset has lost. The result that
 `build.tokenize` returns, `Summary`, is here too.
@@ -31,11 +31,13 @@ from minimind_data.tokenizer.backends import Choice
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetMetadata:
-    """What a dataset has beside its shards: its manifest, that of its validation part, and its bad records."""
+    """What a dataset has besides its shards and its tokenizer."""
 
     manifest: Manifest
     validation: Manifest | None
+    """The manifest of the validation part; None where that has no document."""
     set_aside: bytes
+    """The content of the file of bad records; empty where there are none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,20 +47,22 @@ class Summary:
     manifest: Manifest | None
     """None where only a slice was made."""
     validation: Manifest | None
-    """Manifest of the validation part; None where there is none."""
+    """The manifest of the validation part; None where there is none."""
     already_done: bool
-    """The dataset was there, made from the same inputs by the same recipe."""
+    """Whether the dataset was there already, made from the same inputs by the same recipe."""
     kept_shards: int
-    """Shards that an earlier run had made."""
+    """How many shards an earlier run had made."""
     made_shards: int
+    """How many shards this run made."""
     input_bytes: int
-    """Stored size of the splits that were made in this run."""
+    """Size of the splits that this run made, as they are stored."""
     seconds: float
     backend: Choice | None
+    """The encoder; None where nothing was encoded."""
     compared: int
-    """Documents whose ids were compared with the reference's in this run."""
+    """How many documents had their ids compared with the reference's in this run."""
     differences: tuple[str, ...]
-    """Where the fast backend differed from the reference, which then did the work."""
+    """The splits in which the fast backend differed from the reference, and how; the reference then made them."""
 
 
 def assemble(
@@ -70,15 +74,23 @@ def assemble(
     config_json: str | None,
     previous: FinishedDataset | None,
 ) -> DatasetMetadata:
-    """Put the results of all splits together, in order.
+    """Put the results of all splits together.
+
+    Args:
+        work: the folder of the build.
+        recipe: of the dataset.
+        inputs: of the dataset.
+        splits: the task and the result of every split, in order.
+        config_json: the text of tokenizer_config.json; None where the tokenizer has no chat template.
+        previous: the finished dataset that was there before, if there was one.
 
     Raises:
-        UserError: no split holds a document.
+        UserError: no split has a document.
     """
     tasks, results = [task for task, _ in splits], [result for _, result in splits]
     shards, val_shards = entries_of(tasks, results)
     if not shards:
-        raise UserError(f"{inputs[0].path}: no record with any text in it; there is nothing to tokenize")
+        raise UserError("no record has any text, so there is nothing to tokenize", where=inputs[0].path)
     set_aside = _bad_records(work, tasks, results, previous)
     manifest = Manifest(
         kind=recipe.kind,
@@ -113,7 +125,7 @@ def _bad_records(
     results: Sequence[SplitResult],
     previous: FinishedDataset | None,
 ) -> bytes:
-    """Return the bad records of all splits as JSON lines, their numbers counted from the first line of the file."""
+    """Return the bad records of all splits as JSON lines, in which lines are counted from the beginning of their file."""
     lines: list[bytes] = []
     for task, result, first_line in zip(tasks, results, first_lines(tasks, results), strict=True):
         if not result.origin.set_aside:
@@ -136,7 +148,7 @@ def _bad_records(
 def publish(
     work: WorkFolder, metadata: DatasetMetadata, tokenizer_json: str, config_json: str | None
 ) -> None:
-    """Make a dataset of the shards in a folder, and remove what only its building needed."""
+    """Write the metadata beside the shards, the manifest last, and remove the files that only the build needed."""
     work.retire()
     for folder in (work.out, work.val) if metadata.validation is not None else (work.out,):
         write_atomic(folder / TOKENIZER_NAME, tokenizer_json)
@@ -159,7 +171,7 @@ def restore(
     config_json: str | None,
     say: Say,
 ) -> None:
-    """Leave a finished dataset as its manifest says it is, all its shards being there."""
+    """Put a finished dataset whose shards are all there into the state that its manifest says."""
     for folder, manifest in ((work.out, previous.manifest), (work.val, previous.validation)):
         if manifest is None:
             continue
@@ -169,13 +181,13 @@ def restore(
             and sha256_of_bytes(config_json.encode()) == manifest.tokenizer_config_sha256
         ):
             files.insert(0, (TOKENIZER_CONFIG_NAME, config_json))
-        for name, wanted in files:
+        for name, text in files:
             path = folder / name
-            if not path.is_file() or path.read_bytes() != wanted.encode():
-                write_atomic(path, wanted)
-                say(f"{path}: was missing or changed; it is restored")
-    path, wanted_sha256 = work.out / SET_ASIDE_NAME, previous.manifest.set_aside_sha256
-    if wanted_sha256 is not None and not (path.is_file() and sha256_of(path) == wanted_sha256):
+            if not path.is_file() or path.read_bytes() != text.encode():
+                write_atomic(path, text)
+                say(f"{path}: was missing or changed, and is restored")
+    path, expected_sha256 = work.out / SET_ASIDE_NAME, previous.manifest.set_aside_sha256
+    if expected_sha256 is not None and not (path.is_file() and sha256_of(path) == expected_sha256):
         say(f"{path}: missing or changed; {REMAKE_ALL}")
     _tidy(work, previous.manifest, previous.validation)
 

@@ -1,12 +1,12 @@
-"""The tasks of a build on a Ray cluster: the same tasks, so the same bytes.
+"""The engine on a Ray cluster: the same tasks as elsewhere, so the same bytes.
 
-The driver joins a cluster that runs (RAY_ADDRESS, or the one that this machine is a node of) and never starts one. A split
-is one Ray task. Results come back through Ray, shards do not: a node writes them into the dataset's folder itself, so that
-folder and the inputs must be on a file system that all nodes share. A token file in the work folder shows whether they do:
-a task begins only where its node reads the driver's token there, and ends between two batches once it is gone. A worker or a
-node that dies is this module's business, not Ray's: each such try is counted and announced.
+The driver joins a running cluster (RAY_ADDRESS, or the one that this machine is a node of) and never starts one. A split is one Ray task.
+Results come back through Ray, but shards do not: the node writes them into the folder of the dataset, which must therefore be on a file
+system that all nodes share, and so must the inputs. A token file in the work folder shows whether it is: a task starts only if its node
+can read the driver's token there, and stops between two batches when the token is gone. Tasks whose worker or node dies are tried again
+here and not by Ray, so that every retry is counted and said.
 
-Imported only when `--engine ray` is asked for; nothing else imports Ray.
+Imported only for the engine ray; nothing else imports Ray.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from minimind_data.build.workers import CORES_PER_PROCESS, ENCODER_ENVIRONMENT, 
 from minimind_data.errors import UserError
 from minimind_data.files import partial_name, remove_partials
 from minimind_data.inputs.sources import Source
-from minimind_data.reporting import Report, Say
+from minimind_data.reporting import CountedReport, Report, Say
 
 _CONNECT_SECONDS = 10.0
 _POLL_SECONDS = 5.0
@@ -53,26 +53,26 @@ _CAUSES: dict[type[RayError], str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Shared:
-    """What every task gets: the job, and what its node must see as the driver sees it."""
+    """What all tasks get: the job, and what their nodes must find as the driver does."""
 
     job: Job
     folder: Path | None
-    """The driver's, where paths are relative to it."""
+    """The working directory of the driver, where paths are relative to it."""
     token_path: Path
+    """The token file, which is in the work folder for as long as this driver waits for results."""
     token: str
-    """Stands in the work folder while this driver wants the work done."""
     inputs: dict[str, tuple[int, int]]
-    """Where each lies, its size and the time of its last change in seconds."""
+    """For each input by its location, (size, time of the last change in seconds)."""
     versions: dict[str, str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Made:
-    """What a task brought about."""
+class _Outcome:
+    """What became of a task."""
 
     result: SplitResult | HashResult | None = None
     user_error: str = ""
-    """Why there is none."""
+    """Why there is no result."""
     num_bytes: int = 0
     num_tokens: int = 0
 
@@ -80,13 +80,13 @@ class _Made:
 def run_ray(
     job: Job, tasks: list[SplitTask], workers: int, report: Report, say: Say
 ) -> Iterator[SplitResult | HashResult]:
-    """Run tasks on a Ray cluster, in any order, with at most `workers` of its cores reserved; 0 takes all.
+    """Run tasks on a Ray cluster, in any order, with at most `workers` of its cores reserved; 0 is all.
 
-    However it is left, no task of it goes on: they are stopped, and Ray ends those of a driver that was killed.
+    No task goes on after this is left, in whatever way: they are stopped, and those of a driver that was killed are ended by Ray.
 
     Raises:
-        UserError: there is no cluster to join, a node does not see the files or has other versions, a task met something that
-            the user must mend, or the worker of one split died again and again.
+        UserError: there is no cluster to join, a node does not see the files or has other versions, a task found something that
+            the user must put right, or the worker of one split died again and again.
     """
     with _connected(), _token(job) as (token_path, token):
         num_cores = cores_per_task(_cores_of_nodes(), workers)
@@ -103,24 +103,24 @@ def run_ray(
 
 
 def cores_per_task(cores_of_nodes: Sequence[int], workers: int) -> int:
-    """Return how many cores a task reserves: up to what a process keeps busy, and so that the fewest stay idle.
+    """Return how many cores each task reserves: at most as many as a process keeps busy, and so that the fewest cores stay idle.
 
     Args:
-        cores_of_nodes: of every node that is there.
-        workers: cores that may be reserved in all; 0 for any number.
+        cores_of_nodes: of every node of the cluster.
+        workers: how many cores may be reserved in all; 0 for any number.
     """
     largest = max(cores_of_nodes, default=0) or CORES_PER_PROCESS
     most = min(CORES_PER_PROCESS, largest, workers or largest)
 
     def busy(cores: int) -> int:
-        num_tasks = sum(there // cores for there in cores_of_nodes)
+        num_tasks = sum(cores_of_node // cores for cores_of_node in cores_of_nodes)
         return cores * (min(num_tasks, workers // cores) if workers else num_tasks)
 
     return max(range(1, most + 1), key=lambda cores: (busy(cores), cores))
 
 
 class _Run:
-    """The tasks that wait, those that Ray has, and the way on when one is lost."""
+    """The tasks that wait and those that Ray has; a task that is lost is tried again."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class _Run:
         self._waiting = deque(tasks)
         self._busy: dict[Any, SplitTask] = {}
         self._has_said_stuck = False
-        # The retries are ours, since Ray's own would be silent; on every node in turn, since each has its own disk to read by.
+        # Ray does not retry, since it would do so silently; it spreads the tasks over the nodes, so that all of them read files.
         self._remote = ray.remote(_make).options(
             num_cpus=num_cores, max_retries=0, scheduling_strategy="SPREAD"
         )
@@ -169,7 +169,7 @@ class _Run:
             self._stop()
 
     def _submit(self) -> None:
-        """Give Ray as many tasks as there is room for; where all cores are ours, as many again, so that none waits for us."""
+        """Give Ray as many tasks as it has room for; where we may use all cores, twice as many, so that no node waits for us."""
         room = sum(cores // self._num_cores for cores in _cores_of_nodes())
         limit = self._workers // self._num_cores if self._workers else 2 * room
         while self._waiting and len(self._busy) < max(1, limit):
@@ -177,16 +177,16 @@ class _Run:
             self._busy[self._remote.remote(self._shared, task)] = task
 
     def _take(self, reference: Any) -> SplitResult | HashResult | None:
-        """Return what a task gave; None where its worker died and it waits again.
+        """Return the result of a task; None where its worker died and it is tried again.
 
         Raises:
-            UserError: the task met something for the user, or died once too often.
+            UserError: the task found something that the user must put right, or its worker died once too often.
         """
         task = self._busy.pop(reference)
         try:
-            made: _Made = ray.get(reference)
+            outcome: _Outcome = ray.get(reference)
         except RayTaskError as error:
-            if (module := _MISSING_MODULE.search(str(error))) is not None:  # before a task of ours could look
+            if (module := _MISSING_MODULE.search(str(error))) is not None:  # before the task could check that
                 node = _NODE.search(str(error))
                 raise UserError(
                     f"node {node[1] if node else 'unknown'} has no Python module {module[1]}",
@@ -197,15 +197,15 @@ class _Run:
             cause = next(
                 (text for kind, text in _CAUSES.items() if isinstance(error, kind)), type(error).__name__
             )
-            # A node that Ray has lost may still be writing: without its file, its commit is refused.
+            # A node that Ray has lost may still be writing. Without its temporary file it cannot commit.
             remove_partials(self._out, {f"{task.name}.bin", f"{task.name}.idx"})
             self._tries.again(task, cause)
             self._waiting.append(task)
             return None
-        if made.result is None:
-            raise UserError(made.user_error)
-        self._report(made.num_bytes, made.num_tokens)
-        return made.result
+        if outcome.result is None:
+            raise UserError(outcome.user_error)
+        self._report(outcome.num_bytes, outcome.num_tokens)
+        return outcome.result
 
     def _say_if_stuck(self) -> None:
         is_stuck = max(_cores_of_nodes(), default=0) < self._num_cores
@@ -217,9 +217,10 @@ class _Run:
         self._has_said_stuck = is_stuck
 
     def _stop(self) -> None:
-        """Let what still runs end between two batches, so that it cleans up behind itself; Ray ends the rest when we leave.
+        """Let the tasks that still run stop between two batches, so that they remove their temporary files.
 
-        By the token and not by `ray.cancel`: a task that is cancelled as it ends makes Ray 2.60 abort this process.
+        Removing the token does this and not `ray.cancel`, with which Ray 2.60 aborts this process if a task ends as it is cancelled. Tasks
+        that do not stop in time are ended by Ray when the driver leaves the cluster.
         """
         self._token_path.unlink(missing_ok=True)
         if self._busy:
@@ -227,38 +228,40 @@ class _Run:
 
 
 class _StoppedError(Exception):
-    """The driver is gone, or wants no more."""
+    """The token is gone: the driver is gone, or waits for no more results."""
 
 
-def _make(shared: _Shared, task: SplitTask) -> _Made:
-    """Make one split, on whichever node this is."""
+def _make(shared: _Shared, task: SplitTask) -> _Outcome:
+    """Make one split, on the node that Ray has chosen."""
     node = f"{ray.util.get_node_ip_address()} ({platform.node()})"  # type: ignore[no-untyped-call]
-    done = [0, 0]
 
-    def report(num_bytes: int, num_tokens: int) -> None:
-        done[0] += num_bytes
-        done[1] += num_tokens
+    def stop_without_token(_num_bytes: int, _num_tokens: int) -> None:
         if not shared.token_path.exists():
             raise _StoppedError
 
+    report = CountedReport(stop_without_token)
     os.environ.update(ENCODER_ENVIRONMENT)
     try:
         _check(shared, task, node)
         result = run_task(shared.job, task, report)
     except _StoppedError:
-        return _Made(
+        return _Outcome(
             user_error=f"{shared.token_path}: was removed while the build was at work; run the same command again"
         )
     except UserError as error:
-        return _Made(user_error=str(error))
+        return _Outcome(user_error=str(error))
     except OSError as error:
         where = error.filename or shared.job.out
-        return _Made(user_error=f"{where}: {error.strerror or error}, says node {node}")
-    return _Made(result=result, num_bytes=done[0], num_tokens=done[1])
+        return _Outcome(user_error=f"{where}: {error.strerror or error}, says node {node}")
+    return _Outcome(result=result, num_bytes=report.num_bytes, num_tokens=report.num_tokens)
 
 
 def _check(shared: _Shared, task: SplitTask, node: str) -> None:
-    """Raise UserError unless this node has the driver's versions and sees the driver's files."""
+    """Check that this node has the versions of the driver and sees its files.
+
+    Raises:
+        UserError: it has others, or does not see them.
+    """
     shared_by_all = "must be on a file system that all nodes of the Ray cluster share"
     if different := [
         f"{name} {here or 'missing'} there and {shared.versions[name] or 'missing'} here"
@@ -303,13 +306,13 @@ def _stamp(source: Source) -> tuple[int, int]:
 
 
 def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
+    versions: dict[str, str | None] = {}
     for name in _SAME_EVERYWHERE:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 def _cores_of_nodes() -> list[int]:
@@ -318,7 +321,7 @@ def _cores_of_nodes() -> list[int]:
 
 @contextlib.contextmanager
 def _token(job: Job) -> Iterator[tuple[Path, str]]:
-    """Put a secret into the work folder, by which a node knows the folder; the next build removes it if we are killed."""
+    """Put a token file into the work folder, by which nodes recognize the folder; if we are killed, the next build removes it."""
     path = partial_name(job.work_folder / "ray")
     token = secrets.token_hex()
     path.write_text(token)
@@ -330,14 +333,14 @@ def _token(job: Job) -> Iterator[tuple[Path, str]]:
 
 @contextlib.contextmanager
 def _connected() -> Iterator[None]:
-    """Join the cluster, and leave it; where the caller has joined one, use that."""
+    """Join the cluster, and leave it at the end; where the caller has joined one already, use that."""
     if ray.is_initialized():
         yield
         return
     address = _cluster_address()
     is_main_thread = threading.current_thread() is threading.main_thread()
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    # Ray prints what befalls its processes on our stdout, pages of it; what matters to the user is announced.
+    # Ray prints pages on our stdout about what happens to its processes; we say what matters to the user.
     speaks = ray_worker._worker_logs_enabled  # noqa: SLF001 - there is no public switch
     ray_worker._worker_logs_enabled = False  # noqa: SLF001
     try:
@@ -363,20 +366,20 @@ def _connected() -> Iterator[None]:
 
 
 def _cluster_address() -> str:
-    """Return HOST:PORT of the cluster that answers; `ray.init` alone would try for a quarter of an hour, or start one here.
+    """Return HOST:PORT of a cluster that answers; without one, `ray.init` would try for a quarter of an hour, or start one here.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such cluster.
     """
-    wanted = os.environ.get("RAY_ADDRESS", "")
-    if wanted == "local" or "://" in wanted:
+    setting = os.environ.get("RAY_ADDRESS", "")
+    if setting == "local" or "://" in setting:
         raise UserError(
-            f"RAY_ADDRESS={wanted}: must be HOST:PORT of a cluster that runs and that this machine is a node of; or unset it"
+            f"RAY_ADDRESS={setting}: must be HOST:PORT of a cluster that runs and that this machine is a node of; or unset it"
         )
     try:
         address = services.canonicalize_bootstrap_address_or_die("auto")
     except (ConnectionError, ValueError, OSError):
-        what = f"RAY_ADDRESS={wanted}: no such cluster" if wanted else "no Ray cluster runs on this machine"
+        what = f"RAY_ADDRESS={setting}: no such cluster" if setting else "no Ray cluster runs on this machine"
         raise UserError(
             what,
             remedy="begin one with `ray start --head`, or set RAY_ADDRESS to HOST:PORT of one that this "

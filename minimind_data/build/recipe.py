@@ -14,7 +14,7 @@ from minimind_data.tokenizer.loading import Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What decides the bytes of a dataset besides its inputs. A build goes on only with what was made by its own recipe."""
+    """What decides the bytes of a dataset besides its inputs. A build only goes on with what its own recipe has made."""
 
     kind: Kind
     tokenizer: TokenizerInfo

@@ -1,8 +1,8 @@
-"""What of a finished dataset, or of an interrupted build, need not be made again.
+"""Which shards of a finished dataset, or of an interrupted build, need not be made again.
 
-`FinishedDataset` is the dataset that a build finds in its folder: the results of its splits and the bad records that it had set aside.
-`reusable` says which results still hold: those of splits whose input has not changed and whose shards are there, looked at by their sizes
-alone; `verify` reads them.
+`FinishedDataset` is a dataset that a build finds in its folder: the results of its splits, and the bad records that were set aside.
+`reusable` says which results still hold: those of splits whose input has not changed and whose shards are there. Only the sizes of the
+shards' files are compared; `verify` is what reads them.
 """
 
 from collections.abc import Sequence
@@ -29,12 +29,12 @@ from minimind_data.reporting import Say
 
 
 class FinishedDataset:
-    """A finished dataset.
+    """A finished dataset that a build finds in its folder.
 
     Args:
-        manifest: its manifest.
-        validation: the manifest of its validation part, where it has one.
-        set_aside: where the file of its bad records may stand, where it has any; it moves when the manifest is taken away.
+        manifest: of the dataset.
+        validation: the manifest of its validation part, if it has one.
+        set_aside: where the file of its bad records may be, since it is moved when the manifest is taken away.
     """
 
     def __init__(self, manifest: Manifest, validation: Manifest | None, set_aside: Sequence[Path]) -> None:
@@ -47,16 +47,16 @@ class FinishedDataset:
 
     @property
     def names(self) -> set[str]:
-        """The names of its shards."""
+        """The names of its shards and of those of its validation part."""
         return self._entries.keys() | self._val_entries.keys()
 
     def input_sha256(self, result: SplitResult) -> list[str]:
-        """Return the checksums of the whole inputs that a split's shard came from."""
+        """Return the checksums of the inputs that a split is of."""
         first, number = result.origin.input, result.origin.inputs
         return [entry.sha256 for entry in self.manifest.inputs[first : first + number]]
 
     def result_of(self, name: str) -> SplitResult | None:
-        """Return what the split of this name gave, or None where it has no shard."""
+        """Return the result of the split with this name, or None where it made no shard."""
         entry, val_entry = self._entries.get(name), self._val_entries.get(name)
         some_entry = entry or val_entry
         if some_entry is None:
@@ -72,12 +72,12 @@ class FinishedDataset:
         )
 
     def differs(self, result: SplitResult) -> bool:
-        """Tell whether a split that had shards gave other ones now."""
+        """Tell whether a split has shards here, and other ones in its new result."""
         before = self.result_of(result.name)
         return before is not None and (before.shard, before.val_shard) != (result.shard, result.val_shard)
 
     def bad_records(self, task: SplitTask, result: SplitResult) -> list[dict[str, Any]]:
-        """Return the bad records of a split, their lines counted from its first."""
+        """Return the bad records of a split, in which lines are counted from the beginning of the split."""
         if not result.origin.set_aside:
             return []
         if self._bad_records is None:
@@ -103,7 +103,7 @@ class FinishedDataset:
 
 
 def finished_dataset(work: WorkFolder) -> FinishedDataset | None:
-    """Return the finished dataset that a build finds in its folder, wherever its manifest stands now; None where there is none."""
+    """Return the finished dataset in the folder of a build, wherever its manifest is now; None where there is none."""
     manifest = _first_manifest(work.out, work.previous)
     if manifest is None:
         return None
@@ -120,7 +120,7 @@ def _first_manifest(*folders: Path) -> Manifest | None:
 def entries_of(
     tasks: Sequence[SplitTask], results: Sequence[SplitResult]
 ) -> tuple[tuple[ShardEntry, ...], tuple[ShardEntry, ...]]:
-    """Return what manifests say of the shards that splits gave: (the dataset's, its validation part's)."""
+    """Return the entries of all shards: (those of the dataset, those of its validation part)."""
     sides: tuple[list[ShardEntry], list[ShardEntry]] = ([], [])
     for first_line, result in zip(first_lines(tasks, results), results, strict=True):
         origin = replace(result.origin, first_line=first_line)
@@ -131,7 +131,7 @@ def entries_of(
 
 
 def first_lines(tasks: Sequence[SplitTask], results: Sequence[SplitResult]) -> list[int]:
-    """Return how many records of its input come before each split."""
+    """Return, for each split, how many records of its input come before it."""
     counts: list[int] = []
     lines, current = 0, -1
     for task, result in zip(tasks, results, strict=True):
@@ -143,7 +143,7 @@ def first_lines(tasks: Sequence[SplitTask], results: Sequence[SplitResult]) -> l
 
 
 def is_there(folder: Path, name: str, written: WrittenShard | None) -> bool:
-    """Tell by their sizes whether a shard's files are whole; `verify` reads them."""
+    """Tell, by their sizes alone, whether the files of a shard are complete; of no shard, they are."""
     sizes = {} if written is None else written.file_sizes()
     try:
         return all((folder / f"{name}{suffix}").stat().st_size == size for suffix, size in sizes.items())
@@ -157,48 +157,53 @@ def reusable(
     options: TokenizeOptions,
     previous: FinishedDataset | None,
     *,
-    previous_inputs: Sequence[InputEntry],
+    inputs: Sequence[InputEntry],
     say: Say,
 ) -> tuple[dict[str, SplitResult], set[str]]:
-    """Find the results that still hold, of an interrupted build and of a finished dataset.
+    """Find the results, of an interrupted build and of a finished dataset, that still hold.
 
     Args:
         work: the folder of the build.
-        tasks: all splits, with their duplicates where these are looked for.
+        tasks: all splits, with the numbers of their duplicates where these are left out.
         options: of the build.
         previous: the finished dataset, if there is one.
-        previous_inputs: the inputs as they are now, where there is one.
+        inputs: all inputs as they are now; needed where there is a finished dataset, else empty.
         say: takes a sentence about every input that changed.
 
     Returns:
-        (results by the names of their splits, names of the finished dataset's shards that do not hold).
+        (results by the names of their splits, names of those shards of the finished dataset that do not hold any more).
     """
-    kept: dict[str, SplitResult] = {}
+    results: dict[str, SplitResult] = {}
     changed = previous.names - {task.name for task in tasks} if previous else set()
-    announced: set[str] = set()
+    paths_said: set[str] = set()
     for task in tasks:
         result, is_new = _result_of(work, task, options, previous)
         if result is None:
             continue
-        here = [entry.sha256 for entry in previous_inputs[task.input : task.input + result.origin.inputs]]
+        here = [entry.sha256 for entry in inputs[task.input : task.input + result.origin.inputs]]
         is_untouched = previous is not None and not is_new and here == previous.input_sha256(result)
         if result.origin.duplicates_sha256 != task.duplicates_sha256 or not (
             is_untouched or _is_content_of(task, result, options)
         ):
             if previous is not None and task.name in previous.names:
                 changed.add(task.name)
-            if task.split.path not in announced:
-                say(f"{task.split.path}: changed since {task.name} was made; such splits are made again")
-                announced.add(task.split.path)
+            if task.split.path not in paths_said:
+                say(
+                    f"{task.split.path}: changed since {task.name} was made; the splits that changed are made again"
+                )
+                paths_said.add(task.split.path)
         elif is_there(work.out, task.name, result.shard) and is_there(work.val, task.name, result.val_shard):
-            kept[task.name] = replace(result, origin=replace(result.origin, input=task.input))
-    return kept, changed
+            results[task.name] = replace(result, origin=replace(result.origin, input=task.input))
+    return results, changed
 
 
 def _result_of(
     work: WorkFolder, task: SplitTask, options: TokenizeOptions, previous: FinishedDataset | None
 ) -> tuple[SplitResult | None, bool]:
-    """Return (what the split gave, whether in the build that is under way); its bad records may not be wanted any more."""
+    """Return (the result of a split, whether the unfinished build has it).
+
+    A result with bad records does not count where the build is now to stop at them.
+    """
     result = work.read_result(task.name)
     if result is not None and not (result.origin.set_aside and options.on_bad_record == "stop"):
         return result, True

@@ -1,7 +1,7 @@
-"""One split of one input becomes one shard: the unit of work that engines run.
+"""One split of an input becomes one shard: the unit of work that engines run.
 
-Reading and parsing, encoding, and writing run as three overlapping stages, so that the encoder is what costs. The result
-depends on the input's bytes and the job alone: not on the process, the machine, the backend or what ran before.
+Reading, encoding and writing overlap, so that a split takes as long as its encoding. The result depends on the bytes of the input and on
+the job alone: not on the process, the machine, the backend or what ran before.
 """
 
 import base64
@@ -42,14 +42,14 @@ from minimind_data.inputs.forms import form_of
 from minimind_data.inputs.spec import RecordSpec
 from minimind_data.inputs.splits import open_reader
 from minimind_data.json_fields import BESIDE, Count, FileName
-from minimind_data.reporting import Report
+from minimind_data.reporting import CountedReport, Report
 from minimind_data.tokenizer.backends import Encoder, Ids, Offsets, first_difference, make_encoder
 from minimind_data.tokenizer.loading import cached_tokenizer
 
-# One document in this many goes on being compared with the reference. At a fortieth of the fast encoder's speed that is
-# some four per cent of the work; giants are left to the check at the start, they would cost seconds each.
 _COMPARE_ONE_IN = 1024
+"""One document in so many is encoded by the reference too. The reference is forty times slower, so that is four per cent of the work."""
 _COMPARE_MAX_CHARS = 2**17
+"""Longer documents are not compared: that would take seconds for each."""
 SET_ASIDE_SUFFIX = ".set-aside.jsonl"
 HASHES_SUFFIX = ".hashes"
 
@@ -59,7 +59,7 @@ class Job:
     """What all splits of a build share."""
 
     work_folder: Path
-    """Where results and set-aside records wait for the manifest."""
+    """Where results and bad records are kept until the manifest is written."""
     out: Path
     tokenizer_json: str
     tokenizer: TokenizerInfo
@@ -69,11 +69,11 @@ class Job:
     on_bad_record: Literal["stop", "set-aside"]
     val_fraction: float = 0.0
     encoder_threads: int = 1
-    """Blocks of text that are encoded at the same time."""
+    """How many blocks of text are encoded at the same time."""
     chat: ChatEncoding | None = None
     """How conversations become tokens, where the records are some."""
     step: Literal["make", "hash"] = "make"
-    """`hash` only notes the hashes of the texts, for `dedup`."""
+    """`hash` only writes the hashes of the texts, for `dedup`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +81,12 @@ class SplitTask:
     """One split to be made."""
 
     name: str
-    """Name of the shard that it becomes."""
+    """Of the shard that it becomes."""
     input: int
-    """Which input, by its place in the manifest."""
+    """The index of its input in the manifest."""
     split: Split
     drop: NDArray[np.int32] | None = None
-    """Numbers of the documents to leave out, ascending; None where nothing is looked for."""
+    """Numbers of the documents to leave out as duplicates, ascending; None where duplicates are kept."""
 
     @property
     def duplicates_sha256(self) -> str:
@@ -96,23 +96,24 @@ class SplitTask:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitResult:
-    """The result of one split; kept beside the shard until the manifest takes it over."""
+    """The result of one split, which the work folder keeps until the manifest is written."""
 
     name: FileName
     origin: Annotated[ShardOrigin, BESIDE]
-    """Without `first_line`, which is known when all splits before it are made."""
+    """Without `first_line`, which is known only when all splits before this one are made."""
     compared: Count
-    """Documents whose ids were compared with the reference's."""
+    """How many documents had their ids compared with the reference's."""
     backend: str
+    """The encoder that made the split."""
     difference: str | None
-    """How the fast backend differed from the reference, which then did the split; None where it did not."""
+    """How the fast backend differed from the reference, which then made the split; None where it did not differ."""
     shard: WrittenShard | None
-    """None where the split holds no document: it makes no shard."""
+    """None where the split has no document and so makes no shard."""
     val_shard: WrittenShard | None
-    """What went to the validation part, likewise."""
+    """The shard in the validation part; None where it would be empty."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the object that stands for it on disk: the facts of its origin stand beside the others."""
+        """Return the object in `NAME.result.json`, in which the items of the origin stand beside the others."""
         content = asdict(self)
         origin = content.pop("origin")
         del origin["first_line"]
@@ -121,16 +122,16 @@ class SplitResult:
 
 @dataclass(frozen=True, kw_only=True)
 class HashResult:
-    """The hashes of a split's texts are noted."""
+    """The hashes of the texts of a split are written."""
 
     name: str
 
 
 def run_task(job: Job, task: SplitTask, report: Report) -> SplitResult | HashResult:
-    """Do the job's step for one split.
+    """Do the step of the job for one split.
 
     Raises:
-        UserError: a bad record (unless they are set aside), or the disk is full.
+        UserError: a record is bad (unless bad records are set aside), or the disk is full.
     """
     with user_error_on_full_disk(job.out):
         return build_split(job, task, report) if job.step == "make" else _hash_split(job, task, report)
@@ -149,19 +150,13 @@ def build_split(job: Job, task: SplitTask, report: Report) -> SplitResult:
     """Make the shard of one split, and commit it.
 
     Raises:
-        UserError: a bad record, unless they are set aside.
+        UserError: a record is bad, unless bad records are set aside.
     """
-    done = [0, 0]
-
-    def count(num_bytes: int, num_tokens: int) -> None:
-        done[0] += num_bytes
-        done[1] += num_tokens
-        report(num_bytes, num_tokens)
-
+    counted = CountedReport(report)
     try:
-        return _build(job, task, job.backend, None, count)
+        return _build(job, task, job.backend, None, counted)
     except DifferenceError as difference:
-        report(-done[0], -done[1])
+        counted.take_back()
         return _build(job, task, "tokenizers", str(difference), report)
 
 
@@ -181,8 +176,8 @@ def _build(job: Job, task: SplitTask, backend: str, difference: str | None, repo
                 compared += _compare(job, block.texts, ids, offsets, num_texts)
             num_texts += len(block.texts)
             different_prompts += block.different_prompts
-            tokens, lengths, mask, missed = _sequences(job, block, ids, offsets)
-            unlearned += missed
+            tokens, lengths, mask, unlearned_here = _sequences(job, block, ids, offsets)
+            unlearned += unlearned_here
             writers.append(block, tokens, lengths, mask)
             report(block.num_bytes, len(tokens))
         shard, val_shard = writers.commit()
@@ -215,7 +210,7 @@ def _build(job: Job, task: SplitTask, backend: str, difference: str | None, repo
 def _sequences(
     job: Job, block: Block, ids: Ids, offsets: Offsets
 ) -> tuple[TokenArray, NDArray[np.int64], MaskArray | None, int]:
-    """Return (tokens of a block as they are stored, the length of each sequence, mask, conversations not all learned)."""
+    """Return (tokens of a block as they are stored, lengths of its sequences, loss mask, conversations with an unlearned answer)."""
     if job.chat is None:
         return *frame_texts(ids, offsets, job.tokenizer, job.dtype), None, 0
     tokenizer = cached_tokenizer(job.tokenizer_json, job.tokenizer)
@@ -227,14 +222,14 @@ def _sequences(
 
 
 class _Writers:
-    """The shard of a split, and the one of its validation part."""
+    """Writes the shard of a split, and that of its validation part."""
 
     def __init__(self, job: Job, name: str) -> None:
         self._val_fraction = job.val_fraction
         self._counts = [0, 0]
         self._stack = contextlib.ExitStack()
         folders = [job.out] if not job.val_fraction else [job.out, job.out / VALIDATION_NAME]
-        with self._stack:  # what was opened is closed, should a later one fail
+        with self._stack:  # should the second one fail, the first is closed
             self._writers = [
                 self._stack.enter_context(
                     ShardWriter(
@@ -252,7 +247,7 @@ class _Writers:
     def append(
         self, block: Block, tokens: TokenArray, lengths: NDArray[np.int64], mask: MaskArray | None
     ) -> None:
-        """Add the documents of a block, each to its side."""
+        """Add the documents of a block, each to its shard."""
         if not self._val_fraction:
             self._add(0, tokens, lengths, mask)
             return
@@ -266,12 +261,12 @@ class _Writers:
         self._counts[side] += len(lengths)
 
     def commit(self) -> tuple[WrittenShard | None, WrittenShard | None]:
-        """Make what holds documents durable."""
-        made = [
+        """Commit the shards that have documents: (that of the split, that of its validation part)."""
+        shards = [
             writer.commit() if count else None
             for writer, count in zip(self._writers, self._counts, strict=False)
         ]
-        return made[0], made[1] if len(made) > 1 else None
+        return shards[0], shards[1] if len(shards) > 1 else None
 
     def __enter__(self) -> Self:
         return self
@@ -283,7 +278,7 @@ class _Writers:
 
 
 def _without(blocks: Iterator[Block], drop: NDArray[np.int32] | None) -> Generator[Block, None, None]:
-    """Leave documents out of blocks, by their numbers in the split."""
+    """Yield blocks without the documents of these numbers, which count from the beginning of the split."""
     if drop is None or not len(drop):
         yield from blocks
         return
@@ -297,46 +292,55 @@ def _without(blocks: Iterator[Block], drop: NDArray[np.int32] | None) -> Generat
 
 
 def set_aside_path(work_folder: Path, name: str) -> Path:
-    """Return where the bad records of a split wait."""
+    """Return the path of the bad records of a split, until the manifest is written."""
     return work_folder / f"{name}{SET_ASIDE_SUFFIX}"
 
 
 @functools.lru_cache(maxsize=1)
 def _encoder(tokenizer_json: str, info: TokenizerInfo, backend: str) -> Encoder:
-    """Return this process's encoder; making one takes as long as encoding megabytes."""
+    """Return the encoder of this process, which is kept: making one takes as long as encoding megabytes."""
     return make_encoder(cached_tokenizer(tokenizer_json, info), backend)
 
 
 def _compare(job: Job, texts: list[str], ids: Ids, offsets: Offsets, first_number: int) -> int:
-    """Hold some documents of a batch against the reference; return how many."""
-    # The multiples of the stride scatter the numbers, so that no period in the input hides from the check.
+    """Compare the ids of some texts of a block with the reference's, and return how many texts that were.
+
+    Args:
+        job: of the split.
+        texts: of the block.
+        ids: uint32 [T], of all texts.
+        offsets: int64 [texts + 1], where each text begins in `ids`.
+        first_number: how many texts of the split came before.
+
+    Raises:
+        DifferenceError: the ids of a text differ.
+    """
+    # Multiples of the stride are spread evenly, so no period in the input can keep its texts out of the sample.
     numbers = np.arange(first_number, first_number + len(texts), dtype=np.uint64)
-    scattered = (numbers * STRIDE) >> np.uint64(40)
-    chosen = [
-        int(i)
-        for i in np.flatnonzero(scattered % _COMPARE_ONE_IN == 0)
-        if len(texts[i]) <= _COMPARE_MAX_CHARS
+    keys = (numbers * STRIDE) >> np.uint64(40)
+    sample = [
+        int(i) for i in np.flatnonzero(keys % _COMPARE_ONE_IN == 0) if len(texts[i]) <= _COMPARE_MAX_CHARS
     ]
-    if not chosen:
+    if not sample:
         return 0
-    chosen_ids = np.concatenate([ids[offsets[i] : offsets[i + 1]] for i in chosen])
-    chosen_offsets = np.cumsum([0, *(offsets[i + 1] - offsets[i] for i in chosen)])
+    sample_ids = np.concatenate([ids[offsets[i] : offsets[i + 1]] for i in sample])
+    sample_offsets = np.cumsum([0, *(offsets[i + 1] - offsets[i] for i in sample)])
     tokenizer = cached_tokenizer(job.tokenizer_json, job.tokenizer)
-    different = first_difference(tokenizer, [texts[i] for i in chosen], chosen_ids, chosen_offsets)
+    different = first_difference(tokenizer, [texts[i] for i in sample], sample_ids, sample_offsets)
     if different is not None:
-        raise DifferenceError(f"document {first_number + chosen[different] + 1} of the split")
-    return len(chosen)
+        raise DifferenceError(f"document {first_number + sample[different] + 1} of the split")
+    return len(sample)
 
 
 def hashes_path(work_folder: Path, name: str) -> Path:
-    """Return where the hashes of a split's texts wait."""
+    """Return the path of the hashes of a split's texts."""
     return work_folder / f"{name}{HASHES_SUFFIX}"
 
 
 def _bad_record_error(job: Job, split: Split, bad: BadRecord) -> UserError:
     where = form_of(split.source, job.records).place(split, bad.line)
     return UserError(
-        f"{bad.reason} (or `on_bad_record` set-aside goes on without such records)",
+        f"{bad.reason} (or pass `on_bad_record` set-aside, which leaves out such records)",
         where=where,
         option="on_bad_record",
     )
@@ -346,9 +350,9 @@ _OPTION_OF_RECORDS = re.compile(r"`(field|template|max_word_chars|allow_special_
 
 
 def _set_aside_line(bad: BadRecord) -> bytes:
-    """Write a bad record so that its bytes can be had back; `line` still counts from the split's first line.
+    """Return a line of JSON with a bad record, from which its bytes can be restored; `line` counts from the beginning of the split.
 
-    Its reason names options by their flags, whoever called: the file belongs to the dataset, so its bytes are fixed.
+    Its reason names options by their flags, whoever called: the file is part of the dataset, whose bytes do not depend on that.
     """
     reason = _OPTION_OF_RECORDS.sub(lambda option: f"--{option[1].replace('_', '-')}", bad.reason)
     try:

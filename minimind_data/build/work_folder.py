@@ -1,9 +1,14 @@
-"""The folder `.mm-build` of a dataset that is being made: its lock, its plan, and what the finished splits gave.
+"""The folder `.mm-build`, in which an unfinished build keeps what it needs to go on after a kill.
 
-It stands inside the dataset's folder from a build's first moment to its last, and is what a build goes on from after a kill:
-`plan.json` says how it was begun, `NAME.result.json` stands for every split whose shard is whole, and `previous/` holds the
-manifest of a finished dataset whose shards are being replaced. `pipeline.py` says when what is read and written; here is where and
-in which form.
+It is in the folder of the dataset from the beginning of a build to its end:
+
+    lock                 is held by the run that works there; slices also hold a lock of their own
+    plan.json            the recipe, the inputs, and the names of the shards
+    NAME.result.json     the result of a split whose shard is complete
+    NAME.hashes          the hashes of the texts of a split, with `dedup`
+    previous/            the manifest of the finished dataset, while shards that it names are being replaced
+
+`pipeline` decides when all this is written and read; here is in which files and in which form.
 """
 
 import contextlib
@@ -58,27 +63,27 @@ _SHARD_SUFFIXES = (".bin", ".mask", ".idx")
 
 
 class CannotWriteError(UserError):
-    """The folder of the dataset, or its disk, takes no files from us."""
+    """The folder of the dataset cannot be written to."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What `plan.json` says: what the build makes, and of what."""
+    """What `plan.json` says: what the build makes, and from what."""
 
     recipe: Annotated[Recipe, BESIDE]
     inputs: tuple[Source, ...]
-    """Where the inputs lie, so that `mm-data commit` finds them from any working directory."""
+    """With absolute paths, so that `mm-data commit` finds them from any working directory."""
     shards: tuple[FileName, ...]
-    """Names of the shards that this build, or a dataset before it, may have made, in alphabetical order."""
+    """Names, in alphabetical order, of all shards that this build or one before it may have made."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the object that stands in `plan.json`: what the recipe says stands beside the rest."""
+        """Return the object in `plan.json`, in which the items of the recipe stand beside the others."""
         inputs = [asdict(source) for source in self.inputs]
         return {**self.recipe.to_json(), "inputs": inputs, "shards": list(self.shards)}
 
 
 class WorkFolder:
-    """What an unfinished build has on disk.
+    """The files of an unfinished build.
 
     Args:
         out: the folder of the dataset.
@@ -89,17 +94,17 @@ class WorkFolder:
         self.path = out / WORK_FOLDER_NAME
         self.val = out / VALIDATION_NAME
         self.previous = self.path / _PREVIOUS_NAME
-        """Holds the manifest of a finished dataset whose shards are being replaced."""
+        """Where the manifest of a finished dataset is while its shards are being replaced."""
 
     @contextlib.contextmanager
     def locked(self, part: tuple[int, int] | None = None) -> Iterator[None]:
-        """Make the folders and hold the lock; leave no empty folder behind.
+        """Make the folders and hold the lock; at the end, remove a folder that is empty.
 
         Args:
-            part: a slice, which keeps others only from the same slice and from the whole.
+            part: a slice, for which only runs of the same slice and of the whole build are kept out; else all others are.
 
         Raises:
-            CannotWriteError: they cannot be made.
+            CannotWriteError: the folders cannot be made.
             UserError: another run holds the lock.
         """
         busy = f"{self.out}: another run is writing there; wait for it or take another `out`"
@@ -124,11 +129,11 @@ class WorkFolder:
             yield
 
     def _remove_if_empty(self) -> None:
-        with contextlib.suppress(OSError):  # not empty, or another run has just begun there
+        with contextlib.suppress(OSError):  # not empty, or another run has just started there
             self.path.rmdir()
 
     def remove_partials(self, tasks: Sequence[SplitTask], part: tuple[int, int] | None) -> None:
-        """Remove what killed processes left half-written; beside other slices, of this slice's splits alone."""
+        """Remove the temporary files that killed processes left; those of this slice alone, where other slices may be at work."""
         tasks = slice_of(list(tasks), part)
         shard_files = {f"{task.name}{suffix}" for task in tasks for suffix in _SHARD_SUFFIXES}
         if part is not None:
@@ -144,56 +149,54 @@ class WorkFolder:
             )
 
     def begin(self, recipe: Recipe, inputs: Sequence[Source], names: set[str]) -> None:
-        """Write down what is to be made, or go on with what was begun.
+        """Write the plan, or go on with the one that is there.
 
         Args:
             recipe: of the build.
             inputs: of the dataset.
-            names: of the shards that this build or a dataset before it may have made.
+            names: of the shards that this build makes, and of those that the finished dataset has.
 
         Raises:
-            UserError: it was begun by another recipe, and some of it is done.
+            UserError: some splits were made by another recipe.
         """
-        begun = self.plan()
-        if begun is not None:
-            # Where nothing is done yet, there is nothing that another recipe could spoil.
+        plan_there = self.plan()
+        if plan_there is not None:
+            # Without results, nothing was made by the other recipe.
             has_results = any(self.path.glob(f"*{_RESULT_SUFFIX}"))
-            if has_results and (different := begun.recipe.differences(recipe)):
+            if has_results and (different := plan_there.recipe.differences(recipe)):
                 raise UserError(
-                    f"holds an unfinished build made otherwise: {'; '.join(different)}",
+                    f"holds an unfinished build with other options: {'; '.join(different)}",
                     where=self.out,
-                    remedy=f"finish it as it was begun, take another `out`, or delete {self.path}",
+                    remedy=f"finish it with those, take another `out`, or delete {self.path}",
                     option="out",
                 )
-            names = names.union(begun.shards)
+            names = names.union(plan_there.shards)
         plan = Plan(
             recipe=recipe,
             inputs=tuple(source.absolute() for source in inputs),
             shards=tuple(sorted(names)),
         )
-        if plan != begun:
+        if plan != plan_there:
             write_checked(self.path / PLAN_NAME, plan.to_json(), key=_CHECKSUM)
 
     def plan(self) -> Plan | None:
-        """Return what was begun, or None.
+        """Return the plan, or None where there is none.
 
         Raises:
             UserError: the file is damaged.
         """
-        remedy = (
-            f"delete {self.path} and run the command that began this build again, which makes all splits anew"
-        )
+        remedy = f"delete {self.path} and run the command that started this build again, which makes all splits anew"
         try:
             return _read(Plan, self.path / PLAN_NAME, remedy)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def write_result(self, result: SplitResult) -> None:
-        """Put down that a split is made."""
+        """Write the result of a split, after its shard is committed."""
         write_checked(self.path / f"{result.name}{_RESULT_SUFFIX}", result.to_json(), key=_CHECKSUM)
 
     def read_result(self, name: str) -> SplitResult | None:
-        """Return what the split of this shard gave, or None where it is not made.
+        """Return the result of the split with this name, or None where there is none.
 
         Raises:
             UserError: the file is damaged.
@@ -213,7 +216,7 @@ class WorkFolder:
         return [hashes_path(self.path, task.name).read_bytes() for task in tasks]
 
     def retire(self) -> None:
-        """Take the manifest of a finished dataset away before anything that it speaks of changes."""
+        """Take away the manifest of the finished dataset, before anything that it names is changed."""
         if not (self.out / MANIFEST_NAME).exists():
             return
         (self.previous / VALIDATION_NAME).mkdir(parents=True, exist_ok=True)
@@ -224,16 +227,21 @@ class WorkFolder:
             fsync_folder(folder)
 
     def remove_stale_shards(self, keep: set[str], keep_val: set[str]) -> None:
-        """Remove shards that this build, or one that it goes on with, made or might have made of what is gone."""
+        """Remove the shards that the plan names and the new dataset does not have.
+
+        Args:
+            keep: names of the shards of the dataset.
+            keep_val: names of the shards of its validation part.
+        """
         plan = self.plan()
         names = set() if plan is None else set(plan.shards)
-        for folder, kept in ((self.out, keep), (self.val, keep_val)):
-            for name in names - kept:
+        for folder, names_to_keep in ((self.out, keep), (self.val, keep_val)):
+            for name in names - names_to_keep:
                 for suffix in _SHARD_SUFFIXES:
                     (folder / f"{name}{suffix}").unlink(missing_ok=True)
 
     def clean(self) -> None:
-        """Remove what only an unfinished build needs; the locks go last, when they are released."""
+        """Remove everything but the lock, which goes when it is released."""
         for pattern in (
             f"*{_RESULT_SUFFIX}",
             f"*{SET_ASIDE_SUFFIX}",
@@ -246,7 +254,7 @@ class WorkFolder:
                 path.unlink()
         if self.previous.is_dir():
             shutil.rmtree(self.previous)
-        (self.path / PLAN_NAME).unlink(missing_ok=True)  # last: it says which shards may be stale
+        (self.path / PLAN_NAME).unlink(missing_ok=True)  # last, since it says which shards may be stale
         for path in self.path.glob(f"{_LOCK_NAME}-*"):
             path.unlink()
 
@@ -260,19 +268,22 @@ def _read(cls: type[_T], path: Path, remedy: str) -> _T:
         raise DamagedFileError.of(path, str(error), remedy) from None
 
 
-def spooled(work: WorkFolder, options: TokenizeOptions, progress: Progress) -> Source:
-    """Copy standard input to the disk, beside the shards that it will become.
+def spool_stdin(work: WorkFolder, options: TokenizeOptions, progress: Progress) -> Source:
+    """Copy standard input into the work folder, and return the copy as a source.
 
     Raises:
-        UserError: there is nothing to be read there.
+        UserError: standard input is closed or a terminal, or the build is one of slices.
     """
-    if sys.stdin is None or sys.stdin.closed:  # so it is where a shell closed it with <&-
-        raise UserError("-: standard input is closed; pipe text into this command, or name a file")
+    remedy = "pipe text into this command, or name a file"
+    if sys.stdin is None or sys.stdin.closed:  # as after <&- in a shell
+        raise UserError("standard input is closed", where=STDIN, remedy=remedy)
     if sys.stdin.isatty():
-        raise UserError("-: standard input is a terminal; pipe text into this command, or name a file")
+        raise UserError("standard input is a terminal", where=STDIN, remedy=remedy)
     if options.task is not None:
         raise UserError(
-            "-: standard input cannot be cut into slices for several runs; save it to a file first"
+            "standard input cannot be cut into slices for several runs",
+            where=STDIN,
+            remedy="save it to a file first",
         )
     path = work.path / STDIN_NAME
     try:

@@ -1,4 +1,4 @@
-"""What every engine shares: how many cores a process takes, encoders kept to one thread each, and how often a split is tried again."""
+"""What all engines have in common: the cores for each process, encoders without threads of their own, and retries of splits."""
 
 import contextlib
 import os
@@ -13,10 +13,10 @@ MAX_TRIES = 3
 
 
 class Tries:
-    """Counts how often the worker of each split has died.
+    """Counts how often a worker has died while it made a split.
 
     Args:
-        say: takes a sentence about every split that is tried again.
+        say: takes a sentence about each split that is tried again.
     """
 
     def __init__(self, say: Say) -> None:
@@ -24,10 +24,10 @@ class Tries:
         self._deaths: Counter[str] = Counter()
 
     def again(self, task: SplitTask, cause: str) -> None:
-        """Allow another try of a split whose worker died.
+        """Note that the worker of a split died, after which the split may be tried again.
 
         Raises:
-            UserError: that was the last try.
+            UserError: it has died `MAX_TRIES` times.
         """
         split = task.split
         where = f"{split.path}: the worker on bytes {split.start:,} to {split.stop:,} died ({cause})"
@@ -50,16 +50,16 @@ ENCODER_ENVIRONMENT = {
     "FASTOKENS_SPIN_US": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
-"""Keeps encoders to the thread that calls them; they read it at their first batch.
+"""Keeps an encoder to the thread that calls it; encoders read this at their first batch.
 
-Several of our threads, each with a block of its own, keep the same cores busy with a fifth less work than threads inside the
-encoder, which divide every batch anew.
+Several threads that each encode a block of their own do the same work on the same cores in a fifth less time than the threads of an
+encoder, which divide every block among themselves.
 """
 
 
 @contextlib.contextmanager
 def encoders_in_our_threads() -> Iterator[None]:
-    """Keep encoders from starting threads of their own, here and in worker processes, unless the user has a setting."""
+    """Keep encoders from starting threads, here and in worker processes, where the user has not set these variables."""
     settings = {name: value for name, value in ENCODER_ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(settings)
     try:

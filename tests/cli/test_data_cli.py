@@ -258,8 +258,8 @@ def test_verify_says_each_remedy_once_and_it_helps(source, dataset):
     )
     again = mm_data("tokenize", source, "--out", dataset, "--split-bytes", "2KiB")
     assert again.exit_code == 0, again.stderr
-    assert "4 of 6 splits were done before; making 2" in again.stderr
-    assert "tokenizer.json: was missing or changed; it is restored" in again.stderr
+    assert "4 of 6 splits are done already; making 2" in again.stderr
+    assert "tokenizer.json: was missing or changed, and is restored" in again.stderr
     assert mm_data("verify", dataset).exit_code == 0
 
 

@@ -98,7 +98,7 @@ def test_other_settings_are_refused_and_shown(source, tmp_path, write_jsonl):
     for inputs, changes, difference in [
         ([source], {"split_bytes": 9000}, "split_bytes is 8192 there and 9000 here"),
         ([source], {"bos_token": "<|im_end|>"}, "tokenizer bos_id is 1 there and 2 here"),
-        ([other], {}, "holds documents of text.jsonl, not among the inputs now; name all inputs"),
+        ([other], {}, "holds documents of text.jsonl, which is not among the inputs now; name all inputs"),
     ]:
         with pytest.raises(UserError, match=difference):
             tokenize(inputs, options(tmp_path / "a", **changes))
@@ -144,7 +144,7 @@ def test_a_split_without_documents_makes_no_shard(tmp_path, write_jsonl):
 
 @pytest.mark.parametrize("texts", [[""], ["", ""]])
 def test_nothing_to_tokenize(tmp_path, write_jsonl, texts):
-    with pytest.raises(UserError, match="no record with any text"):
+    with pytest.raises(UserError, match="no record has any text"):
         tokenize([write_jsonl(texts)], options(tmp_path / "out"))
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -253,7 +253,8 @@ def test_an_unfinished_build_goes_on_only_as_it_was_begun(tmp_path, source):
     with pytest.raises(UserError, match="not JSON"):
         tokenize([source], options(tmp_path / "out"))
     with pytest.raises(
-        UserError, match=r"unfinished build made otherwise: split_bytes is 8192 there and 9000 here.*delete"
+        UserError,
+        match=r"unfinished build with other options: split_bytes is 8192 there and 9000 here.*delete",
     ):
         tokenize([source], options(tmp_path / "out", split_bytes=9000))
 

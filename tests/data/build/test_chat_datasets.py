@@ -379,7 +379,7 @@ def test_the_template_travels_with_the_dataset(tmp_path):
     own.write_text(TEMPLATES["chatml"])
     tokenize([source], options(tmp_path / "own", tokenizer=folder, chat_template=own))
     assert chat_template_of(tmp_path / "own").text == TEMPLATES["chatml"]
-    with pytest.raises(UserError, match="holds a dataset made otherwise: chat_template_sha256"):
+    with pytest.raises(UserError, match="holds a dataset that was made differently: chat_template_sha256"):
         tokenize([source], options(tmp_path / "own", tokenizer=folder))
 
 
@@ -505,7 +505,7 @@ def test_formats_without_a_place_for_masks_are_refused(source, tmp_path, kind):
     for target in ("megatron", "datatrove", "nanogpt", "llmc", "llmc-llama3"):
         with pytest.raises(
             UserError,
-            match=f"a dataset of kind {kind}, and {target} has no place .* take `target_format` hf or parquet",
+            match=f"a dataset of kind {kind}, and {target} has no room for its loss mask; take `target_format` hf or parquet",
         ):
             convert(tmp_path / "a", ConvertOptions(out=tmp_path / "b"), target_format=target)
     assert not (tmp_path / "b").exists()

@@ -53,7 +53,7 @@ def test_another_file_makes_only_its_shards(tmp_path, a, b):
     said = []
     grown = tokenize([a, b], options(out), say=said.append)
     assert (grown.kept_shards, grown.already_done) == (first.made_shards, False)
-    assert any("splits were done before" in sentence for sentence in said)
+    assert any("splits are done already" in sentence for sentence in said)
     assert {name: stamp for name, stamp in stamps(out).items() if name in before} == before
     tokenize([a, b], options(tmp_path / "anew"))
     assert tree(out) == tree(tmp_path / "anew")
@@ -86,7 +86,7 @@ def test_a_removed_file_is_noticed(tmp_path, a, b):
     whole = tree(out)
     with pytest.raises(
         UserError,
-        match=r"out: holds documents of a.jsonl, not among the inputs now; .*`on_removed_input` drop",
+        match=r"out: holds documents of a.jsonl, which is not among the inputs now; .*`on_removed_input` drop",
     ):
         tokenize([b], options(out))
     assert tree(out) == whole

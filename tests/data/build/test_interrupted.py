@@ -43,7 +43,7 @@ def flip(path):
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
-        ("plan.json", r"delete .*/out/\.mm-build and run the command that began this build again"),
+        ("plan.json", r"delete .*/out/\.mm-build and run the command that started this build again"),
         ("text-00001.result.json", "delete it and run the command that made this split again"),
     ],
 )
@@ -93,12 +93,14 @@ def test_a_lost_tokenizer_comes_back_with_a_slice(begun, text, damage):
 
 def test_commit_needs_a_build_and_its_inputs(begun, text, tmp_path):
     away = text.rename(text.with_name("away.jsonl"))
-    with pytest.raises(UserError, match=rf"{text}: an input of this build, not there any more; put it back"):
+    with pytest.raises(
+        UserError, match=rf"{text}: an input of this build, which is not there any more; put it back"
+    ):
         commit(begun)
     away.rename(text)
     commit(begun)
     whole = tree(begun)
-    with pytest.raises(UserError, match="out: a finished dataset already; there are no slices to join"):
+    with pytest.raises(UserError, match="out: a finished dataset already, so there are no slices to join"):
         commit(begun)
     assert tree(begun) == whole
     for nothing in (tmp_path / "nowhere", tmp_path, text):
