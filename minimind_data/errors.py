@@ -15,6 +15,7 @@ the command line that is wrong usage, status 2. Every other exception is a bug i
 """
 
 import os
+from typing import Any
 
 
 class UserError(ValueError):
@@ -40,5 +41,14 @@ class UserError(ValueError):
         self.remedy = remedy
         self.option = option
         place = "" if where is None else f"{self.where}: "
-        # Unpickling calls the class with this one argument, and then sets the attributes.
         super().__init__(f"{place}{what}{f'; {remedy}' if remedy else ''}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle, so that other processes have it whole, whatever a subclass is made from."""
+        return _unpickled, (type(self), str(self), self.__dict__)
+
+
+def _unpickled(kind: type[UserError], sentence: str, parts: dict[str, Any]) -> UserError:
+    error = kind.__new__(kind, sentence)
+    error.__dict__.update(parts)
+    return error

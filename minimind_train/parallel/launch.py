@@ -49,7 +49,7 @@ class _End(NamedTuple):
     kind: Literal["done", "refused", "failed", "lost", "interrupted", "killed"]
     """`lost`: because another rank ended. `killed`: without giving a reason."""
     result: Any
-    """What `work` returned, or else the reason why the rank ended."""
+    """What `work` returned, or else why the rank ended: an error, or words."""
 
 
 def launch_ranks(work: Callable[[World], T], nproc: int) -> T:
@@ -81,7 +81,7 @@ def launch_ranks(work: Callable[[World], T], nproc: int) -> T:
     if end.kind == "interrupted" and ranks.forwarded_signal:
         # Its former handler is restored, so it does to this process what it does to any other.
         signal.raise_signal(ranks.forwarded_signal)
-    raise UserError(_sentence(rank, end, nproc))
+    raise _error(rank, end, nproc)
 
 
 class _Ranks:
@@ -187,11 +187,15 @@ class _Ranks:
         return _End("killed", f"ended with status {status} without giving a reason")
 
 
-def _sentence(rank: int, end: _End, nproc: int) -> str:
-    """Return the sentence that says why a rank ended, and the run with it."""
-    if end.kind in {"refused", "lost"}:
-        return str(end.result)
-    return f"rank {rank} of {nproc} {end.result}, so the others were ended too; go on with `resume`, which may have another `nproc`"
+def _error(rank: int, end: _End, nproc: int) -> UserError:
+    """Return the error that says why a rank ended, and the run with it: its own where it had one."""
+    if isinstance(end.result, UserError):
+        return end.result
+    return UserError(
+        f"rank {rank} of {nproc} {end.result}, so the others were ended too",
+        remedy="go on with `resume`, which may have another `nproc`",
+        option="nproc",
+    )
 
 
 def _be_rank(work: Callable[[World], Any], place: RankPlace, port: int, pipe: Connection) -> None:
@@ -209,9 +213,9 @@ def _be_rank(work: Callable[[World], Any], place: RankPlace, port: int, pipe: Co
             end = _End("done", work(world))
         status = 0
     except LostRankError as error:
-        end = _End("lost", str(error))
+        end = _End("lost", error)
     except UserError as error:
-        end = _End("refused", str(error))
+        end = _End("refused", error)
     except KeyboardInterrupt:
         end = _End("interrupted", "was interrupted")
     except BaseException as error:  # noqa: BLE001 - a bug: it is shown and ends the run

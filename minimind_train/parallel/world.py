@@ -161,7 +161,7 @@ class World:
             yield
         except UserError as error:
             if self.size > 1:
-                dist.broadcast_object_list([UserError(str(error))], src=0, group=self._group)
+                dist.broadcast_object_list([error], src=0, group=self._group)
             raise
 
     def broadcast_tensor(self, tensor: Tensor) -> None:

@@ -30,6 +30,17 @@ def test_the_parts_make_one_sentence(parts, sentence):
     assert vars(again) == vars(error)
 
 
+def test_a_subclass_travels_whole():
+    class OfAFolderError(UserError):
+        def __init__(self, folder):
+            super().__init__("is gone", where=folder, remedy="bring it back")
+
+    error = OfAFolderError(Path("a/b"))
+    rebuild, (kind, *rest) = error.__reduce__()
+    again = rebuild(kind, *rest)
+    assert (type(again), str(again), vars(again)) == (OfAFolderError, str(error), vars(error))
+
+
 def test_the_hierarchy_is_drawn_whole():
     for package in (minimind_data, minimind_train):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):

@@ -86,21 +86,27 @@ def work(world):
 
 
 @pytest.mark.parametrize(
-    ("deed", "sentence"),
+    ("deed", "sentence", "remedy"),
     [
-        ("raise UserError('the disk is full; make room')", "^the disk is full; make room$"),
+        (
+            "raise UserError('is full', where='/disk', remedy='make room')",
+            "^/disk: is full; make room$",
+            "make room",
+        ),
         (
             "raise KeyError('x')",
             r"^rank 1 of 2 failed \(KeyError: 'x'; the traceback is above\), so the others",
+            "go on with `resume`, which may have another `nproc`",
         ),
     ],
 )
-def test_what_one_rank_says_is_the_reason(tmp_path, monkeypatch, deed, sentence):
+def test_what_one_rank_says_is_the_reason(tmp_path, monkeypatch, deed, sentence, remedy):
     (tmp_path / "deeds.py").write_text(WORK.replace("DEED", deed))
     monkeypatch.syspath_prepend(tmp_path)  # that of the ranks too
     monkeypatch.delitem(sys.modules, "deeds", raising=False)
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=sentence) as reason:
         launch_ranks(importlib.import_module("deeds").work, 2)
+    assert reason.value.remedy == remedy
 
 
 def begun_to_work(folder, deed):
