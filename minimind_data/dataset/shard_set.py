@@ -6,6 +6,7 @@ manifest, when the first of its tokens is read. `verify` is what reads every byt
 All shards together are one stream of tokens and one list of documents, both addressed by global numbers (int64).
 """
 
+import shlex
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -157,8 +158,11 @@ class ShardSet:
 
         Raises:
             IndexError: a row begins before the first token or ends after the last.
+            FormatError: a token is outside of the vocabulary.
         """
-        return self._rows(starts, width, masks=False)
+        rows = self._rows(starts, width, masks=False)
+        self.check_tokens(rows, starts)
+        return rows
 
     def mask_rows(self, starts: NDArray[np.int64], width: int) -> MaskArray:
         """Copy the loss mask of rows of the token stream, uint8 [B, width]; otherwise like `rows`."""
@@ -183,6 +187,30 @@ class ShardSet:
         for place in np.flatnonzero(~inside):
             rows[place] = read(int(starts[place]), int(starts[place]) + width)
         return rows
+
+    def check_tokens(self, rows: TokenArray, starts: NDArray[np.int64]) -> None:
+        """Check that all tokens have a place in an embedding table; on a GPU, one that has none ends the process without saying where.
+
+        This is one pass over tokens that have just been copied, a small part of what the copy costs.
+
+        Args:
+            rows: uint16 or int32 [B, width], rows of the token stream.
+            starts: int64 [B], the global number of the first token of each row.
+
+        Raises:
+            FormatError: one is outside of the vocabulary.
+        """
+        vocab_size = self.manifest.tokenizer.vocab_size
+        unsigned = rows.view(f"<u{rows.itemsize}")  # in which a negative token is larger than any vocabulary
+        if not rows.size or unsigned.max() < vocab_size:
+            return
+        row, column = np.argwhere(unsigned >= vocab_size)[0].tolist()
+        name, offset = self.name_and_offset(int(starts[row]) + column)
+        raise FormatError(
+            f"token {rows[row, column]} at offset {offset} is outside of the vocabulary of {vocab_size:,} entries",
+            where=self.folder / f"{name}.bin",
+            remedy=f"`mm-data verify {shlex.quote(str(self.folder))}` shows what is damaged, so that it can be made again",
+        )
 
     def count_learned(self) -> int:
         """Count the tokens that are learned, for which all loss masks are read; without masks, all tokens are learned."""

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from minimind_data.dataset.format import FormatError
 from minimind_data.dataset.shard import Shard
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
@@ -334,15 +333,10 @@ def count_text(shards: ShardSet, tokenizer: Tokenizer, progress: Progress = no_p
     counts = np.zeros(info.vocab_size, np.int64)
     frames = np.zeros(info.vocab_size, np.int64)
     with progress("count", shards.manifest.num_bytes) as report:
-        for shard in _mapped_shards(shards):
+        for index, shard in enumerate(_mapped_shards(shards)):
             for start in range(0, len(shard.tokens), _BLOCK):
                 block = shard.tokens[start : start + _BLOCK]
-                if int(block.max()) >= info.vocab_size or int(block.min()) < 0:
-                    raise FormatError(
-                        f"holds a token outside of the vocabulary of {info.vocab_size:,}",
-                        where=f"{shards.folder / shard.entry.name}.bin",
-                        remedy=f"run `mm-data verify {shards.folder}`",
-                    )
+                shards.check_tokens(block[None], np.array([int(shards.token_starts[index]) + start]))
                 counts += np.bincount(block, minlength=info.vocab_size)
                 report(block.nbytes, 0)
             if not shards.manifest.has_masks:  # conversations have no frame

@@ -61,7 +61,7 @@ class PadWindows(Windows):
         """Return (tokens, which of them are no target), both [B, width], of sequences with these first tokens and lengths."""
         info = self.shards.manifest.tokenizer
         rows = np.empty((len(starts), self.width), self.shards.dtype)
-        self._cut(self.shards.rows, self.shards.slice, starts, lengths, rows)
+        self._cut(self.shards.rows, starts, lengths, rows)
         rows[np.arange(self.width) >= lengths[:, None]] = info.pad_id
         if self._masked:
             return rows, self._cut_mask(starts, lengths) == 0
@@ -70,14 +70,13 @@ class PadWindows(Windows):
 
     def _cut_mask(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> MaskArray:
         mask = np.empty((len(starts), self.width), np.uint8)
-        self._cut(self.shards.mask_rows, self.shards.mask_slice, starts, lengths, mask)
+        self._cut(self.shards.mask_rows, starts, lengths, mask)
         mask[np.arange(self.width) >= lengths[:, None]] = 0
         return mask
 
     def _cut(
         self,
         rows_of: Callable[[NDArray[np.int64], int], NDArray[Any]],
-        slice_of: Callable[[int, int], NDArray[Any]],
         starts: NDArray[np.int64],
         lengths: NDArray[np.int64],
         rows: NDArray[Any],
@@ -85,7 +84,7 @@ class PadWindows(Windows):
         """Fill `rows` [B, width] with the first elements of sequences; what stands behind their ends is undefined."""
         if self.width > self.shards.num_tokens:
             for row, start, length in zip(rows, starts, np.minimum(lengths, self.width), strict=True):
-                row[:length] = slice_of(int(start), int(start + length))
+                row[:length] = rows_of(np.array([start]), int(length))[0]
             return
         # A full row is read for each sequence. The last ones of the dataset have too little behind them: their rows are read from
         # further in front and shifted.

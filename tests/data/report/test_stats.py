@@ -159,7 +159,7 @@ def test_a_token_outside_the_vocabulary_is_named(tmp_path, write_jsonl):
     path.write_bytes(tokens.tobytes())
     with pytest.raises(
         FormatError,
-        match=r"text-00000\.bin: holds a token outside of the vocabulary of 6,400; run `mm-data verify",
+        match=r"text-00000\.bin: token 6400 at offset 1 is outside of the vocabulary of 6,400 entries; `mm-data verify",
     ):
         count_text(ShardSet.open(tmp_path / "d"), load_tokenizer(tmp_path / "d"))
 
