@@ -250,17 +250,15 @@ class FolderLock:
             if self._is_still_there(descriptor):
                 self._descriptor = descriptor
                 return self
-            os.close(
-                descriptor
-            )  # its last holder removed this file after we had opened it and before we locked it
+            # Its last holder removed this file after we had opened it and before we locked it.
+            os.close(descriptor)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._descriptor is not None
-        with contextlib.suppress(
-            BlockingIOError
-        ):  # other processes still share it, and the last of them removes it
+        # Where other processes still share the lock, the last of them removes the file.
+        with contextlib.suppress(BlockingIOError):
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._path.unlink(missing_ok=True)
         os.close(self._descriptor)

@@ -34,9 +34,8 @@ def duplicates(hashes: Sequence[bytes]) -> list[NDArray[np.int32]]:
     """
     counts = [len(one) // HASH_BYTES for one in hashes]
     halves = np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 2)
-    order = np.lexsort(
-        (halves[:, 1], halves[:, 0])
-    )  # stable, so equal hashes stay in the order of the dataset
+    # A stable sort, so that equal hashes stay in the order of the dataset.
+    order = np.lexsort((halves[:, 1], halves[:, 0]))
     ordered = halves[order]
     repeats = np.zeros(len(order), np.bool_)
     repeats[1:] = (ordered[1:] == ordered[:-1]).all(axis=1)

@@ -200,9 +200,8 @@ class _Build:
         options, work = self._options, self._work
         work.remove_partials(self._tasks, options.task)
         hashes = InputHashes(self._sources)
-        if (
-            options.task is None
-        ):  # a slice writes no manifest, so it need not read the inputs of the other slices
+        # A slice writes no manifest, so it need not read the inputs of the other slices.
+        if options.task is None:
             hashes.begin()
         previous = finished_dataset(work)
         same_inputs = False

@@ -346,9 +346,8 @@ def _connected() -> Iterator[None]:
     try:
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", category=FutureWarning, module=r"ray\."
-                )  # 2.50 speaks of GPUs
+                # Ray 2.50 warns of a change for GPUs.
+                warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\.")
                 ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
         except (RayError, ConnectionError, OSError, RuntimeError, ValueError) as error:
             message = str(error).strip() or type(error).__name__

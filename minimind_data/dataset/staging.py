@@ -32,11 +32,11 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises:
         UserError: `out` is not empty or cannot be written to, another run is making it, or the disk is full.
     """
-    out = Path(os.path.abspath(out))  # noqa: PTH100 - `resolve` would follow a link, and the folder would be made beside the link's target
+    # `resolve` would follow a link, and the folder would be made beside the link's target.
+    out = Path(os.path.abspath(out))  # noqa: PTH100
     _check_free(out)
-    partial = out.with_name(
-        f"{out.name}.mm-data{PARTIAL_SUFFIX}"
-    )  # a name of our own, since it is removed without asking
+    # A name that nobody else uses, since a folder of this name is removed without asking.
+    partial = out.with_name(f"{out.name}.mm-data{PARTIAL_SUFFIX}")
     lock = FolderLock(
         out.with_name(f".{out.name}.lock"),
         f"{out}: another run is writing there; wait for it or take another `out`",

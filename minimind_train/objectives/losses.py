@@ -41,9 +41,8 @@ def summed_cross_entropy(hidden_BLH: Tensor, head_weight_VH: Tensor, targets_BL:
         # Padding is left out on the CPU; on a GPU, looking for it would make the host wait for the device.
         learned = (targets_N != IGNORED).nonzero().squeeze(1)
         hidden_NH, targets_N = hidden_NH.index_select(0, learned), targets_N.index_select(0, learned)
-    if (
-        not torch.is_grad_enabled()
-    ):  # the function below only looks at its inputs to see whether gradients are needed
+    # The function below only looks at its inputs to see whether gradients are needed.
+    if not torch.is_grad_enabled():
         hidden_NH, head_weight_VH = hidden_NH.detach(), head_weight_VH.detach()
     chunked_cross_entropy: Callable[..., Tensor] = _ChunkedCrossEntropy.apply
     dtype = _product_dtype(hidden_NH)

@@ -239,9 +239,8 @@ def _tensorboard_folder(run: Path) -> Path:
 
 
 def _read_ids(run: Path) -> dict[str, str]:
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # without it they get new ids, so the trackers begin another run
+    # Without this file they get new ids, so the trackers begin another run.
+    with contextlib.suppress(OSError, ValueError):
         ids = json.loads((run / TRACKING_FOLDER_NAME / _IDS_NAME).read_bytes())
         return {name: run_id for name, run_id in ids.items() if isinstance(run_id, str)}
     return {}
