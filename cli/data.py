@@ -202,13 +202,19 @@ def info(folder: _Folder, as_json: _Json = False) -> None:
 
 @command(app)
 def verify(folder: _Folder, as_json: _Json = False) -> None:
-    """Recompute every checksum, to find any flipped byte."""
+    """Recompute every checksum, to find any flipped byte.
+
+    The validation part in DIR/val and the packing plans are read too.
+    """
     verdict = verify_dataset(folder, progress=ByteProgress)
     if as_json:
         _print_json({"ok": not verdict.problems, **asdict(verdict)})
     elif not verdict.problems:
+        parts = ["its validation part"] if len(verdict.folders) > 1 else []
+        parts += [counted(verdict.plans, "packing plan")] if verdict.plans else []
+        also = f", {' and '.join(parts)} included" if parts else ""
         print(
-            f"{folder}: intact ({counted(verdict.files, 'file')}, {verdict.bytes / 1e6:,.1f} MB, all checksums match)"
+            f"{folder}: intact ({counted(verdict.files, 'file')}, {verdict.bytes / 1e6:,.1f} MB, all checksums match{also})"
         )
     if verdict.problems:
         shown, more = verdict.problems[:_PROBLEMS_SHOWN], len(verdict.problems) - _PROBLEMS_SHOWN

@@ -7,6 +7,9 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from minimind_data.dataset.format import (
     MANIFEST_NAME,
@@ -16,8 +19,12 @@ from minimind_data.dataset.format import (
     SET_ASIDE_NAME,
     TOKENIZER_CONFIG_NAME,
     TOKENIZER_NAME,
+    VALIDATION_NAME,
+    FormatError,
     Manifest,
+    numpy_dtype,
 )
+from minimind_data.dataset.plan_file import PlanFile, plans_of
 from minimind_data.reporting import Progress, Report, no_progress
 from minimind_data.system import num_cores
 
@@ -29,17 +36,23 @@ class Verdict:
     """The result of `verify`."""
 
     files: int
-    """How many files the dataset has."""
+    """How many files the dataset has, its validation part and its packing plans included."""
     bytes: int
     """How many bytes were read."""
     problems: tuple[str, ...]
     """The files that are wrong, and what is wrong with them; empty for a dataset that is whole."""
     remedies: tuple[str, ...]
     """What to do about the problems, each thing once."""
+    folders: tuple[str, ...]
+    """The datasets that were read: the folder, and that of its validation part where it has one."""
+    plans: int
+    """How many packing plans were read."""
 
 
 def verify(folder: Path | str, *, progress: Progress = no_progress) -> Verdict:
     """Compare every file of a dataset with its checksum, several files at a time.
+
+    Its validation part is read too, and so are the packing plans in both folders. Every token is compared with the vocabulary.
 
     Args:
         folder: of the dataset.
@@ -49,9 +62,17 @@ def verify(folder: Path | str, *, progress: Progress = no_progress) -> Verdict:
         FormatError: the manifest, which has the checksums, is missing or damaged.
     """
     folder = Path(folder)
-    files = _files(folder, Manifest.read(folder))
+    manifests = {folder: Manifest.read(folder)}
     problems: list[str] = []
     remedies: dict[str, None] = {}
+    validation = folder / VALIDATION_NAME
+    if (validation / MANIFEST_NAME).exists():
+        try:
+            manifests[validation] = Manifest.read(validation)
+        except FormatError as error:
+            problems.append(f"{error.where}: {error.what}")
+            remedies[error.remedy or REMAKE_ALL] = None
+    files = [file for place, manifest in manifests.items() for file in _files(place, manifest)]
     num_bytes = 0
     expected_bytes = sum(file.path.stat().st_size for file in files if file.path.is_file())
     with (
@@ -59,33 +80,20 @@ def verify(folder: Path | str, *, progress: Progress = no_progress) -> Verdict:
         ThreadPoolExecutor(num_cores()) as pool,  # hashing releases the interpreter's lock
     ):
         for file, (problem, size) in zip(
-            files, pool.map(lambda file: _check(file, report), files), strict=True
+            files, pool.map(lambda file: file.check(report), files), strict=True
         ):
             num_bytes += size
             if problem:
-                problems.append(problem)
+                problems.append(f"{file.path}: {problem}")
                 remedies[file.remedy] = None
-    return Verdict(files=len(files), bytes=num_bytes, problems=tuple(problems), remedies=tuple(remedies))
-
-
-def _check(file: "_File", report: Report) -> tuple[str, int]:
-    """Return (what is wrong with a file, or an empty string; the number of bytes that were read)."""
-    digest = hashlib.sha256()
-    size = 0
-    try:
-        with file.path.open("rb") as stream:
-            while block := stream.read(_BLOCK_BYTES):
-                digest.update(block)
-                size += len(block)
-                report(len(block), 0)
-    except FileNotFoundError:
-        return f"{file.path}: missing", 0
-    except OSError as error:
-        return f"{file.path}: cannot be read ({error.strerror})", size
-    sha256 = digest.hexdigest()
-    if sha256 == file.sha256:
-        return "", size
-    return f"{file.path}: SHA-256 {sha256[:12]}…, where it should be {file.sha256[:12]}…", size
+    return Verdict(
+        files=len(files),
+        bytes=num_bytes,
+        problems=tuple(problems),
+        remedies=tuple(remedies),
+        folders=tuple(map(str, manifests)),
+        plans=sum(isinstance(file, _Plan) for file in files),
+    )
 
 
 @dataclass(frozen=True)
@@ -95,16 +103,79 @@ class _File:
     path: Path
     sha256: str
     remedy: str
+    tokens: tuple[np.dtype[Any], int] | None = None
+    """Of a file of tokens: their dtype, and the size of their vocabulary."""
+
+    def check(self, report: Report) -> tuple[str, int]:
+        """Return (what is wrong, or an empty string; the number of bytes that were read)."""
+        digest = hashlib.sha256()
+        size = 0
+        foreign = ""
+        try:
+            with self.path.open("rb") as stream:
+                while block := stream.read(_BLOCK_BYTES):
+                    digest.update(block)
+                    foreign = foreign or self._foreign_token(block, size)
+                    size += len(block)
+                    report(len(block), 0)
+        except FileNotFoundError:
+            return "missing", 0
+        except OSError as error:
+            return f"cannot be read ({error.strerror})", size
+        sha256 = digest.hexdigest()
+        if sha256 == self.sha256:
+            return foreign, size
+        return f"SHA-256 {sha256[:12]}…, where it should be {self.sha256[:12]}…", size
+
+    def _foreign_token(self, block: bytes, start: int) -> str:
+        """Return a clause on a token outside of the vocabulary, or an empty string; the block begins at a byte of the file."""
+        if self.tokens is None:
+            return ""
+        dtype, vocab_size = self.tokens
+        tokens = np.frombuffer(block, dtype, len(block) // dtype.itemsize)
+        outside = np.flatnonzero((tokens >= vocab_size) | (tokens < 0))
+        if not len(outside):
+            return ""
+        first = int(outside[0])
+        return (
+            f"token {tokens[first]} at offset {start // dtype.itemsize + first} is outside of the vocabulary of {vocab_size:,} "
+            "entries, although the checksum fits"
+        )
 
 
-def _files(folder: Path, manifest: Manifest) -> list[_File]:
+@dataclass(frozen=True)
+class _Plan:
+    """A packing plan, which has its checksum in itself."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def remedy(self) -> str:
+        """What to do where it is damaged."""
+        return "delete the packing plan: it is made again when it is needed"
+
+    def check(self, report: Report) -> tuple[str, int]:
+        """Return (what is wrong, or an empty string; the number of bytes that were read)."""
+        try:
+            size = self.path.stat().st_size
+            plan = PlanFile.read(self.path, self.manifest)
+            problem = "no packing plan of this dataset" if plan is None else plan.problem()
+        except OSError as error:
+            return f"cannot be read ({error.strerror})", 0
+        report(size, 0)
+        return problem or "", size
+
+
+def _files(folder: Path, manifest: Manifest) -> list[_File | _Plan]:
     manifest_sha256 = hashlib.sha256(manifest.to_json().encode()).hexdigest()
-    files = [
+    tokens = numpy_dtype(manifest.dtype), manifest.tokenizer.vocab_size
+    files: list[_File | _Plan] = [
         _File(folder / MANIFEST_NAME, manifest_sha256, RESTORE),
         _File(folder / TOKENIZER_NAME, manifest.tokenizer.sha256, RESTORE),
     ]
     for entry in manifest.shards:
-        files.append(_File(folder / f"{entry.name}.bin", entry.written.sha256, REMAKE))
+        files.append(_File(folder / f"{entry.name}.bin", entry.written.sha256, REMAKE, tokens))
         files.append(_File(folder / f"{entry.name}.idx", entry.written.index_sha256, REMAKE))
         if manifest.has_masks:
             files.append(_File(folder / f"{entry.name}.mask", entry.written.mask_sha256, REMAKE))
@@ -112,4 +183,5 @@ def _files(folder: Path, manifest: Manifest) -> list[_File]:
         files.append(_File(folder / TOKENIZER_CONFIG_NAME, manifest.tokenizer_config_sha256, RESTORE))
     if manifest.set_aside_sha256 is not None:
         files.append(_File(folder / SET_ASIDE_NAME, manifest.set_aside_sha256, REMAKE_ALL))
+    files += [_Plan(path, manifest) for path in plans_of(folder, manifest)]
     return files

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minimind_data.dataset.format import MaskArray
+from minimind_data.dataset.format import FormatError, MaskArray
+from minimind_data.dataset.plan_file import PACK_FOLDER_NAME
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.windows.base import Windows, ignore_first_tokens
@@ -109,6 +110,12 @@ class PackWindows(Windows):
         ends = np.cumsum(lengths)
         columns = ends - lengths
         columns -= columns[(np.cumsum(counts) - counts)[rows]]
+        if (lengths < 0).any() or (columns + lengths > self.width).any():
+            raise FormatError(
+                "its plan of windows is of other documents",
+                where=self.shards.folder,
+                remedy=f"delete {PACK_FOLDER_NAME} in that folder: the plan is made again when it is needed",
+            )
         cut = left > self.width if self.plan.long_documents == "cut" else np.zeros(len(left), np.bool_)
         segments = Segments(
             shape=(len(windows), self.width),

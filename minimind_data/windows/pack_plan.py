@@ -1,30 +1,9 @@
-r"""The plan of layout `pack`: which documents share which window, made once and kept in a file. This docstring is its format.
+r"""The plan of layout `pack`: which documents share which window, made once and kept in a file.
 
 Where: `DATASET/.mm-pack/NAME`, NAME being the first 16 digits of the dataset's fingerprint, the width of a window in tokens,
 what is done with long documents, and the version: `0123456789abcdef-341-cut.v1`. Where the dataset cannot be written to, the same
 under `$XDG_CACHE_HOME/minimind-pipeline/packing/` (`~/.cache` by default). The file depends on the tokens of the dataset and on
-these settings alone. It can be deleted: it is made again when it is needed. All numbers are little-endian:
-
-    128 bytes   the header:
-        8 bytes   magic "MMPACK\0\0"
-        u32       version, 1
-        u32       CRC-32 of the whole file, these four bytes taken as 0
-        32 bytes  fingerprint of the dataset
-        u64 x 2   its documents, its tokens
-        u64       width of a window in tokens: seq_len + 1 for inputs and targets, seq_len for unshifted labels
-        u8        what is done with documents longer than that: 0 cut, 1 fragment, 2 drop
-        u8 x 2    bytes of a number in `documents`, 4 or 8, and in `fragments`, 4 or 0; then 5 bytes 0
-        u64 x 2   K, the windows; S, their segments
-        u64 x 2   tokens in all windows; windows without PAD
-        u64 x 2   documents longer than a window; tokens that stand in no window
-    (K+1) x i64   `offsets`: the segments of window k are those from offsets[k] to offsets[k+1]
-    S x u32       `documents`: the number of each segment's document; u64 in datasets of more than 2^32 documents
-    S x u32       `fragments`: which part of its document each is, from 0; present only where documents are fragmented and one is
-                  longer than a window, else every segment is part 0
-
-Part f of a document begins at its token f * (width - 1) and has `width` tokens or what is left: neighbouring parts share a token,
-the last target of the one and the first input of the other, so that every token but a document's first is a target once. A whole
-document is its part 0; so is one that is cut, in which EOS takes the place of the last token of the window.
+these settings alone. It can be deleted: it is made again when it is needed. How the file is laid out says `dataset.plan_file`.
 
 Which lengths share a window is decided in `bin_packing.py`, which documents of these lengths and in which order in `assignment.py`.
 """
@@ -33,14 +12,20 @@ import contextlib
 import errno
 import mmap
 import os
-import struct
-import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from minimind_data.dataset.plan_file import (
+    HEADER_BYTES,
+    PACK_FOLDER_NAME,
+    VERSION,
+    PlanFile,
+    PlanHeader,
+    identity,
+)
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.files import (
@@ -55,14 +40,8 @@ from minimind_data.windows.assignment import assign_documents, count_segments
 from minimind_data.windows.base import LongDocuments
 from minimind_data.windows.bin_packing import best_fit
 
-PACK_FOLDER_NAME = ".mm-pack"
-VERSION = 1
 LONG_DOCUMENTS: tuple[LongDocuments, ...] = get_args(LongDocuments)
 """In this order they are numbered in the file."""
-_MAGIC = b"MMPACK\x00\x00"
-_HEADER = struct.Struct("<8sII32sQQQBBB5xQQQQQQ")
-_HEADER_BYTES = 128
-_CRC_PLACE = slice(12, 16)
 _BLOCK_SEGMENTS = 2**22
 
 
@@ -81,26 +60,19 @@ class PackPlan:
         unused_tokens: tokens that stand in no window.
     """
 
-    def __init__(
-        self, path: Path, shards: ShardSet, header: tuple[Any, ...], content: NDArray[np.uint8]
-    ) -> None:
+    def __init__(self, path: Path, shards: ShardSet, file: PlanFile) -> None:
         self._path = path
         self._shards = shards
-        mode, document_bytes, fragment_bytes, num_windows, num_segments = header[7:12]
-        self.width: int = header[6]
-        self.long_documents: LongDocuments = LONG_DOCUMENTS[mode]
-        self.num_tokens: int = header[12]
-        self.full_windows: int = header[13]
-        self.num_long: int = header[14]
-        self.unused_tokens: int = header[15]
-        documents, fragments, stop = _layout_of_file(
-            num_windows, num_segments, document_bytes, fragment_bytes
-        )
-        self.offsets: NDArray[np.int64] = content[_HEADER_BYTES:documents].view("<i8")
-        self.documents: NDArray[Any] = content[documents:fragments].view(f"<u{document_bytes}")
-        self.fragments: NDArray[np.uint32] | None = (
-            content[fragments:stop].view("<u4") if fragment_bytes else None
-        )
+        header = file.header
+        self.width = header.width
+        self.long_documents = LONG_DOCUMENTS[header.mode]
+        self.num_tokens = header.num_tokens
+        self.full_windows = header.full_windows
+        self.num_long = header.num_long
+        self.unused_tokens = header.unused_tokens
+        self.offsets = file.offsets
+        self.documents = file.documents
+        self.fragments = file.fragments
 
     @classmethod
     def read(cls, path: Path, shards: ShardSet, *, check: bool = True) -> Self | None:
@@ -111,25 +83,12 @@ class PackPlan:
             shards: the dataset that it must belong to.
             check: read all of it and compare its checksum.
         """
-        try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < _HEADER_BYTES:
-                    return None
-                content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-        except (FileNotFoundError, NotADirectoryError):
+        file = PlanFile.read(path, shards.manifest)
+        if file is None or file.header.mode >= len(LONG_DOCUMENTS):
             return None
-        header_bytes = content[:_HEADER_BYTES].tobytes()
-        header = _HEADER.unpack(header_bytes)
-        if (
-            header[:2] != (_MAGIC, VERSION)
-            or header[3:6] != _identity(shards)
-            or size != _layout_of_file(header[10], header[11], header[8], header[9])[2]
-            or (check and header[2] != _checksum(header_bytes, content))
-            or path.name != _name(shards, header[6], LONG_DOCUMENTS[header[7]])
-        ):
+        if path.name != _name(shards, file.header.width, LONG_DOCUMENTS[file.header.mode]):
             return None
-        return cls(path, shards, header, content)
+        return None if check and file.problem() else cls(path, shards, file)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as a file name: the process that unpickles maps the file itself."""
@@ -256,24 +215,6 @@ def _name(shards: ShardSet, width: int, long_documents: LongDocuments) -> str:
     return f"{shards.manifest.fingerprint[:16]}-{width}-{long_documents}.v{VERSION}"
 
 
-def _identity(shards: ShardSet) -> tuple[bytes, int, int]:
-    return (bytes.fromhex(shards.manifest.fingerprint), shards.num_documents, shards.num_tokens)
-
-
-def _layout_of_file(
-    num_windows: int, num_segments: int, document_bytes: int, fragment_bytes: int
-) -> tuple[int, int, int]:
-    """Return the bytes at which `documents` and `fragments` begin in a file, and its size."""
-    documents = _HEADER_BYTES + 8 * (num_windows + 1)
-    fragments = documents + document_bytes * num_segments
-    return documents, fragments, fragments + fragment_bytes * num_segments
-
-
-def _checksum(header: bytes, content: NDArray[np.uint8]) -> int:
-    blank = header[: _CRC_PLACE.start] + bytes(4) + header[_CRC_PLACE.stop :]
-    return zlib.crc32(content[_HEADER_BYTES:].data, zlib.crc32(blank))
-
-
 def _write(file: BinaryIO, shards: ShardSet, width: int, long_documents: LongDocuments, folder: Path) -> None:
     """Plan, and write the plan into an empty file, its header last."""
     counts = count_segments(shards, width, long_documents)
@@ -281,13 +222,25 @@ def _write(file: BinaryIO, shards: ShardSet, width: int, long_documents: LongDoc
     num_segments = int(counts.histogram.sum())
     document_bytes = 4 if shards.num_documents <= 2**32 else 8
     fragment_bytes = 4 if counts.fragmented else 0
-    shape = (packing.num_windows, num_segments, document_bytes, fragment_bytes)
-    documents_at, fragments_at, stop = _layout_of_file(*shape)
+    header = PlanHeader(
+        *identity(shards.manifest),
+        width,
+        LONG_DOCUMENTS.index(long_documents),
+        document_bytes,
+        fragment_bytes,
+        packing.num_windows,
+        num_segments,
+        num_tokens=int(packing.windows @ packing.filled),
+        full_windows=int(packing.windows[packing.filled == width].sum()),
+        num_long=counts.num_long,
+        unused_tokens=counts.unused_tokens,
+    )
+    documents_at, fragments_at, stop = header.places
     windows = segments = 0
-    _write_at(file, _HEADER_BYTES, np.zeros(1, "<i8"))
+    _write_at(file, HEADER_BYTES, np.zeros(1, "<i8"))
     for block in assign_documents(counts, packing, folder):
         offsets = segments + np.cumsum(block.sizes)
-        _write_at(file, _HEADER_BYTES + 8 * (windows + 1), offsets.astype("<i8"))
+        _write_at(file, HEADER_BYTES + 8 * (windows + 1), offsets.astype("<i8"))
         _write_at(
             file, documents_at + document_bytes * segments, block.documents.astype(f"<u{document_bytes}")
         )
@@ -295,22 +248,10 @@ def _write(file: BinaryIO, shards: ShardSet, width: int, long_documents: LongDoc
             _write_at(file, fragments_at + fragment_bytes * segments, block.fragments.astype("<u4"))
         windows += len(block.sizes)
         segments = int(offsets[-1])
-    assert (windows, segments) == shape[:2]
-    full_windows = int(packing.windows[packing.filled == width].sum())
-    totals = (int(packing.windows @ packing.filled), full_windows, counts.num_long, counts.unused_tokens)
-    settings = (
-        *_identity(shards),
-        width,
-        LONG_DOCUMENTS.index(long_documents),
-        document_bytes,
-        fragment_bytes,
-    )
-    header = _HEADER.pack(_MAGIC, VERSION, 0, *settings, *shape[:2], *totals)
+    assert (windows, segments) == (header.num_windows, header.num_segments)
     file.flush()
     content = np.frombuffer(mmap.mmap(file.fileno(), stop, access=mmap.ACCESS_READ), np.uint8)
-    checksum = _checksum(header, content).to_bytes(4, "little")
-    complete = header[: _CRC_PLACE.start] + checksum + header[_CRC_PLACE.stop :]
-    _write_at(file, 0, np.frombuffer(complete, np.uint8))
+    _write_at(file, 0, np.frombuffer(header.pack(content), np.uint8))
 
 
 def _write_at(file: BinaryIO, place: int, values: NDArray[Any]) -> None:

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from minimind_data.dataset.format import FormatError
+from minimind_data.dataset.plan_file import PACK_FOLDER_NAME
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.dataset.verification import verify
 from minimind_data.errors import UserError
 from minimind_data.windows import assignment, pack_plan
-from minimind_data.windows.pack_plan import PACK_FOLDER_NAME, PackPlan, open_plan
+from minimind_data.windows.pack_plan import PackPlan, open_plan
 
 SHARDS = [[5, 9, 2], [40], [3, 3, 3, 3], [17, 2]]
 
