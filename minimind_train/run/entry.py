@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from minimind_data.dataset.format import FormatError
+from minimind_data.dataset.format import FormatError, Manifest
 from minimind_data.errors import UserError
 from minimind_data.files import user_error_on_full_disk
 from minimind_train.batches.datasets import Datasets
@@ -31,6 +31,7 @@ from minimind_train.run.reconcile import reconciled, record_of, refuse_idle_chan
 from minimind_train.run.toml import describe
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder import record as runs
+from minimind_train.run_folder.places import PLACES, with_present_places
 from minimind_train.run_folder.record import WEIGHTS, RunRecord, move
 from minimind_train.training import loop
 
@@ -231,12 +232,16 @@ def _prepare_resumed(
         if not latest:
             runs.refuse_repetition(run, record)
             say(f"{run}: no checkpoint yet, so the run begins again")
-        datasets = _open_datasets(source_texts(options_given.get("shards", record.options["shards"])))
-        record_then = record.without_moves_after(step)
+        names = [name for name in PLACES if name not in options_given]
+        record_then = with_present_places(record, run, say, names=names).without_moves_after(step)
+        datasets = _open_datasets(source_texts(options_given.get("shards", record_then.options["shards"])))
         options, new_record = reconciled(
             run, record_then, options_given, datasets, step=step, allow_change=allow_change
         )
         refuse_other_kind(options, datasets.sets)
+        if options.validation.val_shards:
+            with _asking_where("val_shards"):
+                Manifest.read(Path(options.validation.val_shards))
         job = RankJob(options, datasets, InitialWeights(options, say), say=say, world=world)
         if "from_weight" in options_given:
             job.origin.weights("`from_weight` says where they are now")
@@ -260,11 +265,18 @@ def _prepare_resumed(
 
 
 def _open_datasets(texts: Sequence[str]) -> Datasets:
-    try:
+    with _asking_where("shards"):
         return Datasets.open(texts)
+
+
+@contextlib.contextmanager
+def _asking_where(option: str) -> Iterator[None]:
+    """Let the error about a dataset of a run ask where it is, as it was there once."""
+    try:
+        yield
     except FormatError as error:
         raise UserError(
-            str(error), remedy="if the dataset has moved, say where by `shards`", option="shards"
+            str(error), remedy=f"if the dataset has moved, say where by `{option}`", option=option
         ) from None
 
 

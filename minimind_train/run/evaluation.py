@@ -24,6 +24,7 @@ from minimind_train.run.initial import InitialWeights
 from minimind_train.run.options import DpoOptions, PretrainOptions, options_of
 from minimind_train.run.phases import PHASES
 from minimind_train.run_folder.options import CheckpointChoice
+from minimind_train.run_folder.places import with_present_places
 from minimind_train.run_folder.record import RunRecord
 from minimind_train.training.evaluate import Evaluation, open_evaluator
 from minimind_train.training.learner import Compute
@@ -114,7 +115,7 @@ def _of_pairs(model: MiniMind, run: Path, record: RunRecord | None, dataset: Pat
             "from the model that it began from",
             where=dataset,
         )
-    options = options_of(record, run)
+    options = options_of(with_present_places(record, run, say, names=("from_weight",)), run)
     assert isinstance(options, DpoOptions)
     online = replace(options, objective=replace(options.objective, reference="online"))
     return PHASES[options.command].objective(model, online, InitialWeights(options, say))

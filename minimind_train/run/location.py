@@ -10,6 +10,7 @@ from minimind_train.batches.positions import window_at
 from minimind_train.order.skips import Skips
 from minimind_train.progress import say_on_stderr
 from minimind_train.run.options import options_of
+from minimind_train.run_folder.places import with_present_places
 from minimind_train.run_folder.record import RunRecord
 
 __all__ = ["data_at", "locate"]
@@ -21,7 +22,7 @@ def data_at(run: Path, position: int) -> tuple[DataOptions, int]:
     Raises:
         UserError: there is no such run.
     """
-    record = RunRecord.read(run)
+    record = with_present_places(RunRecord.read(run), run, say_on_stderr, names=("shards",))
     options = options_of(record, run)
     return replace(options.data, skip_positions=record.skip_positions_at(position)), options.training.seed
 

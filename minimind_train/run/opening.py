@@ -26,6 +26,8 @@ from minimind_train.parallel.devices import resolve_device
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.run.options import RunOptions, options_of
 from minimind_train.run_folder.options import CheckpointChoice
+from minimind_train.run_folder.places import with_present_places
+from minimind_train.run_folder.record import RunRecord
 from minimind_train.weights.loading import open_model
 
 __all__ = ["OpenRun", "open_run"]
@@ -82,7 +84,10 @@ class OpenRun:
     def _reading(self) -> tuple[Windows | MixedWindows, Order]:
         if self.options is None:
             raise UserError("is no run, so it reads nothing", where=self.folder)
-        data, seed = self.options.data, self.options.training.seed
+        record = with_present_places(
+            RunRecord.read(self.folder), self.folder, say_on_stderr, names=("shards",)
+        )
+        data, seed = options_of(record, self.folder).data, self.options.training.seed
         return Datasets.open(data.shards).windows_and_order(data, seed=seed, say=say_on_stderr)
 
     def __repr__(self) -> str:

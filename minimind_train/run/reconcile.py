@@ -21,6 +21,7 @@ from minimind_train.order.skips import Skips
 from minimind_train.parallel.devices import resolve_device
 from minimind_train.resume_policy import Resume, names_of, policies
 from minimind_train.run.options import RunOptions, begun_with, kind_of, options_of, recorded
+from minimind_train.run_folder.places import relative_paths, validation_fingerprint
 from minimind_train.run_folder.record import MOVE, WEIGHTS, Change, RunRecord
 
 _SKIPS = "skip_positions"
@@ -73,11 +74,14 @@ def resolved(options: RunOptions, datasets: Datasets) -> RunOptions:
 
 def record_of(options: RunOptions, datasets: Datasets) -> RunRecord:
     """Return the record of a run that begins with these options, resolved, on these datasets."""
+    values = recorded(options)
     return RunRecord(
         command=options.command,
-        options=recorded(options),
+        options=values,
         dataset=datasets.fingerprint,
         tokenizer=datasets.tokenizer,
+        validation=validation_fingerprint(values),
+        relative_paths=relative_paths(values, options.training.run),
     )
 
 

@@ -1,8 +1,8 @@
 """The run folder: its files, the record of the run's options, dataset and changes, and the lock that one process at a time holds.
 
     runs/NAME/
-        config.json       the options, resolved; the dataset's fingerprint; the tokenizer; the changes during the run; its
-                          own checksum
+        config.json       the options, resolved; the datasets' fingerprints; where datasets and weights are, seen from the
+                          run folder; the tokenizer; the changes during the run; its own checksum
         run.toml          the options again, for people and for --config; `minimind_train.run.toml` makes it, and nothing reads it by itself
         tokenizer.json    a copy, so that the weights are never separated from their vocabulary; beside it, where the dataset has one,
                           tokenizer_config.json, which holds a chat template
@@ -73,6 +73,10 @@ class RunRecord:
     """Fingerprint of the dataset."""
     tokenizer: TokenizerInfo
     changes: tuple[Change, ...] = field(default=())
+    validation: str | None = None
+    """Fingerprint of the validation set, if the run has one."""
+    relative_paths: dict[str, str] = field(default_factory=dict)
+    """Each path in the options, relative to the run folder, by the path itself."""
     finished: int | None = None
     """The last step of the run, if it has reached its end; then there is a checkpoint of it."""
 

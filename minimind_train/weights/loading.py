@@ -25,6 +25,7 @@ from minimind_train.progress import Say, say_on_stderr
 from minimind_train.run_folder.checkpoint import Checkpoint
 from minimind_train.run_folder.checkpoint_choice import with_checkpoint
 from minimind_train.run_folder.options import CheckpointChoice
+from minimind_train.run_folder.places import with_present_places
 from minimind_train.run_folder.record import RUN_CONFIG_NAME, RunRecord, load_run_tokenizer
 from minimind_train.weights.foreign import (
     is_hf_folder,
@@ -247,7 +248,9 @@ def _restore(checkpoint: Checkpoint, changes: Mapping[str, Any], say: Say) -> Mi
     lora = options_from(LoraConfig, options)
     if lora.lora_rank:
         # Their place may have changed since the checkpoint was written; the weights have not.
-        current_options = {**options, **RunRecord.read(checkpoint.folder.parents[1]).options}
+        run = checkpoint.folder.parents[1]
+        record = with_present_places(RunRecord.read(run), run, say, names=("from_weight",))
+        current_options = {**options, **record.options}
         model.load_state_dict(
             load_initial_weights(current_options, f"{checkpoint.folder} holds adapters alone", say).tensors
         )

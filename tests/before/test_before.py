@@ -65,11 +65,12 @@ def test_a_build_finds_its_dataset_finished_and_a_new_one_is_the_same_to_the_byt
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_runs_go_on_with_the_same_samples_and_losses(before, name):
+@pytest.mark.parametrize("typed", [True, False])
+def test_the_runs_go_on_with_the_same_samples_and_losses(before, name, typed):
     metrics = before / "runs" / name / "metrics.jsonl"
     lines_before = metrics.read_bytes()
     command, *where = RUNS[name]
-    result = mm_train(command, "--run", f"runs/{name}", "--resume", *where)
+    result = mm_train(command, "--run", f"runs/{name}", "--resume", *(where if typed else ()))
     assert result.exit_code == 0, result.output
     assert metrics.read_bytes().startswith(lines_before)
     lines = records(metrics)[lines_before.count(b"\n") :]
