@@ -4,9 +4,8 @@
     inputs    inputs      tokenizer     dataset              windows     minimind_train.batches
               chat (conversations)
 
-`build` makes a dataset out of the first three, in parallel and restartable; `interchange` reads and writes the token files of other
-projects; `report` shows what a dataset holds. A module imports from the packages above this line in the order in which they stand,
-never the other way round.
+`build` drives the way to the shards, in parallel and so that it can be interrupted anywhere; `interchange` reads and writes the token
+files of other projects; `report` shows what a dataset holds.
 
     from minimind_data import ShardSet, TokenizeOptions, open_windows, tokenize
 
