@@ -60,7 +60,7 @@ def test_merge_and_shuffle_make_datasets(dataset, tmp_path):
         ),
         (["convert", "nowhere", "--out", "o"], 1, "nowhere: no such file or folder"),
         (["convert", "DATA", "--out", "o", "--to", "hf", "--shard-bytes", "0"], 2, "at least 1"),
-        (["merge", "DATA", "--out", "o"], 1, "two datasets or more"),
+        (["merge", "DATA", "--out", "o"], 1, "at least two datasets"),
         (["shuffle", "DATA", "--out", "DATA"], 1, "not empty; take another --out"),
         (["shuffle", "DATA", "--out", "o", "--seed", "-1"], 2, "--seed must be from 0"),
     ],
