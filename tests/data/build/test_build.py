@@ -1,9 +1,7 @@
 """The build: same bytes whatever happened on the way, nothing half-written looks whole, nothing bad goes unsaid."""
 
-import errno
-import io
 import json
-import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -354,18 +352,20 @@ def test_a_late_writer_does_no_harm(tmp_path):
     assert tree(tmp_path) == whole
 
 
-def test_a_full_disk_at_the_last_flush_leaves_nothing(tmp_path):
-    class Full(io.BytesIO):
-        def close(self):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_disk_that_takes_nothing_at_the_last_flush_is_left_with_nothing(tmp_path, masked):
     def write():
-        with ShardWriter(tmp_path, "text-00000", "uint16") as writer:
-            writer._file._file.close()
-            writer._file._file = Full()
+        with ShardWriter(tmp_path, "text-00000", "uint16", masked=masked) as writer:
+            mask = np.ones(2, np.uint8) if masked else None
+            writer.append(np.array([1, 2], "<u2"), np.array([2]), mask)  # fewer bytes than are held back
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, former[1]))
 
-    with pytest.raises(OSError, match="No space left"):
-        write()
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
     assert tree(tmp_path) == {}
 
 
