@@ -161,7 +161,9 @@ class _Collected:
             return _run_items(session, items)
 
         seconds = sum(coverage.seconds[item.nodeid] for item in items)
-        status = _forked(work, self._copy / ".log", timeout=20 + 10 * seconds)
+        status = _forked(
+            work, self._copy / ".log", timeout=10 + 2 * seconds
+        )  # noted when they ran several times as long
         return status != 0
 
     def _trace(self, session: pytest.Session) -> Coverage:
