@@ -92,6 +92,19 @@ def test_refuses_what_makes_no_sense():
         for ask in (permutation.__getitem__, permutation.inverse):
             with pytest.raises(IndexError, match=r"not all in range\(5\)"):
                 ask(wrong)
+            for numbers in ([2, wrong], [wrong, 2], [2, wrong, 4]):
+                with pytest.raises(IndexError, match=f"indices {min(numbers)} to {max(numbers)} are not all"):
+                    ask(np.array(numbers))
+
+
+def test_it_is_as_long_as_what_it_puts_in_order_and_of_nothing_there_is_nothing():
+    permutation = BlockPermutation(5, 2, 0, 0)
+    assert len(permutation) == 5
+    assert (
+        permutation[np.array([], np.int64)].tolist()
+        == permutation.inverse(np.array([], np.int64)).tolist()
+        == []
+    )
 
 
 def test_the_order_in_blocks_is_pinned():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimind_train.order.mixture import MAX_PERIOD, MixtureOrder, MixtureStage, shares_of
+from minimind_train.order.mixture import MAX_PARTS, MAX_PERIOD, MixtureOrder, MixtureStage, shares_of
 from minimind_train.order.sample_order import SampleOrder
 from minimind_train.order.seeds import derive_seed
 
@@ -154,6 +154,23 @@ def test_in_every_period_a_part_is_within_one_window_of_its_weight(weights):
         assert abs(Fraction(share) - Fraction(weight, sum(weights)) * sum(shares)) < 1
 
 
+@pytest.mark.parametrize(
+    ("weights", "shares"),
+    [
+        ([1, MAX_PERIOD - 1], (1, MAX_PERIOD - 1)),  # the longest pattern that is exact
+        ([1, MAX_PERIOD], (1, MAX_PERIOD - 1)),
+        (
+            [MAX_PERIOD - 2, 1, 2],
+            (MAX_PERIOD - 3, 1, 2),
+        ),  # one window over: the part that is the most ahead of its share has one fewer
+        ([1] * MAX_PARTS, (1,) * MAX_PARTS),
+        ([0] * (MAX_PARTS - 1) + [5], (0,) * (MAX_PARTS - 1) + (1,)),
+    ],
+)
+def test_at_the_limits_weights_become_the_nearest_shares(weights, shares):
+    assert shares_of([Fraction(weight) for weight in weights]) == shares
+
+
 def test_seeds_of_parts_have_nothing_to_do_with_each_other():
     seeds = {derive_seed(seed, name) for seed in range(20) for name in ("a", "b", "1", "")}
     assert len(seeds) == 80
@@ -165,8 +182,9 @@ def test_what_makes_no_mixture_is_refused():
         shares_of([Fraction(0), Fraction(0)])
     with pytest.raises(ValueError, match="0 or more"):
         shares_of([Fraction(-1), Fraction(2)])
-    with pytest.raises(ValueError, match="1 to 100 parts, not 0"):
-        shares_of([])
+    for count in (0, MAX_PARTS + 1):
+        with pytest.raises(ValueError, match=f"1 to 100 parts, not {count}"):
+            shares_of([Fraction(1)] * count)
     good = mixture({"a": 1, "b": 1}, (1, 1))
     with pytest.raises(ValueError, match="ascending"):
         MixtureOrder(names=("b", "a"), parts=good.parts, stages=good.stages)

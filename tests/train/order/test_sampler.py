@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minimind_data.permutation import Permutation
-from minimind_train.order.sample_order import SampleOrder, check_range, rank_positions
+from minimind_train.order.sample_order import SampleOrder, check_range, check_shares, rank_positions
 
 KINDS = ("shuffled", "sequential")
 
@@ -97,6 +97,27 @@ def test_refuses_what_makes_no_sense():
         check_range(5, 4)
     with pytest.raises(ValueError, match="positions count from 0"):
         check_range(-3, 4)
+
+
+def test_ranks_share_a_batch_that_has_a_sample_for_each():
+    check_shares(4, 0, 4)
+    check_shares(4, 3, 4)
+    for rank in (-1, 4):
+        with pytest.raises(ValueError, match=f"rank must be from 0 to world_size - 1, not {rank} of 4"):
+            check_shares(4, rank, 4)
+    with pytest.raises(ValueError, match="one sample for each of 4 ranks, not 3"):
+        check_shares(3, 0, 4)
+
+
+def test_a_range_of_positions_may_be_empty_and_begins_at_0_or_later():
+    check_range(0, 0)
+    check_range(0, 5)
+    check_range(5, 5)
+    with pytest.raises(ValueError, match="positions count from 0"):
+        check_range(-1, 0)
+    assert rank_positions(0, 0, 0, 1).tolist() == []
+    with pytest.raises(ValueError, match="rank must be"):
+        rank_positions(0, 10, -1, 2)
 
 
 def test_the_order_is_pinned():

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minimind_train.order.skips import MAX_POSITION, NO_SKIPS, Skips
@@ -37,6 +37,7 @@ def test_batches_of_any_size_are_the_kept_positions_one_after_the_other(ranges, 
 
 
 @given(ranges=RANGES)
+@example(ranges=[(0, 5), (5, 2), (8, 1)])
 def test_ranges_are_written_as_they_are_read_and_never_touch(ranges):
     skips = skips_of(ranges)
     assert Skips.of(skips.as_texts()) == skips == Skips.of([*skips.as_texts(), *skips.as_texts()])
