@@ -1,7 +1,7 @@
 """The mutants of a module: its source with one small mistake each, as a person might make it.
 
 A comparison takes in its border or leaves it out, a number is one more or one less, `and` is `or`, a condition always or never holds, an operator
-is its counterpart, a statement is gone, a value that is returned is None. Text, annotations and the sentences of errors are left alone.
+is its counterpart, a statement is gone, a value that is returned is None. Text, annotations, assertions and the sentences of errors are left alone.
 """
 
 import ast
@@ -48,6 +48,9 @@ _OTHER_NAMES = {
     "maximum": "minimum",
 }
 _OTHER_WORDS = {"left": "right", "right": "left"}
+
+_INDIFFERENT = {"maxsize", "strict"}
+"""Arguments on which no result depends: the size of a cache; like an assertion, a guard against our own mistakes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +113,13 @@ def _changes(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
     """Yield (what is replaced, its replacement) for a node and all below it."""
     if isinstance(node, ast.JoinedStr):  # positions inside of one mean nothing before Python 3.12
         return
-    if isinstance(node, ast.keyword) and node.arg == "maxsize":  # no result depends on the size of a cache
+    if isinstance(node, ast.keyword) and node.arg in _INDIFFERENT:
         return
     yield from _changes_of(node)
     for name, value in ast.iter_fields(node):
-        if name in {"annotation", "returns", "decorator_list", "type_params"} or isinstance(node, ast.Raise):
+        if name in {"annotation", "returns", "decorator_list", "type_params"} or isinstance(
+            node, ast.Raise | ast.Assert
+        ):
             continue
         children = value if isinstance(value, list) else [value]
         for child in children:
@@ -196,12 +201,7 @@ def _changes_of(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:  # noqa: C901, 
             for border in borders:
                 if not isinstance(border, ast.Constant):
                     yield border, f"({ast.unparse(border)}) + 1"
-        case (
-            ast.Expr(value=ast.Call() | ast.Yield() | ast.YieldFrom())
-            | ast.Raise()
-            | ast.Assert()
-            | ast.Delete()
-        ):
+        case ast.Expr(value=ast.Call() | ast.Yield() | ast.YieldFrom()) | ast.Raise() | ast.Delete():
             yield node, "pass"
         case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
             yield node, "pass"

@@ -163,6 +163,11 @@ def test_in_every_period_a_part_is_within_one_window_of_its_weight(weights):
             [MAX_PERIOD - 2, 1, 2],
             (MAX_PERIOD - 3, 1, 2),
         ),  # one window over: the part that is the most ahead of its share has one fewer
+        ([19, 99_981], (1, 4_999)),  # 1.9 and 9,998.1 windows: the one that is missing goes to the first
+        (
+            [4, 4, 20, 99_972],
+            (1, 1, 1, 9_997),
+        ),  # 0.4, 0.4, 2 and 9,997.2: one is too many, and the third has the least below its share
         ([1] * MAX_PARTS, (1,) * MAX_PARTS),
         ([0] * (MAX_PARTS - 1) + [5], (0,) * (MAX_PARTS - 1) + (1,)),
     ],
@@ -194,9 +199,35 @@ def test_what_makes_no_mixture_is_refused():
         MixtureOrder(
             names=good.names, parts=good.parts, stages=(MixtureStage(start=0, shares=(1,), taken=(0,)),)
         )
-    for call in (good.window, good.taken, lambda position: good.windows(np.array([position]))):
-        with pytest.raises(ValueError, match="cannot be -1"):
-            call(-1)
+    with pytest.raises(ValueError, match="a share and a count for each of 2 parts"):
+        good.reweighted(5, (0, 0))
+    for call in (good.window, good.taken, lambda position: good.windows(np.array([2, position, 1]))):
+        for position in (-1, -5):
+            with pytest.raises(ValueError, match=f"cannot be {position}"):
+                call(position)
+
+
+def test_it_has_the_windows_of_all_parts_and_says_what_decides_the_order_before_a_position():
+    order = mixture({"b": 21, "a": 30}, (1, 2), seed=1).reweighted(24, (2, 1))
+    assert order.num_windows == 51
+    assert order.starts.tolist() == [0, 30, 51]
+    first, second = (
+        {"start": start, "shares": list(shares), "taken": list(taken)}
+        for start, shares, taken in ((0, (1, 2), (0, 0)), (24, (2, 1), (8, 16)))
+    )
+    expected = {"num_windows": {"a": 30, "b": 21}, "seed": 1, "order": "shuffled", "stages": [first]}
+    for position in (0, 1, 24):
+        assert order.described(position) == expected
+    assert order.described(25) == {**expected, "stages": [first, second]}
+    in_blocks = MixtureOrder.of({"a": 30, "b": 21}, seed=1, block=4, stages=order.stages)
+    assert in_blocks.described(0) == {**expected, "shuffle_block": 4}
+
+
+def test_by_default_it_is_shuffled_by_seed_0():
+    order = MixtureOrder(
+        names=("a",), parts=(SampleOrder(num_windows=1),), stages=mixture({"a": 1}, (1,)).stages
+    )
+    assert (order.seed, order.kind) == (order.parts[0].seed, order.parts[0].kind) == (0, "shuffled")
 
 
 def test_a_stretch_comes_back_from_json():
