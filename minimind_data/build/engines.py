@@ -125,7 +125,7 @@ class _Worker:
             self._report_of_task.take_back()
             raise _WorkerDiedError(_cause_of_death(self.process.exitcode)) from None
         if kind == "user error":
-            raise UserError(value)
+            raise value  # as the worker raised it
         if kind == "crash":
             raise RuntimeError(f"a worker failed:\n{value}")
         if kind == "progress":
@@ -213,7 +213,7 @@ def _work(pipe: Connection, job: Job) -> None:
             except (BrokenPipeError, ConnectionResetError):
                 raise
             except UserError as error:
-                message = ("user error", str(error))
+                message = ("user error", error)
             except Exception:  # noqa: BLE001 - the parent shows all of it
                 message = ("crash", traceback.format_exc())
             pipe.send(message)

@@ -71,7 +71,7 @@ def tokenize(
         UserError: there is something wrong with an input, a record, the tokenizer, the folder, the disk or the options.
     """
     if not inputs:
-        raise UserError("no input; name at least one file or folder")
+        raise UserError("no input", remedy="name at least one file or folder")
     tokenizer = load_tokenizer(
         options.tokenizer, SpecialTokens(bos=options.bos_token, eos=options.eos_token, pad=options.pad_token)
     )
