@@ -39,6 +39,7 @@ from .window import window
 
 app = make_app("Turn text into memory-mapped shards, and inspect them.")
 _PROBLEMS_SHOWN = 10
+_NAMES_SHOWN = 12
 _MAX_INT64 = 2**63 - 1
 
 _Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the dataset.", readable=False)]
@@ -121,7 +122,13 @@ def _print_summary(out: Path, summary: Summary) -> None:
 
 
 def _print_doubts(manifest: Manifest) -> None:
-    """Print what should be checked in conversations and pairs."""
+    """Print what should be checked in the records."""
+    if manifest.forms:
+        print(f"  read as    {_listed(manifest.forms)}")
+    if manifest.unread:
+        print(
+            f"  not read   {_listed(manifest.unread)}: fields that nothing reads, and how often each occurs"
+        )
     if different := manifest.different_prompts:
         print(
             f"  prompts    {counted(different, 'pair')} with different prompts in chosen and rejected; please check them"
@@ -131,6 +138,13 @@ def _print_doubts(manifest: Manifest) -> None:
             f"  unlearned  {counted(unlearned, 'conversation')} with an answer that is not learned: its first or last token also "
             "covers text around it"
         )
+
+
+def _listed(counts: dict[str, int]) -> str:
+    """Write counts by their names, the first of them."""
+    some = ", ".join(f"{name} ({count:,})" for name, count in list(counts.items())[:_NAMES_SHOWN])
+    more = len(counts) - _NAMES_SHOWN
+    return some + (f" and {more:,} more" if more > 0 else "")
 
 
 @command(app, "train-tokenizer")
@@ -167,6 +181,8 @@ def info(folder: _Folder, as_json: _Json = False) -> None:
         "duplicates": manifest.duplicates,
         "different_prompts": manifest.different_prompts,
         "unlearned": manifest.unlearned,
+        "unread": manifest.unread,
+        "forms": manifest.forms,
         "chat_template": manifest.tokenizer_config_sha256 is not None,
         "tokenizer": asdict(manifest.tokenizer),
         "options": manifest.options,
@@ -195,6 +211,10 @@ def info(folder: _Folder, as_json: _Json = False) -> None:
             f"  in doubt     {facts['different_prompts']:,} pairs with different prompts, {facts['unlearned']:,} conversations "
             "with an answer that is not learned"
         )
+    if manifest.forms:
+        print(f"  read as      {_listed(manifest.forms)}")
+    if manifest.unread:
+        print(f"  not read     {_listed(manifest.unread)}")
     print(f"  fingerprint  {manifest.fingerprint[:16]}…")
     for entry in manifest.inputs:
         print(f"  input        {entry.path}, {entry.bytes / 1e6:,.1f} MB, {entry.sha256[:12]}…")

@@ -6,6 +6,7 @@ always on stderr. Here too: how counts and kinds of JSON values are written in a
 """
 
 import contextlib
+import math
 import sys
 import threading
 import time
@@ -152,4 +153,6 @@ def kind_of(value: object) -> str:
     """Say what a JSON value is, for a message."""
     if isinstance(value, str):
         return "a string"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN, which is no number" if math.isnan(value) else "Infinity, which is no number"
     return _JSON_KINDS.get(type(value), f"of type {type(value).__name__}")

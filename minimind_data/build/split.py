@@ -8,6 +8,7 @@ import base64
 import contextlib
 import functools
 import re
+from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,6 +51,8 @@ _COMPARE_ONE_IN = 1024
 """One document in so many is encoded by the reference too. The reference is forty times slower, so that is four per cent of the work."""
 _COMPARE_MAX_CHARS = 2**17
 """Longer documents are not compared: that would take seconds for each."""
+_MAX_NAMES = 64
+"""Names that the counts of a split have."""
 SET_ASIDE_SUFFIX = ".set-aside.jsonl"
 HASHES_SUFFIX = ".hashes"
 
@@ -166,6 +169,8 @@ def _build(job: Job, task: SplitTask, backend: str, difference: str | None, repo
     blocks = ahead(_without(reader.blocks(), task.drop))
     bad: list[BadRecord] = []
     empty_texts = compared = num_texts = different_prompts = unlearned = 0
+    unread: Counter[str] = Counter()
+    forms: Counter[str] = Counter()
     with _Writers(job, task.name) as writers:
         for block, ids, offsets in ahead(encode_blocks(encoder, blocks, job.encoder_threads)):
             if block.bad and job.on_bad_record == "stop":
@@ -176,6 +181,8 @@ def _build(job: Job, task: SplitTask, backend: str, difference: str | None, repo
                 compared += _compare(job, block.texts, ids, offsets, num_texts)
             num_texts += len(block.texts)
             different_prompts += block.different_prompts
+            unread.update(block.unread)
+            forms.update(block.forms)
             tokens, lengths, mask, unlearned_here = _sequences(job, block, ids, offsets)
             unlearned += unlearned_here
             writers.append(block, tokens, lengths, mask)
@@ -198,6 +205,8 @@ def _build(job: Job, task: SplitTask, backend: str, difference: str | None, repo
             duplicates_sha256=task.duplicates_sha256,
             different_prompts=different_prompts,
             unlearned=unlearned,
+            unread=_most_frequent(unread),
+            forms=_most_frequent(forms),
         ),
         compared=compared,
         backend=backend,
@@ -205,6 +214,13 @@ def _build(job: Job, task: SplitTask, backend: str, difference: str | None, repo
         shard=shard,
         val_shard=val_shard,
     )
+
+
+def _most_frequent(counts: Counter[str]) -> dict[str, int]:
+    """Return counts by their names; of names beyond all measure, such as ids for names of fields, the sum of the rest."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    rest = sum(count for _, count in ordered[_MAX_NAMES:])
+    return dict(ordered[:_MAX_NAMES]) | ({"…": rest} if rest else {})
 
 
 def _sequences(
@@ -337,8 +353,14 @@ def hashes_path(work_folder: Path, name: str) -> Path:
     return work_folder / f"{name}{HASHES_SUFFIX}"
 
 
+_OF_ANOTHER_SHAPE = ("no field ", "the record is ")
+"""How the reasons of records begin that are of another shape altogether; if the first is, the others are most likely too."""
+
+
 def _bad_record_error(job: Job, split: Split, bad: BadRecord) -> UserError:
     where = form_of(split.source, job.records).place(split, bad.line)
+    if bad.line == 1 and not split.start and bad.reason.startswith(_OF_ANOTHER_SHAPE):
+        return UserError(bad.reason, where=where)  # without them, nothing may be left
     return UserError(
         f"{bad.reason} (or pass `on_bad_record` set-aside, which leaves out such records)",
         where=where,

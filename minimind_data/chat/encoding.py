@@ -14,7 +14,13 @@ import numpy as np
 
 from minimind_data.chat.conversations import ChatKind, Conversation
 from minimind_data.chat.guard import guarded_tokenizer
-from minimind_data.chat.loss_mask import AnswerMarks, find_answer_marks, mask_between, mask_of_spans
+from minimind_data.chat.loss_mask import (
+    AnswerMarks,
+    exclude_answers,
+    find_answer_marks,
+    mask_between,
+    mask_of_spans,
+)
 from minimind_data.chat.rendering import RenderedConversation, RenderSpec, renderer_of
 from minimind_data.chat.template import ChatTemplate, RenderError
 from minimind_data.dataset.format import MaskArray
@@ -106,7 +112,12 @@ def encode_conversations(
     num_answers = np.array([one.num_answers for one in conversations], np.int64)
     if marks is not None:
         mask, num_masked = mask_between(ids, offsets, marks)
-        return ids, offsets, mask, int(np.count_nonzero(num_masked < num_answers))
+        is_missed = num_masked < num_answers
+        for place, one in enumerate(conversations):
+            if one.excluded_answers:
+                own = mask[offsets[place] : offsets[place + 1]]
+                is_missed[place] |= not exclude_answers(own, one.excluded_answers, one.num_answers)
+        return ids, offsets, mask, int(np.count_nonzero(is_missed))
     masks = [
         mask_of_spans(encodings[place].offsets, one.spans or ()) for place, one in enumerate(conversations)
     ]

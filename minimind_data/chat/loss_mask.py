@@ -170,6 +170,29 @@ def mask_between(
     return mask, num_answers
 
 
+def exclude_answers(mask: MaskArray, excluded: frozenset[int], num_answers: int) -> bool:
+    """Take answers out of the mask of one conversation, in place.
+
+    Where the mask has not every answer, it cannot be told which is which, and all of it goes: what must not be learned is not.
+
+    Args:
+        mask: uint8 [T], as `mask_between` makes it.
+        excluded: numbers of the answers, from 0.
+        num_answers: of the conversation.
+
+    Returns:
+        Whether every other answer is still there.
+    """
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], mask, [0])).astype(np.int8)))
+    starts, stops = edges[::2], edges[1::2]
+    if len(starts) != num_answers:
+        mask[:] = 0
+        return False
+    for number in excluded:
+        mask[starts[number] : stops[number]] = 0
+    return True
+
+
 def _places(ids: NDArray[Any], run: tuple[int, ...]) -> NDArray[np.int64]:
     """Return where the ids of a run follow one another."""
     places = np.flatnonzero(ids[: max(0, len(ids) - len(run) + 1)] == run[0])

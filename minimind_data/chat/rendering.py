@@ -38,10 +38,12 @@ from minimind_data.chat.template import (
     Message,
     RenderError,
     render_chat,
+    with_arguments_parsed,
     with_parts_joined,
 )
 from minimind_data.hashing import belongs_to_share
 from minimind_data.options import as_paths
+from minimind_data.reporting import counted
 from minimind_data.tokenizer.loading import Tokenizer
 
 _EMPTY_THINK = "<think>\n\n</think>\n\n"
@@ -144,9 +146,11 @@ class RenderedConversation:
     guarded: str | None
     """The same with the template's special tokens in disguise, if somebody else wrote some; see this module's docstring."""
     spans: tuple[tuple[int, int], ...] | None
-    """What the assistant wrote, [start, stop) in characters; None if the template does not mark it."""
+    """What is learned, [start, stop) in characters; None if the template does not mark what the assistant wrote."""
     num_answers: int
     """Turns of the assistant's."""
+    excluded_answers: frozenset[int] = frozenset()
+    """Numbers of those that are not to be learned, from 0."""
 
 
 class Renderer:
@@ -175,7 +179,8 @@ class Renderer:
         Raises:
             RenderError: the template fails, or what it wrote cannot be told apart from what others wrote.
         """
-        messages, tools = with_parts_joined(self._spec.template, conversation.messages), conversation.tools
+        template, tools = self._spec.template, conversation.tools
+        messages = with_arguments_parsed(template, with_parts_joined(template, conversation.messages))
         fields = [{name: value for name, value in message.items() if name != "role"} for message in messages]
         if self._has_spans and (_holds(_SPAN_MARKS, fields) or _holds(_SPAN_MARKS, tools)):
             raise RenderError("it holds U+FDD0 or U+FDD1, which are no characters; remove them")
@@ -188,8 +193,20 @@ class Renderer:
             guarded = self._guarded(
                 disguise, text, messages, tools, add_generation_prompt=add_generation_prompt
             )
+        excluded = conversation.excluded_answers
+        if spans is not None and excluded:
+            if len(spans) != conversation.num_answers:
+                raise RenderError(
+                    f"the chat template marks {counted(len(spans), 'piece')} of text in {counted(conversation.num_answers, 'answer')}, so "
+                    "which of them is not to be learned cannot be told; name another template with `chat_template`"
+                )
+            spans = tuple(span for number, span in enumerate(spans) if number not in excluded)
         return RenderedConversation(
-            text=text, guarded=guarded, spans=spans, num_answers=conversation.num_answers
+            text=text,
+            guarded=guarded,
+            spans=spans,
+            num_answers=conversation.num_answers,
+            excluded_answers=excluded,
         )
 
     def _guarded(

@@ -3,7 +3,7 @@
 A template is a program in Jinja. It comes with the tokenizer, in `chat_template.jinja` or `tokenizer_config.json`, from whoever made
 that. So it runs in Jinja's sandbox, and sees only plain JSON values.
 
-Not here: what a record must look like (`conversations`), and how special tokens in what people wrote are kept from being
+Not here: what a record must look like (`conversations`, `messages`), and how special tokens in what people wrote are kept from being
 taken for the template's own (`rendering`).
 
 Source of the environment: transformers, utils/chat_template_utils.py (`_cached_compile_jinja_template`, `render_jinja_template`)
@@ -26,7 +26,7 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from minimind_data.chat.conversations import text_of
+from minimind_data.chat.messages import text_of
 from minimind_data.dataset.format import TEMPLATE_NAME, TOKENIZER_CONFIG_NAME
 from minimind_data.errors import UserError
 from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
@@ -67,6 +67,11 @@ class ChatTemplate:
         strings = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
         strings |= {node.attr for node in tree.find_all(nodes.Getattr)}
         return frozenset(strings | {node.data for node in tree.find_all(nodes.TemplateData)})
+
+    def reads(self, field: str) -> bool:
+        """Tell whether it reads a field of messages, or a variable, of this name."""
+        names = _REASONING_NAMES if field in _REASONING_NAMES else (field,)
+        return not names_read_by(self).isdisjoint(names) or writes_all_fields(self)
 
     @property
     def config_json(self) -> str:
@@ -214,8 +219,13 @@ def _render(
         )
     except Exception as error:  # noqa: BLE001 - a template is a program, which may fail in any way
         if type(error) is jinja2.TemplateError:  # what it raises itself
-            raise RenderError(f"the chat template refuses it ({error.message})") from None
-        raise RenderError(f"the chat template fails on it ({type(error).__name__}: {error})") from None
+            raise RenderError(f"the chat template refuses it ({error.message}); {_REMEDY}") from None
+        raise RenderError(
+            f"the chat template fails on it ({type(error).__name__}: {error}); {_REMEDY}"
+        ) from None
+
+
+_REMEDY = "give its messages the roles and fields that the template reads, or name another template with `chat_template`"
 
 
 def with_parts_joined(template: ChatTemplate, messages: Sequence[Message]) -> list[Message]:
@@ -231,6 +241,105 @@ def with_parts_joined(template: ChatTemplate, messages: Sequence[Message]) -> li
         else:
             joined.append(message)
     return joined
+
+
+def with_arguments_parsed(template: ChatTemplate, messages: Sequence[Message]) -> list[Message]:
+    """Return messages in which the arguments of tool calls are objects where they are JSON in a string.
+
+    A template that writes both alike gets the strings as they are. Others would write the string as a string of JSON once more.
+
+    Raises:
+        RenderError: such a string is no JSON object.
+    """
+    if takes_arguments_as_text(template) or not any(message.get("tool_calls") for message in messages):
+        return list(messages)
+    return [
+        {**message, "tool_calls": [_with_arguments_parsed(call) for call in message["tool_calls"]]}
+        if isinstance(message.get("tool_calls"), list)
+        else message
+        for message in messages
+    ]
+
+
+def _with_arguments_parsed(call: Any) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_arguments_parsed(call["function"])}
+    arguments = call.get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    try:
+        parsed = json.loads(arguments) if arguments.strip() else {}
+    except ValueError as error:
+        raise RenderError(
+            f"the arguments of a tool call are a string that is no JSON ({error}); write an object"
+        ) from None
+    if not isinstance(parsed, dict):
+        raise RenderError(
+            "the arguments of a tool call are a string of JSON that is no object; write an object"
+        )
+    return {**call, "arguments": parsed}
+
+
+@functools.lru_cache(maxsize=8)
+def takes_arguments_as_text(template: ChatTemplate) -> bool:
+    """Tell whether a template writes the arguments of tool calls alike, be they an object or that object as JSON."""
+    arguments = {"at": "tree"}
+    for nested in (False, True):
+        rendered = []
+        for form in (arguments, json.dumps(arguments)):
+            call = {"name": "pick", "arguments": form}
+            calls = [{"type": "function", "id": "123456789", "function": call} if nested else call]
+            messages = [{**one, "tool_calls": calls} if "tool_calls" in one else one for one in _PROBE]
+            try:
+                rendered.append(
+                    _render(template, messages, _PROBE_TOOLS, {}, now=_at_any_time, mark_generation=False)
+                )
+            except RenderError:
+                rendered.append("")
+        if rendered[0] != rendered[1]:
+            return False
+    return True
+
+
+@functools.lru_cache(maxsize=8)
+def names_read_by(template: ChatTemplate) -> frozenset[str]:
+    """Return the names of variables in a template, and those of fields, apart from fields of tools and of calls.
+
+    Every text in a template counts as such a name: it may be one.
+    """
+    tree = _environment().parse(template.text)
+    calls = {"tools"}
+    sources = [(loop.target, loop.iter) for loop in tree.find_all(nodes.For)]
+    sources += [(assignment.target, assignment.node) for assignment in tree.find_all(nodes.Assign)]
+    for target, source in sources:
+        parts = (source, *source.find_all((nodes.Name, nodes.Getattr)))
+        if isinstance(target, nodes.Name) and any(_is_of_call(part, calls) for part in parts):
+            calls.add(target.name)
+    names = {access.attr for access in tree.find_all(nodes.Getattr) if not _is_of_call(access.node, calls)}
+    of_calls = {id(access.arg) for access in tree.find_all(nodes.Getitem) if _is_of_call(access.node, calls)}
+    texts = (text for text in tree.find_all(nodes.Const) if id(text) not in of_calls)
+    names |= {text.value for text in texts if isinstance(text.value, str)}
+    return frozenset(names | meta.find_undeclared_variables(tree))
+
+
+def _is_of_call(node: nodes.Node, names: set[str]) -> bool:
+    """Tell whether an expression is a tool or a call, or a list of them: one of these variables, or a field that holds such."""
+    if isinstance(node, nodes.Name):
+        return node.name in names
+    return isinstance(node, nodes.Getattr) and node.attr in ("tool_calls", "function")
+
+
+@functools.lru_cache(maxsize=8)
+def writes_all_fields(template: ChatTemplate) -> bool:
+    """Tell whether a template writes every field of a message, whatever its name."""
+    messages = [{**one, "any_other_field": "seven apples"} for one in _PROBE if one["role"] == "user"][:1]
+    try:
+        text = _render(template, messages, None, {}, now=_at_any_time, mark_generation=False)
+    except RenderError:
+        return False
+    return "seven apples" in text
 
 
 _PROBE: Sequence[Message] = (

@@ -30,7 +30,9 @@ Source of the shard layout: Megatron-LM, megatron/core/datasets/indexed_dataset.
 """
 
 import struct
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -93,7 +95,14 @@ Kind = Literal["pretrain", "sft", "dpo"]
 _CHECKSUM = "checksum"
 _CUT_OPTIONS = {"split_bytes", "shard_bytes"}
 """Options that decide where one shard ends and the next begins, and nothing else."""
-_OPTIONAL = ("mask_sha256", "different_prompts", "unlearned", "tokenizer_config_sha256")
+_OPTIONAL = (
+    "mask_sha256",
+    "different_prompts",
+    "unlearned",
+    "unread",
+    "forms",
+    "tokenizer_config_sha256",
+)
 """Keys that a manifest has only where they are not empty or 0, as the last ones of their object."""
 
 
@@ -272,6 +281,10 @@ class ShardOrigin:
     """Pairs whose two conversations do not begin with the same prompt."""
     unlearned: Count = 0
     """Conversations with an answer that is not learned, because its first or last token also covers text around it."""
+    unread: dict[str, Count] = field(default_factory=dict)
+    """How often each field occurs in the records of the split that nothing reads; in messages, as `messages[].name`."""
+    forms: dict[str, Count] = field(default_factory=dict)
+    """How many records of the split have a form that is called by a name, such as Alpaca."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,6 +302,14 @@ class ShardEntry:
     def to_json(self) -> dict[str, Any]:
         """Return its object in `manifest.json`."""
         return _optional_last({"name": self.name, **asdict(self.written), **asdict(self.origin)})
+
+
+def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Add counts by their names; the highest first."""
+    total: Counter[str] = Counter()
+    for one in counts:
+        total.update(one)
+    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _optional_last(content: dict[str, Any]) -> dict[str, Any]:
@@ -377,6 +398,16 @@ class Manifest:
     def unlearned(self) -> int:
         """Conversations with an answer that is not learned."""
         return sum(entry.origin.unlearned for entry in self.shards)
+
+    @property
+    def unread(self) -> dict[str, int]:
+        """How often each field occurs in the records that nothing reads, the most frequent first."""
+        return _added(entry.origin.unread for entry in self.shards)
+
+    @property
+    def forms(self) -> dict[str, int]:
+        """How many records have a form that is called by a name, such as Alpaca, the most frequent first."""
+        return _added(entry.origin.forms for entry in self.shards)
 
     def to_json(self) -> str:
         """Return the text of `manifest.json`."""

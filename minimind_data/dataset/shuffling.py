@@ -122,6 +122,8 @@ def shuffle(
                         whole_source,
                         different_prompts=0 if number else manifest.different_prompts,
                         unlearned=0 if number else manifest.unlearned,
+                        unread={} if number else manifest.unread,
+                        forms={} if number else manifest.forms,
                     ),
                 )
             )

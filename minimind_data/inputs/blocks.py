@@ -3,19 +3,16 @@
 `ConversationCollector` collects the conversations, or pairs of them, that the readers of JSON lines and of Parquet find.
 """
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from minimind_data.chat.conversations import (
-    BadConversationError,
-    Conversation,
-    conversations_of,
-    has_different_prompts,
-)
+from minimind_data.chat.conversations import Conversation, has_different_prompts, read_record
 from minimind_data.chat.encoding import ChatEncoding
+from minimind_data.chat.messages import BadConversationError, text_of
 from minimind_data.chat.rendering import RenderedConversation, renderer_of
 from minimind_data.chat.template import RenderError
-from minimind_data.inputs.spec import RecordSpec, long_word
+from minimind_data.inputs.spec import RecordSpec, lone_surrogate, long_word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +43,10 @@ class Block:
     """What the texts were rendered from, where they are conversations; as many as texts."""
     different_prompts: int = 0
     """Pairs whose two conversations have different prompts."""
+    unread: Counter[str] = field(default_factory=Counter)
+    """How often each field occurs in its records that nothing reads."""
+    forms: Counter[str] = field(default_factory=Counter)
+    """How many records have a form that is called by a name, such as Alpaca."""
 
     @property
     def documents(self) -> list[str]:
@@ -77,6 +78,7 @@ class ConversationCollector:
     def __init__(self, spec: RecordSpec, chat: ChatEncoding) -> None:
         self._max_word_chars = spec.max_word_chars
         self._kind = chat.kind
+        self._template = chat.rendering.template
         self._renderer = renderer_of(chat.rendering)
         self._begin()
 
@@ -84,6 +86,8 @@ class ConversationCollector:
         self._rendered: list[RenderedConversation] = []
         self._bad: list[BadRecord] = []
         self._different_prompts = 0
+        self._unread: Counter[str] = Counter()
+        self._forms: Counter[str] = Counter()
 
     def add(self, number: int, read: Callable[[], object], data: Callable[[], bytes]) -> None:
         """Add a record.
@@ -94,15 +98,21 @@ class ConversationCollector:
             data: returns its bytes, for a bad record.
         """
         try:
-            conversations = conversations_of(read(), self._kind)
-            rendered = [self._render(conversation) for conversation in conversations]
+            record = read_record(read(), self._kind)
+            rendered = [self._render(conversation) for conversation in record.conversations]
         except (BadConversationError, RenderError) as error:
             self._bad.append(BadRecord(line=number, reason=str(error), data=data()))
         except RecursionError:
             self._bad.append(BadRecord(line=number, reason=_TOO_DEEP, data=data()))
         else:
             self._rendered += rendered
-            self._different_prompts += self._kind == "dpo" and has_different_prompts(*conversations)
+            self._different_prompts += self._kind == "dpo" and has_different_prompts(*record.conversations)
+            self._unread.update(record.unread)
+            for name, count in record.for_template.items():
+                if not self._template.reads(name.rpartition(".")[2]):
+                    self._unread[name] += count
+            if record.form is not None:
+                self._forms[record.form] += 1
 
     def take(self, num_bytes: int) -> Block:
         """Return what was collected as a block, and begin the next one."""
@@ -114,18 +124,31 @@ class ConversationCollector:
             texts_each=2 if self._kind == "dpo" else 1,
             conversations=self._rendered,
             different_prompts=self._different_prompts,
+            unread=self._unread,
+            forms=self._forms,
         )
         self._begin()
         return block
 
     def _render(self, conversation: Conversation) -> RenderedConversation:
         rendered = self._renderer.render(conversation)
-        try:
-            rendered.text.encode()
-        except UnicodeEncodeError:  # from JSON in a string
-            raise BadConversationError(
-                "a lone surrogate escape in its tools, which is no character; remove it"
-            ) from None
+        _refuse_lost_system(conversation, rendered.text)
+        if why := lone_surrogate(rendered.text, "the text that the chat template makes of it"):
+            raise BadConversationError(why)
         if why := long_word(rendered.text, self._max_word_chars):
             raise BadConversationError(why)
         return rendered
+
+
+def _refuse_lost_system(conversation: Conversation, text: str) -> None:
+    """Refuse a conversation with several system messages of which the chat template writes only the first.
+
+    Raises:
+        BadConversationError: it is one.
+    """
+    systems = [message for message in conversation.messages if message["role"] == "system"]
+    for message in systems[1:]:
+        if text_of(message.get("content")).strip() not in text:
+            raise BadConversationError(
+                "it has more than one system message, and the chat template leaves one out; put what they say into the first"
+            )

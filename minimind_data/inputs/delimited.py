@@ -80,6 +80,10 @@ class DelimitedReader:
         """Of the bytes [begin, end)."""
         return self._lines.sha256
 
+    def _is_cut(self, number: int) -> bool:
+        """Tell whether a record is the last of its source and has no end; `number` counts from 1."""
+        return self._lines.is_open and number == self._lines.num_lines
+
     def _records(self) -> Iterator[tuple[int, list[bytes], int]]:
         """Yield (number of the first, records, bytes of input that they took)."""
         progress = _Progress(self._split)

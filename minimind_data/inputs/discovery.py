@@ -18,6 +18,7 @@ from minimind_data.errors import UserError
 from minimind_data.inputs import stores
 from minimind_data.inputs.delimited import BYTE_ORDER_MARK
 from minimind_data.inputs.forms import AUTO, FORMS, FormChoice, titles
+from minimind_data.inputs.jsonl import CSV_REMEDY
 from minimind_data.inputs.sources import STDIN, Compression, Source
 from minimind_data.json_fields import as_file_name
 
@@ -32,6 +33,7 @@ _OTHER_MAGICS = {
     b"ORC": "ORC",
 }
 """Of forms that are not read here; such a file gets an error of its own."""
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _SUFFIXES = {suffix: name for name, entry in FORMS.items() for suffix in entry.suffixes}
 _GLOB = re.compile(r"[*?\[]")
 _HEAD_BYTES = 4096
@@ -115,6 +117,8 @@ def source_of(location: str, form: FormChoice = AUTO, *, name: str | None = None
 def _form_in(source: Source, head: bytes, choice: FormChoice) -> str:
     """Return the form of a source whose text begins with `head`."""
     name = source.name
+    if head.startswith(_LFS_POINTER):
+        raise UserError(f"{name}: a Git LFS pointer, not the file itself; get it with `git lfs pull`")
     by_magic = next(
         (form for form, entry in FORMS.items() if entry.magic and head.startswith(entry.magic)), None
     )
@@ -133,6 +137,8 @@ def _form_in(source: Source, head: bytes, choice: FormChoice) -> str:
         return by_magic
     form = _form_by_name(name) or _form_by_start(head) if choice == AUTO else choice
     if form is None:
+        if PurePosixPath(name.lower()).suffix in (".csv", ".tsv"):
+            raise UserError(f"{name}: {CSV_REMEDY}")
         raise UserError(
             "its form cannot be told", where=name, remedy=f"say `format` {', '.join(FORMS)}", option="format"
         )

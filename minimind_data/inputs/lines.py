@@ -105,6 +105,7 @@ class LineReader:
         begin: the first byte of the first line; `stop` if none begins in the split.
         end: the byte after the last line read so far, delimiter included.
         num_lines: lines read so far.
+        is_open: whether the last of them has no delimiter, the source having ended before.
     """
 
     def __init__(self, source: Source, start: int, stop: int, ends: Delimiter = LINE_FEED) -> None:
@@ -115,6 +116,7 @@ class LineReader:
         self._digest = hashlib.sha256()
         self.begin = self.end = start
         self.num_lines = 0
+        self.is_open = False
 
     def lines(self) -> Iterator[list[bytes]]:
         """Yield lists of whole lines, without their delimiters.
@@ -165,6 +167,7 @@ class LineReader:
         self.end += len(block)
         lines = self._ends.split(block)
         self.num_lines += len(lines)
+        self.is_open = not block.endswith(self._ends.text)
         return lines
 
     @property

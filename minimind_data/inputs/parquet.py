@@ -1,6 +1,7 @@
 """Parquet: the texts and conversations in a file, row group by row group; only the columns that hold them are read.
 
-Conversations are lists of structs, as Hugging Face datasets writes them, or JSON in Arrow's type for it. In Arrow every struct has all
+Conversations are lists of structs, as Hugging Face datasets writes them, or JSON in Arrow's type for it or in strings. Text may also be
+stored as bytes of UTF-8. In Arrow every struct has all
 fields of its type, and those that a message does not have are null. So a null in a struct means that the field is missing.
 
 Source of the format: https://parquet.apache.org/docs/file-format/ (row groups, column chunks), read by pyarrow.
@@ -8,7 +9,7 @@ Source of the format: https://parquet.apache.org/docs/file-format/ (row groups, 
 
 import functools
 import hashlib
-import math
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Literal
 
@@ -17,8 +18,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from minimind_data.chat.conversations import MESSAGES_FIELDS, OTHER_FIELDS, SIDE_FIELDS, BadConversationError
+from minimind_data.chat.conversations import (
+    ANSWER_FIELDS,
+    BESIDE_FIELDS,
+    MESSAGES_FIELDS,
+    PROMPT_FIELDS,
+    SIDE_FIELDS,
+    kind_shown_by,
+)
 from minimind_data.chat.encoding import ChatEncoding
+from minimind_data.chat.messages import BadConversationError
 from minimind_data.dataset.format import Kind
 from minimind_data.errors import UserError
 from minimind_data.inputs.base import Form, RecordReader, Split
@@ -89,40 +98,83 @@ class Parquet(Form):
 
 
 def _columns(schema: Any, source: Source, spec: RecordSpec, kind: Kind) -> list[str]:
-    """Return the columns to read, after checking their types."""
-    return _text_columns(schema, source, spec) if kind == "pretrain" else _chat_columns(schema, source, kind)
+    """Return the columns to read, after checking their types and that each is there once."""
+    if kind == "pretrain":
+        columns = _text_columns(schema, source, spec)
+    else:
+        columns = _chat_columns(schema, source, kind)
+    return columns
+
+
+def _type_of(schema: Any, name: str, source: Source) -> Any:
+    """Return the type of a column.
+
+    Raises:
+        UserError: another column has the same name, or two fields inside it have the same.
+    """
+    twice = name if schema.names.count(name) > 1 else _doubled_field(schema.field(name).type)
+    if twice is not None:
+        raise UserError(
+            f"two columns or fields of the name {twice!r}",
+            where=source.name,
+            remedy="rename or drop one of them, for which is meant cannot be told",
+        )
+    return schema.field(name).type
+
+
+def _doubled_field(kind: Any) -> str | None:
+    """Return a name that two fields of one struct have, somewhere in a type; None if there is none."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _doubled_field(kind.storage_type)
+    children = [kind.field(index) for index in range(kind.num_fields)]
+    if pa.types.is_struct(kind):
+        names = [child.name for child in children]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            return str(twice)
+    return next((name for child in children if (name := _doubled_field(child.type)) is not None), None)
 
 
 def _chat_columns(schema: Any, source: Source, kind: Literal["sft", "dpo"]) -> list[str]:
-    names = ", ".join(schema.names[:_MAX_NAMES])
+    names, shown = set(schema.names), kind_shown_by(schema.names)
     if kind == "sft":
-        columns = [name for name in MESSAGES_FIELDS if name in schema.names]
-        if not columns:
-            raise UserError(
-                f"no column 'conversations' or 'messages' (its columns: {names})",
-                where=source.name,
-                remedy="rename the one with the messages",
-            )
+        columns = [name for name in MESSAGES_FIELDS if name in names]
+        missing = None if columns else "'conversations' or 'messages'"
+        beside = ["system", "tools", "history"]
+        if missing and shown == "sft":
+            beside = [*PROMPT_FIELDS, *ANSWER_FIELDS, *BESIDE_FIELDS]
+            missing = None
     else:
         columns = list(SIDE_FIELDS)
-        for name in columns:
-            if name not in schema.names:
-                raise UserError(
-                    f"no column {name!r} (its columns: {names})",
-                    where=source.name,
-                    remedy="rename the one with that side of the pairs",
-                )
+        missing = next((repr(name) for name in SIDE_FIELDS if name not in names), None)
+        beside = ["prompt", "tools", "system", "history"]
+        if "prompt" not in names:
+            beside += [name for name in PROMPT_FIELDS if name != "prompt"]
+        if missing is None and not all(_is_list(_type_of(schema, name, source)) for name in columns):
+            beside += MESSAGES_FIELDS
+    if missing is not None:
+        which = "the messages" if kind == "sft" else "that side of the pairs"
+        other = f", or let `kind` {shown} read it" if shown not in (None, kind) else ""
+        raise UserError(
+            f"no column {missing} (its columns: {', '.join(schema.names[:_MAX_NAMES])})",
+            where=source.name,
+            remedy=f"rename the one with {which}{other}",
+        )
     for name in columns:
-        column_type = schema.field(name).type
-        if not (
-            _is_list(column_type) or _is_json(column_type) or (kind == "dpo" and _is_string(column_type))
-        ):
-            raise UserError(
-                f"column {name!r} holds {column_type}, not lists of messages",
-                where=source.name,
-                remedy="write each as a list of structs with role and content",
-            )
-    return columns + [name for name in OTHER_FIELDS[kind] if name in schema.names]
+        _check_holds_messages(_type_of(schema, name, source), name, source, kind)
+    columns += [name for name in beside if name in names]
+    for name in columns:
+        _type_of(schema, name, source)
+    return columns
+
+
+def _check_holds_messages(column_type: Any, name: str, source: Source, kind: Literal["sft", "dpo"]) -> None:
+    is_one_message = kind == "dpo" and pa.types.is_struct(column_type)
+    if not (_is_list(column_type) or _is_json(column_type) or _is_text(column_type) or is_one_message):
+        raise UserError(
+            f"column {name!r} holds {column_type}, not lists of messages",
+            where=source.name,
+            remedy="write each as a list of structs with role and content",
+        )
 
 
 def _text_columns(schema: Any, source: Source, spec: RecordSpec) -> list[str]:
@@ -131,13 +183,15 @@ def _text_columns(schema: Any, source: Source, spec: RecordSpec) -> list[str]:
         name, steps = _path(schema, field)
         if name not in schema.names:
             names = ", ".join(schema.names[:_MAX_NAMES])
+            shown = kind_shown_by(schema.names)
             raise UserError(
                 f"no column {field!r} (its columns: {names})",
                 where=source.name,
-                remedy="name the column of the text with `field`",
+                remedy="name the column of the text with `field`"
+                + (f", or let `kind` {shown} read such records" if shown else ""),
                 option="field",
             )
-        kind = schema.field(name).type
+        kind = _type_of(schema, name, source)
         for step in steps:
             if not pa.types.is_struct(kind) or kind.get_field_index(step) < 0:
                 raise UserError(
@@ -147,9 +201,7 @@ def _text_columns(schema: Any, source: Source, spec: RecordSpec) -> list[str]:
                     option="field",
                 )
             kind = kind.field(step).type
-        if pa.types.is_dictionary(kind):
-            kind = kind.value_type
-        if not _is_string(kind):
+        if not _is_text(kind):
             raise UserError(
                 f"column {field!r} holds {kind}, not strings",
                 where=source.name,
@@ -183,6 +235,8 @@ class ParquetRows:
         self._digest = hashlib.sha256()
         self.begin, self.end = split.start, split.stop
         self.num_lines = 0
+        self.unread: list[str] = []
+        """Columns that are not read, once reading has begun."""
 
     @property
     def sha256(self) -> str:
@@ -200,6 +254,8 @@ class ParquetRows:
             schema = parquet.schema_arrow
             columns = _columns(schema, source, self._spec, self._kind)
             fields = self._spec.fields if self._kind == "pretrain" else columns
+            read = {*columns, *(column.partition(".")[0] for column in columns)}
+            self.unread = [name for name in schema.names if name not in read]
             for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=list(groups), columns=columns):
                 arrays = [_column(batch, schema, field) for field in fields]
                 rows = list(zip(*map(_values, arrays), strict=True))
@@ -237,7 +293,13 @@ class ParquetTexts(ParquetRows):
                     texts.append(text)
                 else:
                     empty_texts += 1
-            yield Block(texts=texts, empty_texts=empty_texts, bad=bad, num_bytes=num_bytes)
+            yield Block(
+                texts=texts,
+                empty_texts=empty_texts,
+                bad=bad,
+                num_bytes=num_bytes,
+                unread=Counter(dict.fromkeys(self.unread, len(records))),
+            )
 
 
 class ParquetConversations(ParquetRows):
@@ -256,7 +318,9 @@ class ParquetConversations(ParquetRows):
                     functools.partial(_json_record, record, types),
                     functools.partial(_as_json, record),
                 )
-            yield self._conversations.take(num_bytes)
+            block = self._conversations.take(num_bytes)
+            block.unread.update(dict.fromkeys(self.unread, len(records)))
+            yield block
 
 
 def _as_json(record: dict[str, Any]) -> bytes:
@@ -273,6 +337,26 @@ def _is_string(kind: Any) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
+def _is_binary(kind: Any) -> bool:
+    types = pa.types
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
+
+
+def _is_text(kind: Any) -> bool:
+    """Tell whether a column holds strings, or bytes that may be some."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return _is_string(kind) or _is_binary(kind)
+
+
+def _holds_binary(kind: Any) -> bool:
+    if isinstance(kind, pa.BaseExtensionType):
+        return _holds_binary(kind.storage_type)
+    if _is_binary(kind):
+        return True
+    return any(_holds_binary(kind.field(index).type) for index in range(kind.num_fields))
+
+
 def _is_list(kind: Any) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
@@ -287,6 +371,8 @@ def _values(column: Any) -> list[Any]:
         column = column.dictionary_decode()
     try:
         values: list[Any] = column.to_pylist()
+        if _holds_binary(column.type):
+            values = [_decoded(value, column.type) for value in values]
     except UnicodeDecodeError:
         kind = column.type
         values = [_decoded(value, kind) for value in column.cast(_with_bytes(kind)).to_pylist()]
@@ -322,7 +408,7 @@ def _decoded(value: Any, kind: Any) -> Any:
         return [(_decoded(key, kind.key_type), _decoded(item, kind.item_type)) for key, item in value]
     if _is_list(kind):
         return [_decoded(item, kind.value_type) for item in value]
-    if not _is_string(kind):
+    if not isinstance(value, bytes) or not (_is_string(kind) or _is_binary(kind)):
         return value
     try:
         return value.decode()
@@ -367,9 +453,7 @@ def _json_value(value: Any, kind: Any, name: str) -> Any:
             return orjson.loads(value)
         except ValueError as error:
             raise BadConversationError(f"{name} holds what is no JSON ({error}); mend it") from None
-    if not isinstance(value, str | bool | int | float) or (
-        isinstance(value, float) and not math.isfinite(value)
-    ):
+    if not isinstance(value, str | bool | int | float):
         content = kind_of(value) if isinstance(value, bytes) else f"{str(value)[:40]} of type {kind}"
         raise BadConversationError(
             f"{name} holds {content}, which JSON has no form for; write it as a string"

@@ -6,10 +6,11 @@ Nothing is coerced: a number, a null or a list where a string should be makes a 
 import json
 import re
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from minimind_data.chat.conversations import kind_shown_by
 from minimind_data.reporting import kind_of
 
 _WORD = re.compile(r"[^\W\d_]+|\d+|\s+|[^\w\s]+|_+")
@@ -51,6 +52,11 @@ class RecordSpec:
     def fields(self) -> tuple[str, ...]:
         """The fields that the text is made of."""
         return (self.field,) if self.template is None else template_fields(self.template)
+
+    def unread(self, names: Iterable[str]) -> list[str]:
+        """Return those of the names of a record's fields that the text is not made of."""
+        read = {*self.fields, *(field.partition(".")[0] for field in self.fields)}
+        return [name for name in names if name not in read]
 
     @property
     def separator_bytes(self) -> bytes | None:
@@ -146,6 +152,8 @@ def reason(
             value = _getter(field)(record)
         except (LookupError, TypeError):
             names = ", ".join(str(name) for name in list(record)[:5]) or "none at all"
+            if (shown := kind_shown_by(map(str, record))) is not None:
+                remedy = f"{remedy}, or let `kind` {shown} read such records"
             return f"no field {field!r} (its fields: {names}); {remedy}"
         if not isinstance(value, str):
             return f"field {field!r} is {kind_of(value)}, not a string; {remedy}"
@@ -169,4 +177,15 @@ def no_utf8(data: bytes, what: str) -> str | None:
         data.decode()
     except UnicodeDecodeError as error:
         return f"byte {error.start + 1} of the {what} (0x{data[error.start]:02x}) is no UTF-8; convert the file to UTF-8"
+    return None
+
+
+def lone_surrogate(text: str, what: str) -> str | None:
+    """Say that half a surrogate pair stands in a text, or None if none does; `what` names the text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return (
+            f"a lone surrogate escape (column {error.start + 1} of {what}), which is no character; remove it"
+        )
     return None

@@ -48,6 +48,20 @@ SIDES = [
      "rejected": [{"role": "user", "content": f"{number}?"}, {"role": "assistant", "content": "no", "reasoning_content": "hm"}]}
     for number in range(30)
 ]  # fmt: skip
+ALPACA = [
+    {"instruction": f"{number}?", "input": "i" * (number % 2), "output": "a", "system": "s"}
+    for number in range(30)
+]
+COMPLETIONS = [{"prompt": f"{number}?", "completion": "a"} for number in range(30)]
+QUESTIONS = [
+    {"system": "s", "question": f"{number}?", "chosen": "yes", "rejected": "no"} for number in range(30)
+]
+ONE_MESSAGE = [
+    {"conversations": [{"from": "human", "value": f"{number}?"}],
+     "chosen": {"from": "gpt", "value": "yes"}, "rejected": {"from": "gpt", "value": "no"}}
+    for number in range(30)
+]  # fmt: skip
+IN_STRINGS = [{"conversations": json.dumps(record["messages"])} for record in SFT]
 ANSWERS = [{"prompt": f"{number}?", "chosen": "yes", "rejected": "no"} for number in range(30)]
 
 
@@ -97,8 +111,30 @@ def arrow_json(records):
 
 @pytest.mark.parametrize(
     ("kind", "records"),
-    [("sft", SFT), ("sft", SHAREGPT), ("sft", PARTS), ("dpo", SIDES), ("dpo", ANSWERS)],
-    ids=["messages", "ShareGPT", "parts", "sides", "answers"],
+    [
+        ("sft", SFT),
+        ("sft", SHAREGPT),
+        ("sft", PARTS),
+        ("sft", ALPACA),
+        ("sft", COMPLETIONS),
+        ("sft", IN_STRINGS),
+        ("dpo", SIDES),
+        ("dpo", ANSWERS),
+        ("dpo", QUESTIONS),
+        ("dpo", ONE_MESSAGE),
+    ],
+    ids=[
+        "messages",
+        "ShareGPT",
+        "parts",
+        "Alpaca",
+        "completions",
+        "strings",
+        "sides",
+        "answers",
+        "questions",
+        "message",
+    ],
 )
 def test_parquet_gives_what_the_same_json_lines_give(tmp_path, kind, records):
     table = write_parquet(tmp_path / "x.parquet", records)
@@ -205,14 +241,15 @@ def test_what_json_has_no_form_for_is_a_bad_row(tmp_path):
     ("kind", "table", "reason"),
     [
         ("sft", {"text": ["a"]}, "no column 'conversations' or 'messages' (its columns: text)"),
-        ("sft", {"messages": ["a"]}, "column 'messages' holds string, not lists of messages; write each"),
+        ("sft", {"messages": ["a"]}, ":1: messages is a string, not a list; write a list of messages"),
+        ("sft", {"messages": [1]}, "column 'messages' holds int64, not lists of messages; write each"),
         ("dpo", {"chosen": ["a"]}, "no column 'rejected' (its columns: chosen)"),
         ("dpo", {"chosen": ["a"], "rejected": [1]}, "column 'rejected' holds int64"),
     ],
 )
 def test_a_column_that_is_missing_or_of_another_type_is_named(tmp_path, kind, table, reason):
     pq.write_table(pa.table(table), tmp_path / "x.parquet")
-    with pytest.raises(UserError, match=r"x\.parquet: ") as caught:
+    with pytest.raises(UserError, match=r"x\.parquet:") as caught:
         tokenize([tmp_path / "x.parquet"], options(tmp_path / "out", kind))
     assert reason in str(caught.value)
 
@@ -242,3 +279,24 @@ def test_compressed_json_lines_give_the_same(tmp_path, suffix):
     tokenize([lines], options(tmp_path / "lines"))
     tokenize([tmp_path / f"y.jsonl{suffix}"], options(tmp_path / "packed"))
     assert tokens_of(tmp_path / "packed") == tokens_of(tmp_path / "lines")
+
+
+def test_a_number_that_is_none_costs_no_row_where_nothing_reads_it(tmp_path):
+    messages = [
+        {"role": "user", "content": "q", "score": float("nan")},
+        {"role": "assistant", "content": "a", "score": 1.0},
+    ]
+    write_parquet(tmp_path / "x.parquet", [{"messages": messages, "id": 1}])
+    manifest = tokenize([tmp_path / "x.parquet"], options(tmp_path / "out")).manifest
+    assert manifest.unread == {"messages[].score": 2, "id": 1}
+    binary = pa.array([json.dumps(GOOD).encode()], pa.binary())
+    pq.write_table(pa.table({"messages": binary}), tmp_path / "y.parquet")
+    assert tokenize([tmp_path / "y.parquet"], options(tmp_path / "y")).manifest.num_documents == 1
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_two_columns_of_one_name_are_refused(tmp_path, kind):
+    names = {"sft": ["messages", "messages"], "dpo": ["chosen", "rejected", "rejected"]}[kind]
+    pq.write_table(pa.Table.from_arrays([pa.array([GOOD])] * len(names), names), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=f"two columns or fields of the name '{names[-1]}'"):
+        tokenize([tmp_path / "x.parquet"], options(tmp_path / "out", kind))

@@ -58,7 +58,13 @@ def read(path, split_bytes=2**20, form="auto", **spec):
         (b'{"text": "' + b"a" * 1001 + b'"}', "one word of 1,001 characters, the longest allowed has 1,000"),
         (b'{"text": "' + "好".encode() * 2000 + b'"}', "one word of 2,000 characters"),
         (b'{"text": "x' + b" " * 2000 + b'"}', "one word of 2,000 characters"),
-        (b"[" * 5000, "not JSON"),
+        (b"[" * 5000, "not JSON that can be read (nested too deep); write it flatter"),
+        (b'{"text": NaN}', "field 'text' is NaN, which is no number, not a string; name the field"),
+        (
+            b'{"text": -Infinity}',
+            "field 'text' is Infinity, which is no number, not a string; name the field",
+        ),
+        (b'{"text": "a", "score": nan}', "not JSON"),
     ],
 )
 def test_a_bad_record_says_what_and_what_to_do(tmp_path, line, reason):
@@ -82,6 +88,52 @@ def test_what_is_not_bad(tmp_path):
     texts, bad, empty = read(path)
     assert texts == ["first", "你🙂\x00", long, "last, without newline"]
     assert (bad, empty) == ([], 1)
+
+
+@pytest.mark.parametrize(
+    "field", [b'"s": NaN', b'"s": [Infinity, {"x": -Infinity}]', b'"s": "\\ud83d"', b'"\\udc00": 1']
+)
+def test_what_only_python_writes_costs_no_document_where_nothing_reads_it(tmp_path, field):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text": "one"}\n{"text": "two", ' + field + b'}\n{"text": "", ' + field + b"}\n")
+    assert read(path) == (["one", "two"], [], 1)
+
+
+@pytest.mark.parametrize("cut", ["{", '{"text": "half a te', '{"text": "好', '{"text": "好"'])
+@pytest.mark.parametrize("split_bytes", [10, 2**20])
+def test_a_file_that_ends_in_the_middle_of_a_line_may_be_a_download_that_was_cut_off(
+    tmp_path, cut, split_bytes
+):
+    path = tmp_path / "x.jsonl"
+    for data in {cut.encode(), cut.encode()[:-1] if cut.endswith("好") else cut.encode()}:
+        path.write_bytes(b'{"text": "a"}\n' + data)
+        texts, bad, _ = read(path, split_bytes)
+        assert texts == ["a"]
+        assert [one.reason for one in bad] == [
+            "not JSON: the file ends in the middle of this line; is the download complete?"
+        ]
+        path.write_bytes(path.read_bytes() + b"\n")
+        assert "download" not in read(path, split_bytes)[1][0].reason
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "complaint"),
+    [
+        ("x.json", b'[{"text":"a"},{"text":"b"}]', r"one JSON array, not one record a line; rewrite it, as with `jq"),
+        ("x.json", b'[{"text":"a"},\n{"text":"b"}]', "one JSON array"),
+        ("x.json", b"[\n" + b'{"text":"a"}\n]', "one JSON array"),
+        ("x.jsonl", b'{"text": "a"}\r{"text": "b"}\r', r"a carriage return alone; convert it, as with `tr '\\r' '\\n'`"),
+        ("x.jsonl", b'id,text\n1,"a, b"\n', "CSV, not one JSON object a line; write its rows"),
+        ("x.jsonl", b"id\ttext\n1\ta\n", "CSV, not one JSON object a line"),
+        ("x.csv", b"id,text\n1,a\n", "CSV, not one JSON object a line"),
+        ("x.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 16\n", "a Git LFS pointer, .* `git lfs pull`"),
+        ("x.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 16\n", "a Git LFS pointer"),
+    ],
+)  # fmt: skip
+def test_files_that_hold_something_else_are_named(tmp_path, name, data, complaint):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=complaint):
+        source_of(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("split_bytes", [10, 57, 2**20])
@@ -239,3 +291,32 @@ def test_parquet_strings_of_every_arrow_kind(tmp_path):
     texts, bad, _ = read(path)
     assert texts == ["fine"]
     assert bad[0].reason.startswith("field 'text' is bytes that are no UTF-8, not a string")
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.dictionary(pa.int32(), pa.binary())])
+def test_text_that_parquet_stores_as_bytes(tmp_path, kind):
+    values = [b"one", "二".encode(), b"\xff", None]
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": pa.array(values, pa.binary()).cast(kind)}), path)
+    texts, bad, _ = read(path)
+    assert texts == ["one", "二"]
+    assert [one.reason.partition(";")[0] for one in bad] == [
+        "field 'text' is bytes that are no UTF-8, not a string",
+        "field 'text' is null, not a string",
+    ]
+
+
+def test_two_columns_of_one_name(tmp_path):
+    texts, ids = pa.array(["a"]), pa.array([1])
+    pq.write_table(pa.Table.from_arrays([texts, texts, ids], ["text", "text", "id"]), tmp_path / "x.parquet")
+    with pytest.raises(
+        UserError, match=r"x\.parquet: two columns or fields of the name 'text'; rename or drop one"
+    ):
+        read(tmp_path / "x.parquet")
+    inner = pa.StructArray.from_arrays([texts, texts], ["a", "a"])
+    pq.write_table(pa.table({"text": texts, "data": inner}), tmp_path / "y.parquet")
+    with pytest.raises(UserError, match="of the name 'a'"):
+        read(tmp_path / "y.parquet", field="data.a")
+    assert read(tmp_path / "y.parquet")[0] == ["a"]
+    pq.write_table(pa.Table.from_arrays([texts, ids, ids], ["text", "id", "id"]), tmp_path / "z.parquet")
+    assert read(tmp_path / "z.parquet")[0] == ["a"]
