@@ -201,9 +201,16 @@ class Windows(ABC):
         """Count the windows in which nothing is learned, reading all masks; without masks there are none."""
         if not self._masked:
             return 0
-        batches = range(0, len(self), _COUNTED_WINDOWS)
-        numbers = (np.arange(first, min(first + _COUNTED_WINDOWS, len(self))) for first in batches)
-        return sum(int(np.count_nonzero(~self._have_targets(batch))) for batch in numbers)
+        return sum(int(np.count_nonzero(~self._have_targets(batch))) for batch in self._numbers())
+
+    def any_learned(self) -> bool:
+        """Tell whether something is learned in any window, reading masks up to the first one; without masks something is."""
+        return not self._masked or any(bool(self._have_targets(batch).any()) for batch in self._numbers())
+
+    def _numbers(self) -> Iterator[NDArray[np.int64]]:
+        """Yield the numbers of all windows, as many at a time as have their masks read at once."""
+        for first in range(0, len(self), _COUNTED_WINDOWS):
+            yield np.arange(first, min(first + _COUNTED_WINDOWS, len(self)))
 
     def _have_targets(self, windows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Return which windows of a masked dataset have a target, bool [B]."""

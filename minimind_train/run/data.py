@@ -5,6 +5,7 @@ Everything here is arithmetic on the position and the options; nothing is learne
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from minimind_data.dataset.shard_set import ShardSet
@@ -38,7 +39,7 @@ class RunData:
         skips: the positions that are left out.
 
     Raises:
-        UserError: the dataset, or a part of the mixture, has no window.
+        UserError: the dataset, or a part of the mixture, has no window, or nothing is learned in any of them.
     """
 
     def __init__(self, options: RunOptions, datasets: Datasets, say: Say) -> None:
@@ -50,6 +51,7 @@ class RunData:
         self.windows, self.order = datasets.windows_and_order(
             options.data, seed=options.training.seed, say=say
         )
+        self._refuse_nothing_to_learn()
 
     @property
     def stages(self) -> tuple[MixtureStage, ...]:
@@ -124,17 +126,18 @@ class RunData:
         """Return what evaluates a model on `val_shards`, or None where the run has none.
 
         Raises:
-            UserError: there is no such dataset, or it has another tokenizer or no text.
+            UserError: there is no such dataset, or it has another kind, another tokenizer or no text.
         """
         if not self._validation.val_shards:
             return None
-        shards = ShardSet.open(self._validation.val_shards)
-        kinds = [each.manifest.kind for each in (self._datasets.sets[0], shards)]
-        if (kinds[0] == "dpo") != (kinds[1] == "dpo"):
+        shards = ShardSet.open(self._as_datasets_are_named(Path(self._validation.val_shards)))
+        kind, kind_learned = shards.manifest.kind, self._datasets.sets[0].manifest.kind
+        if kind != kind_learned:
             raise UserError(
-                f"a dataset of kind {kinds[1]}, and the run learns kind {kinds[0]}; pairs and texts are not "
-                "measured alike",
+                f"a dataset of kind {kind}, and the run learns kind {kind_learned}",
                 where=shards.folder,
+                remedy=f"take one of kind {kind_learned} for `val_shards`",
+                option="val_shards",
             )
         refuse_other_tokenizer(
             (self._datasets.folder, self._datasets.tokenizer),
@@ -152,6 +155,30 @@ class RunData:
             say=self._say,
             **window_options(self._data),
         )
+
+    def _as_datasets_are_named(self, folder: Path) -> Path:
+        """Return the folder of a dataset as the run's own are named: from the current folder, if they are and it lies in that."""
+        here = Path.cwd()
+        if any(source.folder.is_absolute() for source in self._datasets.sources):
+            return folder
+        return folder.relative_to(here) if folder.is_relative_to(here) else folder
+
+    def _refuse_nothing_to_learn(self) -> None:
+        """Refuse windows in which no token is learned; parts of a mixture with weight 0 do not count.
+
+        Raises:
+            UserError: there is no such token.
+        """
+        parts = self.windows.parts if isinstance(self.windows, MixedWindows) else [self.windows]
+        learned = [part for part, source in zip(parts, self._datasets.sources, strict=True) if source.weight]
+        if not any(part.any_learned() for part in learned):
+            raise UserError(
+                f"in none of the {sum(map(len, learned)):,} windows of {self._data.seq_len} tokens is a token learned: "
+                "all answers begin behind their end, or the datasets mark none",
+                where=" and ".join(str(part.shards.folder) for part in learned),
+                remedy="take a longer `seq_len`, or check the datasets by `mm-data window`",
+                option="seq_len",
+            )
 
     def introduce(self, position: int) -> Sequence[str]:
         """Return lines that say which positions are left out and what a mixture consists of."""

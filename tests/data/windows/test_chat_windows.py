@@ -7,6 +7,7 @@ import pytest
 
 from minimind_data.dataset.format import IGNORED
 from minimind_data.errors import UserError
+from minimind_data.windows import base
 from minimind_data.windows.opening import open_windows
 from tests.helpers.datasets import PAD, write_dataset
 
@@ -149,6 +150,21 @@ def test_windows_in_which_nothing_is_learned_are_counted_and_said(tmp_path, kind
     assert f"in {wanted} of {len(windows)} windows of 8 tokens nothing is learned" in said[-1]
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_whether_anything_is_learned_costs_the_masks_up_to_the_first_target(tmp_path, monkeypatch, kind):
+    shards, _ = make(tmp_path / "a", kind, mask_of=lambda length: (np.arange(length) >= 6).astype(np.uint8))
+    assert not open_windows(shards, layout="pad", seq_len=4).any_learned()
+    monkeypatch.setattr(base, "_COUNTED_WINDOWS", 1)
+    windows, read = open_windows(shards, layout="pad", seq_len=16), []
+    have_targets = windows._have_targets
+    monkeypatch.setattr(windows, "_have_targets", lambda batch: read.extend(batch) or have_targets(batch))
+    assert windows.any_learned()
+    first = next(number for number in range(len(windows)) if have_targets(np.array([number]))[0])
+    assert read == list(range(first + 1))
+    assert first < len(windows) - 1
+
+
 def test_all_of_a_dataset_without_masks_is_learned(make_dataset):
     windows = open_windows(make_dataset([[5, 9], [3]]), layout="pad", seq_len=8)
     assert windows.count_unlearned() == 0
+    assert windows.any_learned()

@@ -128,6 +128,12 @@ def test_other_layouts_are_none_for_pairs():
         options_from(DpoOptions, {"layout": "pack"})
 
 
+def test_a_run_in_which_no_pair_can_be_compared_does_not_begin(begin, tmp_path):
+    with pytest.raises(UserError, match=r"in none of the \d+ windows of 6 tokens .*take a longer `seq_len`"):
+        begin(seq_len=6)
+    assert not (tmp_path / "run").exists()
+
+
 def test_datasets_of_other_kinds_are_refused_by_name(begin, sft_dataset, chat_base):
     with pytest.raises(UserError, match="a dataset of kind sft, and `mm-train dpo` learns kind dpo"):
         begin(shards=(str(sft_dataset),))

@@ -108,6 +108,19 @@ def test_datasets_of_other_kinds_are_refused_by_name(begin, tmp_path, chat_base,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("layout", ["pad", "pack"])
+def test_a_run_in_which_no_token_is_learned_does_not_begin(begin, tmp_path, layout):
+    with pytest.raises(UserError, match=r"in none of the \d+ windows of 6 tokens .*take a longer `seq_len`"):
+        begin(seq_len=6, layout=layout)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_validation_set_of_another_kind_is_refused(begin, tmp_path, chat_base):
+    with pytest.raises(UserError, match="kind pretrain, and the run learns kind sft; take one of kind sft"):
+        begin(val_shards=str(chat_base.parent / "data"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_pairs_are_not_measured_like_text(begin, tmp_path, dpo_dataset):
     with pytest.raises(UserError, match="a dataset of kind dpo, and the run learns kind sft"):
         begin(val_shards=str(dpo_dataset))

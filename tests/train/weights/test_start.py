@@ -1,13 +1,11 @@
 """A run that begins from weights that were trained before."""
 
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from minimind_data.dataset.format import Manifest
 from minimind_data.errors import UserError
 from minimind_train.run import entry
 from minimind_train.run.entry import resume
@@ -16,7 +14,7 @@ from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import RunRecord
 from minimind_train.run_folder.tensors import MODEL_NAME
 from minimind_train.weights.loading import checksum_of_tensors, load_weights
-from tests.helpers.datasets import retokenized, text_dataset
+from tests.helpers.datasets import chat_dataset, retokenized
 from tests.helpers.runs import Said, config_of, metrics, stop_after, weights
 
 SHAPE = (
@@ -165,8 +163,6 @@ def test_loaded_weights_say_what_they_are(whole_run):
 
 
 def test_a_dataset_of_another_kind_is_refused_by_name(tmp_path):
-    shards = text_dataset(tmp_path / "data")
-    manifest = shards / "manifest.json"
-    manifest.write_text(replace(Manifest.read(shards), kind="sft").to_json())
+    shards = chat_dataset(tmp_path / "chats", "sft")
     with pytest.raises(UserError, match=r"data: a dataset of kind sft, and `mm-train pretrain` learns kind"):
         entry.begin(config_of(tmp_path / "run", shards), Said())
