@@ -4,11 +4,13 @@ A mutant that no test can mind, because it does the same, stands in equal.txt wi
 """
 
 import argparse
+import hashlib
+import json
 import os
-import random
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -57,10 +59,18 @@ def modules_of(names: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def sampled(mutants: list[tuple[str, Mutant]], every: int, seed: int) -> list[tuple[str, Mutant]]:
-    """One of so many, the same ones for a seed."""
-    number = len(mutants) // every if every > 1 else len(mutants)
-    chosen = random.Random(seed).sample(range(len(mutants)), max(number, 1))
-    return [mutants[index] for index in sorted(chosen)]
+    """About one of so many, the same ones for a seed, however other lines change.
+
+    Whether a mutant is among them follows from its path, the line, what it becomes, and how many such mutants stand before it in the module.
+    """
+    occurrences, chosen = Counter(), []
+    for path, mutant in mutants:
+        name = (path, mutant.was, mutant.becomes)
+        digest = hashlib.sha256(json.dumps([seed, *name, occurrences[name]]).encode()).digest()
+        occurrences[name] += 1
+        if int.from_bytes(digest[:8], "little") % every == 0:
+            chosen.append((path, mutant))
+    return chosen
 
 
 def main() -> int:
@@ -72,7 +82,7 @@ def main() -> int:
         default=[],
         help="a package or module, as a path; by default all that have tests",
     )
-    parser.add_argument("--every", type=int, default=1, help="one mutant of so many")
+    parser.add_argument("--every", type=int, default=1, help="about one mutant of so many")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
     arguments = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -84,7 +84,29 @@ def test_a_sample_is_the_same_every_time_and_all_is_all():
     mutants = [("a.py", mutant) for mutant in mutants_of(SOURCE)]
     assert sampled(mutants, 1, 0) == mutants
     assert sampled(mutants, 5, 3) == sampled(mutants, 5, 3)
-    assert len(sampled(mutants, 5, 3)) == len(mutants) // 5
+    assert sampled(mutants, 5, 3) != sampled(mutants, 5, 4)
+    many = [(f"{number}.py", mutant) for number in range(200) for _, mutant in mutants]
+    assert abs(len(sampled(many, 5, 3)) - len(many) / 5) < 0.1 * len(many) / 5
+
+
+def test_a_sample_stays_the_same_when_other_lines_change():
+    def names(source, chosen):
+        first = source.splitlines().index("def f(n: int = 3, *, exact: bool = False) -> list[int]:")
+        return [
+            (mutant.line - first, mutant.was, mutant.becomes) for _, mutant in chosen if mutant.line > first
+        ]
+
+    longer = SOURCE.replace("Pair =", "SIZE = 7 + 1\nPair =")
+    for seed in range(20):
+        before = sampled([("a.py", mutant) for mutant in mutants_of(SOURCE)], 3, seed)
+        after = sampled([("a.py", mutant) for mutant in mutants_of(longer)], 3, seed)
+        assert names(longer, after) == names(SOURCE, before)
+
+
+def test_equal_lines_are_sampled_each_for_itself():
+    source = "\n".join(["a = b < c"] * 400)
+    mutants = [("a.py", mutant) for mutant in mutants_of(source)]
+    assert 0 < len(sampled(mutants, 4, 0)) < len(mutants)
 
 
 def test_the_packages_and_their_tests_exist_and_what_is_judged_equal_has_a_reason():
