@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from minimind_data.permutation import MAX_LENGTH, Permutation
+from minimind_data.permutation import MAX_LENGTH, MAX_SEED, Permutation
 
 BOUND = 4.5
 HUGE = (10**6, 10**9, 10**12, 2**40 - 1, 2**40, 2**40 + 1, MAX_LENGTH)
@@ -89,7 +89,9 @@ def test_refuses_what_it_cannot_permute():
     for n in (0, -1, MAX_LENGTH + 1):
         with pytest.raises(ValueError, match="length from 1 to 2\\^62"):
             Permutation(n, 0, 0)
-    for seed, epoch, name in ((-1, 0, "seed"), (2**64, 0, "seed"), (0, -1, "epoch")):
+    assert MAX_LENGTH == 2**62
+    assert MAX_SEED == 2**64 - 1
+    for seed, epoch, name in ((-1, 0, "seed"), (MAX_SEED + 1, 0, "seed"), (0, -1, "epoch")):
         with pytest.raises(ValueError, match=f"{name} must be from 0"):
             Permutation(10, seed, epoch)
     for n in (10, 1000):
@@ -102,8 +104,15 @@ def test_refuses_what_it_cannot_permute():
             Permutation(n, 0, 0)[np.array([0.5])]
 
 
+def test_it_says_what_it_is():
+    permutation = Permutation(10, 3, 4)
+    assert (len(permutation), permutation.seed, permutation.epoch) == (10, 3, 4)
+    assert repr(permutation) == "Permutation(n=10, seed=3, epoch=4)"
+
+
 GOLDEN = {
     (10, 0, 0): [2, 9, 0, 7, 3],
+    (256, 0, 0): [107, 55, 104, 184, 133],
     (257, 0, 0): [178, 136, 215, 256, 52],
     (65_537, 1, 0): [21603, 59939, 25697, 14695, 15061],
     (65_537, 0, 1): [57002, 62364, 24225, 14873, 49052],

@@ -23,6 +23,14 @@ def test_every_epoch_visits_every_window_once(n, kind):
         assert len({epoch.tobytes() for epoch in epochs}) == 4
 
 
+def test_a_window_is_looked_for_in_the_first_epoch_and_the_seed_is_0_where_nothing_is_said():
+    order = SampleOrder(num_windows=300)
+    assert (order.seed, order.kind, order.block) == (0, "shuffled", 1)
+    assert [order.position_of(window) for window in order.windows(np.arange(300)).tolist()] == list(
+        range(300)
+    )
+
+
 def test_the_order_is_the_permutation_of_each_epoch():
     order = SampleOrder(num_windows=300, seed=8)
     for epoch in range(3):
@@ -85,14 +93,17 @@ def test_refuses_what_makes_no_sense():
         order.window(-1)
     with pytest.raises(ValueError, match="window 10 is outside 0 to 9"):
         order.position_of(10)
+    with pytest.raises(ValueError, match="window -1 is outside 0 to 9"):
+        order.position_of(-1)
     with pytest.raises(ValueError, match="epochs count from 0"):
         order.position_of(1, -1)
     with pytest.raises(ValueError, match="rank must be"):
         rank_positions(0, 10, 2, 2)
     with pytest.raises(ValueError, match="range of positions"):
         rank_positions(10, 9, 0, 1)
-    with pytest.raises(ValueError, match="range of positions"):
-        rank_positions(-3, 9, 0, 1)
+    for start in (-3, -1):
+        with pytest.raises(ValueError, match="range of positions"):
+            rank_positions(start, 9, 0, 1)
     with pytest.raises(ValueError, match="goes forward, not from 5 to 4"):
         check_range(5, 4)
     with pytest.raises(ValueError, match="positions count from 0"):

@@ -51,6 +51,7 @@ def test_far_away_it_is_the_same_arithmetic():
     assert skips.after(10**12 - 2, 3) == 2 * 10**12 + 1
     assert skips.count(0, 3 * 10**12) == 2 * 10**12
     assert NO_SKIPS.kept([5]).tolist() == [5]
+    assert MAX_POSITION == 2**62
 
 
 @pytest.mark.parametrize(
