@@ -104,6 +104,14 @@ def test_refuses_what_it_cannot_permute():
             Permutation(n, 0, 0)[np.array([0.5])]
 
 
+@pytest.mark.parametrize("n", [255, 256, 257, 300, 511, 513, 1_000])
+def test_one_index_is_sent_where_an_array_sends_it(n):
+    permutation = Permutation(n, 2, 1)
+    values = permutation[np.arange(n)].tolist()
+    assert [permutation[index] for index in range(n)] == values
+    assert [permutation.inverse(value) for value in values] == list(range(n))
+
+
 def test_it_says_what_it_is():
     permutation = Permutation(10, 3, 4)
     assert (len(permutation), permutation.seed, permutation.epoch) == (10, 3, 4)
