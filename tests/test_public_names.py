@@ -43,3 +43,15 @@ def test_all_is_what_is_public(path):
     public, every = names_of(tree)
     if stated is not None:
         assert public <= set(stated) <= every
+
+
+def test_tests_take_what_they_share_from_helpers_and_nothing_from_each_other():
+    taken = {
+        node.module
+        for path in (ROOT / "tests").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tests"
+    }
+    assert {
+        module for module in taken if not module.startswith(("tests.helpers", "tests.mutation."))
+    } == set()
