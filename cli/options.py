@@ -15,11 +15,13 @@ import inspect
 import io
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass
 from typing import Annotated, Any, NewType, TextIO, get_args, get_origin, get_type_hints
 
 import typer
+from tqdm import tqdm
 from typer.completion import completion_init  # type: ignore[attr-defined] # typer itself imports it from there
 from typer.core import TyperArgument, TyperCommand, TyperOption
 
@@ -280,6 +282,8 @@ class _ErrorBoundary:
                 stream.reconfigure(errors="backslashreplace")
         if not isinstance(sys.stderr, _ClosableStderr):
             sys.stderr = _ClosableStderr(sys.stderr)
+        # tqdm's own lock, made with its first line, is shared with other processes: that starts one, where Ctrl-C shows a traceback.
+        tqdm.set_lock(threading.RLock())
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, BrokenPipeError):  # as in `mm-data info | head`

@@ -20,7 +20,7 @@ from minimind_data.build.split import HashResult, Job, SplitResult, SplitTask, r
 from minimind_data.build.workers import CORES_PER_PROCESS, Tries
 from minimind_data.errors import UserError
 from minimind_data.reporting import CountedReport, Report, Say
-from minimind_data.system import num_cores
+from minimind_data.system import num_cores, sigint_blocked
 
 
 def run_tasks(
@@ -97,7 +97,7 @@ class _Worker:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, job), daemon=True)
         # The new process inherits the blocked signal: Ctrl-C reaches both processes, and this one decides.
-        with _sigint_blocked():
+        with sigint_blocked():
             self.process.start()
         theirs.close()  # so that the pipe is closed when the process ends
         self.task: SplitTask | None = None
@@ -190,15 +190,6 @@ class _Pool:
         self._waiting.append(worker.task)
         if all(other.task is None for other in self._workers):
             self._start()
-
-
-@contextlib.contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(pipe: Connection, job: Job) -> None:

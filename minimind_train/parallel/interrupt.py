@@ -1,8 +1,13 @@
 """Requests to stop a run early: SIGINT, SIGTERM, the option `max_hours`, and its caller's own. The step is finished and saved, then the run ends.
 
 A second signal stops the run at once. How several ranks agree on a request is in `world`.
+
+Python calls a signal's handler in the main thread, and only when that thread runs Python: a backward pass may keep it for a minute. The
+system's own handler writes the signal's number to a pipe at once (`signal.set_wakeup_fd`). A thread reads it there, acknowledges the first
+signal, and ends the process if the main thread has not left soon after the second.
 """
 
+import contextlib
 import math
 import os
 import signal
@@ -15,6 +20,8 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SECONDS_TO_LEAVE = 0.5
+"""After a second signal: time for the main thread to leave by itself, with an exception, before the process is ended."""
 
 
 class Stop(IntEnum):
@@ -40,7 +47,10 @@ def never() -> bool:
 def acknowledge(number: int) -> None:
     """Say on stderr that a signal was received, as the step to be finished may take minutes. A signal handler may call this."""
     name = signal.Signals(number).name
-    line = f"{name}: stops after this step, which is saved; once more stops now, unsaved\n"
+    _write_on_stderr(f"{name}: stops after this step, which is saved; once more stops now, unsaved\n")
+
+
+def _write_on_stderr(line: str) -> None:
     try:
         # A progress line is erased and drawn again below. Written without Python's buffers, as the signal may have interrupted a write.
         os.write(sys.stderr.fileno(), (("\r\x1b[K" if sys.stderr.isatty() else "") + line).encode())
@@ -67,6 +77,7 @@ class StopRequest:
         self._asked = asked
         self.signal: signal.Signals | None = None
         self._former_handlers: dict[signal.Signals, Any] = {}
+        self._watch: _SignalWatch | None = None
         self._deadline = time.monotonic() + 3600 * max_hours if max_hours else math.inf
 
     @property
@@ -80,6 +91,7 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
+            self._watch = _SignalWatch(acknowledges=self._acknowledges)
             self._former_handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         return self
 
@@ -87,14 +99,54 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
+        if self._watch:
+            self._watch.close()
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         self._restore()
-        if self._acknowledges:
-            acknowledge(number)
 
     def _restore(self) -> None:
         for number, handler in self._former_handlers.items():
             signal.signal(number, handler)
         self._former_handlers = {}
+
+
+class _SignalWatch:
+    """A thread that sees SIGINT and SIGTERM at once, whatever the main thread does; made and closed in the main thread.
+
+    Args:
+        acknowledges: whether to acknowledge the first signal on stderr.
+    """
+
+    def __init__(self, *, acknowledges: bool) -> None:
+        self._acknowledges = acknowledges
+        self._closed = threading.Event()
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)  # a signal handler must not wait
+        self._former_fd = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        threading.Thread(target=self._run, name="signal-watch", daemon=True).start()
+
+    def close(self) -> None:
+        """End the thread."""
+        signal.set_wakeup_fd(self._former_fd)
+        self._closed.set()
+        os.close(self._writing)  # the thread reads to the end
+
+    def _run(self) -> None:
+        num_signals = 0
+        while numbers := os.read(self._reading, 64):
+            if self._former_fd >= 0:  # as an event loop has one
+                with contextlib.suppress(OSError):
+                    os.write(self._former_fd, numbers)
+            for number in numbers:
+                if number not in _SIGNALS:
+                    continue
+                num_signals += 1
+                if num_signals == 1 and self._acknowledges:
+                    acknowledge(number)
+                if num_signals == 2 and not self._closed.wait(_SECONDS_TO_LEAVE):
+                    if self._acknowledges:
+                        _write_on_stderr("error: interrupted\n")
+                    os._exit(128 + number)  # what is on disk is whole at every moment
+        os.close(self._reading)

@@ -30,6 +30,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from tqdm import tqdm
 
 from minimind_data.errors import UserError
+from minimind_data.system import sigint_blocked
 from minimind_train.parallel.interrupt import acknowledge
 from minimind_train.parallel.world import LostRankError, RankPlace, World, process_group
 
@@ -109,12 +110,11 @@ class _Ranks:
                 target=_be_rank, args=(work, place, self._store.port, theirs), name=f"rank-{rank}"
             )
             # Ctrl-C on a terminal reaches the ranks too. It is blocked until they have imported their modules and can handle it.
-            former_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
-                process.start()
-            finally:
-                self._processes[rank], self._pipes[rank] = process, ours
-                signal.pthread_sigmask(signal.SIG_SETMASK, former_mask)
+            with sigint_blocked():
+                try:
+                    process.start()
+                finally:
+                    self._processes[rank], self._pipes[rank] = process, ours
             theirs.close()
             if self.forwarded_signal:
                 ours.send(self.forwarded_signal)
