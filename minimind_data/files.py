@@ -141,6 +141,18 @@ def checksum_of_json(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def parse_json(text: bytes | str) -> Any:
+    """Parse JSON that may come from anywhere.
+
+    Raises:
+        ValueError: it is no JSON, or its lists and objects are nested too deeply to be parsed.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its lists and objects are nested too deeply") from None
+
+
 class DamagedFileError(UserError):
     """A file that `write_checked` wrote holds something else now."""
 
@@ -183,7 +195,7 @@ def read_checked(
         UserError: it cannot be read for want of permission, or has another version.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
         checksum = content.pop(key, None) if isinstance(content, dict) else None
         fits = checksum is not None and checksum == checksum_of_json(content)
     except (FileNotFoundError, NotADirectoryError):

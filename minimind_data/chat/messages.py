@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from minimind_data.files import parse_json
 from minimind_data.reporting import kind_of
 
 ROLES = {
@@ -145,8 +146,8 @@ def is_list_in_text(value: object) -> bool:
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return False
     try:
-        items = json.loads(value)
-    except (ValueError, RecursionError):
+        items = parse_json(value)
+    except ValueError:
         return False
     return bool(items) and all(isinstance(item, dict) and item.keys() & {"role", "from"} for item in items)
 
@@ -354,6 +355,6 @@ def json_in(value: str, where: str) -> Any:
         BadConversationError: it is no JSON.
     """
     try:
-        return json.loads(value)
+        return parse_json(value)
     except ValueError as error:
         raise BadConversationError(f"{where} is a string that is no JSON ({error}); mend it") from None

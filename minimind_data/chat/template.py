@@ -29,6 +29,7 @@ from jinja2.utils import Namespace
 from minimind_data.chat.messages import text_of
 from minimind_data.dataset.format import TEMPLATE_NAME, TOKENIZER_CONFIG_NAME
 from minimind_data.errors import UserError
+from minimind_data.files import parse_json
 from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
 
 SPAN_OPENS, SPAN_CLOSES = "\ufdd0", "\ufdd1"
@@ -106,7 +107,7 @@ def chat_template_of(path: Path | str | None, file: Path | None = None) -> ChatT
     folder = path if path.is_dir() else path.parent
     config_path = folder / TOKENIZER_CONFIG_NAME
     try:
-        config = json.loads(config_path.read_bytes())
+        config = parse_json(config_path.read_bytes())
     except FileNotFoundError:
         config = {}
     except ValueError as error:
@@ -270,7 +271,7 @@ def _with_arguments_parsed(call: Any) -> Any:
     if not isinstance(arguments, str):
         return call
     try:
-        parsed = json.loads(arguments) if arguments.strip() else {}
+        parsed = parse_json(arguments) if arguments.strip() else {}
     except ValueError as error:
         raise RenderError(
             f"the arguments of a tool call are a string that is no JSON ({error}); write an object"

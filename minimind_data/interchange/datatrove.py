@@ -112,7 +112,9 @@ def _dtype(path: Path, size: int, num_tokens: int) -> str:
             remedy="copy both files again",
         )
     try:
-        first_line = path.with_name(f"{path.name}.metadata").read_text().partition("\n")[0]
+        first_line = (
+            path.with_name(f"{path.name}.metadata").read_bytes().decode(errors="replace").partition("\n")[0]
+        )
     except FileNotFoundError:
         return f"<u{token_bytes}"
     stated = first_line.rpartition("|")[2].strip()

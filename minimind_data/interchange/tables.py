@@ -18,7 +18,9 @@ from minimind_data.dataset.checked_reading import Documents, checked_sequences
 from minimind_data.dataset.format import IGNORED, Kind, Manifest
 from minimind_data.dataset.staging import durable_file
 from minimind_data.errors import UserError
+from minimind_data.files import parse_json
 from minimind_data.interchange.base import Batch, Part, ReadOptions, TokenFiles, TokenFormat, WriteOptions
+from minimind_data.json_fields import is_file_name
 
 _INFO_NAME, _STATE_NAME, _SPLITS_NAME = "dataset_info.json", "state.json", "dataset_dict.json"
 _PARQUET_MAGIC = b"PAR1"
@@ -154,8 +156,9 @@ def _metadata_of(columns: Sequence[str]) -> dict[str, str]:
 def _saved_files(source: Path) -> tuple[Path, ...]:
     """Return the Arrow files of a saved dataset, in its order."""
     if (source / _SPLITS_NAME).is_file():
-        splits = _read_json(source / _SPLITS_NAME).get("splits", [])
-        some = ", ".join(str(source / name) for name in splits)
+        splits = _read_json(source / _SPLITS_NAME).get("splits")
+        names = splits if isinstance(splits, list) else []
+        some = ", ".join(str(source / str(name)) for name in names)
         raise UserError("holds several splits", where=source, remedy=f"name one of them: {some}")
     state = _read_json(source / _STATE_NAME)
     if state.get("_indices_data_files"):
@@ -165,11 +168,18 @@ def _saved_files(source: Path) -> tuple[Path, ...]:
             remedy="in datasets, call flatten_indices() and save it again",
         )
     try:
-        files = tuple(source / str(entry["filename"]) for entry in state["_data_files"])
+        names = [str(entry["filename"]) for entry in state["_data_files"]]
     except (KeyError, TypeError):
         raise UserError(
             "does not name the data files", where=source / _STATE_NAME, remedy="save the dataset again"
         ) from None
+    if outside := [name for name in names if not is_file_name(name)]:
+        raise UserError(
+            f"names {outside[0]!r}, which is no file in this folder",
+            where=source / _STATE_NAME,
+            remedy="save the dataset again",
+        )
+    files = tuple(source / name for name in names)
     if missing := [path for path in files if not path.is_file()]:
         raise UserError(
             f"missing, though {_STATE_NAME} names it", where=missing[0], remedy="save the dataset again"
@@ -179,7 +189,7 @@ def _saved_files(source: Path) -> tuple[Path, ...]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(
             "no such file", where=path, remedy="`Dataset.save_to_disk` of Hugging Face datasets makes it"

@@ -25,6 +25,7 @@ from minimind_data.dataset.format import (
     TokenizerInfo,
 )
 from minimind_data.errors import UserError
+from minimind_data.files import parse_json
 
 
 class Tokenizer:
@@ -143,7 +144,7 @@ def _parse(text: str, path: Path) -> tokenizers.Tokenizer:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_bytes())
+        config = parse_json(path.read_bytes())
     except FileNotFoundError:
         return {}
     except ValueError as error:

@@ -17,7 +17,6 @@ divides the batches between the devices itself, so `accelerate`'s own division, 
 No other module imports this one: it needs `transformers` and `accelerate` (the extra `hf`).
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ except ModuleNotFoundError as error:
     ) from None
 
 from minimind_data.errors import UserError
+from minimind_data.files import parse_json
 from minimind_train.batches.torch_loader import ResumableBatchSampler
 from minimind_train.order.mixture import Order
 from minimind_train.order.skips import NO_SKIPS, Skips
@@ -212,7 +212,7 @@ def _position_of(checkpoint: Path) -> tuple[int, dict[str, Any]]:
     """
     path = checkpoint / TRAINER_STATE_NAME
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
         return int(content["global_step"]), content["stateful_callbacks"][PlaceCallback.__name__][
             "attributes"
         ]["place"]

@@ -39,7 +39,7 @@ def read_description(path: Path, command: str, names: Collection[str]) -> dict[s
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    except ValueError as error:  # no TOML, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, or nested too deeply
         raise ValueError(f"{path}: no TOML ({error}); see run.toml in the folder of any run") from None
     options: dict[str, Any] = {}
     for key, value in content.items():

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from minimind_data.errors import UserError
-from minimind_data.files import write_atomic
+from minimind_data.files import parse_json, write_atomic
 
 FILE_NAME = "metrics.jsonl"
 
@@ -113,7 +113,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

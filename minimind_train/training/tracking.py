@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from minimind_data.files import write_atomic
+from minimind_data.files import parse_json, write_atomic
 from minimind_train.progress import Say
 from minimind_train.run_folder.metrics import MetricsLog, NoMetrics
 
@@ -241,6 +241,7 @@ def _tensorboard_folder(run: Path) -> Path:
 def _read_ids(run: Path) -> dict[str, str]:
     # Without this file they get new ids, so the trackers begin another run.
     with contextlib.suppress(OSError, ValueError):
-        ids = json.loads((run / TRACKING_FOLDER_NAME / _IDS_NAME).read_bytes())
-        return {name: run_id for name, run_id in ids.items() if isinstance(run_id, str)}
+        ids = parse_json((run / TRACKING_FOLDER_NAME / _IDS_NAME).read_bytes())
+        if isinstance(ids, dict):
+            return {name: run_id for name, run_id in ids.items() if isinstance(run_id, str)}
     return {}

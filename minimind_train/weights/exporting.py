@@ -20,7 +20,7 @@ from torch import Tensor
 from minimind_data.dataset.format import TOKENIZER_CONFIG_NAME, TOKENIZER_NAME, TokenizerInfo
 from minimind_data.dataset.staging import new_folder
 from minimind_data.errors import UserError
-from minimind_data.files import user_error_on_full_disk, whole_file
+from minimind_data.files import parse_json, user_error_on_full_disk, whole_file
 from minimind_data.tokenizer.loading import Tokenizer
 from minimind_train.model.config import ModelConfig, parameter_line
 from minimind_train.model.lora import adapters_of
@@ -179,8 +179,8 @@ def _tokenizer_config(
     tokenizer_config: dict[str, Any] = {}
     if path.is_file():
         try:
-            tokenizer_config = dict(json.loads(path.read_bytes()))
-        except (ValueError, TypeError, RecursionError) as error:
+            tokenizer_config = dict(parse_json(path.read_bytes()))
+        except (ValueError, TypeError) as error:
             raise UserError(
                 f"no object in JSON ({error})", where=path, remedy="copy it from the dataset again"
             ) from None

@@ -5,17 +5,17 @@ Parameters have the same names there as here, so little remains to be done: join
 what is not a parameter, and compare names and shapes with the model's, because a file that almost fits belongs to another model.
 """
 
-import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from minimind_data.errors import UserError
+from minimind_data.files import parse_json
+from minimind_data.json_fields import is_file_name
 from minimind_train.model.config import ModelConfig
 from minimind_train.model.transformer import MiniMind
 from minimind_train.weights.hf_config import from_hf
@@ -40,8 +40,8 @@ _GATE_UP, _DOWN = ".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"
 def is_hf_folder(path: Path) -> bool:
     """Tell whether a folder has a config.json of Hugging Face's; that of a run has no `model_type`."""
     try:
-        content = json.loads((path / HF_CONFIG_NAME).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = parse_json((path / HF_CONFIG_NAME).read_bytes())
+    except (OSError, ValueError):
         return False
     return isinstance(content, dict) and "model_type" in content
 
@@ -54,9 +54,11 @@ def read_hf_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """
     source = folder / HF_CONFIG_NAME
     try:
-        content = json.loads(source.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_json(source.read_bytes())
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot be read ({error})", where=source) from None
+    if not isinstance(content, dict):
+        raise UserError("no JSON object", where=source)
     config = from_hf(content, str(source))
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(folder):
@@ -69,12 +71,13 @@ def _weight_files(folder: Path) -> list[Path]:
         index = folder / name
         if index.is_file():
             try:
-                return [
-                    folder / part
-                    for part in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-                ]
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise UserError("does not say which file holds which weight", where=index) from None
+                parts = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))
+                names_files = all(map(is_file_name, parts))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                names_files = False
+            if not names_files:
+                raise UserError("does not say which file holds which weight", where=index)
+            return [folder / part for part in parts]
     for name in _FILES:
         if (folder / name).is_file():
             return [folder / name]
@@ -101,7 +104,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             where=path,
             remedy="such a file could run code, so it is not read; save its state_dict() alone",
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # noqa: BLE001 - torch says nowhere what it raises for a file that is cut off or made up
         raise UserError(f"cannot be read ({str(error).partition(chr(10))[0]})", where=path) from None
     if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
         loaded = loaded["model"]
@@ -142,7 +145,7 @@ def parameters_of_model(
         UserError: they belong to another model; the message names the first difference.
     """
     parameters = _split_experts(
-        {name: tensor for name, tensor in tensors.items() if not name.endswith(_NO_PARAMETERS)}
+        {name: tensor for name, tensor in tensors.items() if not name.endswith(_NO_PARAMETERS)}, source
     )
     if config.tie_word_embeddings and _HEAD in parameters:
         embedding = parameters.get(_EMBEDDING)
@@ -168,10 +171,18 @@ def parameters_of_model(
     return {name: parameters[name].float() for name in expected}
 
 
-def _split_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _split_experts(tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
     """Split the experts, which transformers 5 keeps in one tensor for each layer, gate above up."""
     split: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
+        if name.endswith((_GATE_UP, _DOWN)) and (
+            tensor.ndim != 3 or (name.endswith(_GATE_UP) and tensor.shape[1] % 2)
+        ):
+            raise UserError(
+                f"{name} is {list(tensor.shape)}, which are no stacked experts: it should have three dimensions, and gate above up",
+                where=source,
+                remedy="save the weights again",
+            )
         if name.endswith(_GATE_UP):
             prefix = name.removesuffix("gate_up_proj")
             for number, both in enumerate(tensor):

@@ -7,10 +7,12 @@ nor transformers. config.json is written with the keys of transformers 4, which 
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from minimind_data.dataset.format import TokenizerInfo
 from minimind_data.errors import UserError
+from minimind_data.json_fields import read_fields, shown
 from minimind_train.model.config import ModelConfig, RopeScaling
 
 ARCHITECTURES = {
@@ -162,22 +164,24 @@ def from_hf(config_json: Mapping[str, Any], source: str) -> ModelConfig:
         UserError: the model is of another kind, or computes what ours does not.
     """
     kind = config_json.get("model_type")
-    if kind not in _DEFAULTS:
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
         known = ", ".join((*ARCHITECTURES, _MINIMIND))
         raise UserError(
-            f"a model of the type {kind!r}", where=source, remedy=f"the types that can be read are {known}"
+            f"a model of the type {shown(kind)}",
+            where=source,
+            remedy=f"the types that can be read are {known}",
         )
     for key, values in _ONLY_VALUES.items():
         if config_json.get(key) is not None and config_json[key] not in values:
             raise UserError(
-                f"{key} {config_json[key]!r} is not something that this model computes", where=source
+                f"{key} {shown(config_json[key])} is not something that this model computes", where=source
             )
     config_json = _DEFAULTS[kind] | {name: value for name, value in config_json.items() if value is not None}
     try:
         return _shape(kind, config_json, source)
     except KeyError as error:
         raise UserError(f"says nothing of {error.args[0]}", where=source) from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise UserError(str(error), where=source) from None
 
 
@@ -188,8 +192,10 @@ def _shape(kind: str, config_json: Mapping[str, Any], source: str) -> ModelConfi
     )
     options["head_dim"] = config_json.get("head_dim")
     rope = config_json.get("rope_parameters") or config_json.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_parameters is {shown(rope)}, where an object is wanted")  # noqa: TRY004 - as all that is wrong here
     options["rope_theta"] = float(rope.get("rope_theta", config_json["rope_theta"]))
-    options["rope_scaling"] = _scaling(rope, config_json["max_position_embeddings"], source)
+    options["rope_scaling"] = asdict(_scaling(rope, config_json["max_position_embeddings"], source))
     options["qk_norm"] = kind != "llama"
     if kind == "qwen3_moe":
         options |= {name: config_json[name] for name in _EXPERT_OPTIONS if name != "num_experts"}
@@ -201,7 +207,7 @@ def _shape(kind: str, config_json: Mapping[str, Any], source: str) -> ModelConfi
             raise KeyError("num_experts")
     elif kind == _MINIMIND:
         options |= _minimind_options(config_json)
-    return ModelConfig(**options)
+    return read_fields(ModelConfig, options)
 
 
 def _minimind_options(config_json: Mapping[str, Any]) -> dict[str, Any]:
