@@ -387,8 +387,8 @@ def test_minimind_s_own_folders_are_read():
     [
         ({"model_type": "gpt2"}, "a model of the type 'gpt2'; the types that can be read are llama"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not something that this model computes"),
-        ({"attention_bias": True}, "attention_bias True"),
-        ({"use_sliding_window": True}, "use_sliding_window True"),
+        ({"attention_bias": True}, "attention_bias true"),
+        ({"use_sliding_window": True}, "use_sliding_window true"),
         ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, "mlp_only_layers"),
         ({"model_type": "qwen3_moe", "num_experts_per_tok": 2, "moe_intermediate_size": 8}, "of num_experts"),
         ({"hidden_size": None}, "says nothing of hidden_size"),
