@@ -23,12 +23,9 @@ from minimind_data.permutation import MAX_SEED
 from minimind_data.reporting import ByteProgress, counted
 from minimind_data.tokenizer.training import train_tokenizer as run_training
 from minimind_data.windows.base import Layout, LongDocuments
-from minimind_train.batches.datasets import Datasets
 from minimind_train.batches.options import DataOptions, OrderOptions, WindowOptions, read_sources
-from minimind_train.batches.positions import window_at
 from minimind_train.order.sample_order import OrderKind
 from minimind_train.order.skips import Skips
-from minimind_train.run.location import data_at
 from minimind_train.training.options import TrainingOptions
 
 from . import rearrange
@@ -276,6 +273,10 @@ def locate(
     as_json: _Json = False,
 ) -> None:
     """Show which window is at a position, and where."""
+    from minimind_train.batches.datasets import Datasets
+    from minimind_train.batches.positions import window_at
+    from minimind_train.run.location import data_at
+
     if not 0 <= position <= _MAX_INT64:
         raise UserError(f"--position counts samples, from 0 to 2^63 - 1, not {position}")
     if not 0 <= seed <= MAX_SEED:
