@@ -16,8 +16,9 @@ files of other projects; `report` shows what a dataset holds.
 The names of `__all__` are the public ones. Each is imported when it is asked for, so that importing the package costs nothing.
 """
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from minimind_data.lazy_names import importing, module_of_each
 
 if TYPE_CHECKING:
     from minimind_data.build.pipeline import commit, tokenize
@@ -104,21 +105,19 @@ _MODULES = {
     "windows.opening": ("open_windows",),
     "windows.segments": ("Segments",),
 }
-_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
+_MODULE_OF = module_of_each(__name__, _MODULES)
+
+
+_imported = importing(__name__, _MODULE_OF)
 
 
 def _public(name: str) -> Any:
     """Import a public name; what a module's `__getattr__` is called for."""
-    if name == "__version__":
-        from importlib.metadata import version  # noqa: PLC0415 - it takes longer than all else here
+    if name != "__version__":
+        return _imported(name)
+    from importlib.metadata import version  # noqa: PLC0415 - it takes longer than all else here
 
-        value: Any = version("minimind-pipeline")
-    elif name in _MODULE_OF:
-        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    else:
-        message = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(message)
-    globals()[name] = value
+    value = globals()[name] = version("minimind-pipeline")
     return value
 
 

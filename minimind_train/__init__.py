@@ -16,8 +16,9 @@ who computes it, and `run` puts all of it together: options, beginning and resum
 The names of `__all__` are the public ones. Each is imported when it is asked for; most of them need torch, which takes seconds.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from minimind_data.lazy_names import importing, module_of_each
 
 if TYPE_CHECKING:
     from minimind_train.batches.torch_loader import ResumableBatchSampler, WindowDataset
@@ -70,21 +71,10 @@ _MODULES = {
     "run.options": ("DpoOptions", "PretrainOptions", "SftOptions"),
     "weights.exporting": ("export",),
 }
-_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
-
-
-def _public(name: str) -> Any:
-    """Import a public name; what a module's `__getattr__` is called for."""
-    if name not in _MODULE_OF:
-        message = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(message)
-    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    globals()[name] = value
-    return value
-
+_MODULE_OF = module_of_each(__name__, _MODULES)
 
 if not TYPE_CHECKING:  # a type checker knows the names by their imports, and that there are no others
-    __getattr__ = _public
+    __getattr__ = importing(__name__, _MODULE_OF)
 
 
 def __dir__() -> list[str]:

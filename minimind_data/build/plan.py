@@ -23,7 +23,7 @@ from minimind_data.inputs.spec import RecordSpec
 from minimind_data.inputs.splits import open_reader, plan_splits
 from minimind_data.options import as_paths, parse_size
 from minimind_data.tokenizer.backends import Backend
-from minimind_data.tokenizer.loading import Tokenizer
+from minimind_data.tokenizer.loading import BosToken, EosToken, PadToken, Tokenizer
 
 _MIN_SPLIT_BYTES = 1024
 
@@ -107,11 +107,9 @@ class TokenizeOptions:
         "Stop if the dataset has inputs that are no longer named, or drop their documents.",
     ] = "stop"
     backend: Annotated[Backend, "Encoder; auto uses the fastest one that proves exact."] = "auto"
-    bos_token: Annotated[
-        str | None, "BOS, the token before each text, if tokenizer_config.json does not name it."
-    ] = None
-    eos_token: Annotated[str | None, "EOS, the token after each text, likewise."] = None
-    pad_token: Annotated[str | None, "PAD, the token that fills windows, likewise."] = None
+    bos_token: BosToken = None
+    eos_token: EosToken = None
+    pad_token: PadToken = None
 
     def __post_init__(self) -> None:
         as_paths(self, "out", "tokenizer")

@@ -191,7 +191,7 @@ class ShardSet:
     def check_tokens(self, rows: TokenArray, starts: NDArray[np.int64]) -> None:
         """Check that all tokens have a place in an embedding table; on a GPU, one that has none ends the process without saying where.
 
-        This is one pass over tokens that have just been copied, a small part of what the copy costs.
+        This is one pass over tokens that have just been copied, and takes about a fifth of the time of the copy.
 
         Args:
             rows: uint16 or int32 [B, width], rows of the token stream.

@@ -38,7 +38,14 @@ from minimind_data.interchange.formats import ALIASES, FORMAT_NAMES, FORMATS, SH
 from minimind_data.json_fields import as_file_name
 from minimind_data.options import as_paths, parse_size
 from minimind_data.reporting import Progress, Report, no_progress
-from minimind_data.tokenizer.loading import SpecialTokens, Tokenizer, load_tokenizer
+from minimind_data.tokenizer.loading import (
+    BosToken,
+    EosToken,
+    PadToken,
+    SpecialTokens,
+    Tokenizer,
+    load_tokenizer,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +63,9 @@ class ConvertOptions:
     shard_bytes: Annotated[int, "To shards: bytes of tokens in one shard.", parse_size] = 64 * 2**20
     one_file: Annotated[bool, "From shards: write one file for all shards instead of one for each."] = False
     copy: Annotated[bool, "To megatron: copy the shards instead of hard-linking them."] = False
-    bos_token: Annotated[
-        str | None, "BOS, the token before each text, if tokenizer_config.json does not name it."
-    ] = None
-    eos_token: Annotated[str | None, "EOS, the token after each text, likewise."] = None
-    pad_token: Annotated[str | None, "PAD, the token that fills windows, likewise."] = None
+    bos_token: BosToken = None
+    eos_token: EosToken = None
+    pad_token: PadToken = None
 
     def __post_init__(self) -> None:
         as_paths(self, "out", "tokenizer")

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tokenizers
 
@@ -64,6 +64,14 @@ class Tokenizer:
         """Return the text of ids, special tokens included."""
         text: str = self.reference.decode(list(ids), skip_special_tokens=False)
         return text
+
+
+BosToken = Annotated[
+    str | None, "BOS, the token before each text, if tokenizer_config.json does not name it."
+]
+EosToken = Annotated[str | None, "EOS, the token after each text, likewise."]
+PadToken = Annotated[str | None, "PAD, the token that fills windows, likewise."]
+"""Options of what reads a tokenizer.json; `SpecialTokens` takes their values."""
 
 
 @dataclass(frozen=True, kw_only=True)

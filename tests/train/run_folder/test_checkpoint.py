@@ -24,13 +24,6 @@ def save(run, state, model, optimizer, keep=3):
 
 
 @pytest.fixture
-def trained():
-    model, optimizer = make()
-    train(model, optimizer, range(3))
-    return model, optimizer
-
-
-@pytest.fixture
 def run(tmp_path, trained):
     """A run folder with whole checkpoints of steps 1, 2 and 3."""
     for step in (1, 2, 3):

@@ -9,15 +9,8 @@ from safetensors.torch import save_file
 from minimind_data.errors import UserError
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.tensors import tensors_of
-from tests.helpers.checkpoints import bits, make, state, train
+from tests.helpers.checkpoints import bits, make, state
 from tests.helpers.mutations import mutations, write_with_checksum
-
-
-@pytest.fixture
-def trained():
-    model, optimizer = make()
-    train(model, optimizer, range(3))
-    return model, optimizer
 
 
 @pytest.fixture
