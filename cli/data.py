@@ -291,7 +291,7 @@ def locate(
         try:
             read_sources(folders)
         except ValueError as error:
-            raise typer.BadParameter(str(error).removeprefix("`shards`").removeprefix(":").strip()) from None
+            raise typer.BadParameter(str(error)) from None
         try:
             data = DataOptions(
                 shards=tuple(folders),

@@ -40,7 +40,7 @@ class DatasetSource:
 
 
 def read_sources(texts: Sequence[str]) -> tuple[DatasetSource, ...]:
-    """Read the values of `--shards`: one DIR, or NAME=DIR:WEIGHT each; sorted by name.
+    """Read the values of `shards`: one DIR, or NAME=DIR:WEIGHT each; sorted by name.
 
     Raises:
         ValueError: it is neither; the message says what one looks like.
@@ -51,32 +51,30 @@ def read_sources(texts: Sequence[str]) -> tuple[DatasetSource, ...]:
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"`shards`: two parts are named {name}; give each a name of its own")
+            raise ValueError(f"two parts are named {name}; give each a name of its own")
     if not 1 <= len(sources) <= MAX_PARTS:
-        raise ValueError(f"`shards`: a mixture has 1 to {MAX_PARTS} parts, not {len(sources)}")
+        raise ValueError(f"a mixture has 1 to {MAX_PARTS} parts, not {len(sources)}")
     if not any(source.weight for source in sources):
-        raise ValueError("`shards`: every weight is 0, so there is nothing to learn; give one part a weight")
+        raise ValueError("every weight is 0, so there is nothing to learn; give one part a weight")
     return tuple(sources)
 
 
 def source_texts(shards: str | Path | Sequence[str]) -> tuple[str, ...]:
-    """Return the values of `--shards`, one a dataset, of an option that holds one string or path, or several."""
+    """Return the values of `shards`, one a dataset, of an option that holds one string or path, or several."""
     return (str(shards),) if isinstance(shards, str | Path) else tuple(shards)
 
 
 def _read_source(text: str) -> DatasetSource:
     match = _MIXED.fullmatch(text)
     if not match or not _NAME.fullmatch(match["name"]):
-        raise ValueError(
-            f"`shards`: a part of a mixture is NAME=DIR:WEIGHT, such as zh=data/zh:0.7, not {text!r}"
-        )
+        raise ValueError(f"a part of a mixture is NAME=DIR:WEIGHT, such as zh=data/zh:0.7, not {text!r}")
     try:
         weight = Fraction(match["weight"])
     except (ValueError, ZeroDivisionError):
         weight = Fraction(-1)
     if not 0 <= weight <= 10**12 or weight.denominator > 10**12:
         raise ValueError(
-            f"`shards` {text}: the weight is a number from 0 to 10^12 with at most 12 decimals, such as 0.7 or 1/3, "
+            f"{text}: the weight is a number from 0 to 10^12 with at most 12 decimals, such as 0.7 or 1/3, "
             f"not {match['weight']!r}"
         )
     return DatasetSource(name=match["name"], folder=Path(match["folder"]), weight=weight)
@@ -159,7 +157,10 @@ class DataOptions(OrderOptions, WindowOptions, SourceOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "shards", source_texts(self.shards))
-        read_sources(self.shards)  # refuses what it cannot read
+        try:
+            read_sources(self.shards)
+        except ValueError as error:
+            raise ValueError(f"`shards`: {error}") from None
         object.__setattr__(self, "skip_positions", Skips.of(self.skip_positions).as_texts())
         if self.seq_len < 1:
             raise ValueError(f"`seq_len` must be at least 1, not {self.seq_len}")
