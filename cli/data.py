@@ -328,10 +328,10 @@ def _refuse_beside_run(names: frozenset[str]) -> None:
         typer.BadParameter: there are some.
     """
     if names:
-        shown = ", ".join(
+        quoted_names = ", ".join(
             "DIR" if name == "folders" else f"--{name.replace('_', '-')}" for name in sorted(names)
         )
-        raise typer.BadParameter(f"--run already decides the order; leave out {shown}")
+        raise typer.BadParameter(f"--run already decides the order; leave out {quoted_names}")
 
 
 def _window_command(folder: Path, window: int, data: WindowOptions) -> str:

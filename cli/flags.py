@@ -77,10 +77,10 @@ class Flags:
                 name in _CALLS
             ):
                 words = [_CALLS[name].format(shlex.quote(str(first)), command=self.command)]
-                named = {keyword.arg or "": ast.literal_eval(keyword.value) for keyword in keywords}
+                values = {keyword.arg or "": ast.literal_eval(keyword.value) for keyword in keywords}
                 for mapping in options:
-                    named |= ast.literal_eval(mapping)
-                for option, value in named.items():
+                    values |= ast.literal_eval(mapping)
+                for option, value in values.items():
                     many = value if isinstance(value, list) else [value]
                     words += [f"--{option.replace('_', '-')} {shlex.quote(str(one))}" for one in many]
                 return f"`{' '.join(words)}`"

@@ -120,11 +120,11 @@ def sha256_of_stream(file: BinaryIO, start: int = 0, stop: int | None = None) ->
     """Return the hexadecimal SHA-256 of the bytes [start, stop) of an open file, by default up to its end."""
     digest = hashlib.sha256()
     file.seek(start)
-    left = None if stop is None else stop - start
-    while block := file.read(_HASH_BLOCK_BYTES if left is None else min(left, _HASH_BLOCK_BYTES)):
+    remaining = None if stop is None else stop - start
+    while block := file.read(_HASH_BLOCK_BYTES if remaining is None else min(remaining, _HASH_BLOCK_BYTES)):
         digest.update(block)
-        if left is not None:
-            left -= len(block)
+        if remaining is not None:
+            remaining -= len(block)
     return digest.hexdigest()
 
 

@@ -20,9 +20,9 @@ def read_template(package: str, name: str) -> str:
     own = resources.files(package).joinpath(name).read_text("utf-8")
     template = resources.files("minimind_data").joinpath(_BASE_NAME).read_text("utf-8")
     for part in ("title", "style", "body", "script"):
-        found = re.search(rf"<{part}>\n?(.*?)</{part}>", own, re.DOTALL)
-        assert found is not None, (name, part)
-        template = template.replace(f"@{part}@", found[1])
+        match = re.search(rf"<{part}>\n?(.*?)</{part}>", own, re.DOTALL)
+        assert match is not None, (name, part)
+        template = template.replace(f"@{part}@", match[1])
     return template
 
 
@@ -33,9 +33,9 @@ def fill(template: str, data: dict[str, Any]) -> str:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     for name in ("style", "script"):
-        found = re.search(rf"<{name}>(.*?)</{name}>", template, re.DOTALL)
-        assert found is not None
-        digest = base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()
+        match = re.search(rf"<{name}>(.*?)</{name}>", template, re.DOTALL)
+        assert match is not None
+        digest = base64.b64encode(hashlib.sha256(match[1].encode()).digest()).decode()
         template = template.replace(f"@{name}-hash@", f"'sha256-{digest}'")
     before, after = template.split("@data@")
     return before + text + after

@@ -128,8 +128,8 @@ class ByteProgress:
         if self._tokens:
             parts.append(self._count())
         if self._total:
-            left = (self._total - self._done) / rate if rate > 0 else float("inf")
-            parts.append(f"{left:.0f} s left")
+            seconds_left = (self._total - self._done) / rate if rate > 0 else float("inf")
+            parts.append(f"{seconds_left:.0f} s left")
         print(f"{self._title}: {', '.join(parts)}", file=sys.stderr, flush=True)  # noqa: T201 - what this class is for
 
 

@@ -143,10 +143,10 @@ def commit(out: Path | str, *, say: Say = say_nothing, progress: Progress = no_p
     tokenizer = cached_tokenizer(tokenizer_path.read_text("utf-8"), info)
     template = chat_template_of(work.path)
     chat = chat_encoding_of(options, tokenizer, template)
-    if gone := [source.location for source in plan.inputs if source.is_gone()]:
+    if missing := [source.location for source in plan.inputs if source.is_gone()]:
         raise UserError(
             "an input of this build, which is not there any more",
-            where=gone[0],
+            where=missing[0],
             remedy="put it back, then commit again",
         )
     with user_error_on_full_disk(out), work.locked():
@@ -213,15 +213,15 @@ class _Build:
                 return self._summary(previous.manifest, previous.validation, already_done=True)
         self._begin(previous)
         inputs = hashes.entries() if previous else ()
-        kept, changed = reusable(work, self._tasks, options, previous, inputs=inputs, say=self._say)
-        missing = [task for task in slice_of(self._tasks, options.task) if task.name not in kept]
+        reused, changed = reusable(work, self._tasks, options, previous, inputs=inputs, say=self._say)
+        missing = [task for task in slice_of(self._tasks, options.task) if task.name not in reused]
         if only_join and missing:
             raise UserError(
                 f"{len(missing)} of {len(self._tasks)} splits are not made ({missing[0].name}, …)",
                 where=options.out,
                 remedy="run the slices that they are in, then commit again",
             )
-        self._say_what_is_missing(kept, missing)
+        self._say_what_is_missing(reused, missing)
         if changed:
             work.retire()
         results, backend = self._make(missing) if missing else ({}, None)
@@ -233,7 +233,7 @@ class _Build:
             restore(work, previous, self._tokenizer.json, self._config_json, self._say)
             manifest, validation = previous.manifest, previous.validation
         elif options.task is None:
-            splits = [(task, results.get(task.name) or kept[task.name]) for task in self._tasks]
+            splits = [(task, results.get(task.name) or reused[task.name]) for task in self._tasks]
             metadata = assemble(
                 work,
                 self._recipe,
@@ -245,7 +245,7 @@ class _Build:
             self._say_that_validation_is_empty(metadata)
             publish(work, metadata, self._tokenizer.json, self._config_json)
             manifest, validation = metadata.manifest, metadata.validation
-        return self._summary(manifest, validation, results=results, num_kept=len(kept), backend=backend)
+        return self._summary(manifest, validation, results=results, num_kept=len(reused), backend=backend)
 
     def _begin(self, previous: FinishedDataset | None) -> None:
         """Write down the plan, and find the duplicates, which are not to be made."""
@@ -326,13 +326,13 @@ class _Build:
             )
         return here == there
 
-    def _say_what_is_missing(self, kept: dict[str, SplitResult], missing: list[SplitTask]) -> None:
+    def _say_what_is_missing(self, reused: dict[str, SplitResult], missing: list[SplitTask]) -> None:
         if dtype_for(self._tokenizer.info.vocab_size) == "int32":
             self._say(
                 f"the vocabulary has {self._tokenizer.info.vocab_size:,} entries, over 65,536: tokens take 4 bytes (int32)"
             )
-        if kept and missing:
-            self._say(f"{len(kept)} of {len(self._tasks)} splits are done already; making {len(missing)}")
+        if reused and missing:
+            self._say(f"{len(reused)} of {len(self._tasks)} splits are done already; making {len(missing)}")
 
     def _find_duplicates(self) -> None:
         """Note for every split which of its documents have the text of an earlier one."""

@@ -302,9 +302,9 @@ def _without(blocks: Iterator[Block], drop: NDArray[np.int32] | None) -> Generat
     number = 0
     for block in blocks:
         num_documents = len(block.texts) // block.texts_each
-        kept = [place for place in range(num_documents) if number + place not in dropped]
+        places = [place for place in range(num_documents) if number + place not in dropped]
         number += num_documents
-        yield block.keep(kept)
+        yield block.keep(places)
 
 
 def set_aside_path(work_folder: Path, name: str) -> Path:

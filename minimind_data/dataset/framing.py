@@ -56,8 +56,8 @@ def frame_documents(
     has_eos[some] = tokens[stops[some] - 1] == info.eos_id
     has_eos &= ~(has_bos & (lengths == 1))
     inner = lengths - has_bos - has_eos
-    kept = inner > 0
-    if kept.all() and has_bos.all() and has_eos.all():
+    nonempty = inner > 0
+    if nonempty.all() and has_bos.all() and has_eos.all():
         return Framed(
             tokens=tokens.astype(numpy_dtype(dtype), copy=False),
             lengths=lengths,
@@ -65,10 +65,10 @@ def frame_documents(
             eos_added=0,
             empty=0,
         )
-    from_here = np.repeat(kept, lengths)
+    from_here = np.repeat(nonempty, lengths)
     from_here[starts[has_bos]] = False
     from_here[stops[has_eos] - 1] = False
-    new_lengths = inner[kept] + 2
+    new_lengths = inner[nonempty] + 2
     new_stops = np.cumsum(new_lengths)
     framed = np.empty(int(new_lengths.sum()), numpy_dtype(dtype))
     to_here = np.ones(len(framed), bool)
@@ -80,9 +80,9 @@ def frame_documents(
     return Framed(
         tokens=framed,
         lengths=new_lengths,
-        bos_added=int((kept & ~has_bos).sum()),
-        eos_added=int((kept & ~has_eos).sum()),
-        empty=int((~kept).sum()),
+        bos_added=int((nonempty & ~has_bos).sum()),
+        eos_added=int((nonempty & ~has_eos).sum()),
+        empty=int((~nonempty).sum()),
     )
 
 

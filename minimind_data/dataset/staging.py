@@ -134,12 +134,12 @@ def write_metadata(folder: Path, manifest: Manifest, tokenizer: Path | bytes) ->
 
 def unique_names(names: Sequence[str]) -> list[str]:
     """Return these names made unique: the second `a` becomes `a~2`, or `a~` with the next number that is free."""
-    taken = set(names)
-    seen: set[str] = set()
+    targets = set(names)
+    names_so_far: set[str] = set()
     unique = []
     for name in names:
-        free = (f"{name}~{count}" for count in itertools.count(2) if f"{name}~{count}" not in taken)
-        unique.append(name if name not in seen else next(free))
-        seen.add(name)
-        taken.add(unique[-1])
+        free = (f"{name}~{count}" for count in itertools.count(2) if f"{name}~{count}" not in targets)
+        unique.append(name if name not in names_so_far else next(free))
+        names_so_far.add(name)
+        targets.add(unique[-1])
     return unique

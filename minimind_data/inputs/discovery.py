@@ -55,7 +55,7 @@ def find_sources(inputs: Sequence[str], form: FormChoice = AUTO) -> tuple[list[S
     """
     sources: list[Source] = []
     notes: list[str] = []
-    taken: dict[str, str] = {}
+    paths_by_name: dict[str, str] = {}
     for one in inputs:
         if one == STDIN:
             raise UserError(
@@ -69,12 +69,12 @@ def find_sources(inputs: Sequence[str], form: FormChoice = AUTO) -> tuple[list[S
             )
         for location in files:
             key = _shown(location) if stores.is_uri(location) else os.path.realpath(location)
-            if key in taken:
+            if key in paths_by_name:
                 raise UserError(
-                    f"named twice (by {taken[key]} and by {_shown(one)}); its documents would be doubled",
+                    f"named twice (by {paths_by_name[key]} and by {_shown(one)}); its documents would be doubled",
                     where=_shown(location),
                 )
-            taken[key] = _shown(one)
+            paths_by_name[key] = _shown(one)
             sources.append(source_of(location, form))
     return sources, notes
 
@@ -215,15 +215,15 @@ def _below(folder: Path) -> list[str]:
         raise error
 
     files: list[str] = []
-    seen = {os.path.realpath(folder)}
+    visited = {os.path.realpath(folder)}
     for place, folders, names in os.walk(str(folder), onerror=refuse, followlinks=True):
         files += [str(Path(place, name)) for name in names if not name.startswith(".")]
         visible = sorted(name for name in folders if not name.startswith("."))
         folders.clear()
         for name in visible:
             real = os.path.realpath(Path(place, name))
-            if real not in seen:
-                seen.add(real)
+            if real not in visited:
+                visited.add(real)
                 folders.append(name)
     return sorted(files)
 

@@ -239,9 +239,9 @@ class _Borders:
         """Count the next documents: their lengths and the cumulative sums of these, both int64 [B]."""
         into_window = self._tokens % self.seq_len
         last_windows = (stops + (into_window - 1)) // self.seq_len
-        crossed = last_windows - (stops - lengths + into_window) // self.seq_len
-        self.cut_documents += int(np.count_nonzero(crossed))
-        self.parts += int(crossed.sum()) + len(lengths)
+        boundaries = last_windows - (stops - lengths + into_window) // self.seq_len
+        self.cut_documents += int(np.count_nonzero(boundaries))
+        self.parts += int(boundaries.sum()) + len(lengths)
         self._tokens += int(stops[-1])
 
 

@@ -222,8 +222,10 @@ def refuse_other_tokenizer(
     """
     if one[1] == other[1] or same():
         return
-    shown = [f"{name}{_in_brackets(info)}" for name, info in (one, other)]
-    raise UserError(f"{shown[0]} and {shown[1]} have different tokenizers, and {why}", remedy=remedy)
+    descriptions = [f"{name}{_in_brackets(info)}" for name, info in (one, other)]
+    raise UserError(
+        f"{descriptions[0]} and {descriptions[1]} have different tokenizers, and {why}", remedy=remedy
+    )
 
 
 def _in_brackets(info: TokenizerInfo | None) -> str:

@@ -125,9 +125,9 @@ def assign_documents(counts: SegmentCounts, packing: Packing, folder: Path) -> I
                 documents[places] = segments.documents[order]
                 if counts.fragmented:
                     fragments[places] = segments.fragments[order]
-        taken = first_places.copy()
+        next_places = first_places.copy()
         for windows, lengths in _window_blocks(packing):
-            order, places = _next_places(lengths, taken)
+            order, places = _next_places(lengths, next_places)
             chosen = np.empty(len(lengths), np.int64)
             chosen[order] = documents[places]
             parts = None

@@ -91,12 +91,12 @@ def _check_length(layout: Layout, seq_len: int) -> None:
 
 def _description(windows: Windows) -> Iterator[str]:
     """Yield what a layout makes of a dataset, a sentence each, so that nothing is lost silently."""
-    lost = f"{counted(windows.unused_tokens, 'token')} in no window"
+    leftover = f"{counted(windows.unused_tokens, 'token')} in no window"
     if isinstance(windows, ConcatWindows):
         if windows.unused_tokens:
-            yield f"{windows.shards.folder}: cut every {counted(windows.seq_len, 'token')}; at the end, {lost}"
+            yield f"{windows.shards.folder}: cut every {counted(windows.seq_len, 'token')}; at the end, {leftover}"
     else:
-        yield _filled(windows, lost)
+        yield _filled(windows, leftover)
     if unlearned := windows.count_unlearned():
         yield (
             f"{windows.shards.folder}: in {unlearned:,} of {len(windows):,} windows of {windows.seq_len} tokens nothing is learned, "
@@ -104,13 +104,13 @@ def _description(windows: Windows) -> Iterator[str]:
         )
 
 
-def _filled(windows: Windows, lost: str) -> str:
+def _filled(windows: Windows, leftover: str) -> str:
     filled = 1 - windows.padding / max(1, windows.num_places)
     text = f"{windows.shards.folder}: {_VERBS[windows.layout]}, {filled:.2%} of all positions filled"
     if isinstance(windows, PackWindows) and windows.plan.num_long:
         fate = {"cut": "cut to one", "fragment": "spread over several", "drop": "left out"}
         many = counted(windows.plan.num_long, "document")
-        text += f"; {many} longer than a window {fate[windows.plan.long_documents]}, {lost}"
+        text += f"; {many} longer than a window {fate[windows.plan.long_documents]}, {leftover}"
     elif windows.unused_tokens:
-        text += f"; documents longer than a window cut to one, {lost}"
+        text += f"; documents longer than a window cut to one, {leftover}"
     return text

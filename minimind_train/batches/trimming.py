@@ -48,9 +48,9 @@ def trimmed(arrays: Arrays, length: int | None = None) -> dict[str, NDArray[np.i
         length: of its longest row, where that is known.
     """
     longest = int(lengths_of(arrays).max(initial=0)) if length is None else length
-    kept = max(1, -(-longest // COLUMNS)) * COLUMNS
+    columns = max(1, -(-longest // COLUMNS)) * COLUMNS
     return {
-        name: np.ascontiguousarray(array[:, :kept]) if name.endswith(_COLUMNAR) else array
+        name: np.ascontiguousarray(array[:, :columns]) if name.endswith(_COLUMNAR) else array
         for name, array in arrays.items()
     }
 

@@ -164,8 +164,8 @@ class _EpochShare:
 
     def __init__(self, sampler: DistributedSampler, position: int) -> None:
         n, world_size = sampler.order.num_windows, sampler.num_replicas
-        left = max(0, n - position)
-        self._length = left // world_size if sampler.drop_last else -(-left // world_size)
+        num_left = max(0, n - position)
+        self._length = num_left // world_size if sampler.drop_last else -(-num_left // world_size)
         self._first = position + sampler.rank
         self._step = world_size
         self._order = sampler.order
@@ -219,10 +219,10 @@ class SkipBatchSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         """Return the number of batches."""
         if isinstance(self.sampler, DistributedSampler):
-            left = len(self.sampler.share_from(self.position))
+            num_left = len(self.sampler.share_from(self.position))
         else:
-            left = len(self.sampler) - self._own_position
-        return max(0, -(-left // self.batch_size))
+            num_left = len(self.sampler) - self._own_position
+        return max(0, -(-num_left // self.batch_size))
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the batches from the position on."""

@@ -60,8 +60,8 @@ def add_adapters(model: MiniMind, config: LoraConfig, seed: int) -> None:
             for name, child in list(module.named_children()):
                 if name in targets and isinstance(child, nn.Linear):
                     adapted = LoraLinear(child, config.lora_rank, config.scale)
-                    drawn = torch.empty(adapted.lora_A.shape).normal_(0.0, 0.02, generator=generator)
-                    adapted.lora_A.data.copy_(drawn)
+                    noise = torch.empty(adapted.lora_A.shape).normal_(0.0, 0.02, generator=generator)
+                    adapted.lora_A.data.copy_(noise)
                     setattr(module, name, adapted)
 
 

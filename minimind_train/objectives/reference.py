@@ -208,9 +208,9 @@ def _make(
 def _open_unfinished(unfinished: Path, num_pairs: int) -> "np.memmap[Any, np.dtype[np.float32]]":
     """Map the file that a killed process has left, or a new one full of NaN."""
     with contextlib.suppress(FileNotFoundError, ValueError):
-        left = np.lib.format.open_memmap(unfinished, mode="r+")
-        if left.shape == (num_pairs, 2) and left.dtype == np.float32:
-            return left
+        table = np.lib.format.open_memmap(unfinished, mode="r+")
+        if table.shape == (num_pairs, 2) and table.dtype == np.float32:
+            return table
     empty = io.BytesIO()
     np.save(empty, np.full((num_pairs, 2), np.nan, np.float32))
     write_atomic(unfinished, empty.getvalue())  # so that no zero is ever in it that was not computed

@@ -236,9 +236,9 @@ class MixtureOrder:
 
         What was to hold from there on or later holds no longer.
         """
-        kept = tuple(stage for stage in self.stages if stage.start < position)
+        stages = tuple(stage for stage in self.stages if stage.start < position)
         taken = self.taken(position)
-        return replace(self, stages=(*kept, MixtureStage(start=position, shares=shares, taken=taken)))
+        return replace(self, stages=(*stages, MixtureStage(start=position, shares=shares, taken=taken)))
 
     def _parts_at(self, positions: _Ints) -> tuple[_Ints, _Ints]:
         """Return (the part at each position, how many of its windows were taken before), both int64 of the positions' shape."""

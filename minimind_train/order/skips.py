@@ -74,8 +74,8 @@ class Skips:
         lengths = np.array([stop - first for first, stop in self.ranges], np.int64)
         skipped = np.cumsum(np.concatenate([[0], lengths]))
         # The number, among kept positions, of the first one behind each range: the start of the range less all that is skipped before.
-        pushed = np.array([first for first, _ in self.ranges], np.int64) - skipped[:-1]
-        positions: NDArray[np.int64] = numbers + skipped[np.searchsorted(pushed, numbers, side="right")]
+        num_before = np.array([first for first, _ in self.ranges], np.int64) - skipped[:-1]
+        positions: NDArray[np.int64] = numbers + skipped[np.searchsorted(num_before, numbers, side="right")]
         return positions
 
     def after(self, start: int, num_samples: int) -> int:

@@ -103,8 +103,8 @@ class RunData:
         """Return the position at which the run ends and the steps of the whole run, as seen from a step and its position."""
         training = self._training
         if training.steps is not None:
-            left = max(0, training.steps - step)
-            return self.skips.after(position, left * training.global_batch), training.steps
+            steps_left = max(0, training.steps - step)
+            return self.skips.after(position, steps_left * training.global_batch), training.steps
         assert training.epochs is not None  # since the options are resolved
         end = training.epochs * len(self.windows)
         return end, step + -(-self.skips.count(position, end) // training.global_batch)

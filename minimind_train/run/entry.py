@@ -249,9 +249,9 @@ def _prepare_resumed(
             step, latest.state.position if latest else job.data.first_position()
         )
         if "resume_from" in options_given:
-            moved = job.data.position_of(options_given["resume_from"], near=position)
-            new_record = new_record.changed([move(step, position, moved)])
-            position = moved
+            new_position = job.data.position_of(options_given["resume_from"], near=position)
+            new_record = new_record.changed([move(step, position, new_position)])
+            position = new_position
         if any(change.name == WEIGHTS for change in new_record.changes[len(record_then.changes) :]):
             job.reweight(position)
             new_record = replace(new_record, options=recorded(job.options))

@@ -143,10 +143,10 @@ def refuse_unknown(kind: type[RunOptions], names: Iterable[str]) -> None:
     Raises:
         UserError: there is one; the message says which option has a name like that.
     """
-    known = [name for name, _, _ in leaves(kind)]
+    option_names = [name for name, _, _ in leaves(kind)]
     for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+        if name not in option_names:
+            near = difflib.get_close_matches(name, option_names, n=1)
             remedy = (
                 f"did you mean `{near[0]}`?" if near else f"its options are the fields of {kind.__name__}"
             )

@@ -181,7 +181,7 @@ class RankJob:
         best = best_of(self.run, last_step=step, measured_on=self._windows_key) if latest else None
         # If weights are sharded, all ranks write a checkpoint together, else rank 0 alone.
         writers = world.with_own_group() if learner.is_sharded else ALONE if world.is_main else None
-        tracked = TrackedRun(
+        tracked_run = TrackedRun(
             folder=self.run,
             project=training.tracking.track_project,
             options=recorded(self.options),
@@ -198,7 +198,7 @@ class RankJob:
                 writers=writers,
                 say=self.say,
             ) as saver,
-            Trackers(metrics, names, tracked, self.say) as trackers,
+            Trackers(metrics, names, tracked_run, self.say) as trackers,
         ):
             if world.is_main and latest:
                 self._say_lost_metrics(latest.state, metrics.num_lines)
@@ -242,8 +242,8 @@ class RankJob:
         return Snapshot(tensors=tensors, state=state, flush=metrics.sync)
 
     def _say_lost_metrics(self, state: CheckpointState, num_lines: int) -> None:
-        if (lost := state.metrics_lines - num_lines) > 0:
+        if (missing_lines := state.metrics_lines - num_lines) > 0:
             self.say(
-                f"{self.run / FILE_NAME}: {lost} of the {state.metrics_lines} lines up to step {state.step} are gone or broken; "
+                f"{self.run / FILE_NAME}: {missing_lines} of the {state.metrics_lines} lines up to step {state.step} are gone or broken; "
                 "training goes on the same without them; to have them again, put them back from a backup while the run is stopped"
             )

@@ -189,17 +189,17 @@ def _agreed_changes(
             remedy="leave that out, or start a new run in another `run`",
             option="run",
         )
-    refused = different.keys() - allowed
+    differing = different.keys() - allowed
     ends = names_of(kind, Resume.END)
     if not ends.isdisjoint(allowed):
-        refused -= ends
-    if refused:
-        shown = "; ".join(map(show, sorted(refused)))
+        differing -= ends
+    if differing:
+        differences = "; ".join(map(show, sorted(differing)))
         # Of two options that say when the run ends, allowing the one that holds from here on is enough.
-        names = sorted(name for name in refused if name not in ends or different[name][1] is not None)
+        names = sorted(name for name in differing if name not in ends or different[name][1] is not None)
         passing = " ".join(_ALLOWING.get(name, f"`allow_change` {name}") for name in names)
         raise UserError(
-            f"this would be another run: {shown}",
+            f"this would be another run: {differences}",
             where=run,
             remedy=f"leave that out, or pass {passing} to change it from step {step + 1} on",
         )

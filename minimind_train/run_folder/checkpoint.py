@@ -281,8 +281,8 @@ def load(run: Path, step: int) -> Checkpoint:
     """
     steps = steps_of(run)
     if step not in steps:
-        listed = ", ".join(map(str, steps)) or "none"
-        raise UserError(f"no checkpoint of step {step}", where=run, remedy=f"there are: {listed}")
+        steps_there = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"no checkpoint of step {step}", where=run, remedy=f"there are: {steps_there}")
     return _verified(run, step)
 
 

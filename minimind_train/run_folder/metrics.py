@@ -96,10 +96,12 @@ def _cut_back(path: Path, last_step: int) -> tuple[int, int]:
         return 0, 0
     lines = path.read_bytes().splitlines(keepends=True)
     steps = [None if (record := _record(line)) is None else record["step"] for line in lines]
-    kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= last_step]
-    if kept != lines:
-        write_atomic(path, b"".join(kept))
-    return len(kept), max((step for step in steps if step is not None), default=0)
+    lines_before = [
+        line for line, step in zip(lines, steps, strict=True) if step is not None and step <= last_step
+    ]
+    if lines_before != lines:
+        write_atomic(path, b"".join(lines_before))
+    return len(lines_before), max((step for step in steps if step is not None), default=0)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -80,8 +80,8 @@ class _Search:
         if len(sources) != len(fingerprints):
             return recorded
         texts = []
-        for source, named in zip(sources, fingerprints, strict=True):
-            fingerprint = named.rpartition("=")[2]
+        for source, name in zip(sources, fingerprints, strict=True):
+            fingerprint = name.rpartition("=")[2]
             folder = self._dataset(str(source.folder), fingerprint, "the dataset {} is")
             texts.append(str(replace(source, folder=folder)))
         return texts if isinstance(recorded, list) else texts[0]

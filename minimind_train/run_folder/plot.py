@@ -90,8 +90,8 @@ def _read(run: Path, name: str) -> Curves:
 
 
 def _is_curve(metric: str, value: Any) -> bool:
-    drawn = metric not in _NO_CURVES and (not metric.startswith("val_") or metric in _DASHED.values())
-    return drawn and isinstance(value, int | float) and not isinstance(value, bool)
+    has_curve = metric not in _NO_CURVES and (not metric.startswith("val_") or metric in _DASHED.values())
+    return has_curve and isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def panels_of(curves: Sequence[Curves]) -> list[tuple[str, str, str | None]]:

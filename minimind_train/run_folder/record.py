@@ -112,8 +112,8 @@ class RunRecord:
 
     def without_moves_after(self, step: int) -> Self:
         """Return the record without moves of the position after `step`; going back to an earlier checkpoint undoes them."""
-        kept = [change for change in self.changes if change.name != MOVE or change.step <= step]
-        return replace(self, changes=tuple(kept))
+        changes = [change for change in self.changes if change.name != MOVE or change.step <= step]
+        return replace(self, changes=tuple(changes))
 
     def dated(self, step: int, position: int) -> Self:
         """Return the record in which the changes that take effect here have this step and position.

@@ -45,13 +45,13 @@ class Retention:
         """
         # Later ones were skipped because they are damaged, so they must not take the place of others.
         steps = [step for step in checkpoint.steps_of(run) if step <= newest]
-        kept = set(steps[-self.newest :] if self.newest else steps)
+        retained = set(steps[-self.newest :] if self.newest else steps)
         if self.every:
-            kept |= {step for step in steps if step % self.every == 0}
+            retained |= {step for step in steps if step % self.every == 0}
         if self.best and (best := checkpoint.best_of(run, last_step=newest)):
-            kept.add(best.step)
+            retained.add(best.step)
         for step in steps:
-            if step not in kept:
+            if step not in retained:
                 checkpoint.delete(checkpoint.folder_of(run, step))
 
 

@@ -116,6 +116,8 @@ class NonfiniteGuard:
 
 def _listed(positions: Sequence[int]) -> str:
     most = 5
-    listed = ", ".join(map(str, positions[:most]))
+    first_positions = ", ".join(map(str, positions[:most]))
     more = f" and {len(positions) - most} more" if len(positions) > most else ""
-    return f"position {listed}{more}" if len(positions) == 1 else f"positions {listed}{more}"
+    return (
+        f"position {first_positions}{more}" if len(positions) == 1 else f"positions {first_positions}{more}"
+    )

@@ -130,9 +130,9 @@ def _kind_of(config: ModelConfig) -> str:
     return kind
 
 
-def _refuse(what: str, named: str, kind: str) -> None:
+def _refuse(what: str, name: str, kind: str) -> None:
     raise UserError(
-        f"`to` hf: {ARCHITECTURES[kind]} cannot hold {what} ({named}), and no other class that is "
+        f"`to` hf: {ARCHITECTURES[kind]} cannot hold {what} ({name}), and no other class that is "
         "known here can",
         remedy="export it by `to` minimind if that can, or go on with the run's own checkpoints",
         option="to",
@@ -165,11 +165,11 @@ def from_hf(config_json: Mapping[str, Any], source: str) -> ModelConfig:
     """
     kind = config_json.get("model_type")
     if not isinstance(kind, str) or kind not in _DEFAULTS:
-        known = ", ".join((*ARCHITECTURES, _MINIMIND))
+        architectures = ", ".join((*ARCHITECTURES, _MINIMIND))
         raise UserError(
             f"a model of the type {shown(kind)}",
             where=source,
-            remedy=f"the types that can be read are {known}",
+            remedy=f"the types that can be read are {architectures}",
         )
     for key, values in _ONLY_VALUES.items():
         if config_json.get(key) is not None and config_json[key] not in values:
