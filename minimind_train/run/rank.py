@@ -22,8 +22,8 @@ from minimind_train.order.sample_range import SampleRange
 from minimind_train.parallel.devices import user_error_on_out_of_memory
 from minimind_train.parallel.world import ALONE, World
 from minimind_train.progress import Say, TrainingProgress
+from minimind_train.run.capacity import refuse_oversized
 from minimind_train.run.data import RunData
-from minimind_train.run.fitting import refuse_unfit
 from minimind_train.run.initial import InitialWeights
 from minimind_train.run.introduction import introduction
 from minimind_train.run.learner import build_learner
@@ -68,7 +68,7 @@ class RankJob:
         world: the ranks.
 
     Raises:
-        UserError: the run cannot be trained here; see `fitting`.
+        UserError: the run cannot be trained here; see `capacity`.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class RankJob:
     ) -> None:
         training = options.training
         self.compute = Compute(device=world.device(training.device), dtype=training.dtype, world=world)
-        refuse_unfit(options, datasets, self.compute)
+        refuse_oversized(options, datasets, self.compute)
         self.phase = PHASES[options.command]
         self.run = training.run
         self.datasets = datasets

@@ -11,10 +11,10 @@ from minimind_train.parallel.devices import refuse_too_large
 from minimind_train.run.options import RunOptions
 from minimind_train.training.learner import Compute
 
-__all__ = ["refuse_unfit"]
+__all__ = ["refuse_oversized"]
 
 
-def refuse_unfit(options: RunOptions, datasets: Datasets, compute: Compute) -> None:
+def refuse_oversized(options: RunOptions, datasets: Datasets, compute: Compute) -> None:
     """Refuse a run that cannot be trained here.
 
     Raises:
