@@ -16,7 +16,7 @@ from minimind_train.training.options import TrainingOptions
 from minimind_train.weights.options import Target, WeightDtype
 
 from .flags import say_in_flags
-from .options import OptionsGiven, option_of, plain
+from .options import AsJson, OptionsGiven, option_of, plain
 from .talk import talk
 
 _Checkpoint = Annotated[
@@ -94,9 +94,7 @@ def evaluate(
     checkpoint: _Checkpoint = None,
     device: _Device = TrainingOptions.device,
     dtype: Annotated[Dtype | None, option_of(TrainingOptions, "dtype", default="that of the run")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Evaluate a model on a dataset: loss, perplexity, bits per byte."""
     if len(shards) > 1:

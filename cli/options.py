@@ -11,19 +11,21 @@ also turns a `UserError` into one sentence and exit status 1, and an interrupt i
 
 import contextlib
 import functools
+import importlib
 import inspect
 import io
 import os
 import sys
 import threading
+from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass
-from typing import Annotated, Any, NewType, TextIO, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, NewType, TextIO, get_args, get_origin, get_type_hints
 
 import typer
 from tqdm import tqdm
 from typer.completion import completion_init  # type: ignore[attr-defined] # typer itself imports it from there
-from typer.core import TyperArgument, TyperCommand, TyperOption
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from minimind_data.errors import UserError
 from minimind_data.options import format_size, leaves, options_from, parse_size
@@ -32,20 +34,31 @@ from .flags import Flags, in_flags, use_flags_of
 
 OptionsGiven = NewType("OptionsGiven", frozenset[str])
 
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
+]
+
 _CONTEXT = "typer_context"
 _TYPED = "minimind_cli.typed"
 _USER_SOURCES = frozenset({"COMMANDLINE", "DEFAULT_MAP"})
 """The sources of options that the user passed, on the command line or in a preset or file named there."""
 
 
-def make_app(help_text: str) -> typer.Typer:
-    """Return an empty application with plain help and plain tracebacks.
+def make_app(help_text: str, modules: Mapping[str, str] | None = None) -> typer.Typer:
+    """Return an application with plain help and plain tracebacks.
+
+    Args:
+        help_text: what it is for.
+        modules: the modules beside this one whose functions are further commands, by the command's name. A module is imported when
+            its command is asked for, so that the others start without it.
 
     Completion in a shell works without an installation: `eval "$(_MM_TRAIN_COMPLETE=source_bash mm-train)"`.
     """
     completion_init()  # `add_completion` would also add two flags to every help
+    group = type("Group", (_Group,), {"modules": modules or {}})
     return typer.Typer(
         help=help_text,
+        cls=group,
         add_completion=False,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
@@ -157,6 +170,27 @@ def as_defaults(options: Mapping[str, Any], context: typer.Context) -> dict[str,
             )
         defaults[name] = [value] if flag.multiple and not many else value
     return defaults
+
+
+class _Group(TyperGroup):
+    """The commands of an application, of which some are imported when they are asked for."""
+
+    modules: ClassVar[Mapping[str, str]]
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = _Commands({**self.commands, **self.modules})
+
+
+class _Commands(UserDict[str, Any]):
+    """Commands by name; a value that is the name of a module is replaced by its command where it is read."""
+
+    def __getitem__(self, name: str) -> Any:
+        if isinstance(module := self.data[name], str):
+            app = make_app("")
+            command(app)(getattr(importlib.import_module(f"{__package__}.{module}"), name))
+            self.data[name] = typer.main.get_command(app)
+        return self.data[name]
 
 
 class _Command(TyperCommand):

@@ -15,15 +15,7 @@ from minimind_data.interchange.conversion import convert as convert_dataset
 from minimind_data.interchange.formats import FORMAT_NAMES, SHARDS
 from minimind_data.reporting import ByteProgress, counted
 
-from .options import command
-
 _FORMATS = ", ".join(FORMAT_NAMES)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to an application."""
-    for function in (convert, merge, shuffle):
-        command(app)(function)
 
 
 def convert(

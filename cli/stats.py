@@ -16,7 +16,7 @@ from minimind_data.reporting import ByteProgress, counted
 from minimind_data.tokenizer.loading import load_tokenizer
 from minimind_train.batches.options import WindowOptions
 
-from .options import option_of
+from .options import AsJson, option_of
 
 _BAR_COLUMNS = 28
 _MAX_ROWS = 24
@@ -42,9 +42,7 @@ def stats(
     windows: Annotated[
         int, typer.Option(min=1, help="Windows on the page for each layout and window length.")
     ] = DEFAULT_WINDOWS,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show lengths of documents, and what each layout wastes.
 

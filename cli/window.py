@@ -22,7 +22,7 @@ from minimind_data.windows.opening import open_windows
 from minimind_train.batches.options import WindowOptions
 
 from .flags import in_flags
-from .options import OptionsGiven, option_of, refuse_idle
+from .options import AsJson, OptionsGiven, option_of, refuse_idle
 
 _TARGET, _DIMMED, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -43,9 +43,7 @@ def window(
     labels: Annotated[
         bool, typer.Option("--labels", help="Show unshifted labels instead of shifted targets.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show one window: its ids, its targets and its text.
 

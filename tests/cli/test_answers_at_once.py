@@ -92,3 +92,21 @@ def test_completion(typed, completion):
     words = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
     ((_, answer),) = answers([["mm-train"]], _MM_TRAIN_COMPLETE="complete_bash", **words)
     assert answer == [0, completion, []]
+
+
+def test_a_command_imports_no_other_command():
+    """`mm-data info` starts without what `stats`, `convert` and `locate` need; only the list of all commands takes them all."""
+    program = (
+        "import sys; from minimind_cli import entry; sys.argv = ['mm-data', 'info', '--help']\n"
+        "try: entry.data()\n"
+        "except SystemExit: print(*sorted(sys.modules), sep='\\n')"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    imported = set(result.stdout.split())
+    assert "minimind_data.build.pipeline" in imported
+    assert not imported & {
+        "minimind_data.interchange.conversion",
+        "minimind_data.report.statistics",
+        "minimind_train.batches.options",
+        "minimind_cli.locate",
+    }
