@@ -18,7 +18,7 @@ import os
 import sys
 import threading
 from collections import UserDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass
 from typing import Annotated, Any, ClassVar, NewType, TextIO, get_args, get_origin, get_type_hints
 
@@ -31,6 +31,7 @@ from minimind_data.errors import UserError
 from minimind_data.options import format_size, leaves, options_from, parse_size
 
 from .flags import Flags, in_flags, use_flags_of
+from .minimind import translation, with_dashes
 
 OptionsGiven = NewType("OptionsGiven", frozenset[str])
 
@@ -40,6 +41,9 @@ AsJson = Annotated[
 
 _CONTEXT = "typer_context"
 _TYPED = "minimind_cli.typed"
+_OPTIONAL_VALUES = {"--resume": ("always", "auto")}
+"""Flags that may stand alone: what that means, and the value that they may have behind them."""
+
 _USER_SOURCES = frozenset({"COMMANDLINE", "DEFAULT_MAP"})
 """The sources of options that the user passed, on the command line or in a preset or file named there."""
 
@@ -205,12 +209,27 @@ class _Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the command line."""
+        flags = {flag for parameter in self.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+        if (sentence := translation(str(self.name), args, flags)) is not None:
+            ctx.fail(sentence)
+        args = list(_with_values([with_dashes(word, flags) for word in args]))
         ctx.meta[_TYPED] = tuple(args)
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
             error.message = error.message.removeprefix("Value error, ")  # typer checks choices by pydantic
             raise
+
+
+def _with_values(words: Sequence[str]) -> Iterator[str]:
+    """Yield the words of a command line, in which each flag that may stand alone has a value."""
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word in _OPTIONAL_VALUES:
+            alone, value = _OPTIONAL_VALUES[word]
+            word += f"={rest.pop(0) if rest[:1] == [value] else alone}"
+        yield word
 
 
 def _flag(name: str, annotation: Any, default: Any) -> inspect.Parameter:

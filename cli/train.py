@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -80,9 +80,14 @@ def _register(kind: type[RunOptions], help_text: str) -> None:
         config: Any,
         options_given: OptionsGiven,
         go_on: Annotated[
-            bool,
-            typer.Option("--resume", help="Resume the run in the folder --run, with its own options."),
-        ] = False,
+            Literal["always", "auto"] | None,
+            typer.Option(
+                "--resume",
+                metavar="[auto]",
+                help="Resume the run in the folder --run, with its own options. With auto behind it: resume the "
+                "run if there is one, else begin it.",
+            ),
+        ] = None,
         allow_change: Annotated[
             list[str] | None,
             typer.Option(
@@ -111,7 +116,7 @@ def _register(kind: type[RunOptions], help_text: str) -> None:
         ] = None,
     ) -> None:
         allowed = {name.lstrip("-").replace("-", "_") for name in allow_change or ()}
-        if reweight and not (go_on and "shards" in options_given):
+        if reweight and not (go_on == "always" and "shards" in options_given):
             raise typer.BadParameter(
                 "--reweight-at-resume needs --resume, and every part of the mixture as --shards NAME=DIR:WEIGHT"
             )
@@ -119,12 +124,15 @@ def _register(kind: type[RunOptions], help_text: str) -> None:
             raise typer.BadParameter(
                 f"--allow-change {min(unknown)}: not an option that may change; name one of {', '.join(sorted(changeable(kind)))}"
             )
-        if not go_on:
-            _refuse_in_a_new_run(config.data, allowed, options_given)
-        from minimind_train.run.entry import begin, resume
+        if go_on != "always":
+            _refuse_in_a_new_run(config.data, set() if go_on else allowed, options_given)
+        from minimind_train.run.entry import begin, begin_or_resume, resume
 
         run = config.training.run
-        if go_on:
+        if go_on == "auto":
+            names_given = options_given & flatten(config).keys()
+            outcome = begin_or_resume(config, say_in_flags(), names_given=names_given, allow_change=allowed)
+        elif go_on:
             values = {name: value for name, value in flatten(config).items() if name in options_given}
             outcome = resume(
                 run,

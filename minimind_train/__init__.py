@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from minimind_train.order.mixture import MixtureOrder
     from minimind_train.order.sample_order import SampleOrder
     from minimind_train.order.skips import Skips
-    from minimind_train.run.entry import begin, resume
+    from minimind_train.run.entry import begin, begin_or_resume, resume
     from minimind_train.run.evaluation import evaluate
     from minimind_train.run.location import locate
     from minimind_train.run.opening import OpenRun, open_run
@@ -48,6 +48,7 @@ __all__ = [
     "Skips",
     "WindowDataset",
     "begin",
+    "begin_or_resume",
     "complete",
     "evaluate",
     "export",
@@ -64,7 +65,7 @@ _MODULES = {
     "order.mixture": ("MixtureOrder",),
     "order.sample_order": ("SampleOrder",),
     "order.skips": ("Skips",),
-    "run.entry": ("begin", "resume"),
+    "run.entry": ("begin", "begin_or_resume", "resume"),
     "run.evaluation": ("evaluate",),
     "run.location": ("locate",),
     "run.opening": ("OpenRun", "open_run"),

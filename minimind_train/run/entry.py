@@ -1,4 +1,4 @@
-"""A run of any phase: `begin` a new one or `resume` one, on one rank or several.
+"""A run of any phase: `begin` a new one, `resume` one, or whichever it takes, on one rank or several.
 
 Rank 0 decides how the run begins (options, checkpoint, position) and holds the lock of its folder; then every rank trains, see `rank`. The
 options say which phase it is; `reconcile` says which of them a resume may change.
@@ -17,6 +17,7 @@ from typing import Any
 from minimind_data.dataset.format import FormatError, Manifest
 from minimind_data.errors import UserError
 from minimind_data.files import user_error_on_full_disk
+from minimind_data.options import flatten
 from minimind_train.batches.datasets import Datasets
 from minimind_train.batches.options import source_texts
 from minimind_train.parallel.interrupt import never
@@ -35,7 +36,7 @@ from minimind_train.run_folder.places import PLACES, with_present_places
 from minimind_train.run_folder.record import WEIGHTS, RunRecord, move
 from minimind_train.training import loop
 
-__all__ = ["begin", "resume"]
+__all__ = ["begin", "begin_or_resume", "resume"]
 
 OnStep = Callable[[dict[str, Any]], object]
 
@@ -106,6 +107,52 @@ def resume(
     recorded_nproc = RunRecord.read(run).options.get("nproc", 1) if starts_ranks else 1
     watch = loop.Watch(on_step=on_step, stop=stop)
     return _run_on_ranks(prepare, watch, nproc=options_given.get("nproc", recorded_nproc), world=world)
+
+
+def begin_or_resume(
+    options: RunOptions,
+    say: Say = say_on_stderr,
+    *,
+    names_given: Collection[str] | None = None,
+    allow_change: Collection[str] = (),
+    on_step: OnStep = loop.ignore,
+    stop: Callable[[], bool] = never,
+    world: World | None = None,
+) -> loop.RunOutcome:
+    """Resume the run in the folder `run` if there is one, and else begin it.
+
+    This is one call, and one command line, for jobs that are started again by cron, Slurm or `torchrun --max-restarts`. A run that has
+    ended is left as it is.
+
+    Args:
+        options: of a phase, as for `begin`. A run that is there must have been begun with those that are given, as for `resume`.
+        say: takes lines for the user, as for `begin`.
+        names_given: which of the options the user wrote, by flat name; by default, those that differ from their defaults.
+        allow_change: names of options that may differ from what the run was begun with.
+        on_step: as for `begin`.
+        stop: as for `begin`.
+        world: as for `begin`.
+
+    Raises:
+        UserError: the run can neither begin nor go on; the message says why and what to do.
+    """
+    run = options.training.run
+    values, defaults = flatten(options), flatten(type(options)())
+    if names_given is None:
+        names_given = [name for name, value in values.items() if value != defaults[name]]
+    if "resume_from" in names_given:
+        raise UserError(
+            "`resume_from` would move the run back each time that it is started again",
+            remedy="move it once, by `resume`",
+            option="resume_from",
+        )
+    options_given = {name: values[name] for name in names_given}
+    prepare = partial(_prepare_either, options, options_given, say, allow_change=allow_change)
+    nproc = options.training.nproc
+    if runs.is_begun(run) and "nproc" not in options_given:
+        nproc = RunRecord.read(run).options.get("nproc", 1)
+    watch = loop.Watch(on_step=on_step, stop=stop)
+    return _run_on_ranks(prepare, watch, nproc=nproc, world=world)
 
 
 _Prepared = tuple[RankJob, Start, Callable[[], None]]
@@ -182,6 +229,23 @@ def _follow(start: Start, world: World) -> loop.RunOutcome:
     datasets = _open_datasets(start.options.data.shards)
     origin = InitialWeights(start.options, _say_nothing)
     return RankJob(start.options, datasets, origin, say=_say_nothing, world=world).train(start)
+
+
+def _prepare_either(
+    options: RunOptions,
+    options_given: Mapping[str, Any],
+    say: Say,
+    world: World,
+    *,
+    allow_change: Collection[str],
+) -> AbstractContextManager[_Prepared]:
+    """Prepare the run that is there to go on, or a new one."""
+    run = options.training.run
+    if runs.is_begun(run):
+        return _prepare_resumed(
+            run, options_given, say, world, command=options.command, allow_change=allow_change
+        )
+    return _prepare_new(options, say, world, names_given=options_given)
 
 
 @contextlib.contextmanager

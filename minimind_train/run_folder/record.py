@@ -177,6 +177,11 @@ def lock(run: Path) -> FolderLock:
     )
 
 
+def is_begun(run: Path) -> bool:
+    """Tell whether a folder holds a run."""
+    return (run / RUN_CONFIG_NAME).exists()
+
+
 def refuse_occupied(run: Path) -> None:
     """Refuse to begin a run in a folder that holds one.
 
@@ -185,7 +190,7 @@ def refuse_occupied(run: Path) -> None:
     """
     if run.exists() and not run.is_dir():
         raise UserError("is a file", where=run, remedy="take another `run`", option="run")
-    if (run / RUN_CONFIG_NAME).exists():
+    if is_begun(run):
         raise UserError(
             "holds a run already",
             where=run,
