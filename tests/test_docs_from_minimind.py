@@ -7,58 +7,10 @@ import pytest
 import typer
 
 from minimind_cli import train
+from tests.helpers.minimind_flags import THEIRS
 
 PAGE = (Path(__file__).parent.parent / "docs" / "from-minimind.md").read_text(encoding="utf-8")
 SECTIONS = re.findall(r"^## `([^`]*)`: `mm-train (\w+)`\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
-
-TRAINING = [
-    "save_dir",
-    "epochs",
-    "batch_size",
-    "learning_rate",
-    "device",
-    "dtype",
-    "num_workers",
-    "accumulation_steps",
-    "grad_clip",
-    "log_interval",
-    "save_interval",
-    "hidden_size",
-    "num_hidden_layers",
-    "max_seq_len",
-    "use_moe",
-    "data_path",
-    "from_weight",
-    "from_resume",
-    "use_wandb",
-    "wandb_project",
-    "use_compile",
-]
-THEIRS = {
-    "trainer/train_pretrain.py": [*TRAINING, "save_weight"],
-    "trainer/train_full_sft.py": [],
-    "trainer/train_lora.py": ["lora_name"],
-    "trainer/train_dpo.py": ["beta"],
-    "eval_llm.py": [
-        "load_from",
-        "save_dir",
-        "weight",
-        "lora_weight",
-        "hidden_size",
-        "num_hidden_layers",
-        "use_moe",
-        "inference_rope_scaling",
-        "max_new_tokens",
-        "temperature",
-        "top_p",
-        "open_thinking",
-        "historys",
-        "show_speed",
-        "device",
-    ],
-    "scripts/convert_model.py": [],
-}
-"""The flags of each script; those of training that are the same everywhere stand at pre-training."""
 
 
 def flags_of(command):

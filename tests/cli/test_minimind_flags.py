@@ -8,7 +8,7 @@ import typer.main
 from minimind_cli import train
 from minimind_cli.minimind import translation
 from tests.helpers.commands import TINY, mm_train
-from tests.test_docs_from_minimind import THEIRS, TRAINING
+from tests.helpers.minimind_flags import THEIRS, TRAINING
 
 
 def flags_of(command):
