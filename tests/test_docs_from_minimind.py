@@ -7,7 +7,7 @@ import pytest
 import typer
 
 from minimind_cli import train
-from tests.helpers.minimind_flags import THEIRS
+from tests.helpers.minimind_flags import THEIRS, TRAINING
 
 PAGE = (Path(__file__).parent.parent / "docs" / "from-minimind.md").read_text(encoding="utf-8")
 SECTIONS = re.findall(r"^## `([^`]*)`: `mm-train (\w+)`\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
