@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Final, Self
 
 from minimind_data.dataset.format import Kind
 from minimind_data.errors import UserError
@@ -23,14 +23,18 @@ from minimind_train.run_folder.record import RunRecord
 from minimind_train.training.options import OptimizerOptions, TrainingOptions, ValidationOptions
 
 
+NO_WEIGHTS: Final = "none"
+"""What `from_weight` is called where a run begins from random weights, though the phase has others by default."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StartOptions:
     """From which weights a run begins."""
 
     from_weight: Annotated[
         str | None,
-        "Initial weights: the folder of a run, a Hugging Face folder, or MiniMind's .pth. A folder "
-        "decides the shape of the model; for a .pth the options must give it.",
+        "Initial weights: the folder of a run, a Hugging Face folder, or MiniMind's .pth; none for random "
+        "ones. A folder decides the shape of the model; for a .pth the options must give it.",
         Resume.ORIGIN,
         Before(None),
     ] = None
@@ -44,6 +48,8 @@ class StartOptions:
     """SHA-256 of the weights that the run began from, over names, shapes and bits; the same in whatever file they lie."""
 
     def __post_init__(self) -> None:
+        if self.from_weight == NO_WEIGHTS:
+            object.__setattr__(self, "from_weight", None)
         if self.from_step is not None and self.from_weight is None:
             raise ValueError("`from_step` says which checkpoint of `from_weight`; pass both or neither")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_train.model.presets import PRESETS
-from minimind_train.run.options import RunOptions, recorded
+from minimind_train.run.options import NO_WEIGHTS, RunOptions, recorded
 from minimind_train.run_folder.record import Change
 
 _COMMAND, _PRESET = "command", "preset"
@@ -73,6 +73,8 @@ def describe(options: RunOptions, changes: Sequence[Change] = ()) -> str:
     values = recorded(options)
     if values["layout"] != "pack":
         del values["long_documents"]  # it would do nothing, and so it is refused
+    if values["from_weight"] is None and type(options)().start.from_weight is not None:
+        values["from_weight"] = NO_WEIGHTS
     lines = [
         f"# Repeats this run: mm-train {options.command} --config run.toml --run NEW_FOLDER",
         *(

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: the answers are learned and nothing else, with the guarantees of every run."""
 
 import shutil
+import tomllib
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from minimind_data.windows.opening import open_windows
 from minimind_train.run import entry
 from minimind_train.run.evaluation import evaluate
 from minimind_train.run.options import DpoOptions, SftOptions
+from minimind_train.run.toml import read_description
 from minimind_train.run_folder.record import RunRecord
 from tests.helpers.datasets import chat_dataset
 from tests.helpers.runs import Said, metrics, stop_after, weights
@@ -140,3 +142,18 @@ def test_adapters_learn_to_answer_too(begin, chat_base):
     stop_after(again, 2)
     entry.resume(again, {}, say=Said())
     assert weights(again, 4) == weights(run, 4)
+
+
+def test_a_run_may_begin_from_nothing_and_is_repeated_so(begin, tmp_path, sft_dataset):
+    run, _ = begin(from_weight="none", hidden_size=16, num_attention_heads=2, num_key_value_heads=1)
+    record = RunRecord.read(run)
+    assert record.options["from_weight"] is None
+    description = tomllib.loads((run / "run.toml").read_text("utf-8"))
+    assert description["from_weight"] == "none"
+    described = read_description(run / "run.toml", "sft", [name for name, _, _ in leaves(SftOptions)])
+    again = options_from(SftOptions, {**described, "run": tmp_path / "again"})
+    entry.begin(again, Said())
+    assert weights(tmp_path / "again", 6) == weights(run, 6)
+    stop_after(run, 2)
+    entry.resume(run, {"from_weight": "none"}, say=Said())
+    assert weights(tmp_path / "again", 6) == weights(run, 6)
