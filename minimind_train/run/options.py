@@ -22,7 +22,6 @@ from minimind_train.run_folder.options import CheckpointChoice, parse_step
 from minimind_train.run_folder.record import RunRecord
 from minimind_train.training.options import OptimizerOptions, TrainingOptions, ValidationOptions
 
-
 NO_WEIGHTS: Final = "none"
 """What `from_weight` is called where a run begins from random weights, though the phase has others by default."""
 
