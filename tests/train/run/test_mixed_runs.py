@@ -1,25 +1,18 @@
 """Runs over mixtures: what they learn when, what they say of it, and weights that change on the way."""
 
 import shutil
-from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
-from minimind_data.windows.opening import open_windows
 from minimind_train.batches.datasets import Datasets
-from minimind_train.batches.mixed_windows import MixedWindows
-from minimind_train.batches.options import read_sources
-from minimind_train.batches.positions import window_at
 from minimind_train.order.mixture import MixtureStage
 from minimind_train.run import entry
 from minimind_train.run.entry import resume
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import Change, RunRecord
-from tests.helpers.datasets import retokenized, text_dataset
+from tests.helpers.datasets import text_dataset
 from tests.helpers.runs import Said, config_of, metrics, stop_after, weights
 
 
@@ -43,29 +36,6 @@ def begin_mixed(tmp_path, parts):
         return entry.begin(config_of(tmp_path / "run", parts, **{"keep": 0, **changes}), said), said
 
     return begin
-
-
-@pytest.mark.parametrize("apart", [False, True])
-def test_windows_of_a_mixture_are_those_of_its_parts(apart, small_dataset, other_dataset):
-    singles = [
-        open_windows(ShardSet.open(d), layout="concat", seq_len=16, documents_apart=apart)
-        for d in (small_dataset, other_dataset)
-    ]
-    mixed = MixedWindows(["a", "b"], singles)
-    assert ("position_ids" in mixed.fetch(np.arange(2))) is apart
-    assert len(mixed) == sum(map(len, singles))
-    everything = mixed.fetch(np.arange(len(mixed)))
-    for name, rows in everything.items():
-        alone = [windows.fetch(np.arange(len(windows)))[name] for windows in singles]
-        assert (rows == np.concatenate(alone)).all()
-        assert rows.dtype == np.int64
-        shuffled = np.random.default_rng(0).permutation(len(mixed))
-        assert (mixed.fetch(shuffled)[name] == rows[shuffled]).all()
-    assert mixed.fetch(np.array([], np.int64))["input_ids"].shape == (0, 16)
-    shard, offset = singles[1].locate(3)
-    assert mixed.locate(len(singles[0]) + 3) == (f"b/{shard}", offset)
-    with pytest.raises(IndexError, match="asked for, there are"):
-        mixed.fetch(np.array([len(mixed)]))
 
 
 def test_a_run_takes_its_parts_by_weight_and_says_so(begin_mixed, tmp_path, parts):
@@ -144,21 +114,6 @@ def test_an_epoch_of_a_mixture_is_as_long_as_its_parts(begin_mixed, parts):
     assert outcome.position == total
 
 
-@pytest.mark.parametrize("layout", ["concat", "pad", "pack"])
-def test_weights_are_in_tokens_whatever_a_window_is(layout, tmp_path):
-    short, long = text_dataset(tmp_path / "short"), text_dataset(tmp_path / "long", seed=3)
-    datasets = Datasets.open([f"short={short}:1", f"long={long}:1"])
-    options = {"layout": layout, "seq_len": 24 if layout != "pack" else 70}
-    windows = datasets.windows(say=Said(), **options)
-    shares = datasets.shares(windows)
-    tokens = [
-        Fraction(share * (len(part) * part.seq_len - part.padding), len(part))
-        for share, part in zip(shares, windows.parts, strict=True)
-    ]
-    assert abs(tokens[0] / tokens[1] - 1) < Fraction(1, 1000)
-    assert (shares == (1, 1)) is (layout == "concat")
-
-
 def test_a_run_over_a_mixture_in_any_layout_keeps_documents_apart(tmp_path, small_dataset, other_dataset):
     copies = [shutil.copytree(d, tmp_path / d.name) for d in (small_dataset, other_dataset)]
     words = [f"p{number}={copy}:1" for number, copy in enumerate(copies)]
@@ -174,55 +129,6 @@ def test_a_run_over_a_mixture_in_any_layout_keeps_documents_apart(tmp_path, smal
     stop_after(tmp_path / "run", 3)
     resume(tmp_path / "run", {"micro_batch": 4}, say=Said())
     assert weights(tmp_path / "run", 6) == last
-
-
-@pytest.mark.parametrize("order", ["shuffled", "sequential"])
-def test_window_at_says_where_a_window_lies(parts, order):
-    datasets = Datasets.open(parts)
-    windows = datasets.windows(layout="concat", seq_len=16, say=Said())
-    ordered = datasets.order(windows, seed=42, kind=order)
-    for position in (0, 1, 500, 10**9):
-        told = window_at(ordered, windows, position)
-        (window,) = ordered.windows(np.array([position]))
-        assert windows.locate(int(window)) == (f"{told['part']}/{told['shard']}", told["offset"])
-
-
-def test_words_for_datasets():
-    assert [str(source) for source in read_sources(["data/zh"])] == ["data/zh"]
-    both = read_sources(["zh=data/zh:0.7", "en=/x:y=z:3/10"])
-    assert [(s.name, str(s.folder), s.weight) for s in both] == [
-        ("en", "/x:y=z", Fraction(3, 10)),
-        ("zh", "data/zh", Fraction(7, 10)),
-    ]
-    assert read_sources([str(source) for source in both]) == both
-
-
-@pytest.mark.parametrize(
-    ("words", "complaint"),
-    [
-        (["data/zh", "en=data/en:1"], "NAME=DIR:WEIGHT, such as zh=data/zh:0.7, not 'data/zh'"),
-        (["z h=data:1"], "NAME=DIR:WEIGHT"),
-        (["a=x:much"], "such as 0.7 or 1/3, not 'much'"),
-        (["a=x:-1"], "not '-1'"),
-        (["a=x:1/0"], "not '1/0'"),
-        (["a=x:nan"], "not 'nan'"),
-        (["a=x:1e13"], "not '1e13'"),
-        (["a=x:1", "a=y:1"], "two parts are named a"),
-        (["a=x:0", "b=y:0"], "every weight is 0"),
-    ],
-)
-def test_words_that_name_no_datasets(words, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        read_sources(words)
-
-
-def test_parts_of_different_tokenizers_are_refused_with_both_sides(tmp_path, small_dataset):
-    other = retokenized(tmp_path / "other")
-    with pytest.raises(UserError) as error:
-        Datasets.open([f"a={small_dataset}:1", f"b={other}:1"])
-    for side in (small_dataset, other):
-        assert f"{side} (" in str(error.value)
-    assert "have different tokenizers, and the parts of a mixture share one" in str(error.value)
 
 
 def test_the_parts_of_a_run_stay(begin_mixed, tmp_path, parts, whole_run, small_dataset):
