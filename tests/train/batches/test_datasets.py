@@ -153,6 +153,13 @@ def test_a_part_of_shorter_documents_gives_more_windows(tmp_path):
     assert datasets.shares(windows) == (1, 4)
 
 
+def test_a_part_of_empty_documents_counts_as_one_token(tmp_path):
+    write_dataset(tmp_path / "nothing", [[[]]])
+    write_dataset(tmp_path / "some", [[[BOS, EOS]]])
+    datasets = Datasets.open([f"a={tmp_path / 'nothing'}:1", f"b={tmp_path / 'some'}:1"])
+    assert datasets.shares(datasets.windows(layout="pad", seq_len=8, say=Said())) == (2, 1)
+
+
 @pytest.mark.parametrize("order", ["shuffled", "sequential"])
 def test_window_at_says_where_a_window_lies(parts, order):
     datasets = Datasets.open(parts)

@@ -64,6 +64,17 @@ def test_nothing_to_learn_gives_zero_loss_and_zero_gradients(road):
     assert torch.equal(grad_weight, torch.zeros_like(weight))
 
 
+@pytest.mark.parametrize("road", [summed_cross_entropy, on_all_tokens])
+def test_with_one_token_there_is_nothing_to_learn(road):
+    hidden, weight, targets = make(9)
+    targets = targets.clamp(max=0)
+    loss, grad_hidden, grad_weight = results(road, hidden, weight[:1], targets)
+    assert {0, IGNORED} == set(targets.flatten().tolist())
+    assert loss == 0
+    assert not grad_hidden.any()
+    assert not grad_weight.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.usefixtures("chunk")
 def test_autocast_keeps_the_sum_in_float32(dtype):
@@ -212,6 +223,15 @@ def test_the_log_probability_of_each_sequence_and_its_gradients(num_tokens, road
     for ours, expected in zip(worth(road, inputs), worth(plain_log_probs, inputs), strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("road", [summed_log_probs, log_probs_of_all_tokens])
+def test_the_one_token_that_there_is_is_certain(road):
+    hidden, weight, targets = make_sequences(9)
+    found, grad_hidden, grad_weight = worth(road, (hidden, weight[:1], targets.clamp(max=0)))
+    assert torch.equal(found, torch.zeros(3))
+    assert not grad_hidden.any()
+    assert not grad_weight.any()
 
 
 @pytest.mark.usefixtures("chunk")

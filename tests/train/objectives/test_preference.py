@@ -144,6 +144,9 @@ def test_padding_and_micro_batches_have_no_say(model):
     [
         ({"beta": 0.0}, "`beta` must be a positive number"),
         ({"beta": float("nan")}, "`beta` must be a positive number"),
+        ({"beta": float("inf")}, "`beta` must be a positive number"),
+        ({"beta": -0.1}, "`beta` must be a positive number"),
+        ({"label_smoothing": -0.01}, "at least 0 and below 0.5"),
         ({"label_smoothing": 0.5}, "at least 0 and below 0.5"),
         ({"label_smoothing": 0.1, "loss_type": "ipo"}, "goes with `loss_type` sigmoid, not ipo"),
     ],
@@ -151,6 +154,14 @@ def test_padding_and_micro_batches_have_no_say(model):
 def test_options_that_mean_nothing(options, complaint):
     with pytest.raises(ValueError, match=complaint):
         PreferenceOptions(**options)
+
+
+def test_options_at_their_limits_and_by_default():
+    assert PreferenceOptions(beta=1e-9, label_smoothing=0.499).label_smoothing == 0.499
+    assert PreferenceOptions(loss_type="hinge", label_smoothing=0.0).loss_type == "hinge"
+    options = PreferenceOptions()
+    assert (options.beta, options.loss_type, options.label_smoothing) == (0.15, "sigmoid", 0.0)
+    assert (options.length_normalised, options.reference) == (False, "cached")
 
 
 def trl_loss(beta, loss_type, log_probs, masks, reference):

@@ -180,8 +180,11 @@ def kill_at_the_third_batch(dataset):
     make(PairsInMemory(dataset))
 
 
-def test_a_killed_process_leaves_what_it_has_computed_and_no_other_rounding(dataset, monkeypatch):
-    monkeypatch.setattr(reference, "_BATCHES_PER_GROUP", 4)  # so it is killed inside of a group
+@pytest.mark.parametrize(("group", "first"), [(4, 0), (2, 8)], ids=["inside a group", "between two"])
+def test_a_killed_process_leaves_what_it_has_computed_and_no_other_rounding(
+    dataset, monkeypatch, group, first
+):
+    monkeypatch.setattr(reference, "_BATCHES_PER_GROUP", group)
     killed = multiprocessing.get_context("fork").Process(target=kill_at_the_third_batch, args=(dataset,))
     killed.start()
     killed.join(60)
@@ -189,8 +192,9 @@ def test_a_killed_process_leaves_what_it_has_computed_and_no_other_rounding(data
     assert files(dataset, ".npy") == []
     calls, real = [], reference.log_probs_of_pairs
     monkeypatch.setattr(reference, "log_probs_of_pairs", lambda *given: (calls.append(1), real(*given))[1])
-    said = Said()
-    found = np.array(make(PairsInMemory(dataset), say=said))
+    said, windows = Said(), PairsInMemory(dataset)
+    found = np.array(make(windows, say=said))
+    assert sorted(windows.fetched) == list(range(first, NUM_PAIRS)), "groups that are done are not read again"
     assert "of 15 pairs, once; 8 are there already" in said.text
     assert len(calls) == 4, "of six batches, those that the other one had no time for"
     shutil.rmtree(dataset / REFERENCE_FOLDER_NAME)
