@@ -1,7 +1,17 @@
-"""The entry points of `mm-data` and `mm-train`: Ctrl-C during the imports ends with one sentence, not a traceback."""
+"""The entry points of `mm-data` and `mm-train`, and Ctrl-C before the work begins and after it has ended: one sentence, no traceback.
 
+While a command works, its interrupt is handled in `options`.
+"""
+
+import contextlib
 import importlib
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+
+_STATUS = 128 + signal.SIGINT
 
 
 def data() -> None:
@@ -16,7 +26,39 @@ def train() -> None:
 
 def _run(module: str) -> None:
     try:
-        importlib.import_module(f"{__package__}.{module}").main()
-    except KeyboardInterrupt:  # during the imports; after them, the command handles it
+        with importing():
+            main = importlib.import_module(f"{__package__}.{module}").main
+        main()
+    except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(_STATUS)
+    finally:
+        die_of_interrupts()
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Let Ctrl-C end this process at once, with a sentence, while the block imports modules, which can take seconds.
+
+    Nothing has begun by then. An exception could come out of the middle of a C library's import as another one, with its traceback.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former_handler = signal.signal(signal.SIGINT, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former_handler)
+
+
+def _leave(*_: object) -> None:
+    with contextlib.suppress(OSError):  # there may be nobody to read it
+        os.write(2, b"error: interrupted\n")
+    os._exit(_STATUS)
+
+
+def die_of_interrupts() -> None:
+    """Let Ctrl-C end this process as it ends any program from here on: all that is left is to end, where Python would show a traceback."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -15,6 +15,7 @@ from minimind_train.run_folder.options import Axis, parse_step
 from minimind_train.training.options import TrainingOptions
 from minimind_train.weights.options import Target, WeightDtype
 
+from .entry import importing
 from .flags import say_in_flags
 from .options import AsJson, OptionsGiven, option_of, plain
 from .talk import talk
@@ -57,8 +58,9 @@ def generate(
         raise typer.BadParameter(
             "--prompt is missing, the text to continue; to chat with the model pass --chat"
         )
-    from minimind_train.generation.chat_session import ChatSession
-    from minimind_train.generation.completion import complete
+    with importing():
+        from minimind_train.generation.chat_session import ChatSession
+        from minimind_train.generation.completion import complete
 
     changes = {name: value for name, value in asdict(scaling).items() if name in options_given}
     if chat:
@@ -68,9 +70,12 @@ def generate(
         talk(session, prompt)
         return
     assert prompt is not None
-    for text in complete(run, prompt, options, checkpoint=checkpoint, device=device, changes=changes):
-        print(text, end="", flush=True)
-    print()
+    texts = complete(run, prompt, options, checkpoint=checkpoint, device=device, changes=changes)
+    try:
+        for text in texts:
+            print(text, end="", flush=True)
+    finally:  # also where Ctrl-C stops it, so that what is said then begins a line
+        print()
 
 
 def evaluate(
@@ -101,7 +106,8 @@ def evaluate(
         raise typer.BadParameter(
             f"--shards is given {len(shards)} times, but one dataset is evaluated at a time; run the command for each"
         )
-    from minimind_train.run.evaluation import evaluate as evaluate_run
+    with importing():
+        from minimind_train.run.evaluation import evaluate as evaluate_run
 
     (folder,) = shards
     evaluation = evaluate_run(
@@ -139,7 +145,8 @@ def export(
     checkpoint: _Checkpoint = None,
 ) -> None:
     """Export a model for transformers, peft or MiniMind."""
-    from minimind_train.weights.exporting import export as export_weights
+    with importing():
+        from minimind_train.weights.exporting import export as export_weights
 
     export_weights(run, out, to=to, checkpoint=checkpoint, dtype=dtype, say=say_in_flags())
 
@@ -159,7 +166,8 @@ def plot(
     x: Annotated[Axis, typer.Option(help="Horizontal axis of the curves.")] = "step",
 ) -> None:
     """Plot the metrics of runs, as an HTML page or a picture."""
-    from minimind_train.run_folder.plot import draw
+    with importing():
+        from minimind_train.run_folder.plot import draw
 
     for file in out or [Path("plot.html")]:
         draw(runs, file, axis=x)

@@ -15,12 +15,13 @@ import importlib
 import inspect
 import io
 import os
+import signal
 import sys
 import threading
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass
-from typing import Annotated, Any, ClassVar, NewType, TextIO, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, NewType, NoReturn, TextIO, get_args, get_origin, get_type_hints
 
 import typer
 from tqdm import tqdm
@@ -30,6 +31,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 from minimind_data.errors import UserError
 from minimind_data.options import format_size, leaves, options_from, parse_size
 
+from .entry import die_of_interrupts, importing
 from .flags import Flags, in_flags, use_flags_of
 from .minimind import translation, with_dashes
 
@@ -177,13 +179,26 @@ def as_defaults(options: Mapping[str, Any], context: typer.Context) -> dict[str,
 
 
 class _Group(TyperGroup):
-    """The commands of an application, of which some are imported when they are asked for."""
+    """The commands of an application, of which some are imported when they are asked for.
+
+    An interrupt before a command begins is said too, which typer itself would not do.
+    """
 
     modules: ClassVar[Mapping[str, str]]
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.commands = _Commands({**self.commands, **self.modules})
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        """Read what stands before the name of the command."""
+        with _saying_interrupts():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Read the command line of the command, and run it."""
+        with _saying_interrupts():
+            return super().invoke(ctx)
 
 
 class _Commands(UserDict[str, Any]):
@@ -192,9 +207,24 @@ class _Commands(UserDict[str, Any]):
     def __getitem__(self, name: str) -> Any:
         if isinstance(module := self.data[name], str):
             app = make_app("")
-            command(app)(getattr(importlib.import_module(f"{__package__}.{module}"), name))
+            with importing():
+                imported = importlib.import_module(f"{__package__}.{module}")
+            command(app)(getattr(imported, name))
             self.data[name] = typer.main.get_command(app)
         return self.data[name]
+
+
+@contextlib.contextmanager
+def _saying_interrupts() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        _fail_interrupted(error)
+
+
+def _fail_interrupted(error: KeyboardInterrupt) -> NoReturn:
+    die_of_interrupts()  # a second one must not be shown as a traceback of what follows
+    _fail(str(error) or "interrupted", 128 + signal.SIGINT)
 
 
 class _Command(TyperCommand):
@@ -348,9 +378,9 @@ class _ErrorBoundary:
             where = f"{error.filename}: " if error.filename else ""
             _fail(f"{where}{error.strerror or error}", 1)
         if isinstance(error, KeyboardInterrupt):
-            _fail(str(error) or "interrupted", 130)
+            _fail_interrupted(error)
 
 
-def _fail(sentence: str, status: int) -> None:
+def _fail(sentence: str, status: int) -> NoReturn:
     print(f"error: {sentence}", file=sys.stderr)
     raise typer.Exit(status) from None

@@ -26,6 +26,7 @@ from minimind_train.run.options import (
 from minimind_train.run.toml import read_description
 
 from . import models
+from .entry import importing
 from .flags import in_flags, say_in_flags
 from .options import OptionsGiven, as_defaults, command, is_typed, make_app, refuse_idle
 
@@ -126,7 +127,8 @@ def _register(kind: type[RunOptions], help_text: str) -> None:
             )
         if go_on != "always":
             _refuse_in_a_new_run(config.data, set() if go_on else allowed, options_given)
-        from minimind_train.run.entry import begin, begin_or_resume, resume
+        with importing():
+            from minimind_train.run.entry import begin, begin_or_resume, resume
 
         run = config.training.run
         if go_on == "auto":

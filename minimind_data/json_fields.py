@@ -18,13 +18,27 @@ import re
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 _T = TypeVar("_T")
 
 
 class FieldError(ValueError):
-    """A value is not what the annotation of its field says; `str(error)` is a clause that names both."""
+    """A value is not what the annotation of its field says; `str(error)` is a clause that names both.
+
+    Attributes:
+        wanted: the values that are allowed, in words; None where the error is about something else.
+    """
+
+    wanted: str | None = None
+
+
+def _unfit(value: object, where: str, wanted: str) -> FieldError:
+    """Return the error for a value where others are wanted."""
+    error = FieldError(f"{where} is {shown(value)}, where {wanted} is wanted")
+    error.wanted = wanted
+    return error
 
 
 @dataclass(frozen=True)
@@ -116,6 +130,20 @@ def read_fields(cls: type[_T], content: object, *, ignore_unknown: bool = False)
     return result
 
 
+def read_value(kind: Any, value: object, where: str) -> Any:
+    """Return a value of JSON as a field of some type has it.
+
+    Args:
+        kind: the annotation of the field.
+        value: what was parsed.
+        where: what the error calls the field.
+
+    Raises:
+        FieldError: it is of another type, or out of its range.
+    """
+    return _reader_of(kind)(value, where)
+
+
 def _take(cls: type[_T], rest: dict[str, Any], where: str) -> _T:
     """Make a dataclass of those of the keys that are its fields, and remove them from `rest`."""
     values: dict[str, Any] = {}
@@ -154,10 +182,8 @@ def _reader_of(kind: Any) -> _Reader:
     if origin is Annotated:
         return _ruled(_reader_of(arguments[0]), [rule for rule in arguments[1:] if isinstance(rule, Rule)])
     if origin in (Union, types.UnionType):
-        assert len(arguments) == 2, kind
-        assert arguments[1] is types.NoneType, kind
-        read = _reader_of(arguments[0])
-        return lambda value, where: None if value is None else read(value, where)
+        readers = [_reader_of(argument) for argument in arguments if argument is not types.NoneType]
+        return _any_of(readers, takes_none=types.NoneType in arguments)
     if origin is Literal:
         return _one_of(arguments)
     if origin is tuple:
@@ -168,6 +194,9 @@ def _reader_of(kind: Any) -> _Reader:
         return _dict_of(_reader_of(arguments[0]), _reader_of(arguments[1]))
     if isinstance(kind, type) and is_dataclass(kind):
         return _dataclass_of(kind)
+    if kind is Path:
+        read_text = _plain(str)
+        return lambda value, where: Path(read_text(value, where))
     if kind is Any:
         return lambda value, where: value  # noqa: ARG005 - as readers are called
     return _plain(kind)
@@ -187,9 +216,34 @@ def _plain(kind: type) -> _Reader:
     types_taken = (int, float) if kind is float else (kind,)
 
     def read(value: Any, where: str) -> Any:
-        if type(value) not in types_taken or (kind is float and not is_finite(value)):
-            raise FieldError(f"{where} is {shown(value)}, where {_TITLES[kind]} is wanted")
+        if type(value) not in types_taken or (kind is float and not _is_finite_float(value)):
+            raise _unfit(value, where, _TITLES[kind])
         return value
+
+    return read
+
+
+def _is_finite_float(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # a whole number beyond all floats
+        return False
+
+
+def _any_of(readers: list[_Reader], *, takes_none: bool) -> _Reader:
+    def read(value: Any, where: str) -> Any:
+        if value is None and takes_none:
+            return None
+        errors = []
+        for read_one in readers:
+            try:
+                return read_one(value, where)
+            except FieldError as error:
+                errors.append(error)
+        for refusal in errors:
+            if len(errors) == 1 or refusal.wanted is None or not str(refusal).startswith(f"{where} is "):
+                raise refusal  # also where it is about a value inside of a list or an object
+        raise _unfit(value, where, " or ".join(each.wanted for each in errors if each.wanted))
 
     return read
 
@@ -199,7 +253,7 @@ def _ruled(read: _Reader, rules: list[Rule]) -> _Reader:
         value = read(value, where)
         for rule in rules:
             if not rule.holds(value):
-                raise FieldError(f"{where} is {shown(value)}, where {rule.wording} is wanted")
+                raise _unfit(value, where, rule.wording)
         return value
 
     return read_ruled if rules else read
@@ -208,7 +262,7 @@ def _ruled(read: _Reader, rules: list[Rule]) -> _Reader:
 def _one_of(values: tuple[Any, ...]) -> _Reader:
     def read(value: Any, where: str) -> Any:
         if not any(type(value) is type(known) and value == known for known in values):
-            raise FieldError(f"{where} is {shown(value)}, where {' or '.join(map(str, values))} is wanted")
+            raise _unfit(value, where, " or ".join(map(str, values)))
         return value
 
     return read

@@ -12,6 +12,9 @@ from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
+from minimind_data.errors import UserError
+from minimind_data.json_fields import read_value
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -105,6 +108,38 @@ def options_from(cls: type[_T], values: dict[str, Any], defaults: _T | None = No
         elif field.name in values:
             arguments[field.name] = values[field.name]
     return cls(**arguments) if defaults is None else replace(defaults, **arguments)  # type: ignore[type-var]
+
+
+def options_in_file(cls: type[_T], values: Mapping[str, Any], path: Path, *, remedy: str | None = None) -> _T:
+    """Make a dataclass of options as `options_from` does, of values that a JSON file holds: they may be anything.
+
+    Args:
+        cls: the dataclass.
+        values: the options by their flat names, as JSON has them; names that it does not have are ignored.
+        path: of the file.
+        remedy: what the user can do if a value is not what its option takes.
+
+    Raises:
+        UserError: an option has a value of another type or out of its range; the message says which and where.
+    """
+    try:
+        checked = {
+            name: read_value(kind, values[name], name)
+            for name, kind, _ in leaves(cls, flags_only=False)
+            if name in values
+        }
+        _refuse_nul(checked)
+        return options_from(cls, checked)
+    except ValueError as error:
+        why = str(error).replace("`", "")  # as the file calls its options
+        raise UserError(f"edited or damaged ({why})", where=path, remedy=remedy) from None
+
+
+def _refuse_nul(values: Mapping[str, Any]) -> None:
+    """Refuse a NUL character in a text, which no path may have, with a ValueError."""
+    for name, value in values.items():
+        if "\0" in str(value):
+            raise ValueError(f"{name} holds a NUL character")
 
 
 def _nested_defaults(field: Field[Any], defaults: object) -> Any:

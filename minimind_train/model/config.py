@@ -301,6 +301,13 @@ class LoraConfig:
         return self.alpha / self.lora_rank
 
 
+def trained_parameters(model: ModelConfig, lora: LoraConfig) -> int:
+    """Return how many weights are trained, all or those of the adapters; of these a lower bound, as one side is as wide as the model."""
+    if not lora.lora_rank:
+        return model.num_parameters
+    return lora.lora_rank * model.hidden_size * model.num_hidden_layers * len(set(lora.targets))
+
+
 def parameter_line(config: ModelConfig) -> str:
     """Return the line that MiniMind prints of a model: all its weights and, of a mixture of experts, the active ones."""
     total, active = config.num_parameters, config.num_active_parameters

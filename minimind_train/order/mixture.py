@@ -74,6 +74,12 @@ class MixtureStage:
     shares: tuple[int, ...]
     taken: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        if min(self.start, *self.shares, *self.taken) < 0 or self.period > MAX_PERIOD:
+            raise ValueError(
+                f"a stage of a mixture has a start, counts and shares of 0 or more, the shares at most {MAX_PERIOD} together, not {self}"
+            )
+
     @property
     def period(self) -> int:
         """Positions after which the pattern repeats."""

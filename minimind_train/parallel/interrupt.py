@@ -44,10 +44,15 @@ def never() -> bool:
     return False
 
 
-def acknowledge(number: int) -> None:
-    """Say on stderr that a signal was received, as the step to be finished may take minutes. A signal handler may call this."""
-    name = signal.Signals(number).name
-    _write_on_stderr(f"{name}: stops after this step, which is saved; once more stops now, unsaved\n")
+def acknowledge(number: int, *, in_a_step: bool = True) -> None:
+    """Say on stderr that a signal was received, as the step to be finished may take minutes. A signal handler may call this.
+
+    Args:
+        number: of the signal.
+        in_a_step: whether it is known that steps are being made.
+    """
+    when = "after this step, which is saved" + ("" if in_a_step else ", or at once where none has begun")
+    _write_on_stderr(f"{signal.Signals(number).name}: stops {when}; once more stops now, unsaved\n")
 
 
 def _write_on_stderr(line: str) -> None:

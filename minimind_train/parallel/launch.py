@@ -163,7 +163,7 @@ class _Ranks:
             signal.raise_signal(number)
             return
         self.forwarded_signal = signal.Signals(number)
-        acknowledge(number)
+        acknowledge(number, in_a_step=False)  # the ranks may still be starting
         for pipe in self._pipes.values():
             with contextlib.suppress(OSError):  # that rank has just ended
                 pipe.send(self.forwarded_signal)

@@ -25,7 +25,7 @@ from minimind_train.parallel.launch import launch_ranks
 from minimind_train.parallel.world import ALONE, World, process_group, torchrun_place
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.run.initial import InitialWeights, with_initial_weights
-from minimind_train.run.options import RunOptions, kind_of, recorded, refuse_unknown
+from minimind_train.run.options import RunOptions, kind_of, options_of, recorded, refuse_unknown
 from minimind_train.run.phases import refuse_other_kind
 from minimind_train.run.rank import RankJob, Start
 from minimind_train.run.reconcile import reconciled, record_of, refuse_idle_changes, resolved
@@ -104,7 +104,7 @@ def resume(
         _prepare_resumed, run, dict(options_given), say, command=command, allow_change=allow_change
     )
     starts_ranks = world is None and torchrun_place() is None
-    recorded_nproc = RunRecord.read(run).options.get("nproc", 1) if starts_ranks else 1
+    recorded_nproc = options_of(RunRecord.read(run), run).training.nproc if starts_ranks else 1
     watch = loop.Watch(on_step=on_step, stop=stop)
     return _run_on_ranks(prepare, watch, nproc=options_given.get("nproc", recorded_nproc), world=world)
 
@@ -280,9 +280,10 @@ def _prepare_resumed(
     allow_change: Collection[str] = (),
 ) -> Iterator[_Prepared]:
     """Load the newest complete checkpoint, reconcile its options with those given, and hold the folder's lock for the block."""
-    RunRecord.read(run)  # before the lock, which would leave its file in any folder
+    options_of(RunRecord.read(run), run)  # before the lock, which would leave its file in any folder
     with user_error_on_full_disk(run), runs.lock(run):
         record = RunRecord.read(run)
+        options_of(record, run)  # so that what is read of it one by one is what options are
         if command not in {None, record.command}:
             raise UserError(
                 f"a run of `mm-train {record.command}`, not of {command}",

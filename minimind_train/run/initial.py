@@ -109,7 +109,7 @@ class InitialWeights:
                 raise UserError(
                     "the run began from no weights, so leave `from_weight` out", option="from_weight"
                 )
-            self._weights = load_initial_weights(flatten(self._options), why, self._say)
+            self._weights = load_initial_weights(start, self._options.model, why, self._say)
         return self._weights
 
     def model(self, why: str) -> MiniMind:

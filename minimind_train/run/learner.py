@@ -1,5 +1,6 @@
 """Building the learner of a rank: the model, its objective and its optimizer, new or in the state of a checkpoint."""
 
+from minimind_train.model.config import trained_parameters
 from minimind_train.model.lora import add_adapters
 from minimind_train.model.precision import LossScale
 from minimind_train.model.transformer import MiniMind, initialize
@@ -29,6 +30,8 @@ def build_learner(
         UserError: the initial weights are needed, and they are gone or have changed.
     """
     training, lora, world = options.training, options.lora, compute.world
+    if latest:
+        latest.refuse_larger_model(trained_parameters(options.model, lora))
     model = MiniMind(options.model)
     why = f"{training.run} learns adapters alone" if latest else f"{training.run} has no checkpoint yet"
     # Rank 0's weights become those of all ranks in `parallelize`.

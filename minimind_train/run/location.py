@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from minimind_data.errors import UserError
 from minimind_train.batches.datasets import Datasets
 from minimind_train.batches.options import DataOptions
 from minimind_train.batches.positions import window_at
@@ -11,7 +12,7 @@ from minimind_train.order.skips import Skips
 from minimind_train.progress import say_on_stderr
 from minimind_train.run.options import options_of
 from minimind_train.run_folder.places import with_present_places
-from minimind_train.run_folder.record import RunRecord
+from minimind_train.run_folder.record import RESTORE, RUN_CONFIG_NAME, RunRecord
 
 __all__ = ["data_at", "locate"]
 
@@ -24,7 +25,11 @@ def data_at(run: Path, position: int) -> tuple[DataOptions, int]:
     """
     record = with_present_places(RunRecord.read(run), run, say_on_stderr, names=("shards",))
     options = options_of(record, run)
-    return replace(options.data, skip_positions=record.skip_positions_at(position)), options.training.seed
+    try:
+        data = replace(options.data, skip_positions=record.skip_positions_at(position))
+    except ValueError as error:
+        raise UserError(f"edited or damaged ({error})", where=run / RUN_CONFIG_NAME, remedy=RESTORE) from None
+    return data, options.training.seed
 
 
 def locate(run: Path | str, position: int) -> dict[str, Any]:

@@ -5,52 +5,22 @@ They are resolved once, when a run begins, and from then on they are what its `c
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Self
 
 from minimind_data.dataset.format import Kind
 from minimind_data.errors import UserError
-from minimind_data.options import flatten, leaves, options_from
+from minimind_data.options import flatten, leaves, options_from, options_in_file
 from minimind_train.batches.options import DataOptions, source_texts
 from minimind_train.model.config import LoraConfig, ModelConfig
 from minimind_train.objectives.options import ObjectiveOptions, PreferenceOptions
 from minimind_train.order.mixture import MixtureStage
-from minimind_train.resume_policy import Before, Resume, names_of, policies
-from minimind_train.run_folder.options import CheckpointChoice, parse_step
-from minimind_train.run_folder.record import RunRecord
+from minimind_train.resume_policy import Resume, names_of, policies
+from minimind_train.run_folder.record import RESTORE, RUN_CONFIG_NAME, RunRecord
 from minimind_train.training.options import OptimizerOptions, TrainingOptions, ValidationOptions
-
-NO_WEIGHTS: Final = "none"
-"""What `from_weight` is called where a run begins from random weights, though the phase has others by default."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StartOptions:
-    """From which weights a run begins."""
-
-    from_weight: Annotated[
-        str | None,
-        "Initial weights: the folder of a run, a Hugging Face folder, or MiniMind's .pth; none for random "
-        "ones. A folder decides the shape of the model; for a .pth the options must give it.",
-        Resume.ORIGIN,
-        Before(None),
-    ] = None
-    from_step: Annotated[
-        CheckpointChoice,
-        "With `from_weight`: step of the checkpoint, or best; by default the newest complete one.",
-        parse_step,
-        Resume.ORIGIN,
-    ] = None
-    from_sha256: Annotated[str | None, Resume.DERIVED] = field(default=None, metadata={"flag": False})
-    """SHA-256 of the weights that the run began from, over names, shapes and bits; the same in whatever file they lie."""
-
-    def __post_init__(self) -> None:
-        if self.from_weight == NO_WEIGHTS:
-            object.__setattr__(self, "from_weight", None)
-        if self.from_step is not None and self.from_weight is None:
-            raise ValueError("`from_step` says which checkpoint of `from_weight`; pass both or neither")
+from minimind_train.weights.options import StartOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,14 +151,31 @@ def options_of(record: RunRecord, run: Path) -> RunOptions:
     """Return the options of a run from its record.
 
     Raises:
-        UserError: the run is of a phase that this program does not know.
+        UserError: the run is of a phase that this program does not know, or an option has a value that it may not have.
+    """
+    kind, path = kind_of(record, run), run / RUN_CONFIG_NAME
+    if "shards" not in record.options:
+        raise UserError("edited or damaged (shards is missing)", where=path, remedy=RESTORE)
+    # A default may be a tuple, which JSON does not have; and one dataset stands there by itself.
+    values = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in begun_with(kind, record).items()
+    }
+    if isinstance(values["shards"], str):
+        values["shards"] = [values["shards"]]
+    options = options_in_file(kind, values | {"run": str(run)}, path, remedy=RESTORE)
+    return replace(options, training=replace(options.training, run=run))
+
+
+def options_with(kind: type[RunOptions], values: Mapping[str, Any], run: Path) -> RunOptions:
+    """Return the options of a run from those in its record, which have been checked, and others that the user gave.
+
+    Raises:
         ValueError: an option has a value that it may not have.
     """
-    kind = kind_of(record, run)
-    values = begun_with(kind, record)
     stages = tuple(map(MixtureStage.of, values["mixture_stages"]))
     return options_from(
-        kind, values | {"shards": source_texts(values["shards"]), "mixture_stages": stages, "run": run}
+        kind, {**values, "shards": source_texts(values["shards"]), "mixture_stages": stages, "run": run}
     )
 
 

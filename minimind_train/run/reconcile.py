@@ -20,11 +20,9 @@ from minimind_train.order.mixture import MixtureStage
 from minimind_train.order.skips import Skips
 from minimind_train.parallel.devices import resolve_device
 from minimind_train.resume_policy import Resume, names_of, policies
-from minimind_train.run.options import RunOptions, begun_with, kind_of, options_of, recorded
+from minimind_train.run.options import RunOptions, begun_with, kind_of, options_with, recorded
 from minimind_train.run_folder.places import relative_paths, validation_fingerprint
-from minimind_train.run_folder.record import MOVE, WEIGHTS, Change, RunRecord
-
-_SKIPS = "skip_positions"
+from minimind_train.run_folder.record import MOVE, SKIPS, WEIGHTS, Change, RunRecord
 
 _ALLOWING = {WEIGHTS: "`reweight`"}
 """Changes that have a parameter of their own to allow them."""
@@ -107,14 +105,14 @@ def reconciled(
             where=run,
             remedy="leave it out",
         )
-    skips = Skips.of((*record.options.get(_SKIPS, ()), *options_given.get(_SKIPS, ()))).as_texts()
+    skips = Skips.of((*record.options.get(SKIPS, ()), *options_given.get(SKIPS, ()))).as_texts()
     new_values = {
         name: value
         for name, value in options_given.items()
         if policy[name].resume not in {Resume.ACTION, Resume.UNRECORDED}
     }
     old_values = begun_with(kind, record)
-    values = old_values | new_values | {_SKIPS: skips}
+    values = old_values | new_values | {SKIPS: skips}
     if "nproc" in new_values and "threads" not in new_values:
         values["threads"] = 0  # another number of processes shares the cores now
     ends = names_of(kind, Resume.END)
@@ -122,7 +120,7 @@ def reconciled(
         new_values |= {name: new_values.get(name) for name in ends}
         values |= new_values
     try:
-        options = options_of(replace(record, options=values), run)
+        options = options_with(kind, values, run)
     except ValueError as error:
         raise UserError(f"with these options the run cannot go on: {error}", where=run) from None
     model = options.model
@@ -151,8 +149,8 @@ def reconciled(
     sides["dataset"] = (_shortened(record.dataset), _shortened(new.dataset))
     sides["tokenizer"] = (record.tokenizer.sha256[:12], new.tokenizer.sha256[:12])
     changes = _agreed_changes(run, kind, sides, step=step, allowed=allow_change)
-    if (before := record.options.get(_SKIPS, [])) != list(skips):
-        changes.append(Change(step=step, name=_SKIPS, old=before, new=list(skips)))
+    if (before := record.options.get(SKIPS, [])) != list(skips):
+        changes.append(Change(step=step, name=SKIPS, old=before, new=list(skips)))
     return options, new.changed(changes)
 
 

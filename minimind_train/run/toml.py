@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from minimind_train.model.presets import PRESETS
-from minimind_train.run.options import NO_WEIGHTS, RunOptions, recorded
+from minimind_train.run.options import RunOptions, recorded
 from minimind_train.run_folder.record import Change
+from minimind_train.weights.options import NO_WEIGHTS
 
 _COMMAND, _PRESET = "command", "preset"
 

@@ -66,6 +66,7 @@ from minimind_train.run_folder.tensors import (
 
 FORMAT_VERSION = 2  # 1 did not count the lines of metrics
 STATE_NAME = "state.json"
+_BYTES_PER_WEIGHT = 4  # float32
 _CHECKSUM = "sha256"
 
 _POSITION_KEY = "cursor"
@@ -137,6 +138,29 @@ class Checkpoint:
     state: CheckpointState
     files: tuple[str, ...]
     """Its files of tensors, as state.json lists them; what else lies in the folder is not looked at."""
+
+    def refuse_larger_model(self, num_weights: int) -> None:
+        """Refuse to build a model of more weights than the files can hold: what the options say may be made up.
+
+        Args:
+            num_weights: that are trained, at least.
+
+        Raises:
+            GoneCheckpointError: it has been deleted since it was verified.
+            UserError: the files are smaller.
+        """
+        try:
+            num_bytes = sum((self.folder / name).stat().st_size for name in _parts_of(MODEL_NAME, self.files))
+        except FileNotFoundError:
+            raise GoneCheckpointError(self.folder) from None
+        if _BYTES_PER_WEIGHT * num_weights > num_bytes:
+            raise UserError(
+                f"the checkpoint is of another model: its weights have {num_bytes:,} bytes, and a model of these "
+                f"options has {num_weights:,} weights of {_BYTES_PER_WEIGHT} bytes",
+                where=self.folder,
+                remedy="give the model the options of its run, or start a new one in another `run`",
+                option="run",
+            )
 
     def restore(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
         """Load the weights into a model, and the state into an optimizer if one is given, bit for bit.

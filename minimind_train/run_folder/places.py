@@ -16,14 +16,19 @@ from typing import Any
 
 from minimind_data.dataset.format import MANIFEST_NAME, FormatError, Manifest
 from minimind_data.errors import UserError
+from minimind_data.json_fields import read_value
 from minimind_train.batches.options import read_sources, source_texts
 from minimind_train.progress import Say
-from minimind_train.run_folder.record import RUN_CONFIG_NAME, RunRecord
+from minimind_train.run_folder.record import RESTORE, RUN_CONFIG_NAME, RunRecord
 
 __all__ = ["PLACES", "relative_paths", "validation_fingerprint", "with_present_places"]
 
-PLACES = ("shards", "val_shards", "from_weight")
-"""The options that say where something is."""
+PLACES: Mapping[str, Any] = {
+    "shards": str | tuple[str, ...],
+    "val_shards": str | None,
+    "from_weight": str | None,
+}
+"""The options that say where something is, and what JSON holds there."""
 
 
 def relative_paths(options: Mapping[str, Any], run: Path) -> dict[str, str]:
@@ -50,7 +55,17 @@ def with_present_places(
         run: its folder.
         say: takes a line for each thing that is elsewhere than recorded.
         names: which of `PLACES` are looked for.
+
+    Raises:
+        UserError: the record says something else there than places.
     """
+    try:
+        for name in PLACES:
+            if name in record.options:
+                read_value(PLACES[name], record.options[name], name)
+        read_sources(source_texts(record.options.get("shards", "")))
+    except ValueError as error:
+        raise UserError(f"edited or damaged ({error})", where=run / RUN_CONFIG_NAME, remedy=RESTORE) from None
     search = _Search(record, run.resolve(), say)
     finders = {
         "shards": search.shards,

@@ -14,9 +14,11 @@ from typing import Any, get_args
 from minimind_data.errors import UserError
 from minimind_data.files import write_atomic
 from minimind_data.html import fill, read_template
+from minimind_data.options import options_in_file
+from minimind_train.batches.options import WindowOptions
 from minimind_train.run_folder.metrics import FILE_NAME, read_metrics
 from minimind_train.run_folder.options import Axis
-from minimind_train.run_folder.record import RunRecord
+from minimind_train.run_folder.record import RESTORE, RUN_CONFIG_NAME, RunRecord
 
 _TEMPLATE_NAME = "plot.html"
 _PICTURES = (".png", ".svg", ".pdf")
@@ -60,7 +62,8 @@ def read_curves(runs: Sequence[Path]) -> list[Curves]:
 
 
 def _read(run: Path, name: str) -> Curves:
-    seq_len = RunRecord.read(run).options["seq_len"]
+    options = RunRecord.read(run).options
+    seq_len = options_in_file(WindowOptions, options, run / RUN_CONFIG_NAME, remedy=RESTORE).seq_len
     lines = [record for record in read_metrics(run / FILE_NAME) if "position" in record]
     if not lines:
         raise UserError(

@@ -17,7 +17,7 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, NoReturn, Self
 
 from minimind_data.dataset.format import MANIFEST_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_NAME, TokenizerInfo
 from minimind_data.errors import UserError
@@ -29,6 +29,7 @@ from minimind_data.files import (
     write_atomic,
     write_checked,
 )
+from minimind_data.json_fields import Count, FieldError, FiniteJson, Rule, read_fields, read_value
 from minimind_data.tokenizer.loading import Tokenizer, cached_tokenizer
 from minimind_train.run_folder import metrics
 
@@ -36,7 +37,7 @@ FORMAT_VERSION = 2  # 1 had no checksum
 RUN_CONFIG_NAME = "config.json"
 DESCRIPTION_NAME = "run.toml"
 CHECKPOINTS_NAME = "checkpoints"
-_RESTORE = (
+RESTORE = (
     "bring it back from a backup; to change an option of a run, pass it with `resume` and `allow_change`"
 )
 _LOCK_NAME = ".lock"
@@ -47,17 +48,23 @@ MOVE = "cursor"
 WEIGHTS = "weights"
 """The name of a change of the weights of a mixture."""
 
+SKIPS = "skip_positions"
+"""The option that leaves out positions, and the name of its changes."""
+
+_TYPES_OF_CHANGES = {MOVE: Count, SKIPS: tuple[str, ...]}
+"""The types of the values of those changes that are read again; the others are only shown."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
     """A deliberate change of an option of the run, or of its position."""
 
-    step: int
+    step: Count
     """Optimizer steps completed before it."""
-    name: str
-    old: Any
-    new: Any
-    position: int | None = field(default=None, compare=False)
+    name: Annotated[str, Rule("the name of an option", str.isidentifier)]
+    old: FiniteJson
+    new: FiniteJson
+    position: Count | None = field(default=None, compare=False)
     """Samples that the run had consumed by then; None where that was not recorded."""
 
 
@@ -65,10 +72,10 @@ class Change:
 class RunRecord:
     """The contents of `config.json`."""
 
-    command: str
+    command: Annotated[str, Rule("the name of a command", str.isidentifier)]
     """The phase of the run, such as `pretrain`."""
-    options: dict[str, Any]
-    """Every option by its flat name, as JSON holds it."""
+    options: dict[str, FiniteJson]
+    """Every option by its flat name, as JSON holds it; whoever uses one holds it against its type (`options_in_file`)."""
     dataset: str
     """Fingerprint of the dataset."""
     tokenizer: TokenizerInfo
@@ -77,7 +84,7 @@ class RunRecord:
     """Fingerprint of the validation set, if the run has one."""
     relative_paths: dict[str, str] = field(default_factory=dict)
     """Each path in the options, relative to the run folder, by the path itself."""
-    finished: int | None = None
+    finished: Count | None = None
     """The last step of the run, if it has reached its end; then there is a checkpoint of it."""
 
     @classmethod
@@ -89,17 +96,17 @@ class RunRecord:
         """
         path = run / RUN_CONFIG_NAME
         try:
-            content = read_checked(path, key=_CHECKSUM, remedy=_RESTORE, version=FORMAT_VERSION)
+            content = read_checked(path, key=_CHECKSUM, remedy=RESTORE, version=FORMAT_VERSION)
         except (FileNotFoundError, NotADirectoryError):
             raise _no_run(run) from None
         try:
-            del content["format_version"]
-            tokenizer = TokenizerInfo(**content.pop("tokenizer"))
-            changes = tuple(Change(**change) for change in content.pop("changes"))
-            return cls(**content, tokenizer=tokenizer, changes=changes)
-        except (KeyError, TypeError, AttributeError) as error:
-            why = f"{type(error).__name__}: {error}"
-            raise UserError(f"edited or damaged ({why})", where=path, remedy=_RESTORE) from None
+            if content.pop("format_version", None) != FORMAT_VERSION:
+                _refuse("format_version is missing")
+            record = read_fields(cls, content)
+            _refuse_contradictions(record)
+        except FieldError as error:
+            raise UserError(f"edited or damaged ({error})", where=path, remedy=RESTORE) from None
+        return record
 
     def write(self, run: Path) -> None:
         """Write the record, whole or not at all."""
@@ -132,17 +139,35 @@ class RunRecord:
 
     def skip_positions_at(self, position: int) -> tuple[str, ...]:
         """Return the ranges of positions that are skipped by the run at a position."""
-        name = "skip_positions"
-        changes = [change for change in self.changes if change.name == name]
+        changes = [change for change in self.changes if change.name == SKIPS]
         for change in reversed(changes):
             if change.position is None or change.position <= position:
                 return tuple(change.new)
-        return tuple(changes[0].old if changes else self.options.get(name, ()))
+        return tuple(changes[0].old if changes else self.options.get(SKIPS, ()))
 
     def position_at(self, step: int, position: int) -> int:
         """Return the position at which a checkpoint of `step` resumes: its own, or the one to which it has been moved since."""
         moves = [change.new for change in self.changes if change.name == MOVE and change.step == step]
         return moves[-1] if moves else position
+
+
+def _refuse_contradictions(record: RunRecord) -> None:
+    """Refuse a record whose values are each of their type, and cannot be read or cannot all be true.
+
+    Raises:
+        FieldError: the clause says which.
+    """
+    for change in record.changes:
+        kind = _TYPES_OF_CHANGES.get(change.name, Any)
+        for value in (change.old, change.new):
+            read_value(kind, value, f"a change of {change.name}")
+    info = record.tokenizer
+    if any(number is not None and number >= info.vocab_size for number in info.special_ids):
+        _refuse(f"special tokens {info.special_ids} in a {info.summary}")
+
+
+def _refuse(clause: str) -> NoReturn:
+    raise FieldError(clause)
 
 
 def _no_run(run: Path) -> UserError:

@@ -20,6 +20,9 @@ from minimind_train.parallel.sharding import is_sharded, own_rows, sharded_like
 MODEL_NAME = "model.safetensors"
 OPTIMIZER_NAME = "optimizer.safetensors"
 _ROW_MARK = "@"
+_MAX_DIGITS = 16  # of the number of a row
+_DTYPE = "F32"
+"""What every tensor of a checkpoint is, as safetensors calls it."""
 
 Tensors = dict[str, dict[str, Tensor]]
 """All tensors of a checkpoint, by file and by name."""
@@ -49,6 +52,7 @@ class StoredTensors:
 
     Raises:
         OSError, SafetensorError: a file cannot be read.
+        UserError: parts do not make whole tensors, or tensors are not of float32.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -57,12 +61,29 @@ class StoredTensors:
         for path in files:
             file: Any = safe_open(path, framework="pt")
             for key in file.keys():  # noqa: SIM118 - not a dict
-                name, _, first = key.partition(_ROW_MARK)
-                shape = file.get_slice(key).get_shape()
+                name, mark, digits = key.partition(_ROW_MARK)
+                first = int(digits) if digits.isdecimal() and len(digits) < _MAX_DIGITS else 0
+                part = file.get_slice(key)
+                shape: list[int] = part.get_shape()
+                if part.get_dtype() != _DTYPE or (mark and (not shape or str(first) != digits)):
+                    raise UserError(
+                        f"{key} is no tensor of a checkpoint", where=path, remedy="take another checkpoint"
+                    )
                 if shape:
-                    shape[0] += int(first or 0)
+                    shape[0] += first
                 self.shapes[name] = max(shape, self.shapes.get(name, shape))
-                self._parts.setdefault(name, {})[int(first or 0)] = (file, key)
+                self._parts.setdefault(name, {})[first] = (file, key)
+        for name, parts in self._parts.items():
+            self._refuse_gaps(name, parts)
+
+    def _refuse_gaps(self, name: str, parts: dict[int, tuple[Any, str]]) -> None:
+        """Refuse parts of which one does not begin where the one before it ends, or has rows of another shape."""
+        num_rows = 0
+        for first, (file, key) in sorted(parts.items()):
+            shape = file.get_slice(key).get_shape()
+            if first != num_rows or shape[1:] != self.shapes[name][1:]:
+                raise UserError(f"the parts of {name} in the checkpoint do not make one tensor")
+            num_rows += shape[0] if shape else 0
 
     def whole(self, name: str) -> Tensor:
         """Return a tensor, on the CPU; it is a memory map where one file holds all of it."""
@@ -133,8 +154,20 @@ def _flat_state(optimizer: Optimizer, model: nn.Module) -> Iterator[tuple[str, T
 
 
 def put_optimizer_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors) -> None:
-    """Load the stored state of an optimizer of the same parameters."""
+    """Load the stored state of an optimizer of the same parameters.
+
+    Raises:
+        UserError: the tensors are not the state of the parameters.
+    """
     parameters = dict(model.named_parameters())
+    for key_and_name, shape in stored.shapes.items():
+        key, _, name = key_and_name.partition(".")
+        if name not in parameters or shape not in ([], list(parameters[name].shape)):
+            raise UserError(
+                f"the checkpoint is of another model: {key_and_name} is {shape}, and the model has no "
+                f"{name} of that shape",
+                remedy="go back to another checkpoint, or start a new run in another `run`",
+            )
     by_name: dict[str, dict[str, Tensor]] = {}
     for key_and_name, shape in stored.shapes.items():
         key, name = key_and_name.split(".", 1)

@@ -21,17 +21,18 @@ from minimind_data.dataset.format import TOKENIZER_CONFIG_NAME, TOKENIZER_NAME, 
 from minimind_data.dataset.staging import new_folder
 from minimind_data.errors import UserError
 from minimind_data.files import parse_json, user_error_on_full_disk, whole_file
+from minimind_data.options import options_in_file
 from minimind_data.tokenizer.loading import Tokenizer
 from minimind_train.model.config import ModelConfig, parameter_line
 from minimind_train.model.lora import adapters_of
 from minimind_train.model.transformer import MiniMind
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.run_folder.options import CheckpointChoice
-from minimind_train.run_folder.record import RunRecord, load_run_tokenizer
+from minimind_train.run_folder.record import RESTORE, RUN_CONFIG_NAME, RunRecord, load_run_tokenizer
 from minimind_train.weights.hf_config import to_hf
 from minimind_train.weights.loading import adapted_model, model_of
 from minimind_train.weights.minimind_form import file_name, minimind_form
-from minimind_train.weights.options import Target, WeightDtype
+from minimind_train.weights.options import StartOptions, Target, WeightDtype
 from minimind_train.weights.peft_form import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
@@ -77,9 +78,10 @@ def export(
     record = RunRecord.read(run)
     dtype = dtype or _DEFAULT_DTYPE[to]
     if to == "peft":
-        return _to_peft(
-            out, run, step=checkpoint, base=record.options.get("from_weight"), dtype=dtype, say=say
-        )
+        base = options_in_file(
+            StartOptions, record.options, run / RUN_CONFIG_NAME, remedy=RESTORE
+        ).from_weight
+        return _to_peft(out, run, step=checkpoint, base=base, dtype=dtype, say=say)
     model = model_of(run, step=checkpoint, say=say)
     if model.config.dropout:
         say(f"dropout {model.config.dropout} matters only in training and is not exported")
@@ -168,7 +170,9 @@ def _to_peft(
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    # A lone surrogate, as a hand-made tokenizer_config.json may hold one, is no UTF-8; its backslash escape is JSON's too.
+    text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _tokenizer_config(

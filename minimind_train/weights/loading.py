@@ -16,17 +16,17 @@ from torch import Tensor
 
 from minimind_data.dataset.format import TOKENIZER_NAME, TokenizerInfo
 from minimind_data.errors import UserError
-from minimind_data.options import flatten, options_from
+from minimind_data.options import flatten, options_from, options_in_file
 from minimind_data.tokenizer.loading import Tokenizer, load_tokenizer
-from minimind_train.model.config import LoraConfig, ModelConfig
+from minimind_train.model.config import LoraConfig, ModelConfig, trained_parameters
 from minimind_train.model.lora import add_adapters, merge_adapters
 from minimind_train.model.transformer import MiniMind
 from minimind_train.progress import Say, say_on_stderr
-from minimind_train.run_folder.checkpoint import Checkpoint
+from minimind_train.run_folder.checkpoint import STATE_NAME, Checkpoint
 from minimind_train.run_folder.checkpoint_choice import with_checkpoint
 from minimind_train.run_folder.options import CheckpointChoice
 from minimind_train.run_folder.places import with_present_places
-from minimind_train.run_folder.record import RUN_CONFIG_NAME, RunRecord, load_run_tokenizer
+from minimind_train.run_folder.record import RESTORE, RUN_CONFIG_NAME, RunRecord, load_run_tokenizer
 from minimind_train.weights.foreign import (
     is_hf_folder,
     num_entries,
@@ -34,6 +34,7 @@ from minimind_train.weights.foreign import (
     read_hf_folder,
     read_tensors,
 )
+from minimind_train.weights.options import StartOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,23 +160,24 @@ def load_weights(
     )
 
 
-def load_initial_weights(options: Mapping[str, Any], why: str, say: Say) -> Weights:
+def load_initial_weights(start: StartOptions, shape: ModelConfig, why: str, say: Say) -> Weights:
     """Load the weights that a run began from.
 
     Args:
-        options: the run's options, which name them.
+        start: the run's options that name them.
+        shape: of the run's model, for a file of weights, which does not say it.
         why: what they are needed for, such as `the run has no checkpoint yet`.
         say: takes a sentence on each damaged checkpoint.
 
     Raises:
         UserError: they are gone, or have changed.
     """
-    path, checksum = options["from_weight"], options["from_sha256"]
+    path, checksum = start.from_weight, start.from_sha256
     need = f"{why}, so it needs the weights that it began from"
+    if path is None or checksum is None:
+        raise UserError(f"{need}, and its record names none", remedy="bring the record back from a backup")
     try:
-        weights = load_weights(
-            Path(path), step=options["from_step"], shape=options_from(ModelConfig, dict(options)), say=say
-        )
+        weights = load_weights(Path(path), step=start.from_step, shape=shape, say=say)
     except UserError as error:
         raise UserError(
             f"{need}, and these are gone ({error})",
@@ -217,7 +219,7 @@ def adapted_model(run: Path, *, step: CheckpointChoice, say: Say) -> tuple[MiniM
     """
 
     def restore(checkpoint: Checkpoint) -> tuple[MiniMind, LoraConfig]:
-        lora = options_from(LoraConfig, checkpoint.state.config)
+        _, lora = model_options(checkpoint)
         if not lora.lora_rank:
             raise UserError(
                 "has no adapters, since it was trained without `lora_rank`", where=run, option="lora_rank"
@@ -239,24 +241,41 @@ def _model_and_step_of(
 
 
 def _restore(checkpoint: Checkpoint, changes: Mapping[str, Any], say: Say) -> MiniMind:
-    options = checkpoint.state.config
+    config, lora = model_options(checkpoint)
     try:
-        config = options_from(ModelConfig, {**options, **changes})
+        config = options_from(ModelConfig, {**flatten(config), **changes})
     except ValueError as error:
         raise UserError(f"its model cannot be used like that: {error}", where=checkpoint.folder) from None
+    checkpoint.refuse_larger_model(trained_parameters(config, lora))
+    if not lora.lora_rank:
+        model = MiniMind(config).eval()
+        checkpoint.restore(model)
+        return model
+    # Their place may have changed since the checkpoint was written; the weights have not.
+    run = checkpoint.folder.parents[1]
+    record = with_present_places(RunRecord.read(run), run, say, names=("from_weight",))
+    current_options = {**checkpoint.state.config, **record.options}
+    start = options_in_file(StartOptions, current_options, run / RUN_CONFIG_NAME, remedy=RESTORE)
+    weights = load_initial_weights(start, config, f"{checkpoint.folder} holds adapters alone", say)
+    parameters = parameters_of_model(weights.tensors, config, checkpoint.folder)
     model = MiniMind(config).eval()
-    lora = options_from(LoraConfig, options)
-    if lora.lora_rank:
-        # Their place may have changed since the checkpoint was written; the weights have not.
-        run = checkpoint.folder.parents[1]
-        record = with_present_places(RunRecord.read(run), run, say, names=("from_weight",))
-        current_options = {**options, **record.options}
-        model.load_state_dict(
-            load_initial_weights(current_options, f"{checkpoint.folder} holds adapters alone", say).tensors
-        )
+    model.load_state_dict(parameters)
+    try:
         add_adapters(model, lora, seed=0)
+    except ValueError as error:
+        raise UserError(f"its model cannot be used like that: {error}", where=checkpoint.folder) from None
     checkpoint.restore(model)
     return model
+
+
+def model_options(checkpoint: Checkpoint) -> tuple[ModelConfig, LoraConfig]:
+    """Return the shape of the model of a checkpoint, and its adapters.
+
+    Raises:
+        UserError: its state.json says something else there.
+    """
+    options, path = checkpoint.state.config, checkpoint.folder / STATE_NAME
+    return options_in_file(ModelConfig, options, path), options_in_file(LoraConfig, options, path)
 
 
 def _of_file(path: Path, shape: ModelConfig | None) -> Weights:
