@@ -12,13 +12,14 @@ from minimind_data.build.pipeline import commit as commit_slices
 from minimind_data.build.pipeline import tokenize as build_dataset
 from minimind_data.build.plan import TokenizeOptions
 from minimind_data.build.publish import Summary
-from minimind_data.dataset.format import SET_ASIDE_NAME, VALIDATION_NAME, Manifest
+from minimind_data.dataset.format import SET_ASIDE_NAME, TOKENIZER_NAME, VALIDATION_NAME, Manifest
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.dataset.verification import verify as verify_dataset
 from minimind_data.errors import UserError
 from minimind_data.inputs.spec import RecordSpec
 from minimind_data.inputs.splits import texts_of
 from minimind_data.reporting import ByteProgress, counted
+from minimind_data.tokenizer.naming import description_of, name_of
 from minimind_data.tokenizer.training import train_tokenizer as run_training
 
 from .flags import in_flags
@@ -55,6 +56,7 @@ def tokenize(
     """Turn text into a dataset.
 
     After an interruption, run the same command again: it makes only what is missing. With more inputs, it makes only their shards.
+    Options that shape the dataset and that you leave out are those that it was made with.
     """
     try:
         summary = build_dataset(inputs, options, say=_say, progress=ByteProgress)
@@ -85,16 +87,25 @@ def _print_summary(out: Path, summary: Summary) -> None:
         f"{counted(manifest.num_documents, 'document')}, {counted(manifest.num_tokens, 'token')} in "
         f"{counted(len(manifest.shards), 'shard')}"
     )
+    taken = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in summary.options_taken.items())
+    options = f"\n  options    as the dataset has them: {taken}" if taken else ""
     if summary.already_done:
-        print(f"{out}: already done, nothing to do ({size})")
+        print(f"{out}: already done, nothing to do ({size}){options}")
         return
-    print(f"{out}: {size} ({manifest.dtype})" + (f"\n{read}" if summary.input_bytes else ""))
+    print(f"{out}: {size} ({manifest.dtype})" + (f"\n{read}" if summary.input_bytes else "") + options)
     if summary.backend:
         print(
             f"  encoder    {summary.backend.name}; {counted(summary.compared, 'document')} compared with tokenizers"
         )
     if summary.kept_shards:
         print(f"  kept       {counted(summary.kept_shards, 'shard')} from the previous run")
+    _print_parts(out, summary, manifest)
+    for difference in summary.differences:
+        print(f"  different  {difference}: encoded again with tokenizers")
+
+
+def _print_parts(out: Path, summary: Summary, manifest: Manifest) -> None:
+    """Print what became of the records that are not in the training part, and what should be checked in the others."""
     if (part := summary.validation) is not None:
         print(
             f"  validation {counted(part.num_documents, 'document')}, {counted(part.num_tokens, 'token')} in {out / VALIDATION_NAME}"
@@ -110,8 +121,6 @@ def _print_summary(out: Path, summary: Summary) -> None:
         print(
             f"  set aside  {counted(manifest.set_aside, 'bad record')}, with the reason, in {out / SET_ASIDE_NAME}"
         )
-    for difference in summary.differences:
-        print(f"  different  {difference}: encoded again with tokenizers")
 
 
 def _print_doubts(manifest: Manifest) -> None:
@@ -178,6 +187,7 @@ def info(folder: _Folder, as_json: AsJson = False) -> None:
         "forms": manifest.forms,
         "chat_template": manifest.tokenizer_config_sha256 is not None,
         "tokenizer": asdict(manifest.tokenizer),
+        "tokenizer_name": name_of(manifest.tokenizer),
         "options": manifest.options,
         "inputs": [asdict(entry) for entry in manifest.inputs],
         "fingerprint": manifest.fingerprint,
@@ -189,10 +199,8 @@ def info(folder: _Folder, as_json: AsJson = False) -> None:
         f"{folder}: {manifest.kind} dataset, {counted(manifest.num_documents, 'document')}, {counted(manifest.num_tokens, 'token')}"
     )
     print(f"  shards       {len(manifest.shards)} of {manifest.dtype}, {num_bytes / 1e6:,.1f} MB")
-    ids = manifest.tokenizer
-    print(
-        f"  tokenizer    {ids.vocab_size:,} entries, BOS {ids.bos_id}, EOS {ids.eos_id}, PAD {ids.pad_id}, {ids.sha256[:12]}…"
-    )
+    tokenizer_json = (folder / TOKENIZER_NAME).read_text("utf-8")
+    print(f"  tokenizer    {description_of(manifest.tokenizer, tokenizer_json)}")
     options = ", ".join(f"{name} {value}" for name, value in manifest.options.items() if value is not None)
     print(f"  options      {options}")
     print(

@@ -4,6 +4,7 @@ The library names its parameters in backticks and knows no flags. Here, and nowh
 all that it prints: errors, notes, and the help of options that mention others.
 
     take a longer `seq_len`                        take a longer --seq-len
+    `tokenize(['a.jsonl'], TokenizeOptions(out='b'))`   `mm-data tokenize a.jsonl --out b`
     go on with `resume` and `compile=False`        go on with --resume and --no-compile
     `resume('runs/it', {'skip_positions': ['3:4']})`    `mm-train pretrain --run runs/it --resume --skip-positions 3:4`
 
@@ -13,7 +14,7 @@ Anything else in backticks, such as a command or a name that is no parameter of 
 import ast
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -73,6 +74,11 @@ class Flags:
                 return self.on.get(name) or _ELSEWHERE.get(name)
             case ast.Assign([ast.Name(name)], ast.Constant(False)):
                 return self.off.get(name)
+            case ast.Expr(ast.Call(ast.Name("tokenize"), [ast.List() as inputs, ast.Call() as options])):
+                words = ["mm-data", "tokenize", *ast.literal_eval(inputs)]
+                for option, value in _flat_keywords(options):
+                    words += _as_flag(option, value)
+                return f"`{shlex.join(words)}`"
             case ast.Expr(ast.Call(ast.Name(name), [ast.Constant(first), *options], keywords)) if (
                 name in _CALLS
             ):
@@ -85,6 +91,25 @@ class Flags:
                     words += [f"--{option.replace('_', '-')} {shlex.quote(str(one))}" for one in many]
                 return f"`{' '.join(words)}`"
         return None
+
+
+def _flat_keywords(call: ast.Call) -> Iterator[tuple[str, Any]]:
+    """Yield the options that are passed to a dataclass of options, and to those nested in it."""
+    for keyword in call.keywords:
+        if isinstance(keyword.value, ast.Call):
+            yield from _flat_keywords(keyword.value)
+        else:
+            yield keyword.arg or "", ast.literal_eval(keyword.value)
+
+
+def _as_flag(option: str, value: Any) -> list[str]:
+    """Return the words of a command line that pass an option."""
+    flag = f"--{option.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    if isinstance(value, tuple):  # a slice, I/N
+        value = "/".join(map(str, value))
+    return [flag, str(value)]
 
 
 _NO_COMMAND = Flags()

@@ -29,7 +29,7 @@ from typer.completion import completion_init  # type: ignore[attr-defined] # typ
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from minimind_data.errors import UserError
-from minimind_data.options import format_size, leaves, options_from, parse_size
+from minimind_data.options import KnowsPassed, format_size, leaves, options_from, parse_size
 
 from .entry import die_of_interrupts, importing
 from .flags import Flags, in_flags, use_flags_of
@@ -302,16 +302,22 @@ def plain(parser: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def _argument(kind: Any, name: str, values: dict[str, Any], context: typer.Context) -> Any:
     if kind is OptionsGiven:
-        sources = {key: context.get_parameter_source(key) for key in values}
-        return frozenset(key for key, source in sources.items() if source and source.name in _USER_SOURCES)
+        return frozenset(key for key in values if _is_passed(key, context))
     if not is_dataclass(kind):
         return values[name]
     assert isinstance(kind, type)
+    if issubclass(kind, KnowsPassed):
+        values = {key: value for key, value in values.items() if _is_passed(key, context)}
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     try:
         return options_from(kind, values)
     except ValueError as error:  # a value that the dataclass refuses is wrong usage
         raise typer.BadParameter(in_flags(error)) from None
+
+
+def _is_passed(name: str, context: typer.Context) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name in _USER_SOURCES
 
 
 class _ClosableStderr(io.TextIOBase):

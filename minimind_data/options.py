@@ -5,12 +5,14 @@ The help of an option is in the annotation of its field, and so is its parser, w
     split_bytes: Annotated[int, "Bytes of input that make one shard.", parse_size] = 64 * 2**20
 
 The command line makes its flags from these dataclasses, so defaults and help texts are written once.
+
+A dataclass that is `KnowsPassed` can tell the options that its caller passed from those that have their defaults.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Self, TypeVar, get_type_hints
 
 from minimind_data.errors import UserError
 from minimind_data.json_fields import read_value
@@ -19,6 +21,34 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _T = TypeVar("_T")
+
+
+class KnowsPassed:
+    """A dataclass of options that knows which of them its caller passed, and which have their defaults because he said nothing.
+
+    Two of them are equal if their options are, passed or not. `dataclasses.replace` passes all of them.
+    """
+
+    _passed: frozenset[str] = frozenset()
+
+    def __new__(cls, **options: object) -> Self:
+        """Note the names of the options."""
+        self = super().__new__(cls)
+        object.__setattr__(self, "_passed", frozenset(options))
+        return self
+
+
+def names_passed(options: KnowsPassed) -> frozenset[str]:
+    """Return the flat names of the options that were passed to a dataclass and to the dataclasses nested in it."""
+    names: set[str] = set()
+    for field in fields(options):  # type: ignore[arg-type]
+        value = getattr(options, field.name)
+        if isinstance(value, KnowsPassed):
+            names |= names_passed(value)
+        elif field.name in options._passed:  # noqa: SLF001 - of the same module
+            names.add(field.name)
+    return frozenset(names)
+
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -107,7 +137,12 @@ def options_from(cls: type[_T], values: dict[str, Any], defaults: _T | None = No
             arguments[field.name] = options_from(kind, values, _nested_defaults(field, defaults))
         elif field.name in values:
             arguments[field.name] = values[field.name]
-    return cls(**arguments) if defaults is None else replace(defaults, **arguments)  # type: ignore[type-var]
+    if defaults is None:
+        return cls(**arguments)
+    options = replace(defaults, **arguments)  # type: ignore[type-var]
+    if isinstance(options, KnowsPassed) and isinstance(defaults, KnowsPassed):
+        object.__setattr__(options, "_passed", defaults._passed | arguments.keys())  # noqa: SLF001 - of the same module
+    return options
 
 
 def options_in_file(cls: type[_T], values: Mapping[str, Any], path: Path, *, remedy: str | None = None) -> _T:

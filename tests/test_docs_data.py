@@ -58,12 +58,13 @@ def dataset(name, texts=TEXTS, file="sample.jsonl"):
 def test_from_text_to_a_dataset(folder):
     posts = [json.dumps({"data": {"content": text}}) for text in TEXTS[:20]]
     Path("posts.jsonl").write_text("\n".join(posts))
+    Path("more_posts.jsonl").write_text("\n".join(posts[:5]))
     Path("broken.jsonl").write_text('{"data": {"content": 3}}\n{\n' + posts[0])
     Path("questions.jsonl").write_text('{"question": "why?", "answer": "so"}\n')
     Path("poems.txt").write_text("one\ntwo\n\nthree\n")
     run_all("datasets.md")
     made = {path.parent.name: Manifest.read(path.parent) for path in Path("data").glob("*/manifest.json")}
-    counts = {"mine": 333, "posts": 21, "questions": 1, "poems": 2, "sliced": 333, "own": 333}
+    counts = {"mine": 333, "posts": 21, "growing": 25, "questions": 1, "poems": 2, "sliced": 333, "own": 333}
     assert {name: made[name].num_documents for name in counts} == counts
     assert made["sliced"].fingerprint == made["mine"].fingerprint
     assert len(Path("data/posts/set-aside.jsonl").read_text().splitlines()) == 2

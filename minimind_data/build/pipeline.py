@@ -4,7 +4,7 @@ During a build the folder of the dataset has a folder `.mm-build/` with the lock
 complete. A run that finds the results of a killed one checks them against the bytes of the inputs, and makes only the shards that are
 missing. The last step writes the manifest and removes `.mm-build/`. So the dataset is the same whatever happened on the way.
 
-A finished dataset grows and changes in the same way: shards whose input has not changed stay, the others are made, and a new manifest
+A finished dataset grows and changes in the same way, by the options that it was made with (`precedent`): shards whose input has not changed stay, the others are made, and a new manifest
 replaces the old one. The old manifest is taken away beforehand only where shards that it names are written anew.
 """
 
@@ -25,9 +25,16 @@ from minimind_data.build.plan import (
     sample_texts,
     slice_of,
 )
+from minimind_data.build.precedent import Contradiction, Precedent
 from minimind_data.build.publish import DatasetMetadata, Summary, assemble, publish, restore
-from minimind_data.build.recipe import Recipe, recipe_of
-from minimind_data.build.reuse import FinishedDataset, finished_dataset, is_there, reusable
+from minimind_data.build.recipe import recipe_of
+from minimind_data.build.reuse import (
+    FinishedDataset,
+    finished_dataset,
+    finished_manifest,
+    is_there,
+    reusable,
+)
 from minimind_data.build.split import HashResult, Job, SplitResult, SplitTask
 from minimind_data.build.work_folder import CannotWriteError, WorkFolder, spool_stdin
 from minimind_data.build.workers import encoders_in_our_threads
@@ -63,7 +70,8 @@ def tokenize(
 
     Args:
         inputs: files, folders, globs, URIs of object stores, or `-` for standard input, in the order of the dataset.
-        options: how, and where the dataset goes.
+        options: how, and where the dataset goes. Where one is there already, finished or not, the options that shape it and are not
+            passed are those that it was made with.
         say: takes sentences that the user should know before the work is done.
         progress: shows the bytes that are read and the tokens that are made, step by step.
 
@@ -72,19 +80,29 @@ def tokenize(
     """
     if not inputs:
         raise UserError("no input", remedy="name at least one file or folder")
-    tokenizer = load_tokenizer(
-        options.tokenizer, SpecialTokens(bos=options.bos_token, eos=options.eos_token, pad=options.pad_token)
-    )
-    template = chat_template_of(options.tokenizer, options.chat.chat_template)
-    chat = chat_encoding_of(options, tokenizer, template)
     names = [str(one) for one in inputs]
+    work = WorkFolder(options.out)
+    request = _Request(inputs=names, options=options)
+    precedent = Precedent.of(work, finished_manifest(work))
+    contradictions: list[Contradiction] = []
+    options_taken: dict[str, str] = {}
+    if precedent is None:
+        special = SpecialTokens(bos=options.bos_token, eos=options.eos_token, pad=options.pad_token)
+        tokenizer = load_tokenizer(options.tokenizer, special)
+        template = chat_template_of(options.tokenizer, options.chat.chat_template)
+    else:
+        options, contradictions, options_taken = precedent.complete(options)
+        tokenizer, template = precedent.tokenizer(options)
+    chat = chat_encoding_of(options, tokenizer, template)
+    if precedent is not None:
+        contradictions += precedent.contradictions(recipe_of(options, tokenizer, chat), options, tokenizer)
+        precedent.refuse(contradictions, request.inputs, request.options)
     reads_stdin = STDIN in names
     number = names.index(STDIN) if reads_stdin else len(names)
     sources_before, notes_before = find_sources(names[:number], options.format)
     sources_after, notes_after = find_sources(names[number + 1 :], options.format)
     for note in notes_before + notes_after:
         say(note)
-    work = WorkFolder(options.out)
 
     def prepare() -> _Build:
         stdin = [spool_stdin(work, options, progress)] if reads_stdin else []
@@ -100,6 +118,8 @@ def tokenize(
             chat=chat,
             say=say,
             progress=progress,
+            request=request,
+            options_taken=options_taken,
         )
 
     build = None if reads_stdin else prepare()  # standard input is copied to the folder, under its lock
@@ -110,6 +130,14 @@ def tokenize(
         if build is None or (summary := build.finished()) is None:
             raise
         return summary
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Request:
+    """The arguments of `tokenize`, as they were passed."""
+
+    inputs: Sequence[str]
+    options: TokenizeOptions
 
 
 def commit(out: Path | str, *, say: Say = say_nothing, progress: Progress = no_progress) -> Summary:
@@ -159,6 +187,7 @@ def commit(out: Path | str, *, say: Say = say_nothing, progress: Progress = no_p
             chat=chat,
             say=say,
             progress=progress,
+            request=_Request(inputs=[source.name for source in plan.inputs], options=options),
         )
         return build.run(only_join=True)
 
@@ -177,6 +206,8 @@ class _Build:
         chat: ChatEncoding | None,
         say: Say,
         progress: Progress,
+        request: _Request,
+        options_taken: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         check_forms(sources, options)
         self._sources = sources
@@ -188,6 +219,8 @@ class _Build:
         self._work = work
         self._say = say
         self._progress = progress
+        self._request = request
+        self._options_taken = options_taken
         self._recipe = recipe_of(options, tokenizer, self._chat)
         self._start = time.monotonic()
 
@@ -204,9 +237,9 @@ class _Build:
         if options.task is None:
             hashes.begin()
         previous = finished_dataset(work)
+        self._refuse_other_recipe(previous)
         same_inputs = False
         if previous is not None:
-            self._refuse_other_recipe(previous)
             same_inputs = self._compare_inputs(previous, hashes.entries())
             if same_inputs and self._is_whole(previous):
                 restore(work, previous, self._tokenizer.json, self._config_json, self._say)
@@ -296,15 +329,12 @@ class _Build:
             is_there(self._options.out, entry.name, entry.written) for entry in previous.manifest.shards
         ) and all(is_there(self._work.val, entry.name, entry.written) for entry in val_shards)
 
-    def _refuse_other_recipe(self, previous: FinishedDataset) -> None:
-        """Refuse another recipe than that of the finished dataset."""
-        if different := Recipe.of_manifest(previous.manifest).differences(self._recipe):
-            raise UserError(
-                f"holds a dataset that was made differently: {'; '.join(different)}",
-                where=self._options.out,
-                remedy="take another `out`, or delete that dataset",
-                option="out",
-            )
+    def _refuse_other_recipe(self, previous: FinishedDataset | None) -> None:
+        """Refuse another recipe than that of what is there, which may have come there since the options were completed."""
+        precedent = Precedent.of(self._work, None if previous is None else previous.manifest)
+        if precedent is not None:
+            contradictions = precedent.contradictions(self._recipe, self._options, self._tokenizer)
+            precedent.refuse(contradictions, self._request.inputs, self._request.options)
 
     def _compare_inputs(self, previous: FinishedDataset, inputs: Sequence[InputEntry]) -> bool:
         """Tell whether the inputs are those of the finished dataset, in whatever folders they are now.
@@ -409,6 +439,7 @@ class _Build:
             made_shards=len(results),
             input_bytes=_num_bytes([task for task in self._tasks if task.name in results]),
             seconds=time.monotonic() - self._start,
+            options_taken=self._options_taken,
             backend=backend,
             compared=sum(result.compared for result in results.values()),
             differences=tuple(

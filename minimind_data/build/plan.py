@@ -21,7 +21,7 @@ from minimind_data.inputs.forms import AUTO, FORMS, FormChoice, form_of, titles
 from minimind_data.inputs.sources import Source
 from minimind_data.inputs.spec import RecordSpec
 from minimind_data.inputs.splits import open_reader, plan_splits
-from minimind_data.options import as_paths, parse_size
+from minimind_data.options import KnowsPassed, as_paths, parse_size
 from minimind_data.tokenizer.backends import Backend
 from minimind_data.tokenizer.loading import BosToken, EosToken, PadToken, Tokenizer
 
@@ -69,8 +69,11 @@ def parse_fraction(text: str | float) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizeOptions:
-    """How text becomes shards."""
+class TokenizeOptions(KnowsPassed):
+    """How text becomes shards.
+
+    Where a dataset is in `out` already, the options that shape it and are not passed are those that it was made with.
+    """
 
     out: Annotated[Path, "Folder of the dataset."] = Path("data")
     tokenizer: Annotated[

@@ -4,7 +4,7 @@
 `build.tokenize` returns, `Summary`, is here too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import orjson
@@ -57,6 +57,8 @@ class Summary:
     input_bytes: int
     """Size of the splits that this run made, as they are stored."""
     seconds: float
+    options_taken: Mapping[str, str]
+    """The options that were not passed and that hold as the dataset that was there has them, by name, where they are no defaults."""
     backend: Choice | None
     """The encoder; None where nothing was encoded."""
     compared: int

@@ -8,7 +8,6 @@ from minimind_data.chat.encoding import ChatEncoding
 from minimind_data.dataset.format import Kind, Manifest, TokenizerInfo
 from minimind_data.files import sha256_of_bytes
 from minimind_data.json_fields import FiniteJson
-from minimind_data.options import differences
 from minimind_data.tokenizer.loading import Tokenizer
 
 
@@ -26,19 +25,9 @@ class Recipe:
         """Return the recipe that a finished dataset was made by."""
         return cls(kind=manifest.kind, tokenizer=manifest.tokenizer, options=manifest.options)
 
-    def differences(self, other: "Recipe") -> list[str]:
-        """Say, for each fact in which they differ, what it is in this recipe ("there") and in the other ("here")."""
-        there, here = self.facts(), other.facts()
-        return differences(there, here, here | there)
-
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as JSON holds it."""
         return asdict(self)
-
-    def facts(self) -> dict[str, Any]:
-        """Return what the recipe says, by the names that a comparison shows."""
-        tokenizer = {f"tokenizer {name}": value for name, value in asdict(self.tokenizer).items()}
-        return {"kind": self.kind, **tokenizer, **self.options}
 
 
 def recipe_of(options: TokenizeOptions, tokenizer: Tokenizer, chat: ChatEncoding | None) -> Recipe:

@@ -104,12 +104,17 @@ class FinishedDataset:
 
 def finished_dataset(work: WorkFolder) -> FinishedDataset | None:
     """Return the finished dataset in the folder of a build, wherever its manifest is now; None where there is none."""
-    manifest = _first_manifest(work.out, work.previous)
+    manifest = finished_manifest(work)
     if manifest is None:
         return None
     validation = _first_manifest(work.val, work.previous / VALIDATION_NAME)
     set_aside = (work.previous / SET_ASIDE_NAME, work.out / SET_ASIDE_NAME)
     return FinishedDataset(manifest, validation, set_aside)
+
+
+def finished_manifest(work: WorkFolder) -> Manifest | None:
+    """Return the manifest of `finished_dataset`."""
+    return _first_manifest(work.out, work.previous)
 
 
 def _first_manifest(*folders: Path) -> Manifest | None:

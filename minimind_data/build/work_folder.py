@@ -155,21 +155,9 @@ class WorkFolder:
             recipe: of the build.
             inputs: of the dataset.
             names: of the shards that this build makes, and of those that the finished dataset has.
-
-        Raises:
-            UserError: some splits were made by another recipe.
         """
         plan_there = self.plan()
         if plan_there is not None:
-            # Without results, nothing was made by the other recipe.
-            has_results = any(self.path.glob(f"*{_RESULT_SUFFIX}"))
-            if has_results and (different := plan_there.recipe.differences(recipe)):
-                raise UserError(
-                    f"holds an unfinished build with other options: {'; '.join(different)}",
-                    where=self.out,
-                    remedy=f"finish it with those, take another `out`, or delete {self.path}",
-                    option="out",
-                )
             names = names.union(plan_there.shards)
         plan = Plan(
             recipe=recipe,
@@ -190,6 +178,10 @@ class WorkFolder:
             return _read(Plan, self.path / PLAN_NAME, remedy)
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    def has_results(self) -> bool:
+        """Tell whether any split is made; without one, nothing is made by the recipe of the plan."""
+        return any(self.path.glob(f"*{_RESULT_SUFFIX}"))
 
     def write_result(self, result: SplitResult) -> None:
         """Write the result of a split, after its shard is committed."""

@@ -42,7 +42,7 @@ from minimind_data.chat.template import (
     with_parts_joined,
 )
 from minimind_data.hashing import belongs_to_share
-from minimind_data.options import as_paths
+from minimind_data.options import KnowsPassed, as_paths
 from minimind_data.reporting import counted
 from minimind_data.tokenizer.loading import Tokenizer
 
@@ -78,7 +78,7 @@ def parse_date(text: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatOptions:
+class ChatOptions(KnowsPassed):
     """What can be said of how conversations become texts, besides what their tokenizer says."""
 
     chat_template: Annotated[Path | None, "File with the chat template, in place of the tokenizer's own."] = (

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from minimind_data.chat.conversations import kind_shown_by
+from minimind_data.options import KnowsPassed
 from minimind_data.reporting import kind_of
 
 _WORD = re.compile(r"[^\W\d_]+|\d+|\s+|[^\w\s]+|_+")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordSpec:
+class RecordSpec(KnowsPassed):
     """What makes a document out of a record, or out of plain text."""
 
     field: Annotated[str, "Field of a record that holds the text; a.b is field b inside a."] = "text"

@@ -13,6 +13,7 @@ import pytest
 
 from minimind_data.dataset import writer
 from minimind_data.options import format_size, parse_size
+from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
 from tests.helpers.commands import mm_data
 
 TEXTS = [f"Question {i}? Answer {i}。<|im_end|>" for i in range(200)]
@@ -56,6 +57,27 @@ def test_info(dataset, source):
     assert (told["documents"], told["kind"], told["dtype"]) == (200, "pretrain", "uint16")
     assert told["inputs"][0]["path"] == str(source)
     assert "200 documents" in mm_data("info", dataset).stdout
+
+
+def test_info_names_the_tokenizer_as_far_as_it_is_known(dataset, tmp_path):
+    special = "6,400 entries, BOS <|im_start|> (1), EOS <|im_end|> (2), PAD <|endoftext|> (0), "
+    own = f"  tokenizer    the one that ships with this program, byte-level BPE, {special}"
+    assert own in mm_data("info", dataset).stdout
+    assert json.loads(mm_data("info", dataset, "--json").stdout)["tokenizer_name"] is not None
+    other = dataset.with_name("other")
+    (tmp_path / "changed").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "changed" / name).write_text(
+            (DEFAULT_TOKENIZER / name).read_text("utf-8") + "\n", "utf-8"
+        )
+    (tmp_path / "few.jsonl").write_text('{"text": "a text"}\n')
+    made = mm_data("tokenize", tmp_path / "few.jsonl", "--out", other, "--tokenizer", tmp_path / "changed")
+    assert made.exit_code == 0
+    lines = mm_data("info", other).stdout.splitlines()
+    line = next(line for line in lines if line.startswith("  tokenizer"))
+    assert line.startswith(f"  tokenizer    byte-level BPE, {special}")
+    assert line.endswith("… (it is not recorded where it came from)")
+    assert json.loads(mm_data("info", other, "--json").stdout)["tokenizer_name"] is None
 
 
 def test_window_speaks_json_and_text(dataset):

@@ -50,6 +50,18 @@ def test_parameters_become_flags():
     assert spoken("pass `reweight`, with `save_best`") == "pass --reweight-at-resume, with --save-best"
 
 
+def test_a_call_of_tokenize_becomes_its_command():
+    call = (
+        "`tokenize(['a b.jsonl', 'c'], TokenizeOptions(out='d', records=RecordSpec(field='x'), task=(1, 2), "
+        "chat=ChatOptions(allow_special_in_content=True, empty_think_ratio=0.5)))`"
+    )
+    command = "mm-data tokenize 'a b.jsonl' c --out d --field x --task 1/2 --allow-special-in-content --empty-think-ratio 0.5"
+    assert flags("tokenize", data.app)(call) == f"`{command}`"
+    assert flags("tokenize", data.app)(call.replace("True", "False")) == (
+        f"`{command.replace('--allow', '--no-allow')}`"
+    )
+
+
 def test_an_argument_is_called_as_the_help_calls_it():
     assert (
         flags("convert", data.app)("`source` is no `source_format` of these")

@@ -94,8 +94,16 @@ def test_other_settings_are_refused_and_shown(source, tmp_path, write_jsonl):
     before = tree(tmp_path / "a")
     other = write_jsonl([*TEXTS, "one more"], "other.jsonl")
     for inputs, changes, difference in [
-        ([source], {"split_bytes": 9000}, "split_bytes is 8192 there and 9000 here"),
-        ([source], {"bos_token": "<|im_end|>"}, "tokenizer bos_id is 1 there and 2 here"),
+        (
+            [source],
+            {"split_bytes": 9000},
+            "made differently: `split_bytes` is 8KiB there and 9000 here; to add to it",
+        ),
+        (
+            [source],
+            {"bos_token": "<|im_end|>"},
+            r"`bos_token` is '<\|im_start\|>' there and '<\|im_end\|>' here",
+        ),
         ([other], {}, "holds documents of text.jsonl, which is not among the inputs now; name all inputs"),
     ]:
         with pytest.raises(UserError, match=difference):
@@ -252,7 +260,7 @@ def test_an_unfinished_build_goes_on_only_as_it_was_begun(tmp_path, source):
         tokenize([source], options(tmp_path / "out"))
     with pytest.raises(
         UserError,
-        match=r"unfinished build with other options: split_bytes is 8192 there and 9000 here.*delete",
+        match=r"unfinished build with other options: `split_bytes` is 8KiB there and 9000 here.*delete",
     ):
         tokenize([source], options(tmp_path / "out", split_bytes=9000))
 

@@ -379,7 +379,9 @@ def test_the_template_travels_with_the_dataset(tmp_path):
     own.write_text(TEMPLATES["chatml"])
     tokenize([source], options(tmp_path / "own", tokenizer=folder, chat_template=own))
     assert chat_template_of(tmp_path / "own").text == TEMPLATES["chatml"]
-    with pytest.raises(UserError, match="holds a dataset that was made differently: chat_template_sha256"):
+    with pytest.raises(
+        UserError, match="holds a dataset that was made differently: `chat_template` is that in"
+    ):
         tokenize([source], options(tmp_path / "own", tokenizer=folder))
 
 

@@ -1,0 +1,87 @@
+"""A tokenizer as a person names it: where it comes from, of what kind it is, and how large.
+
+Datasets record the checksum of their tokenizer and not where it lay, which would make two datasets of the same tokens differ. So a name is
+known for those tokenizers alone whose checksum is known here.
+"""
+
+import functools
+import json
+from typing import Any
+
+from minimind_data.dataset.format import TOKENIZER_NAME, TokenizerInfo
+from minimind_data.files import sha256_of
+from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
+
+_NAMES = {
+    "d98595c6aef70d95f72748582fb9b4f53d76dd58c1ae1dd702ad7c84e1caf5e4": "MiniMind2's",
+    "71f32c68cf63a15355a8fc171b7594b3d41870fe0ddb54fc6aefa55f73a4a668": "MiniMind-3's",
+}
+"""By the SHA-256 of tokenizer.json."""
+
+
+@functools.cache
+def default_sha256() -> str:
+    """Return the SHA-256 of the tokenizer.json that ships with this package."""
+    return sha256_of(DEFAULT_TOKENIZER / TOKENIZER_NAME)
+
+
+def name_of(info: TokenizerInfo) -> str | None:
+    """Return the name of a tokenizer; None where its checksum is not known."""
+    if info.sha256 == default_sha256():
+        return "the one that ships with this program"
+    return _NAMES.get(info.sha256)
+
+
+def summary_of(info: TokenizerInfo) -> str:
+    """Return its name, where that is known, its size and the beginning of its checksum."""
+    size = f"{info.vocab_size:,} entries, {info.sha256[:12]}…"
+    name = name_of(info)
+    return f"one of {size}" if name is None else f"{name} ({size})"
+
+
+def description_of(info: TokenizerInfo, json_text: str) -> str:
+    """Return all that is known of the tokenizer of a dataset, in a line.
+
+    Args:
+        info: what the manifest says of it.
+        json_text: the text of tokenizer.json; empty where there is none.
+    """
+    name = name_of(info)
+    parts = [] if name is None else [name]
+    parts += [kind] if (kind := kind_of_tokenizer(json_text)) else []
+    parts.append(f"{info.vocab_size:,} entries")
+    for token, number in zip(("BOS", "EOS", "PAD"), info.special_ids, strict=True):
+        text = text_of_token(json_text, number)
+        parts.append(f"{token} {number}" if text is None else f"{token} {text} ({number})")
+    parts.append(f"{info.sha256[:12]}…")
+    return ", ".join(parts) + (" (it is not recorded where it came from)" if name is None else "")
+
+
+def kind_of_tokenizer(json_text: str) -> str:
+    """Return what kind of tokenizer the text of a tokenizer.json is, such as `byte-level BPE`; empty where it does not say."""
+    try:
+        content = json.loads(json_text)
+        kind = str(content["model"]["type"])
+    except (ValueError, RecursionError, LookupError, TypeError):
+        return ""
+    return f"byte-level {kind}" if _uses_bytes(content) else kind
+
+
+def _uses_bytes(content: dict[str, Any]) -> bool:
+    steps = [content.get("pre_tokenizer"), content.get("decoder")]
+    for step in steps:
+        if isinstance(step, dict):
+            nested = step.get("pretokenizers") or step.get("decoders") or []
+            steps += nested if isinstance(nested, list) else []
+            if step.get("type") == "ByteLevel":
+                return True
+    return False
+
+
+def text_of_token(json_text: str, number: int) -> str | None:
+    """Return the text of an added token, as BOS, EOS and PAD are, by its id; None where the tokenizer has no such."""
+    try:
+        tokens = json.loads(json_text)["added_tokens"]
+        return next((str(token["content"]) for token in tokens if token["id"] == number), None)
+    except (ValueError, RecursionError, LookupError, TypeError):
+        return None
