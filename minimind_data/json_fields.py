@@ -80,6 +80,15 @@ def is_file_name(name: str) -> bool:
     return name not in ("", ".", "..") and num_bytes <= _MAX_NAME_BYTES and not _NOT_IN_NAMES.search(name)
 
 
+def is_path(text: str) -> bool:
+    """Tell whether the system can be asked for a path: it is not empty, has no null character, and its characters are some."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return bool(text) and "\0" not in text
+
+
 def as_file_name(text: str) -> str:
     """Return the text with `_` for what names of files do not have here."""
     return _NOT_IN_NAMES.sub("_", text)
@@ -104,6 +113,7 @@ Digest = Annotated[
     str,
     Rule("a SHA-256 in hexadecimal, or nothing", lambda text: not text or re.fullmatch("[0-9a-f]{64}", text)),
 ]
+PathText = Annotated[str, Rule("a path or a URI", is_path)]
 FiniteJson = Annotated[Any, Rule("a value of finite numbers", is_finite)]
 
 _Reader = Callable[[Any, str], Any]

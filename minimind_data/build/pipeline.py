@@ -50,10 +50,9 @@ from minimind_data.dataset.format import (
 )
 from minimind_data.errors import UserError
 from minimind_data.files import sha256_of, user_error_on_full_disk, write_atomic
-from minimind_data.inputs.discovery import find_sources
+from minimind_data.inputs.discovery import check_is_file, find_sources
 from minimind_data.inputs.hashes import InputHashes
 from minimind_data.inputs.sources import STDIN, Source
-from minimind_data.options import options_from
 from minimind_data.reporting import Progress, Report, Say, no_progress, say_nothing
 from minimind_data.tokenizer.backends import Choice, choose_backend
 from minimind_data.tokenizer.loading import SpecialTokens, Tokenizer, cached_tokenizer, load_tokenizer
@@ -160,7 +159,7 @@ def commit(out: Path | str, *, say: Say = say_nothing, progress: Progress = no_p
         raise UserError(
             "no unfinished build there", where=out, remedy="begin one by `mm-data tokenize` with `task` 1/N"
         )
-    options = options_from(TokenizeOptions, {**plan.recipe.options, "out": out, "kind": plan.recipe.kind})
+    options = work.options_of(plan)
     tokenizer_path, info = work.path / TOKENIZER_NAME, plan.recipe.tokenizer
     if not tokenizer_path.is_file() or sha256_of(tokenizer_path) != info.sha256:
         raise UserError(
@@ -177,6 +176,8 @@ def commit(out: Path | str, *, say: Say = say_nothing, progress: Progress = no_p
             where=missing[0],
             remedy="put it back, then commit again",
         )
+    for source in plan.inputs:
+        check_is_file(source)
     with user_error_on_full_disk(out), work.locked():
         build = _Build(
             plan.inputs,

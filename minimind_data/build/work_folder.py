@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from minimind_data.build.plan import TokenizeOptions, slice_of
-from minimind_data.build.recipe import Recipe
+from minimind_data.build.recipe import Recipe, options_of
 from minimind_data.build.split import (
     HASHES_SUFFIX,
     SET_ASIDE_SUFFIX,
@@ -46,8 +46,9 @@ from minimind_data.files import (
     write_checked,
 )
 from minimind_data.inputs.discovery import source_of
+from minimind_data.inputs.forms import FORMS
 from minimind_data.inputs.sources import STDIN, Source, spool
-from minimind_data.json_fields import BESIDE, FieldError, FileName, read_fields
+from minimind_data.json_fields import BESIDE, FieldError, FileName, Rule, read_fields, shown
 from minimind_data.reporting import Progress
 
 _T = TypeVar("_T")
@@ -71,7 +72,7 @@ class Plan:
     """What `plan.json` says: what the build makes, and from what."""
 
     recipe: Annotated[Recipe, BESIDE]
-    inputs: tuple[Source, ...]
+    inputs: Annotated[tuple[Source, ...], Rule("at least one input", bool)]
     """With absolute paths, so that `mm-data commit` finds them from any working directory."""
     shards: tuple[FileName, ...]
     """Names, in alphabetical order, of all shards that this build or one before it may have made."""
@@ -173,15 +174,32 @@ class WorkFolder:
         Raises:
             UserError: the file is damaged.
         """
-        remedy = f"delete {self.path} and run the command that started this build again, which makes all splits anew"
+        path = self.path / PLAN_NAME
         try:
-            return _read(Plan, self.path / PLAN_NAME, remedy)
+            plan = _read(Plan, path, self._plan_remedy)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        for source in plan.inputs:
+            if source.form not in FORMS:
+                why = f"the form of an input is {shown(source.form)}, where {' or '.join(FORMS)} is wanted"
+                raise DamagedFileError.of(path, why, self._plan_remedy)
+        return plan
 
     def has_results(self) -> bool:
         """Tell whether any split is made; without one, nothing is made by the recipe of the plan."""
         return any(self.path.glob(f"*{_RESULT_SUFFIX}"))
+
+    def options_of(self, plan: Plan) -> TokenizeOptions:
+        """Return the options that a plan was made by, as far as they shape the dataset.
+
+        Raises:
+            UserError: the file of the plan holds other values than options have.
+        """
+        return options_of(plan.recipe, self.out, self.path / PLAN_NAME, self._plan_remedy)
+
+    @property
+    def _plan_remedy(self) -> str:
+        return f"delete {self.path} and run the command that started this build again, which makes all splits anew"
 
     def write_result(self, result: SplitResult) -> None:
         """Write the result of a split, after its shard is committed."""

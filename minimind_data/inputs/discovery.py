@@ -91,7 +91,7 @@ def source_of(location: str, form: FormChoice = AUTO, *, name: str | None = None
         UserError: it is missing, empty, no file, or of unknown form.
     """
     source = Source(name=name or _shown(location), location=location, form=AUTO)
-    _check_is_file(source)
+    check_is_file(source)
     with source.open() as file:
         head = file.read(_HEAD_BYTES)
     if not head:
@@ -248,7 +248,12 @@ def _shown(location: str) -> str:
     return stores.shown(location) if stores.is_uri(location) else location
 
 
-def _check_is_file(source: Source) -> None:
+def check_is_file(source: Source) -> None:
+    """Check that a source on this machine is a file, before it is opened.
+
+    Raises:
+        UserError: it is a folder, a pipe or a device.
+    """
     if source.is_remote:
         return
     name, path = source.name, Path(source.location)

@@ -4,6 +4,7 @@ What object stores hold (see `stores`) is read in ranges, never fetched whole.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import BinaryIO, Literal, cast
 
 from minimind_data.errors import UserError
 from minimind_data.inputs import stores
+from minimind_data.json_fields import PathText
 from minimind_data.reporting import Report
 
 Compression = Literal["gzip", "zstd"]
@@ -21,9 +23,9 @@ STDIN = "-"
 class Source:
     """One input: where it lies and how to read it."""
 
-    name: str
+    name: PathText
     """In messages and the manifest: the path or the URI, without credentials."""
-    location: str
+    location: PathText
     """The path or URI that is opened."""
     form: str
     """What its bytes are: a name in `forms.FORMS`."""
@@ -78,7 +80,7 @@ class Source:
 
     def is_gone(self) -> bool:
         """Tell whether there is no such file any more; a missing object in a store is noticed only when it is read."""
-        return not self.is_remote and not Path(self.location).exists()
+        return not self.is_remote and not os.path.exists(self.location)  # noqa: PTH110 - Path.exists raises for a name too long
 
     @contextlib.contextmanager
     def reading(self, *, as_container: bool = False) -> Iterator[None]:

@@ -1,9 +1,11 @@
 """The files of an unfinished build can say anything: the build goes on, or one sentence says what to delete; no file of another is touched."""
 
 import json
+import shutil
 
 import pytest
 
+from minimind_data.build.pipeline import commit
 from minimind_data.build.work_folder import WorkFolder
 from minimind_data.errors import UserError
 from tests.helpers.commands import mm_data
@@ -60,3 +62,37 @@ def test_a_plan_deletes_nothing_outside_of_its_folder(work, name):
         assert result.exit_code == 1
         assert "plan.json: edited or damaged (shards[" in result.output
         assert snapshot(folder.out.parent) == before
+
+
+def test_the_inputs_and_options_of_a_plan_are_what_a_plan_can_have_or_are_refused(work):
+    folder, arguments = work
+    assert mm_data(*arguments, "--task", "2/2").exit_code == 0
+    path = folder.path / "plan.json"
+    content = json.loads(path.read_bytes())
+    del content["checksum"]
+    refused = 0
+    for _, changed in mutations({name: content[name] for name in ("inputs", "options")}):
+        write_with_checksum(path, content | changed, "checksum")
+        copy = folder.out.parent / "copy"
+        shutil.copytree(folder.out, copy)
+        refused += refusal_of(lambda: commit(copy)) is not None  # noqa: B023 - called at once
+        shutil.rmtree(copy)
+    assert refused > 200
+
+
+@pytest.mark.parametrize(
+    ("location", "complaint"),
+    [
+        ("/dev/zero", "a pipe or a device"),
+        ("/dev", "a folder, where a file is needed"),
+        ("x" * 5000, "which is not there any more"),
+    ],
+)
+def test_an_input_of_a_plan_that_is_no_file_is_not_read(work, location, complaint):
+    folder, _ = work
+    path = folder.path / "plan.json"
+    content = json.loads(path.read_bytes())
+    del content["checksum"]
+    content["inputs"][0]["location"] = location
+    write_with_checksum(path, content, "checksum")
+    assert complaint in refusal_of(lambda: commit(folder.out))
