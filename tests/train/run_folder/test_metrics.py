@@ -1,8 +1,11 @@
 """metrics.jsonl has each step once, whatever was cut off or written twice."""
 
+import resource
+
 import pytest
 
-from minimind_train.run_folder.metrics import MetricsLog
+from minimind_data.errors import UserError
+from minimind_train.run_folder.metrics import MetricsLog, NoMetrics, read_metrics
 from tests.helpers.runs import records
 
 
@@ -68,3 +71,46 @@ def test_only_numbers_that_json_knows(tmp_path):
         pytest.raises(ValueError, match="not JSON compliant"),
     ):
         log.write({"step": 1, "loss": float("nan")})
+
+
+@pytest.mark.parametrize(("last_step", "kept"), [(0, 0), (3, 3), (5, 5), (9, 5)])
+def test_a_log_knows_how_far_the_run_had_come(path, last_step, kept):
+    with MetricsLog(path, last_step=last_step) as log:
+        assert (log.num_lines, log.former_last_step) == (kept, 5)
+    with MetricsLog(path, last_step=last_step) as log:
+        assert (log.num_lines, log.former_last_step) == (kept, kept)
+
+
+def test_a_new_log_is_empty_and_one_that_does_not_write_has_nothing(tmp_path):
+    with MetricsLog(tmp_path / "m", last_step=9) as log:
+        assert (log.num_lines, log.former_last_step) == (0, 0)
+        log.write({"step": 1})
+        assert log.num_lines == 1
+    with NoMetrics() as none:
+        none.write({"step": 1})
+        none.sync()
+        assert (none.num_lines, none.former_last_step) == (0, 0)
+
+
+def test_metrics_are_read_while_a_line_is_being_written(path, tmp_path):
+    assert read_metrics(tmp_path / "none") == []
+    with path.open("ab") as file:
+        file.write(b'[1]\n{"step": "six"}\n{"step": 6}\n{"step": 7}')
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4, 5, 6]
+    assert read_metrics(path)[1] == {"step": 2, "loss": 0.25}
+
+
+def test_a_disk_that_is_full_ends_the_run_with_a_sentence(path):
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = path.stat().st_size
+    with MetricsLog(path, last_step=5) as log:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, former[1]))
+        try:
+            with pytest.raises(UserError, match=r"metrics.jsonl: the disk is full; make room"):
+                log.write({"step": 6})
+            with pytest.raises(UserError, match=r"metrics.jsonl: File too large; mend that"):
+                log.write({"step": 6})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, former)
+        assert log.num_lines == 5
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4, 5]
