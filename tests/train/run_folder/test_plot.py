@@ -108,11 +108,83 @@ def test_a_picture_is_drawn_by_matplotlib(tmp_path, runs, suffix, begins):
         )
 
 
+def test_a_picture_has_a_panel_for_each_metric_and_a_line_for_each_run(tmp_path, runs, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *to, **how: (drawn.append(figure), save(figure, *to, **how))
+    )
+    draw([*runs, *[runs[1]] * 9], tmp_path / "p.png", axis="tokens")
+    (figure,) = drawn
+    assert [(axes.get_title(), axes.get_xlabel()) for axes in figure.axes] == [
+        (title, "tokens") for title in ("Loss", "Learning rate", "Tokens a second", "Gradient norm")
+    ]
+    assert figure.axes[0].get_subplotspec().get_gridspec().get_geometry() == (2, 2)
+    loss, rate = figure.axes[:2]
+    measured = [line for line in records(runs[0] / "metrics.jsonl") if "val_loss" in line]
+    (of_one, validation, *others) = loss.get_lines()
+    assert of_one.get_xdata().tolist() == [128 * step for step in range(1, 13)]
+    assert of_one.get_ydata().tolist() == [line["loss"] for line in records(runs[0] / "metrics.jsonl")]
+    assert validation.get_xdata().tolist() == [16 * line["position"] for line in measured]
+    assert validation.get_ydata().tolist() == [line["val_loss"] for line in measured]
+    assert [line.get_linestyle() for line in (of_one, validation)] == ["-", "--"]
+    assert [line.get_color() for line in (of_one, validation)] == ["C0", "C0"]
+    assert [line.get_color() for line in others[:-1]] == [f"C{number}" for number in (*range(1, 10), 0)]
+    names = ["<b>one", *[str(runs[1])] * 10]
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == [*names, "validation"]
+    assert [text.get_text() for text in rate.get_legend().get_texts()] == names
+
+
+def test_panels_come_in_the_usual_order_and_others_after_them(tmp_path, runs):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_bytes((runs[1] / "config.json").read_bytes())
+    line = {
+        "step": 1,
+        "position": 8,
+        "epoch": 1,
+        "targets": 5,
+        "offset": 3,
+        "loss_scale": 2.0,
+        "skipped_steps": 0,
+    }
+    shown = {"zebra_count": 1, "auxiliary_loss": 0.5, "accuracy": 0.25, "loss": 2, "grad_norm": 1.0}
+    hidden = {"val_accuracy": 0.5, "ok": True, "shard": "text-00000", "epochs": {"a": 1.0}}
+    (run / "metrics.jsonl").write_text(
+        json.dumps({"step": 0, "loss": 9.0}) + "\n" + json.dumps(line | shown | hidden) + "\n"
+    )
+    (curves,) = read_curves([run])
+    assert curves.y == {name: [value] for name, value in shown.items()}
+    assert curves.x == {"step": [1], "tokens": [128], "position": [8]}
+    assert panels_of([curves]) == [
+        ("loss", "Loss", None), ("grad_norm", "Gradient norm", None), ("auxiliary_loss", "Auxiliary loss", None),
+        ("accuracy", "Accuracy", None), ("zebra_count", "Zebra count", None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("num_lines", "steps"),
+    [(1, [1]), (3, [1, 2, 3]), (4, [1, 3, 4]), (6, [1, 3, 5, 6]), (7, [1, 4, 7]), (9, [1, 4, 7, 9])],
+)
+def test_no_more_than_so_many_points_but_the_last(tmp_path, runs, monkeypatch, num_lines, steps):
+    monkeypatch.setattr(plot, "_MAX_POINTS", 3)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_bytes((runs[1] / "config.json").read_bytes())
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": n, "position": n, "loss": 1.0}) + "\n" for n in range(1, num_lines + 1))
+    )
+    assert read_curves([run])[0].x["step"] == steps
+
+
 def test_what_cannot_be_drawn(tmp_path, runs, monkeypatch):
+    tmp_path.with_suffix(".html").mkdir()
     for out, complaint in (
         (tmp_path / "p.gif", "the suffix says what to draw"),
         (tmp_path / "p", "the suffix says what to draw"),
         (tmp_path / "none" / "p.html", "make the folder"),
+        (tmp_path.with_suffix(".html"), "no place for a file"),
     ):
         with pytest.raises(UserError, match=complaint):
             draw(runs, out)
