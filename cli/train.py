@@ -23,7 +23,7 @@ from minimind_train.run.options import (
     SftOptions,
     changeable,
 )
-from minimind_train.run.toml import read_description
+from minimind_train.run.toml import read_description, typed_options, with_present_places_of_run
 
 from . import models
 from .entry import importing
@@ -57,12 +57,16 @@ def _config_option(kind: type[RunOptions]) -> Any:
         if path is not None:
             try:
                 options = read_description(path, kind.command, names)
+                options = with_present_places_of_run(path, options, say_in_flags())
+                defaults = typed_options(path, as_defaults(options, context), kind)
             except ValueError as error:
                 raise typer.BadParameter(str(error)) from None
+            except typer.BadParameter as error:
+                raise typer.BadParameter(f"{path}: {error.message}") from None
             for flag, other in (("--steps", "epochs"), ("--epochs", "steps")):  # each replaces the other
                 if is_typed(flag, context):
-                    options.pop(other, None)
-            context.default_map = {**as_defaults(options, context), **(context.default_map or {})}
+                    defaults.pop(other, None)
+            context.default_map = {**defaults, **(context.default_map or {})}
         return path
 
     return typer.Option(

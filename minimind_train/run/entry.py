@@ -150,7 +150,7 @@ def begin_or_resume(
     prepare = partial(_prepare_either, options, options_given, say, allow_change=allow_change)
     nproc = options.training.nproc
     if runs.is_begun(run) and "nproc" not in options_given:
-        nproc = RunRecord.read(run).options.get("nproc", 1)
+        nproc = options_of(RunRecord.read(run), run).training.nproc
     watch = loop.Watch(on_step=on_step, stop=stop)
     return _run_on_ranks(prepare, watch, nproc=nproc, world=world)
 

@@ -6,19 +6,25 @@
     seq_len = 512
 
 Names are those of the options, with `_` or `-`; there are no sections, as no name has two meanings. Paths are relative to the working
-directory, as on the command line. Options on the command line override these.
+directory, as on the command line. Options on the command line override these. Where the file is the run.toml beside the record of a run,
+the datasets and weights that it shares with the record are looked for as a resume looks for them, so it also works when both have moved.
 """
 
 import difflib
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
+from minimind_data.errors import UserError
+from minimind_data.json_fields import FieldError, read_value
+from minimind_data.options import leaves
 from minimind_train.model.presets import PRESETS
+from minimind_train.progress import Say
 from minimind_train.run.options import RunOptions, recorded
-from minimind_train.run_folder.record import Change
+from minimind_train.run_folder.places import PLACES, with_present_places
+from minimind_train.run_folder.record import DESCRIPTION_NAME, RUN_CONFIG_NAME, Change, RunRecord
 from minimind_train.weights.options import NO_WEIGHTS
 
 _COMMAND, _PRESET = "command", "preset"
@@ -55,9 +61,61 @@ def read_description(path: Path, command: str, names: Collection[str]) -> dict[s
             f"{path}: is for mm-train {command_there}, not {command}; call that, or change `command` there"
         )
     preset = options.pop(_PRESET, None)
-    if preset is not None and preset not in PRESETS:
+    if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
         raise ValueError(f"{path}: no preset {preset!r}; there are {', '.join(PRESETS)}")
-    return PRESETS.get(preset, {}) | options
+    return (PRESETS[preset] if preset is not None else {}) | options
+
+
+def typed_options(path: Path, options: Mapping[str, Any], kind: type[RunOptions]) -> dict[str, Any]:
+    """Return options from a file as their types have them; texts are left as they are, to be read as flags are.
+
+    Args:
+        path: the file.
+        options: what `read_description` returned.
+        kind: the options of the phase.
+
+    Raises:
+        ValueError: a value is of another type; the message names it and the file.
+    """
+    values = dict(options)
+    for name, annotation, _ in leaves(kind):
+        value = values.get(name)
+        if value is None or isinstance(value, str):
+            continue
+        if isinstance(value, float) and value.is_integer() and float not in _types_of(annotation):
+            value = values[name] = int(value)  # TOML has 1e5 as a fraction
+        is_list = get_origin(get_args(annotation)[0]) is tuple
+        try:
+            read_value(annotation, [value] if is_list and not isinstance(value, list) else value, name)
+        except FieldError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return values
+
+
+def _types_of(annotation: Any) -> tuple[Any, ...]:
+    """Return the types of which the value of an option may be one."""
+    kind = get_args(annotation)[0]
+    return get_args(kind) or (kind,)
+
+
+def with_present_places_of_run(path: Path, options: Mapping[str, Any], say: Say) -> dict[str, Any]:
+    """Return the options in a run.toml with the places where the datasets and weights of its run are now.
+
+    Args:
+        path: the file; where it is not beside the record of a run, nothing is looked for.
+        options: what `read_description` returned.
+        say: takes a line for each thing that is elsewhere than the file says.
+    """
+    run = path.parent
+    if path.name != DESCRIPTION_NAME or not (run / RUN_CONFIG_NAME).is_file():
+        return dict(options)
+    try:
+        record = RunRecord.read(run)
+        names = [name for name in PLACES if name in options and options[name] == record.options.get(name)]
+        present = with_present_places(record, run, say, names=names).options
+    except UserError:
+        return dict(options)  # the file says what it says, whatever the record has become
+    return {**options, **{name: present[name] for name in names}}
 
 
 def _unknown(key: str, name: str, value: Any, names: Collection[str]) -> str:

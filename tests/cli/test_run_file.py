@@ -1,13 +1,14 @@
 """A run described in a TOML file, and the run.toml of a run folder that repeats it."""
 
 import json
+import shutil
 import tomllib
 
 import pytest
 
 from minimind_data.options import flatten, leaves, options_from
 from minimind_train.run.options import DpoOptions, PretrainOptions, SftOptions
-from minimind_train.run.toml import describe, read_description
+from minimind_train.run.toml import describe, read_description, typed_options
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.record import Change, RunRecord
 from tests.helpers.commands import TINY, mm_train
@@ -124,6 +125,12 @@ def test_with_resume_a_file_is_held_against_the_run_like_flags(training_data, tm
         ("steps = 'many'", "steps"),
         ("steps = true", "steps takes no true or false"),
         ("steps = [1]", "steps takes no list"),
+        ("steps = 2.5", "mine.toml: steps is 2.5, where a whole number is wanted"),
+        ("learning_rate = nan", "mine.toml: learning_rate is nan, where a number is wanted"),
+        ("seed = 2024-01-01", "mine.toml: seed is datetime.date(2024, 1, 1), where a whole number"),
+        ("shards = {a = 1}", "mine.toml: shards[0] is an object, where a text is wanted"),
+        ("sample_prompt = [['a']]", "mine.toml: sample_prompt[0] is a list, where a text is wanted"),
+        ("preset = [1]", "no preset [1]"),
         ("layout = 'heap'", "concat"),
         ("hidden_size = 7", "does not divide"),
         ("epochs = 1\nsteps = 1", "pass one of them"),
@@ -136,6 +143,43 @@ def test_what_a_file_cannot_say_is_wrong_usage(tmp_path, text, complaint):
     assert result.exit_code == 2, result.stderr
     assert complaint in " ".join(result.stderr.split())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_fraction_that_is_whole_is_a_whole_number(training_data, tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(f'shards = "{training_data}"\nsteps = 1e5\ntrack = "wandb"\nsave_every = 2.0')
+    result = mm_train("pretrain", "--config", file, "--run", tmp_path / "run", *OPTIONS, "--track", "none")
+    assert "track must be" in result.stderr.replace("--", ""), "so all else has been read"
+    values = typed_options(
+        file, {"steps": 1e5, "track": "wandb", "max_hours": 2.0, "seed": "7"}, PretrainOptions
+    )
+    assert values == {"steps": 100_000, "track": "wandb", "max_hours": 2.0, "seed": "7"}
+    assert type(values["steps"]) is int
+    assert type(values["max_hours"]) is float
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_file_of_a_run_that_has_moved_finds_what_has_moved_with_it(
+    training_data, tmp_path, monkeypatch, mixed
+):
+    there, here = tmp_path / "there", tmp_path / "a" / "here"
+    shutil.copytree(training_data, there / "data")
+    shards = f"one={there / 'data'}:1" if mixed else there / "data"
+    arguments = ["--shards", shards, "--val-shards", there / "data", *OPTIONS]
+    assert mm_train("pretrain", "--run", there / "runs" / "run", *arguments).exit_code == 0
+    here.parent.mkdir()
+    there.rename(here)
+    monkeypatch.chdir(tmp_path)
+    config = here / "runs" / "run" / "run.toml"
+    result = mm_train("pretrain", "--config", config, "--run", tmp_path / "again")
+    assert result.exit_code == 0, result.stderr
+    assert f"is read from {here / 'data'}" in result.stderr
+    assert results(tmp_path / "again") == results(here / "runs" / "run")
+    edited = config.read_text().replace(str(there / "data"), str(tmp_path / "nowhere"))
+    config.write_text(edited)
+    result = mm_train("pretrain", "--config", config, "--run", tmp_path / "third")
+    assert result.exit_code == 1
+    assert "nowhere" in result.stderr, "what somebody wrote is not looked for elsewhere"
 
 
 def test_a_file_that_cannot_be_read_is_wrong_usage(tmp_path):
