@@ -134,17 +134,22 @@ def export(
         Target,
         typer.Option(
             help="hf: a folder that transformers opens as Qwen3, Qwen3-MoE or Llama; minimind: a .pth that "
-            "MiniMind's code opens; peft: only the adapters of a run with --lora-rank."
+            "MiniMind's code opens; gguf: a file for llama.cpp and ollama; peft: only the adapters of a run with --lora-rank."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="A new folder; for minimind any folder, or the .pth itself.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="A new folder; for minimind and gguf any folder, or the .pth or .gguf itself."),
+    ],
     dtype: Annotated[
         WeightDtype | None,
-        typer.Option(help="Dtype of the weights; by default fp16 for minimind, else fp32."),
+        typer.Option(
+            help="Dtype of the weights; by default fp16 for minimind and gguf, else fp32. q8_0 is for gguf."
+        ),
     ] = None,
     checkpoint: _Checkpoint = None,
 ) -> None:
-    """Export a model for transformers, peft or MiniMind."""
+    """Export a model for transformers, llama.cpp, peft or MiniMind."""
     with importing():
         from minimind_train.weights.exporting import export as export_weights
 

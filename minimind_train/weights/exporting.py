@@ -1,6 +1,6 @@
-"""export(): the model of a run in a form that other programs open: a Hugging Face folder, a `.pth` of MiniMind's, or adapters for peft.
+"""export(): the model of a run in a form that other programs open: a Hugging Face folder, a `.pth` of MiniMind's, a `.gguf`, or adapters.
 
-`hf_config`, `minimind_form` and `peft_form` say what each form can hold; here it is written, whole or not at all. Adapters are merged
+`hf_config`, `minimind_form`, `gguf_form` and `peft_form` say what each form can hold; here it is written, whole or not at all. Adapters are merged
 into their matrices, except for peft.
 """
 
@@ -17,11 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minimind_data.chat.template import chat_template_of
 from minimind_data.dataset.format import TOKENIZER_CONFIG_NAME, TOKENIZER_NAME, TokenizerInfo
 from minimind_data.dataset.staging import new_folder
 from minimind_data.errors import UserError
 from minimind_data.files import parse_json, user_error_on_full_disk, whole_file
 from minimind_data.options import options_in_file
+from minimind_data.reporting import counted
 from minimind_data.tokenizer.loading import Tokenizer
 from minimind_train.model.config import ModelConfig, parameter_line
 from minimind_train.model.lora import adapters_of
@@ -29,6 +31,7 @@ from minimind_train.model.transformer import MiniMind
 from minimind_train.progress import Say, say_on_stderr
 from minimind_train.run_folder.options import CheckpointChoice
 from minimind_train.run_folder.record import RESTORE, RUN_CONFIG_NAME, RunRecord, load_run_tokenizer
+from minimind_train.weights.gguf_form import Q8_BLOCK, write_gguf
 from minimind_train.weights.hf_config import to_hf
 from minimind_train.weights.loading import adapted_model, model_of
 from minimind_train.weights.minimind_form import file_name, minimind_form
@@ -45,7 +48,7 @@ __all__ = ["export"]
 _GROUPED_ALIGNMENT = 16
 """Bytes; rows of experts must be a multiple of it for the kernel that transformers usually multiplies them with."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_DEFAULT_DTYPE: dict[Target, WeightDtype] = {"hf": "fp32", "minimind": "fp16", "peft": "fp32"}
+_DEFAULT_DTYPE: dict[Target, WeightDtype] = {"hf": "fp32", "minimind": "fp16", "peft": "fp32", "gguf": "fp16"}
 
 
 def export(
@@ -61,11 +64,12 @@ def export(
 
     Args:
         run: its folder.
-        out: a folder that is new or empty; for MiniMind any folder, or the `.pth` itself.
-        to: hf for a folder that transformers opens; minimind for a `.pth` that MiniMind's code opens; peft for a folder with only the
-            adapters.
+        out: a folder that is new or empty; for MiniMind and llama.cpp any folder, or the `.pth` or `.gguf` itself.
+        to: hf for a folder that transformers opens; minimind for a `.pth` that MiniMind's code opens; gguf for a file that llama.cpp
+            opens; peft for a folder with only the adapters.
         checkpoint: the step of one, or `best`; the newest whole one by default.
-        dtype: of the weights; by default fp32, and fp16 for minimind, as MiniMind stores them.
+        dtype: of the weights; by default fp32, and fp16 for minimind, as MiniMind stores them, and for gguf. q8_0, of 8 bits and a
+            scale for each 32 numbers, is for gguf alone.
         say: takes lines for the user.
 
     Returns:
@@ -77,6 +81,12 @@ def export(
     run, out = Path(run), Path(out)
     record = RunRecord.read(run)
     dtype = dtype or _DEFAULT_DTYPE[to]
+    if dtype == "q8_0" and to != "gguf":
+        raise UserError(
+            "`dtype` q8_0 is a form of gguf's alone",
+            remedy="take fp16, or `to` gguf",
+            option="dtype",
+        )
     if to == "peft":
         base = options_in_file(
             StartOptions, record.options, run / RUN_CONFIG_NAME, remedy=RESTORE
@@ -85,6 +95,8 @@ def export(
     model = model_of(run, step=checkpoint, say=say)
     if model.config.dropout:
         say(f"dropout {model.config.dropout} matters only in training and is not exported")
+    if to == "gguf":
+        return _to_gguf(out, run, record=record, model=model, dtype=dtype, say=say)
     weights = _cast(model.state_dict(), dtype, run)
     if to == "minimind":
         return _to_minimind(out, record, model, weights, say)
@@ -114,6 +126,41 @@ def _to_minimind(out: Path, record: RunRecord, model: MiniMind, weights: dict[st
         with whole_file(path) as file:
             torch.save(weights, file)
     say(f"{path}: {parameter_line(model.config)}, for the code of {form.generation}: {form.call}")
+    return path
+
+
+def _to_gguf(
+    out: Path, run: Path, *, record: RunRecord, model: MiniMind, dtype: WeightDtype, say: Say
+) -> Path:
+    tokenizer = load_run_tokenizer(run, record.tokenizer)
+    template = chat_template_of(run)
+    (architecture,) = to_hf(model.config, record.tokenizer, "float32")["architectures"]
+    weights = model.state_dict()
+    if dtype == "fp16":
+        _cast(weights, dtype, run)  # refuses what it cannot hold
+    name = run.resolve().name
+    path = out if out.suffix == ".gguf" else out / f"{name}-{dtype}.gguf"
+    with _sentence_on_failure(path), user_error_on_full_disk(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            wide = write_gguf(
+                Path(file.name),
+                weights,
+                config=model.config,
+                architecture=architecture,
+                tokenizer_json=tokenizer.json,
+                info=record.tokenizer,
+                chat_template=template.text if template else None,
+                name=name,
+                dtype=dtype,
+            )
+    if wide:
+        say(
+            f"{counted(len(wide), 'tensor')} in fp16: q8_0 needs rows that are a multiple of {Q8_BLOCK} numbers"
+        )
+    say(
+        f"{path}: {parameter_line(model.config)} in {dtype}, with its tokenizer{' and chat template' if template else ''}"
+    )
     return path
 
 

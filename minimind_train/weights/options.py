@@ -37,7 +37,6 @@ class StartOptions:
             raise ValueError("`from_step` says which checkpoint of `from_weight`; pass both or neither")
 
 
-Target = Literal["hf", "minimind", "peft"]
+Target = Literal["hf", "minimind", "peft", "gguf"]
 
-
-WeightDtype = Literal["fp32", "bf16", "fp16"]
+WeightDtype = Literal["fp32", "bf16", "fp16", "q8_0"]
