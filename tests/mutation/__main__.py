@@ -1,17 +1,23 @@
 """Whether the tests notice mistakes: `python -m tests.mutation` makes them in a copy of the project, one by one, and says which no test minds.
 
 A mutant that no test can mind, because it does the same, stands in equal.txt with the reason. The exit status is 1 if there are others.
+
+The copy is a temporary folder. It goes when the work ends, also when it is interrupted; after SIGKILL, the next run takes it away.
 """
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 from tests.mutation.mutants import Mutant, mutants_of
@@ -38,7 +44,7 @@ NEAREST = {
 
 
 def read_equal(text: str) -> dict[tuple[str, str, str], str]:
-    """Mutants that are judged equal: the reason by (path, line, mutated line)."""
+    """Mutants that are judged equal: the reason by (path, line, mutated line); `*` is whatever the line may become."""
     reasons = {}
     for block in text.split("\n\n"):
         lines = [line for line in block.strip().splitlines() if not line.startswith("#")]
@@ -46,6 +52,11 @@ def read_equal(text: str) -> dict[tuple[str, str, str], str]:
             path, was, becomes, *reason = lines
             reasons[path, was.removeprefix("- "), becomes.removeprefix("+ ")] = " ".join(reason)
     return reasons
+
+
+def is_equal(path: str, mutant: Mutant, equal: Container[tuple[str, str, str]]) -> bool:
+    """Whether a mutant is among those that are judged equal."""
+    return (path, mutant.was, mutant.becomes) in equal or (path, mutant.was, "*") in equal
 
 
 def modules_of(names: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
@@ -73,6 +84,39 @@ def sampled(mutants: list[tuple[str, Mutant]], every: int, seed: int) -> list[tu
     return chosen
 
 
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder that is locked while it is in use; those that nobody uses any more are removed."""
+    for left in Path(tempfile.gettempdir()).glob("mutants-*"):
+        with contextlib.suppress(OSError), locked(left):
+            shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, locked(Path(folder)):
+        yield Path(folder).resolve()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which a process that is killed gives back.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(opened)
+
+
+def at_least_one(text: str) -> int:
+    """A number that something is divided by."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
 def main() -> int:
     """Mutate, test, and say what survived."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
@@ -82,23 +126,26 @@ def main() -> int:
         default=[],
         help="a package or module, as a path; by default all that have tests",
     )
-    parser.add_argument("--every", type=int, default=1, help="about one mutant of so many")
+    parser.add_argument("--every", type=at_least_one, default=1, help="about one mutant of so many")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     equal = read_equal(EQUAL.read_text("utf-8"))
     known, num_tested, num_survivors, began = set(), 0, 0, time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        copy = Path(folder).resolve() / "project"
+    with scratch_folder() as folder:
+        copy = folder / "project"
         copy.mkdir()
         copy_project(ROOT, copy)
         for package, paths in modules_of(arguments.module):
             mutants = [
                 (path, mutant) for path in paths for mutant in mutants_of((copy / path).read_text("utf-8"))
             ]
-            known |= {(path, mutant.was, mutant.becomes) for path, mutant in mutants}
+            known |= {
+                (path, mutant.was, becomes) for path, mutant in mutants for becomes in (mutant.becomes, "*")
+            }
             mutants = sampled(mutants, arguments.every, arguments.seed)
-            mutants = [each for each in mutants if (each[0], each[1].was, each[1].becomes) not in equal]
+            mutants = [each for each in mutants if not is_equal(*each, equal)]
             print(f"{package}: {len(mutants)} mutants", flush=True)
             num_tested += len(mutants)
             for path, mutant in Tests(copy, NEAREST[package]).survivors(mutants):

@@ -2,8 +2,8 @@
 
 Most mutants differ inside of functions. For these one process imports all modules and collects all tests, and forks a child for each mutant, which
 puts the changed code into the functions and runs the tests that run the changed lines: tenths of a second each. A mutant of another kind, and one
-that these tests let live, is written to its file and meets the tests in a process that imports everything anew: first those that run the
-changed lines, then all of them.
+that these tests let live, is written to its file and meets all tests in a process that imports everything anew: first those that run the
+changed lines, then those that run others of the module.
 """
 
 import contextlib
@@ -57,7 +57,14 @@ class Coverage:
         """The tests that run a line of a mutant, quickest first."""
         lines = self.tests.get(path, {})
         names = set().union(*(lines.get(line, ()) for line in range(mutant.line, mutant.last_line + 1)))
-        return sorted(names, key=lambda name: (self.seconds[name], name))[:_MOST_TESTS]
+        return self._quickest_first(names)[:_MOST_TESTS]
+
+    def of_module(self, path: str) -> list[str]:
+        """The tests that run a line of a module, quickest first."""
+        return self._quickest_first(set().union(*self.tests.get(path, {}).values()))
+
+    def _quickest_first(self, names: set[str]) -> list[str]:
+        return sorted(names, key=lambda name: (self.seconds[name], name))
 
 
 class Tests:
@@ -81,7 +88,7 @@ class Tests:
             RuntimeError: the tests fail as they are, so that they can say nothing of mutants.
         """
         began = time.monotonic()
-        if not self._pass_with(None):  # with compiled files written, which the others read
+        if not self._pass_in_order([]):  # with compiled files written, which the others read
             raise RuntimeError(
                 f"the tests of {', '.join(self._nearest)} fail as they are:\n{self._log.read_text()}"
             )
@@ -89,19 +96,23 @@ class Tests:
         found = self._copy / ".found.json"
         found.unlink(missing_ok=True)
         collected = _Collected(self._copy, mutants, found)
-        _forked(lambda: self._main(self._nearest, [collected]), self._log, timeout=10**6)
+        forked(lambda: self._main(self._nearest, [collected]), self._log, timeout=10**6)
         if not found.exists():
             raise RuntimeError(f"the tests could not be run in one process:\n{self._log.read_text()}")
         for index, names in json.loads(found.read_bytes()):
             path, mutant = mutants[index]
             with _mutated(self._copy / path, mutant.source):
-                if (not names or self._pass_with(names)) and self._pass_with(None):
-                    yield path, mutant
+                passes = self._pass_in_order(names)
+            if passes:
+                yield path, mutant
 
-    def _pass_with(self, names: Sequence[str] | None) -> bool:
-        """Whether these tests pass in a process that imports everything anew, by default all of the nearest."""
-        names = self._nearest if names is None else names
-        return _forked(lambda: self._main(names, []), self._log, timeout=self._timeout) == 0
+    def _pass_in_order(self, names: Sequence[str]) -> bool:
+        """Whether the tests pass in a process that imports everything anew, those of these names before the others."""
+
+        def work() -> int:
+            return self._main(self._nearest, [Ordered(names)])
+
+        return forked(work, self._log, timeout=self._timeout) == 0
 
     def _main(self, names: Sequence[str], plugins: list) -> int:
         """Run pytest in this process, which is one of its own."""
@@ -116,10 +127,20 @@ class Tests:
         return int(pytest.main([*options, *names], plugins=plugins))
 
 
+class Ordered:
+    """A plugin that has the tests of some names run before all others, in the order of these names."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._ranks = {name: rank for rank, name in enumerate(names)}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items.sort(key=lambda item: self._ranks.get(item.nodeid, len(self._ranks)))
+
+
 class _Collected:
     """A plugin that, in place of running the tests that were collected, runs some of them for each mutant, each time in a child.
 
-    Into a file it writes what is still to be decided: pairs of a mutant's number and the names of the tests that run its lines.
+    Into a file it writes what is still to be decided: pairs of a mutant's number and the names of the tests to begin with.
     """
 
     def __init__(self, copy: Path, mutants: Sequence[tuple[str, Mutant]], found: Path) -> None:
@@ -136,8 +157,10 @@ class _Collected:
         for value in gc.get_objects():
             if type(value) is FunctionType and value.__code__.co_filename in files:
                 functions[value.__code__.co_filename].append(value)
-        undecided = []
+        undecided, starter = [], os.getppid()
         for index, (path, mutant) in enumerate(self._mutants):
+            if os.getppid() != starter:  # nobody waits for the rest
+                break
             names = coverage.of(path, mutant)
             file = self._copy / path
             codes = changed_codes(file.read_text("utf-8"), mutant.source, str(file))
@@ -148,7 +171,7 @@ class _Collected:
                     session, [items[name] for name in names], functions[str(file)], codes, coverage
                 )
             ):
-                undecided.append((index, names))
+                undecided.append((index, list(dict.fromkeys([*names, *coverage.of_module(path)]))))
         self._found.write_text(json.dumps(undecided))
         return True
 
@@ -163,7 +186,7 @@ class _Collected:
         seconds = sum(
             coverage.seconds[item.nodeid] for item in items
         )  # of runs whose lines were noted, which is slow
-        return _forked(work, self._copy / ".log", timeout=10 + 2 * seconds) != 0
+        return forked(work, self._copy / ".log", timeout=10 + 2 * seconds) != 0
 
     def _trace(self, session: pytest.Session) -> Coverage:
         """Run all tests once, in a child too, which leaves this process as it was, and note the lines that each of them runs."""
@@ -177,7 +200,7 @@ class _Collected:
             to.write_text(json.dumps({"lines": lines, "seconds": tracer.seconds}))
             return status
 
-        if _forked(work, self._copy / ".log", timeout=3600) != 0:
+        if forked(work, self._copy / ".log", timeout=3600) != 0:
             raise RuntimeError("the tests fail when their lines are noted")
         record = json.loads(to.read_bytes())
         tests = defaultdict(lambda: defaultdict(set))
@@ -279,8 +302,8 @@ def _run_items(session: pytest.Session, items: Sequence[pytest.Item]) -> int:
     return 0
 
 
-def _forked(work: Callable[[], int], log: Path, *, timeout: float) -> int | None:
-    """Work in a child; return its exit status, None if it took too long. What it has started ends with it."""
+def forked(work: Callable[[], int], log: Path, *, timeout: float) -> int | None:
+    """Work in a child; return its exit status, None if it took too long. What it has started ends with it, and it with us."""
     child = os.fork()
     if child == 0:
         status = 70
@@ -298,18 +321,38 @@ def _forked(work: Callable[[], int], log: Path, *, timeout: float) -> int | None
                 sys.stdout.flush()
                 sys.stderr.flush()
             os._exit(status)
+    ended, status = 0, 0
+    try:
+        ended, status = _waited(child, timeout)
+    except BaseException:  # an interrupted child ends its own children, which are no longer of its group
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGTERM)
+        with contextlib.suppress(ChildProcessError):
+            ended, status = _waited(child, 10)
+        raise
+    finally:
+        _end_group(child, reap=not ended)
+    return os.waitstatus_to_exitcode(status) if ended else None
+
+
+def _waited(child: int, timeout: float) -> tuple[int, int]:
+    """Return what `os.waitpid` does, (0, 0) if the child has not ended in time."""
     deadline = time.monotonic() + timeout
     pause, ended, status = 0.001, 0, 0
     while not ended and time.monotonic() < deadline:
         time.sleep(pause)
         pause = min(2 * pause, 0.05)
         ended, status = os.waitpid(child, os.WNOHANG)
+    return ended, status
+
+
+def _end_group(child: int, *, reap: bool) -> None:
+    """End a child and what it has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
-    if not ended:
-        os.waitpid(child, 0)
-        return None
-    return os.waitstatus_to_exitcode(status)
+    if reap:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(child, 0)
 
 
 @contextlib.contextmanager

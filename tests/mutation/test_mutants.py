@@ -1,11 +1,30 @@
 """The mutants are the mistakes that they are said to be, and none that nobody could notice."""
 
 import ast
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 import textwrap
+import time
+from types import SimpleNamespace
 
-from tests.mutation.__main__ import EQUAL, NEAREST, ROOT, modules_of, read_equal, sampled
+import pytest
+
+from tests.mutation.__main__ import (
+    EQUAL,
+    NEAREST,
+    ROOT,
+    is_equal,
+    main,
+    modules_of,
+    read_equal,
+    sampled,
+    scratch_folder,
+)
 from tests.mutation.mutants import mutants_of
-from tests.mutation.running import changed_codes
+from tests.mutation.running import Coverage, Ordered, changed_codes
 
 SOURCE = '''
 """Text with 1 number."""
@@ -118,6 +137,71 @@ def test_the_packages_and_their_tests_exist_and_what_is_judged_equal_has_a_reaso
 def test_a_list_of_equal_mutants_is_read():
     text = "# a note\n\nfolder/a.py\n- if a < b:\n+ if a <= b:\nthey are never\nthe same\n"
     assert read_equal(text) == {("folder/a.py", "if a < b:", "if a <= b:"): "they are never the same"}
+
+
+def test_a_line_of_which_every_mutant_is_equal_is_judged_once():
+    first, *_, last = mutants_of("SIZE = 2 * 2**20\nn = 3")
+    equal = read_equal("a.py\n- SIZE = 2 * 2**20\n+ *\nonly how much is read at a time")
+    assert is_equal("a.py", first, equal)
+    assert not is_equal("b.py", first, equal)
+    assert not is_equal("a.py", last, equal)
+
+
+@pytest.mark.parametrize("every", ["0", "-3", "few"])
+def test_one_of_no_mutants_is_wrong_usage(every, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mutation", "--every", every])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "argument --every" in capsys.readouterr().err
+
+
+def test_what_a_killed_run_left_is_removed_and_what_another_uses_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "mutants-left" / "project").mkdir(parents=True)
+    (tmp_path / "else").mkdir()
+    with scratch_folder() as one:
+        (one / "file").touch()
+        assert sorted(tmp_path.iterdir()) == [tmp_path / "else", one]
+        with scratch_folder() as other:
+            assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "else", one, other])
+    assert list(tmp_path.iterdir()) == [tmp_path / "else"]
+
+
+def test_an_interrupted_run_ends_the_tests_that_it_has_started(tmp_path):
+    script = f"""
+import os, signal, sys, time
+from pathlib import Path
+from tests.mutation.running import forked
+signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+log = Path({str(tmp_path)!r}, "log")
+def inner():
+    Path({str(tmp_path)!r}, "pid.partial").write_text(str(os.getpid()))
+    Path({str(tmp_path)!r}, "pid.partial").rename({str(tmp_path / "pid")!r})
+    time.sleep(100)
+forked(lambda: forked(inner, log, timeout=100), log, timeout=100)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_the_quickest_tests_of_a_line_come_first_and_none_is_left_out():
+    coverage = Coverage(
+        {"a": 3.0, "b": 1.0, "c": 2.0}, {"m.py": {1: {"a"}, 2: {"a", "c"}, 3: {"b"}}, "n.py": {1: {"b"}}}
+    )
+    assert coverage.of("m.py", SimpleNamespace(line=1, last_line=2)) == ["c", "a"]
+    assert coverage.of("m.py", SimpleNamespace(line=4, last_line=4)) == []
+    assert coverage.of_module("m.py") == ["b", "c", "a"]
+    assert coverage.of_module("o.py") == []
+    items = [SimpleNamespace(nodeid=name) for name in "xcayb"]
+    Ordered(["b", "c"]).pytest_collection_modifyitems(items)
+    assert [item.nodeid for item in items] == ["b", "c", "x", "a", "y"]
 
 
 def test_changed_functions_can_be_put_in_place_of_those_that_were_imported():
