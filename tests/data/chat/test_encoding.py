@@ -34,10 +34,14 @@ class _Kind:
         guards = {"control_tokens": self.control, "guards_all": normalizes_control(self.tokenizer)}
         self.renderer = Renderer(RenderSpec(template=self.template, **{**guards, **options}))
 
-    def encode(self, *conversations, tools=None):
+    def encode(self, *conversations, tools=None, excluded=()):
+        """Return (text, ids, mask) of each; `excluded` has for each the numbers of its answers that are not learned."""
+        excluded = excluded or [()] * len(conversations)
         chats = [
-            self.renderer.render(Conversation(messages=tuple(messages), tools=tools))
-            for messages in conversations
+            self.renderer.render(
+                Conversation(messages=tuple(messages), tools=tools, excluded_answers=frozenset(its_excluded))
+            )
+            for messages, its_excluded in zip(conversations, excluded, strict=True)
         ]
         texts = [chat.text for chat in chats]
         ids, offsets = ReferenceEncoder(self.tokenizer).encode_batch(texts)
@@ -187,13 +191,46 @@ def test_an_answer_of_which_nothing_is_left_is_an_answer():
     assert num_answers.tolist() == [1, 1, 0]
 
 
+def _with_token(folder, text):
+    """Name one of a tokenizer's spare tokens anew."""
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text("utf-8").replace("<|buffer9|>", json.dumps(text)[1:-1]), "utf-8")
+    return folder
+
+
 def test_an_answer_whose_first_tokens_run_into_the_marks_is_counted(tmp_path):
-    folder = make_tokenizer(tmp_path, "chatml")
-    told = json.loads((folder / "tokenizer.json").read_text("utf-8").replace("<|buffer9|>", "\\n#"))
-    (folder / "tokenizer.json").write_text(json.dumps(told))
-    one = _Kind(folder)
+    one = _Kind(_with_token(make_tokenizer(tmp_path, "chatml"), "\n#"))
     found = one.encode([PLAIN[0], {"role": "assistant", "content": "# A bird"}], PLAIN)
     assert [any(mask) for _, _, mask in found] == [False, True]
+    assert one.unlearned == 1
+
+
+@pytest.mark.parametrize("kind", ["chatml", "headers", "marked"])
+def test_each_conversation_leaves_out_its_own_answers(kinds, kind):
+    one = kinds[kind]
+    conversations = [
+        [message for turn in turns for message in ({**PLAIN[0]}, {"role": "assistant", "content": turn})]
+        for turns in (["red", "blue"], ["one", "two", "three"], ["cat"], ["day", "night"])
+    ]
+    excluded = [(0,), (0, 2), (), (1,)]
+    encodings = one.encode(*conversations, excluded=excluded)
+    learned = [one.learned_text(ids, mask) for _, ids, mask in encodings]
+    end = "\n" if kind == "marked" else CLOSES[kind]
+    assert ["".join(text.split()) for text in learned] == [
+        "".join(f"{answer}{end}".split()[0] for answer in answers)
+        for answers in (["blue"], ["two"], ["cat"], ["day"])
+    ]
+    assert one.unlearned == 0
+    whole = one.encode(*conversations)
+    assert [ids for _, ids, _ in encodings] == [ids for _, ids, _ in whole]
+
+
+def test_a_conversation_whose_answers_cannot_be_told_apart_has_nothing_learned_and_is_counted_once(tmp_path):
+    one = _Kind(_with_token(make_tokenizer(tmp_path, "chatml"), "\n#"))
+    cut_short = [PLAIN[0], {"role": "assistant", "content": "# A bird"}, *PLAIN[2:]]
+    encodings = one.encode(PLAIN, cut_short, PLAIN, excluded=[(1,), (1,), ()])
+    assert [one.learned_text(ids, mask).count("A bird") for _, ids, mask in encodings] == [1, 0, 1]
+    assert not any(encodings[1][2]), "its second answer may be the one that is seen"
     assert one.unlearned == 1
 
 
