@@ -31,7 +31,7 @@ def pieces_of(data: bytes, delimiter: bytes) -> list[bytes]:
     data=st.lists(st.sampled_from([b"\n", b"a", b"-", b"ab", b"\xe5\xa5\xbd"]), min_size=1, max_size=60).map(
         b"".join
     ),
-    delimiter=st.sampled_from([b"\n", b"\n\n", b"aba", b"-a-", b"\n-\n"]),
+    delimiter=st.sampled_from([b"\n", b"\n\n", b"ab", b"ab-", b"aba", b"-a-", b"\n-\n"]),
     size=st.integers(1, 60),
     block=st.sampled_from([1, 2, 7, 30, 2**20]),
 )
@@ -60,7 +60,7 @@ def test_splits_hold_every_piece_once_and_in_order(tmp_path_factory, data, delim
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 2**20])
-@pytest.mark.parametrize("delimiter", [b"-", b"--", b"-a-", b"a--"])
+@pytest.mark.parametrize("delimiter", [b"-", b"a-", b"--", b"-a-", b"a--"])
 def test_a_border_is_where_the_first_line_from_there_begins(delimiter, block):
     """All texts of two letters, so that a delimiter ends at, before and behind every border, block and end."""
     ends = Delimiter(delimiter)
@@ -73,6 +73,35 @@ def test_a_border_is_where_the_first_line_from_there_begins(delimiter, block):
                     expected = next((begin for begin in begins if begin >= at), length)
                     assert border(io.BytesIO(data), ends, at, stop) == min(expected, stop), (data, at, stop)
                     assert border(io.BytesIO(data), ends, at) == expected, (data, at)
+
+
+@pytest.mark.parametrize(
+    "data", [b"aabaabaa", b"aabaaabaa", b"aabaaabab", b"-aabaaabaabaa-", b"aabaaabaaabaa"]
+)
+def test_a_delimiter_that_overlaps_itself_in_two_ways_is_looked_at_as_far_as_the_longer_one(data):
+    """A delimiter of which four bytes may be the beginning of the next, or two of them."""
+    ends = Delimiter(b"aabaa")
+    begins = [0, *itertools.accumulate(map(len, split_keeping(data, b"aabaa")))]
+    for block in range(1, 5):
+        with patch.object(lines, "_BLOCK_BYTES", block):
+            for at in range(len(data) + 1):
+                expected = next((begin for begin in begins if begin >= at), len(data))
+                assert border(io.BytesIO(data), ends, at) == expected, (block, at)
+
+
+@pytest.mark.parametrize("delimiter", [b"-", b"a-", b"--", b"-a-"])
+def test_the_next_and_the_last_end_of_a_line_are_found_or_minus_one(delimiter):
+    ends = Delimiter(delimiter)
+    for length in range(7):
+        for letters in itertools.product(b"-a", repeat=length):
+            data = bytes(letters)
+            borders = [*itertools.accumulate(map(len, split_keeping(data, delimiter)))]
+            borders = [at for at in borders if at < length or data.endswith(delimiter)]
+            for place in range(length + 1):
+                following = [at for at in borders if at - len(delimiter) >= place]
+                assert ends.first_end(data, place) == (following[0] if following else -1), (data, place)
+                before = [at for at in borders if at <= place]
+                assert ends.last_end(data, place) == (before[-1] if before else -1), (data, place)
 
 
 def split_keeping(data, delimiter):
