@@ -33,6 +33,7 @@ from minimind_data.build.reuse import (
     finished_dataset,
     finished_manifest,
     is_there,
+    past_inputs,
     reusable,
 )
 from minimind_data.build.split import HashResult, Job, SplitResult, SplitTask
@@ -97,15 +98,14 @@ def tokenize(
         contradictions += precedent.contradictions(recipe_of(options, tokenizer, chat), options, tokenizer)
         precedent.refuse(contradictions, request.inputs, request.options)
     reads_stdin = STDIN in names
-    number = names.index(STDIN) if reads_stdin else len(names)
-    sources_before, notes_before = find_sources(names[:number], options.format)
-    sources_after, notes_after = find_sources(names[number + 1 :], options.format)
-    for note in notes_before + notes_after:
+    named, notes = find_sources(names, options.format, past=past_inputs(work), takes_stdin=True)
+    for note in notes:
         say(note)
 
     def prepare() -> _Build:
-        stdin = [spool_stdin(work, options, progress)] if reads_stdin else []
-        sources = [*sources_before, *stdin, *sources_after]
+        sources = [
+            spool_stdin(work, options, progress) if source.name == STDIN else source for source in named
+        ]
         for note in idle_options(sources, options.records):
             say(note)
         return _Build(

@@ -24,6 +24,7 @@ from minimind_data.dataset.format import (
     ShardEntry,
     WrittenShard,
 )
+from minimind_data.inputs.discovery import PastInput
 from minimind_data.inputs.forms import form_of
 from minimind_data.reporting import Say
 
@@ -115,6 +116,17 @@ def finished_dataset(work: WorkFolder) -> FinishedDataset | None:
 def finished_manifest(work: WorkFolder) -> Manifest | None:
     """Return the manifest of `finished_dataset`."""
     return _first_manifest(work.out, work.previous)
+
+
+def past_inputs(work: WorkFolder) -> list[PastInput]:
+    """Return the inputs of the dataset that a build finds in its folder, finished or not."""
+    manifest, plan = finished_manifest(work), work.plan()
+    finished = () if manifest is None else manifest.inputs
+    planned = plan.inputs if plan is not None and work.has_results() else ()
+    return [
+        *(PastInput(path=entry.path, num_bytes=entry.bytes) for entry in finished),
+        *(PastInput(path=path) for source in planned for path in (source.name, source.location)),
+    ]
 
 
 def _first_manifest(*folders: Path) -> Manifest | None:

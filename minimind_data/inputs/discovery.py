@@ -10,14 +10,15 @@ import contextlib
 import glob
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from minimind_data.errors import UserError
 from minimind_data.inputs import stores
 from minimind_data.inputs.delimited import BYTE_ORDER_MARK
 from minimind_data.inputs.forms import AUTO, FORMS, FormChoice, titles
+from minimind_data.inputs.hub_folders import HeldOutFile, HubFolder, hub_folder
 from minimind_data.inputs.jsonl import CSV_REMEDY
 from minimind_data.inputs.sources import STDIN, Compression, Source
 from minimind_data.json_fields import as_file_name
@@ -40,12 +41,30 @@ _HEAD_BYTES = 4096
 _MAX_STEM_BYTES = 160  # file systems take 255, and what a build appends takes some 50
 
 
-def find_sources(inputs: Sequence[str], form: FormChoice = AUTO) -> tuple[list[Source], list[str]]:
+@dataclass(frozen=True, kw_only=True)
+class PastInput:
+    """An input that a dataset, or a build of one, has already."""
+
+    path: str
+    """As its manifest or plan has it."""
+    num_bytes: int | None = None
+    """Its size; None of an unfinished build, whose plan does not record it."""
+
+
+def find_sources(
+    inputs: Sequence[str],
+    form: FormChoice = AUTO,
+    *,
+    past: Sequence[PastInput] = (),
+    takes_stdin: bool = False,
+) -> tuple[list[Source], list[str]]:
     """Find the files that inputs name, in order, and the form of each.
 
     Args:
         inputs: paths, folders, globs and URIs. A folder or a glob stands for its files sorted by name.
         form: of all of them; `auto` detects it for each.
+        past: what the dataset has already: these files of a folder stay inputs, also where they would be left out today.
+        takes_stdin: whether `-` may be named once; its source is a placeholder with that name and location.
 
     Returns:
         (the sources, notes for the user about files of a folder that were left out).
@@ -56,19 +75,23 @@ def find_sources(inputs: Sequence[str], form: FormChoice = AUTO) -> tuple[list[S
     sources: list[Source] = []
     notes: list[str] = []
     paths_by_name: dict[str, str] = {}
+    listings = []
     for one in inputs:
-        if one == STDIN:
+        if one != STDIN:
+            listings.append(_files_of(one, form))
+        elif takes_stdin and inputs.count(STDIN) == 1:
+            listings.append(_Listing(files=[STDIN]))
+        else:
             raise UserError(
                 "-: standard input can be read once, and by tokenize alone", remedy="save it to a file first"
             )
-        files, left_out = _files_of(one, form)
-        if left_out:
-            some = ", ".join(PurePosixPath(_shown(path)).name for path in left_out[:3])
-            notes.append(
-                f"{_shown(one)}: {len(left_out)} files of no known form are left out ({some}{', …' if len(left_out) > 3 else ''})"
-            )
-        for location in files:
-            key = _shown(location) if stores.is_uri(location) else os.path.realpath(location)
+    named = {_key(file) for listing in listings for file in listing.files}
+    for one, listing in zip(inputs, listings, strict=True):
+        for location in _with_past(_shown(one), listing, past, named, notes):
+            if location == STDIN:
+                sources.append(Source(name=STDIN, location=STDIN, form=AUTO))
+                continue
+            key = _key(location)
             if key in paths_by_name:
                 raise UserError(
                     f"named twice (by {paths_by_name[key]} and by {_shown(one)}); its documents would be doubled",
@@ -77,6 +100,76 @@ def find_sources(inputs: Sequence[str], form: FormChoice = AUTO) -> tuple[list[S
             paths_by_name[key] = _shown(one)
             sources.append(source_of(location, form))
     return sources, notes
+
+
+def _key(location: str) -> str:
+    """Return what two ways to name a file have in common."""
+    return _shown(location) if stores.is_uri(location) else os.path.realpath(location)
+
+
+def _with_past(
+    one: str, listing: "_Listing", past: Sequence[PastInput], named: Container[str], notes: list[str]
+) -> list[str]:
+    """Return the files that an input stands for, those included that it would not have today but the dataset has; add notes on the others.
+
+    Args:
+        one: the input, as messages show it.
+        listing: its files.
+        past: what the dataset has.
+        named: the keys of all files that the inputs stand for without these.
+        notes: for the user.
+    """
+    # An unfinished build may have stopped at metadata, and would again.
+    finished = [file for file in past if file.num_bytes is not None]
+    stay = {file for file in listing.metadata if _is_past(file, PurePosixPath(one), finished)}
+    stay |= {file.location for file in listing.held_out if _is_past(file.location, PurePosixPath(one), past)}
+    stay = {file for file in stay if _key(file) not in named}
+    metadata = [file for file in listing.metadata if file not in stay]
+    if listing.unknown:
+        notes.append(
+            f"{one}: {len(listing.unknown)} files of no known form are left out ({_some(listing.unknown)})"
+        )
+    if metadata:
+        notes.append(f"{one}: left out as metadata of the dataset: {_some(metadata)}")
+    if stay:
+        notes.append(
+            f"{one}: kept, as the dataset has it; a new one would leave it out: {_some(sorted(stay))}"
+        )
+    patterns: dict[tuple[str, str], list[str]] = {}
+    for file in listing.held_out:
+        if file.location not in stay and _key(file.location) not in named:
+            patterns.setdefault((file.split, file.pattern), []).append(file.location)
+    for (split, pattern), files in patterns.items():
+        name = _shown(files[0]) if len(files) == 1 else pattern
+        notes.append(
+            f"{one}: left out as the split {split}: {_some(files)}; to train on it too, name '{name}' beside the folder"
+        )
+    if not listing.files and not stay and patterns:
+        raise UserError(
+            f"a dataset folder without a split for training (its files are of {' and '.join(sorted({split for split, _ in patterns}))})",
+            where=one,
+            remedy=f"name files or a glob, such as '{next(iter(patterns))[1]}', to train on them",
+        )
+    return sorted({*listing.files, *stay}) if stay else listing.files
+
+
+def _some(files: Sequence[str]) -> str:
+    """Return the names of the first of some files, for a message."""
+    return ", ".join([PurePosixPath(_shown(file)).name for file in files[:3]] + ["…"] * (len(files) > 3))
+
+
+def _is_past(location: str, folder: PurePosixPath, past: Sequence[PastInput]) -> bool:
+    """Tell whether a file of a folder is an input already: by its path or, where the folder was moved, by its place in it and its size."""
+    name = _shown(location)
+    tail = PurePosixPath(name).relative_to(folder).parts
+    for one in past:
+        if one.path in (name, os.path.abspath(name)):  # noqa: PTH100 - as text
+            return True
+        if one.num_bytes is not None and PurePosixPath(one.path).parts[-len(tail) :] == tail:
+            source = Source(name=name, location=location, form=AUTO)
+            if source.stamp()[0] == one.num_bytes:
+                return True
+    return False
 
 
 def source_of(location: str, form: FormChoice = AUTO, *, name: str | None = None) -> Source:
@@ -181,20 +274,33 @@ def stem_of(source: Source) -> str:
     return as_file_name(name.encode()[:_MAX_STEM_BYTES].decode(errors="ignore"))
 
 
-def _files_of(one: str, form: FormChoice) -> tuple[list[str], list[str]]:
-    """Return (files, files left out) that one input stands for."""
+@dataclass(frozen=True, kw_only=True)
+class _Listing:
+    """The files that one input stands for."""
+
+    files: list[str]
+    unknown: list[str] = field(default_factory=list)
+    """Files of a folder that have no known form."""
+    metadata: list[str] = field(default_factory=list)
+    """Files of a folder from a dataset hub that describe it."""
+    held_out: list[HeldOutFile] = field(default_factory=list)
+    """Files of a folder from a dataset hub that are not for training."""
+
+
+def _files_of(one: str, form: FormChoice) -> _Listing:
+    """List the files that one input stands for."""
     if stores.is_uri(one):
         files, is_folder = stores.files(one)
-        return _of_known_form(one, files, form) if is_folder else (files, [])
+        return _of_folder(one, files, form) if is_folder else _Listing(files=files)
     try:
         path = Path(one)
         if path.is_dir():
-            return _of_known_form(one, _below(path), form)
+            return _of_folder(one, _below(path), form)
         if not path.exists() and _GLOB.search(one):
             matches = sorted(match for match in glob.glob(one, recursive=True) if not Path(match).is_dir())  # noqa: PTH207 - from cwd or root
             if not matches:
                 raise UserError("no file matches", where=one)
-            return matches, []
+            return _Listing(files=matches)
     except OSError as error:
         where = error.filename if isinstance(error.filename, str) else one
         raise UserError(
@@ -202,7 +308,7 @@ def _files_of(one: str, form: FormChoice) -> tuple[list[str], list[str]]:
             where=where,
             remedy="mend that, or name the files that matter",
         ) from None
-    return [one], []
+    return _Listing(files=[one])
 
 
 def _below(folder: Path) -> list[str]:
@@ -228,19 +334,35 @@ def _below(folder: Path) -> list[str]:
     return sorted(files)
 
 
-def _of_known_form(folder: str, files: list[str], form: FormChoice) -> tuple[list[str], list[str]]:
-    """Return (files, files left out) of a folder, by the suffixes of their names."""
-    if form != AUTO:
-        known, left_out = files, []
-    else:
-        known = [file for file in files if _form_by_name(_shown(file))]
-        left_out = [file for file in files if not _form_by_name(_shown(file))]
-    if not known:
-        raise UserError(
-            f"a folder without any file of a known form ({', '.join(sorted(_SUFFIXES))}, also .gz or .zst)",
-            where=_shown(folder),
-        )
-    return known, left_out
+def _of_folder(folder: str, files: list[str], form: FormChoice) -> _Listing:
+    """List the files of a folder, by their names."""
+    hub = hub_folder(folder, files, _head_of) or HubFolder(data=files, metadata=[], held_out=[])
+
+    def is_known(file: str) -> bool:
+        return form != AUTO or _form_by_name(_shown(file)) is not None
+
+    listing = _Listing(
+        files=[file for file in hub.data if is_known(file)],
+        unknown=[file for file in hub.data if not is_known(file)],
+        metadata=hub.metadata,
+        held_out=[file for file in hub.held_out if is_known(file.location)],
+    )
+    if not listing.files and not listing.held_out:
+        suffixes = f"({', '.join(sorted(_SUFFIXES))}, also .gz or .zst)"
+        if hub.metadata and any(file.endswith(".arrow") for file in map(_shown, files)):
+            raise UserError(
+                "a dataset as Hugging Face's save_to_disk writes it, in Arrow files, which are not read here",
+                where=_shown(folder),
+                remedy="write it by `load_from_disk(…).to_parquet(…)`",
+            )
+        raise UserError(f"a folder without any file of a known form {suffixes}", where=_shown(folder))
+    return listing
+
+
+def _head_of(location: str) -> bytes:
+    """Return the first bytes of a file."""
+    with Source(name=_shown(location), location=location, form=AUTO).open() as file:
+        return file.read(_HEAD_BYTES)
 
 
 def _shown(location: str) -> str:
