@@ -249,3 +249,63 @@ def test_windows_with_the_reference_beside_them(dataset):
     batch = beside.fetch(np.array([7, 0, 7]))
     assert np.array_equal(batch[REFERENCE], log_probs[[7, 0, 7]])
     assert np.array_equal(batch["chosen_input_ids"], windows.fetch(np.array([7, 0, 7]))["chosen_input_ids"])
+
+
+def test_they_are_found_again_by_the_name_that_they_have_always_had(dataset):
+    make(PairsInMemory(dataset))
+    (path,) = files(dataset, ".npy")
+    assert path.name == "ffffffffffffffff-0beae4f5d30d5bd3.npy"
+    content = json.loads(path.with_suffix(".json").read_bytes())
+    del content["checksum"], content["sha256"]
+    assert content == {
+        "format_version": 1, "dataset": "f" * 64, "weights": "w" * 64, "seq_len": 8, "dtype": "fp32", "pairs": NUM_PAIRS,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(NUM_PAIRS - 1, 2), (NUM_PAIRS, 3), None])
+def test_what_is_unfinished_of_something_else_is_begun_anew(dataset, shape):
+    expected = np.array(make(PairsInMemory(dataset)))
+    path = files(dataset, ".npy")[0].with_suffix(".unfinished")
+    shutil.rmtree(dataset / REFERENCE_FOLDER_NAME)
+    path.parent.mkdir()
+    if shape is None:
+        path.write_bytes(b"nothing that numpy knows")
+    else:
+        np.save(path.with_suffix(".npy"), np.zeros(shape, np.float32))
+        path.with_suffix(".npy").rename(path)
+    said, windows = Said(), PairsInMemory(dataset)
+    assert np.array_equal(make(windows, say=said), expected)
+    assert sorted(windows.fetched) == list(range(NUM_PAIRS))
+    assert "of 23 pairs, once" in said.text
+    assert "already" not in said.text
+
+
+def test_numbers_of_other_bits_are_begun_anew_too(dataset):
+    expected = np.array(make(PairsInMemory(dataset)))
+    path = files(dataset, ".npy")[0].with_suffix(".unfinished")
+    shutil.rmtree(dataset / REFERENCE_FOLDER_NAME)
+    path.parent.mkdir()
+    with path.open("wb") as file:
+        np.save(file, np.zeros((NUM_PAIRS, 2), np.float64))
+    assert np.array_equal(make(PairsInMemory(dataset)), expected)
+
+
+def test_files_of_other_states_of_the_dataset_go_and_nothing_else_does(dataset):
+    folder = dataset / REFERENCE_FOLDER_NAME
+    folder.mkdir()
+    for name in ("old.npy", "old.json", "old.unfinished", "old.txt", f"{'f' * 16}-other.npy"):
+        (folder / name).touch()
+    make(PairsInMemory(dataset))
+    left = {path.name for path in folder.iterdir() if path.suffix != ".lock"}
+    (made,) = (path for path in files(dataset, ".npy") if not path.name.endswith("other.npy"))
+    assert left == {"old.txt", f"{'f' * 16}-other.npy", made.name, made.with_suffix(".json").name}
+
+
+def test_reading_ahead_is_left_to_the_pairs(dataset):
+    asked = []
+    windows = PairsInMemory(dataset)
+    windows.shard_sets, windows.will_need = ("its shards",), asked.append
+    beside = ReferencedWindows(windows, np.zeros((NUM_PAIRS, 2), np.float32))
+    beside.will_need(np.array([3, 1]))
+    assert [numbers.tolist() for numbers in asked] == [[3, 1]]
+    assert beside.shard_sets == ("its shards",)
