@@ -62,7 +62,7 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
         return [dict(zip(batch, row, strict=True)) for row in rows]
 
     def _batch(self, windows: list[int]) -> dict[str, NDArray[np.int64]]:
-        if min(windows, default=0) < 0 or max(windows, default=0) >= len(self.windows):
+        if windows and (min(windows) < 0 or max(windows) >= len(self.windows)):
             raise IndexError(
                 f"windows {min(windows)} to {max(windows)} asked for, there are {len(self.windows)}"
             )

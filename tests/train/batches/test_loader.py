@@ -74,7 +74,7 @@ def step_threads():
 @pytest.mark.parametrize("kind", ["shuffled", "sequential"])
 @pytest.mark.parametrize(
     ("start", "stop", "global_batch"),
-    [(0, 46, 8), (5, 69, 8), (22, 23, 8), (20, 30, 1), (7, 7, 4), (0, 23, 50)],
+    [(0, 46, 8), (5, 69, 8), (22, 23, 8), (20, 30, 1), (7, 7, 4), (0, 23, 50), (3, 4000, 1900)],
 )
 def test_steps_are_the_order_across_epochs_and_a_short_last_one(kind, start, stop, global_batch):
     order = order_of(23, kind=kind)
@@ -319,8 +319,11 @@ def test_a_loader_that_takes_whole_batches_gives_the_same(num_workers):
     for one, other in zip(rows, whole, strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
-    with pytest.raises(IndexError, match="there are 20"):
-        dataset[[3, 20]]
+    for wrong in (-1, 20):
+        with pytest.raises(IndexError, match="there are 20"):
+            dataset[[3, wrong]]
+    assert dataset[[19, 0]]["input_ids"][:, 0].tolist() == [19, 0]
+    assert dataset[[]]["input_ids"].shape == (0, SEQ_LEN)
 
 
 def test_steps_of_a_rank_are_asked_for_as_far_ahead_as_they_are_read(monkeypatch):
@@ -345,3 +348,11 @@ def test_steps_of_a_rank_are_asked_for_as_far_ahead_as_they_are_read(monkeypatch
     assert own[0] == torch.cat([batch["input_ids"][:, 0] for batch in steps[1].micro_batches]).tolist()
     assert later[0] == own[1024 // 32]
     assert later[: len(own) - 32] == own[32:]
+
+
+def test_a_long_run_remembers_no_more_than_the_steps_around_it():
+    with step_loader(
+        FakeWindows(5000), order_of(5000), start=0, stop=5000, global_batch=512, micro_batch=512
+    ) as loader:
+        sizes = [len(loader._plans) for _ in loader]
+    assert max(sizes) == 2
