@@ -269,11 +269,11 @@ class _Reading:
 
     def _turns(self, value: object, name: str) -> list[Turn]:
         turns = turns_of(value, name)
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            if (names := exchange_names(value[0])) is not None:
-                self._form = f"turns of {names[0]} and {names[1]}"
-            elif is_role_and_text(value[0]):
-                self._form = "[role, text] pairs"
+        assert isinstance(value, Sequence), "a list, or one in JSON, of which the first is a bracket"
+        if (names := exchange_names(value[0])) is not None:
+            self._form = f"turns of {names[0]} and {names[1]}"
+        elif is_role_and_text(value[0]):
+            self._form = "[role, text] pairs"
         for turn in turns:
             self._unread.update(f"{name}[].{field}" for field in turn.unread)
             self._for_template.update(f"{name}[].{field}" for field in turn.for_template)

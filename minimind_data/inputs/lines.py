@@ -79,8 +79,6 @@ def border(file: BinaryIO, ends: Delimiter, at: int, stop: int | None = None) ->
     file.seek(base)
     data = b""
     while True:
-        if stop is not None and base + len(data) - ends.lookahead >= stop:
-            return stop
         block = file.read(
             _BLOCK_BYTES if stop is None else min(_BLOCK_BYTES, stop + ends.lookahead - base - len(data))
         )

@@ -183,10 +183,9 @@ class _Collected:
                 function.__code__ = codes.get(_key(function.__code__), function.__code__)
             return _run_items(session, items)
 
-        seconds = sum(
-            coverage.seconds[item.nodeid] for item in items
-        )  # of runs whose lines were noted, which is slow
-        return forked(work, self._copy / ".log", timeout=10 + 2 * seconds) != 0
+        # Of runs whose lines were noted, which took several times as long.
+        seconds = sum(coverage.seconds[item.nodeid] for item in items)
+        return forked(work, self._copy / ".log", timeout=10 + seconds) != 0
 
     def _trace(self, session: pytest.Session) -> Coverage:
         """Run all tests once, in a child too, which leaves this process as it was, and note the lines that each of them runs."""

@@ -112,20 +112,46 @@ def split_keeping(data, delimiter):
     return [data[start:stop] for start, stop in itertools.pairwise(begins)]
 
 
+class Counting(io.BytesIO):
+    """A file that counts the bytes which are read."""
+
+    num_read = 0
+
+    def read(self, size=-1):
+        data = super().read(size)
+        self.num_read += len(data)
+        return data
+
+
 def test_a_line_that_fills_many_splits_is_not_read_through_by_each(monkeypatch):
-    class Counting(io.BytesIO):
-        num_read = 0
-
-        def read(self, size=-1):
-            data = super().read(size)
-            self.num_read += len(data)
-            return data
-
     monkeypatch.setattr(lines, "_BLOCK_BYTES", 16)
     file = Counting(b"x" * 10_000 + b"\n")
     assert border(file, lines.LINE_FEED, 1000, 1100) == 1100
     assert file.num_read <= 101
     assert border(file, lines.LINE_FEED, 10_001, 10_100) == 10_001
+
+
+@pytest.mark.parametrize("stop", [None, 10_000])
+def test_a_border_is_looked_for_a_block_at_a_time(monkeypatch, stop):
+    monkeypatch.setattr(lines, "_BLOCK_BYTES", 16)
+    for line_end in range(1001, 1040):
+        file = Counting(b"x" * (line_end - 1) + b"\n" + b"x" * 20_000)
+        assert border(file, lines.LINE_FEED, 1000, stop) == line_end
+        assert file.num_read == -(-(line_end - 999) // 16) * 16, "no block behind the one that has the end"
+
+    class Watched(Delimiter):
+        most = 0
+
+        def first_end(self, data, start):
+            self.most = max(self.most, len(data))
+            return super().first_end(data, start)
+
+    for delimiter in (b"\n", b"-a-", b"<end>"):
+        ends = Watched(delimiter)
+        assert border(io.BytesIO(b"x" * 9000 + delimiter + b"x" * 2000), ends, 1000, stop) == 9000 + len(
+            delimiter
+        )
+        assert ends.most <= 16 + 2 * len(delimiter), "what is behind is not kept"
 
 
 def test_a_line_beyond_reason_is_refused_with_its_number(tmp_path, monkeypatch):
