@@ -54,8 +54,7 @@ def frame_documents(
     some = np.flatnonzero(lengths)
     has_bos[some] = tokens[starts[some]] == info.bos_id
     has_eos[some] = tokens[stops[some] - 1] == info.eos_id
-    has_eos &= ~(has_bos & (lengths == 1))
-    inner = lengths - has_bos - has_eos
+    inner = lengths - has_bos - has_eos  # -1 for one token that is both
     nonempty = inner > 0
     if nonempty.all() and has_bos.all() and has_eos.all():
         return Framed(

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minimind_data.dataset.format import TokenizerInfo
@@ -12,12 +12,18 @@ from minimind_data.dataset.framing import (
     check_lengths,
     document_ranges,
     frame_documents,
+    frame_texts,
 )
 from minimind_data.errors import UserError
 
 
 @settings(max_examples=200, deadline=None)
 @given(documents=st.lists(st.lists(st.integers(0, 5), max_size=4), max_size=12), same=st.booleans())
+@example(documents=[[1, 3, 2], [1, 4, 5, 2]], same=False)
+@example(documents=[[1, 3, 2], [4, 2], [1, 3, 2]], same=False)
+@example(documents=[[1, 3, 2], [1, 4], [1, 3, 2]], same=False)
+@example(documents=[[1, 3, 2], [1, 2], [1, 3, 2]], same=False)
+@example(documents=[[1, 3, 1], [1], [1, 3, 1]], same=True)
 def test_framing_adds_what_is_missing_and_nothing_else(documents, same):
     eos = 1 if same else 2
     info = TokenizerInfo(sha256="", vocab_size=6, bos_id=1, eos_id=eos, pad_id=0)
@@ -39,17 +45,39 @@ def test_framing_adds_what_is_missing_and_nothing_else(documents, same):
     assert (made.bos_added, made.eos_added, made.empty) == (bos_added, eos_added, empty)
 
 
+@given(texts=st.lists(st.lists(st.integers(0, 5), max_size=4), max_size=9))
+def test_texts_get_bos_and_eos_whatever_their_ids_are(texts):
+    info = TokenizerInfo(sha256="", vocab_size=6, bos_id=1, eos_id=2, pad_id=0)
+    ids = np.array([token for text in texts for token in text], np.uint32)
+    offsets = np.cumsum([0, *map(len, texts)])
+    tokens, lengths = frame_texts(ids, offsets, info, "uint16")
+    framed = [[1, *text, 2] for text in texts]
+    assert tokens.tolist() == [token for text in framed for token in text]
+    assert lengths.tolist() == [len(text) for text in framed]
+    assert tokens.dtype == np.uint16
+
+
 @given(lengths=st.lists(st.integers(0, 9)), most=st.integers(1, 12))
-def test_cut_covers_every_document_once_within_the_bound(lengths, most):
+def test_ranges_hold_every_document_once_and_as_many_as_the_bound_allows(lengths, most):
     ranges = list(document_ranges(np.array(lengths, np.int64), most))
     assert [i for first, last in ranges for i in range(first, last)] == list(range(len(lengths)))
     for first, last in ranges:
         assert last == first + 1 or sum(lengths[first:last]) <= most
+        assert last == len(lengths) or sum(lengths[first : last + 1]) > most
 
 
 @pytest.mark.parametrize(
     ("tokens", "place"),
-    [([], None), ([0, 9], None), ([0, 9, 10], 2), ([0, -1, 10], 1), ([10, -1], 0), ([5, 2**31], 1)],
+    [
+        ([], None),
+        ([0, 9], None),
+        ([0, 9, 10], 2),
+        ([3, -1], 1),
+        ([-1], 0),
+        ([0, -1, 10], 1),
+        ([10, -1], 0),
+        ([5, 2**31], 1),
+    ],
 )
 def test_the_first_id_that_no_vocabulary_has_is_named(tokens, place):
     def check():
