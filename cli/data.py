@@ -92,7 +92,8 @@ def _print_summary(out: Path, summary: Summary) -> None:
     if summary.already_done:
         print(f"{out}: already done, nothing to do ({size}){options}")
         return
-    print(f"{out}: {size} ({manifest.dtype})" + (f"\n{read}" if summary.input_bytes else "") + options)
+    frame = ", documents without BOS" if manifest.stores_no_bos else ""
+    print(f"{out}: {size} ({manifest.dtype}{frame})" + (f"\n{read}" if summary.input_bytes else "") + options)
     if summary.backend:
         print(
             f"  encoder    {summary.backend.name}; {counted(summary.compared, 'document')} compared with tokenizers"

@@ -84,10 +84,12 @@ def _print_summary(out: Path, summary: ConvertSummary) -> None:
     )
     if summary.separator_id is not None:
         print(f"  cut          at every id {summary.separator_id}")
-    if summary.bos_added or summary.eos_added:
+    if summary.bos_added:
         print(
             f"  framed       {counted(summary.bos_added, 'document')} came without BOS, {summary.eos_added:,} without EOS; added"
         )
+    elif summary.eos_added:
+        print(f"  framed       {counted(summary.eos_added, 'document')} came without EOS; added")
     if summary.empty:
         print(f"  left out     {counted(summary.empty, 'document')} without any token but BOS and EOS")
     if summary.divided:

@@ -93,6 +93,8 @@ def tokenize(
     else:
         options, contradictions, options_taken = precedent.complete(options)
         tokenizer, template = precedent.tokenizer(options)
+    if template is not None:
+        template = template.for_tokenizer(tokenizer.info)
     chat = chat_encoding_of(options, tokenizer, template)
     if precedent is not None:
         contradictions += precedent.contradictions(recipe_of(options, tokenizer, chat), options, tokenizer)

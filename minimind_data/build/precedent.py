@@ -28,6 +28,7 @@ from minimind_data.json_fields import FieldError, read_value
 from minimind_data.options import KnowsPassed, flatten, format_size, leaves, names_passed, options_from
 from minimind_data.tokenizer.loading import (
     DEFAULT_TOKENIZER,
+    NONE,
     SpecialTokens,
     Tokenizer,
     cached_tokenizer,
@@ -192,7 +193,10 @@ class Precedent:
         tokenizer = cached_tokenizer(path.read_bytes().decode(), self.recipe.tokenizer)
         if special == SpecialTokens():
             return tokenizer
-        texts = map(tokenizer.reference.id_to_token, self.recipe.tokenizer.special_ids)
+        texts = (
+            NONE if token_id is None else tokenizer.reference.id_to_token(token_id)
+            for token_id in self.recipe.tokenizer.special_ids
+        )
         own = SpecialTokens(**dict(zip(("bos", "eos", "pad"), texts, strict=True)))
         named = {name: text for name, text in asdict(special).items() if text is not None}
         return load_tokenizer(path, replace(own, **named))
@@ -209,8 +213,10 @@ class Precedent:
                 template = chat_template_of(folder)
             except UserError:  # another folder may have it whole
                 continue
-            checksums = (sha256_of(path), template and sha256_of_bytes(template.config_json.encode()))
-            if template is not None and self.config_sha256 in checksums:
+            if template is None:
+                continue
+            template = template.for_tokenizer(self.recipe.tokenizer)
+            if self.config_sha256 in (sha256_of(path), sha256_of_bytes(template.config_json.encode())):
                 return template
         raise self._lost(TOKENIZER_CONFIG_NAME)
 
@@ -240,7 +246,7 @@ class Precedent:
             for name in ("bos", "eos", "pad"):
                 ids = getattr(there, f"{name}_id"), getattr(here, f"{name}_id")
                 if ids[0] != ids[1]:
-                    texts = [repr(text_of_token(tokenizer.json, one)) for one in ids]
+                    texts = [NONE if one is None else repr(text_of_token(tokenizer.json, one)) for one in ids]
                     found.append(Contradiction(option=f"{name}_token", there=texts[0], here=texts[1]))
         named = {"kind": self.recipe.kind, **self.recipe.options}, {"kind": recipe.kind, **recipe.options}
         for name in named[1] | named[0]:

@@ -102,8 +102,7 @@ def _any_of(texts: tuple[str, ...] | list[str]) -> str:
 
 def control_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
     """Return the special tokens that open and close turns and documents: those marked as special, and BOS, EOS and PAD."""
-    info = tokenizer.info
-    frame = {info.bos_id, info.eos_id, info.pad_id}
+    frame = set(tokenizer.info.special_ids)
     added = tokenizer.reference.get_added_tokens_decoder()
     return tuple(token.content for token_id, token in added.items() if token.special or token_id in frame)
 

@@ -94,10 +94,11 @@ class _Probe:
 
     def openings(self, prompt: str) -> list[str]:
         """Return texts that may open the assistant's turns; all begin with a special token."""
-        bos = str(self._tokenizer.reference.id_to_token(self._tokenizer.info.bos_id))
         between = self._text.partition(_ASKED[0])[2].partition(_ANSWERED[0])[0]
         starts = sorted({place for token in self._control for place in _occurrences(between, token)})
-        texts = [f"{bos}assistant\n", prompt, *(between[start:] for start in reversed(starts))]
+        texts = [prompt, *(between[start:] for start in reversed(starts))]
+        if (bos_id := self._tokenizer.info.bos_id) is not None:
+            texts.insert(0, f"{self._tokenizer.reference.id_to_token(bos_id)}assistant\n")
         # The white space before an answer may be one token with its first word.
         texts += [text.rstrip() for text in texts]
         # What also stands between an answer and the next question opens anybody's turn.

@@ -13,7 +13,7 @@ and tokenization_utils_base.py (`apply_chat_template`).
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from minimind_data.chat.messages import text_of
-from minimind_data.dataset.format import TEMPLATE_NAME, TOKENIZER_CONFIG_NAME
+from minimind_data.dataset.format import TEMPLATE_NAME, TOKENIZER_CONFIG_NAME, TokenizerInfo
 from minimind_data.errors import UserError
 from minimind_data.files import parse_json
 from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
@@ -73,6 +73,13 @@ class ChatTemplate:
         """Tell whether it reads a field of messages, or a variable, of this name."""
         names = _REASONING_NAMES if field in _REASONING_NAMES else (field,)
         return not names_read_by(self).isdisjoint(names) or writes_all_fields(self)
+
+    def for_tokenizer(self, info: TokenizerInfo) -> "ChatTemplate":
+        """Return the same template, but for `bos_token` where the tokenizer is used without BOS."""
+        if info.bos_id is not None:
+            return self
+        kept = tuple((name, value) for name, value in self.special_tokens if name != "bos_token")
+        return replace(self, special_tokens=kept)
 
     @property
     def config_json(self) -> str:

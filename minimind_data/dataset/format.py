@@ -18,9 +18,9 @@ A *shard* `NAME` is two files in the layout of Megatron-Core's `IndexedDataset`:
 
     NAME.mask   conversations and pairs only, the loss mask: a byte for each token of NAME.bin, 1 where the token is learned, else 0
 
-A pre-training document (`pretrain`) is one sequence: BOS + the tokens of its text + EOS. A conversation (`sft`) is one
-sequence: the tokens of the text that the chat template makes of it, and nothing around them. A pair (`dpo`) is two such
-sequences: the chosen conversation, then the rejected one.
+A pre-training document (`pretrain`) is one sequence: BOS + the tokens of its text + EOS, or without BOS where `bos_id` in the manifest is
+null. A conversation (`sft`) is one sequence: the tokens of the text that the chat template makes of it, and nothing around them. A pair
+(`dpo`) is two such sequences: the chosen conversation, then the rejected one.
 
 `manifest.json` (see `Manifest`) names the tokenizer, the options that shaped the tokens, the inputs, and every shard in
 order with its checksums and the bytes of input that it came from. Its *fingerprint* is a hash of everything that determines the
@@ -201,7 +201,8 @@ class TokenizerInfo:
         int, Rule(f"a number from 1 to {MAX_VOCABULARY:,}", lambda size: 1 <= size <= MAX_VOCABULARY)
     ]
     """The largest id plus one: the rows of an embedding table."""
-    bos_id: Count
+    bos_id: Count | None
+    """None where texts have no token before them."""
     eos_id: Count
     pad_id: Count
 
@@ -211,9 +212,15 @@ class TokenizerInfo:
         return f"tokenizer of {self.vocab_size:,} entries ({self.sha256[:12]}…)"
 
     @property
-    def special_ids(self) -> tuple[int, int, int]:
+    def special_ids(self) -> tuple[int | None, int, int]:
         """(BOS, EOS, PAD)."""
         return self.bos_id, self.eos_id, self.pad_id
+
+    @property
+    def special_ids_in_words(self) -> str:
+        """Its BOS, EOS and PAD for people."""
+        bos = "no BOS" if self.bos_id is None else f"BOS {self.bos_id}"
+        return f"{bos}, EOS {self.eos_id}, PAD {self.pad_id}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,6 +377,11 @@ class Manifest:
         return self.kind != "pretrain"
 
     @property
+    def stores_no_bos(self) -> bool:
+        """Whether its documents are texts without BOS; conversations have what their template writes."""
+        return self.kind == "pretrain" and self.tokenizer.bos_id is None
+
+    @property
     def sequences_per_document(self) -> int:
         """2 for pairs, else 1."""
         return 2 if self.kind == "dpo" else 1
@@ -449,8 +461,9 @@ class Manifest:
 
 def _contradiction(manifest: Manifest) -> str | None:
     """Return a clause on two facts that cannot both be true of a dataset, or None."""
-    if max(manifest.tokenizer.special_ids) >= manifest.tokenizer.vocab_size:
-        return f"special tokens {manifest.tokenizer.special_ids} in a vocabulary of {manifest.tokenizer.vocab_size:,}"
+    info = manifest.tokenizer
+    if any(token_id is not None and token_id >= info.vocab_size for token_id in info.special_ids):
+        return f"{info.special_ids_in_words} in a vocabulary of {info.vocab_size:,}"
     item = numpy_dtype(manifest.dtype).itemsize
     names: set[str] = set()
     for shard in manifest.shards:

@@ -1,4 +1,4 @@
-"""Framing: documents become BOS + ids + EOS, as they are stored.
+"""Framing: documents become BOS + ids + EOS, as they are stored; where the tokenizer has no BOS, ids + EOS.
 
 The functions work on blocks of documents: their tokens end to end, and the length of each document. Documents from other projects may
 have a BOS or EOS already, and ids outside the vocabulary; the ids of a text that was just encoded have neither.
@@ -31,7 +31,7 @@ class Framed:
     bos_added: int
     eos_added: int
     empty: int
-    """Documents without a token between BOS and EOS, which are left out as empty texts are."""
+    """Documents without a token besides BOS and EOS, which are left out as empty texts are."""
 
 
 def frame_documents(
@@ -52,11 +52,14 @@ def frame_documents(
     starts = stops - lengths
     has_bos, has_eos = np.zeros(len(lengths), bool), np.zeros(len(lengths), bool)
     some = np.flatnonzero(lengths)
-    has_bos[some] = tokens[starts[some]] == info.bos_id
+    if info.bos_id is not None:
+        has_bos[some] = tokens[starts[some]] == info.bos_id
     has_eos[some] = tokens[stops[some] - 1] == info.eos_id
     inner = lengths - has_bos - has_eos  # -1 for one token that is both
     nonempty = inner > 0
-    if nonempty.all() and has_bos.all() and has_eos.all():
+    lacks_bos = nonempty & ~has_bos & (info.bos_id is not None)
+    lacks_eos = nonempty & ~has_eos
+    if nonempty.all() and not lacks_bos.any() and not lacks_eos.any():
         return Framed(
             tokens=tokens.astype(numpy_dtype(dtype), copy=False),
             lengths=lengths,
@@ -67,20 +70,21 @@ def frame_documents(
     from_here = np.repeat(nonempty, lengths)
     from_here[starts[has_bos]] = False
     from_here[stops[has_eos] - 1] = False
-    new_lengths = inner[nonempty] + 2
+    new_lengths = inner[nonempty] + _frame_tokens(info)
     new_stops = np.cumsum(new_lengths)
     framed = np.empty(int(new_lengths.sum()), numpy_dtype(dtype))
     to_here = np.ones(len(framed), bool)
-    to_here[new_stops - new_lengths] = False
     to_here[new_stops - 1] = False
-    framed[to_here] = tokens[from_here]
-    framed[new_stops - new_lengths] = info.bos_id
     framed[new_stops - 1] = info.eos_id
+    if info.bos_id is not None:
+        to_here[new_stops - new_lengths] = False
+        framed[new_stops - new_lengths] = info.bos_id
+    framed[to_here] = tokens[from_here]
     return Framed(
         tokens=framed,
         lengths=new_lengths,
-        bos_added=int((nonempty & ~has_bos).sum()),
-        eos_added=int((nonempty & ~has_eos).sum()),
+        bos_added=int(lacks_bos.sum()),
+        eos_added=int(lacks_eos.sum()),
         empty=int((~nonempty).sum()),
     )
 
@@ -97,19 +101,24 @@ def frame_texts(
         dtype: of the result.
 
     Returns:
-        (tokens [T + 2n] of `dtype`, lengths int64 [n] of the documents with BOS and EOS).
+        (tokens [T + 2n] of `dtype`, [T + n] without BOS; lengths int64 [n] of the documents with BOS and EOS).
     """
-    num_texts = len(offsets) - 1
-    tokens = np.empty(len(ids) + 2 * num_texts, numpy_dtype(dtype))
-    bos_places = offsets[:-1] + 2 * np.arange(num_texts)
-    eos_places = offsets[1:] + 2 * np.arange(num_texts) + 1
+    lengths = np.diff(offsets) + _frame_tokens(info)
+    stops = np.cumsum(lengths)
+    tokens = np.empty(len(ids) + _frame_tokens(info) * len(lengths), numpy_dtype(dtype))
     is_text = np.ones(len(tokens), np.bool_)
-    is_text[bos_places] = False
-    is_text[eos_places] = False
+    is_text[stops - 1] = False
+    tokens[stops - 1] = info.eos_id
+    if info.bos_id is not None:
+        is_text[stops - lengths] = False
+        tokens[stops - lengths] = info.bos_id
     tokens[is_text] = ids
-    tokens[bos_places] = info.bos_id
-    tokens[eos_places] = info.eos_id
-    return tokens, np.diff(offsets) + 2
+    return tokens, lengths
+
+
+def _frame_tokens(info: TokenizerInfo) -> int:
+    """Return how many tokens of a document are not of its text."""
+    return 1 if info.bos_id is None else 2
 
 
 def check_ids(tokens: NDArray[Any], vocab_size: int, where: Callable[[int], str]) -> None:

@@ -372,11 +372,14 @@ class ShardSet:
     def _check_ends(self, shard: Shard) -> None:
         """Check that a shard begins with BOS and ends with EOS, which one that another tokenizer made seldom does."""
         info = self.manifest.tokenizer
-        if shard.ends and shard.ends != (info.bos_id, info.eos_id):
-            begin, end = shard.ends
+        if shard.ends is None:
+            return
+        begin, end = shard.ends
+        if end != info.eos_id or info.bos_id not in (None, begin):
+            bos = "no BOS" if info.bos_id is None else f"BOS {info.bos_id}"
             raise FormatError(
-                f"begins with token {begin} and ends with {end}, where this dataset's tokenizer has BOS {info.bos_id} and EOS "
-                f"{info.eos_id}, so it belongs to another dataset",
+                f"begins with token {begin} and ends with {end}, where this dataset's tokenizer has {bos} and EOS {info.eos_id}, so it "
+                "belongs to another dataset",
                 where=self.folder / f"{shard.entry.name}.bin",
                 remedy=REMAKE,
             )

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minimind_data.dataset.checked_reading import Documents, checked_documents
-from minimind_data.dataset.format import Manifest
+from minimind_data.dataset.format import Manifest, TokenizerInfo
 from minimind_data.dataset.framing import BLOCK_TOKENS, check_ids, check_lengths, document_ranges
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
@@ -154,7 +154,7 @@ class Part:
 class TokenFormat(ABC):
     """A format of token files: how its files are recognized and read, and how a dataset is written in it.
 
-    A document of a dataset is BOS + ids + EOS. The docstring of a format says what it leaves out of that.
+    A document of a dataset is BOS + ids + EOS, or ids + EOS where the tokenizer has no BOS. The docstring of a format says what it leaves out of that.
     """
 
     name: ClassVar[str]
@@ -166,11 +166,18 @@ class TokenFormat(ABC):
     options: ClassVar[frozenset[str]] = frozenset()
     """The options of a conversion that apply to this format but not to every format."""
     divider: ClassVar[Literal["bos", "eos"] | None] = None
-    """Which id divides documents, if nothing else says where each ends."""
+    """Which id divides documents, if nothing else says where each ends; EOS where there is no BOS."""
     takes_conversations: ClassVar[bool] = False
     """Whether it has a place for loss masks and for pairs."""
     is_one_file: ClassVar[bool] = False
     """Whether its own tools expect all documents in one file."""
+
+    def divider_id(self, tokenizer: TokenizerInfo) -> int | None:
+        """Return the id that divides documents; None where something else says where each ends."""
+        if self.divider is None:
+            return None
+        has_bos = self.divider == "bos" and tokenizer.bos_id is not None
+        return tokenizer.bos_id if has_bos else tokenizer.eos_id
 
     def recognizes(self, path: Path, start: bytes) -> bool:  # noqa: ARG002 - for those that can
         """Tell whether a file certainly has this format, from its first 16 bytes and the files beside it."""

@@ -1,10 +1,11 @@
 """convert(): from another project's token files to a dataset of ours, and the other way round. `formats` has the formats.
 
-To shards: every document gets our frame. A BOS and an EOS that it has already are kept; those that it lacks are added and counted. A stream
+To shards: every document gets our frame, BOS (where the tokenizer has one) and EOS. Those that it has already are kept; those that it lacks
+are added and counted. A stream
 without borders between documents is cut at a separator. Ids are not decoded, so the tokenizer that made them must be named; an id beyond
 its vocabulary ends the conversion.
 
-From shards: a document is BOS + ids + EOS, and the class of each format says what it leaves out of that. Conversations and pairs can be
+From shards: a document is framed like that, and the class of each format says what it leaves out of that. Conversations and pairs can be
 converted to tables only (hf and parquet), which have `labels` beside the ids.
 
 Formats that say where documents end give the same documents when they are converted back. Streams (nanogpt and llmc) may not; see `streams`.
@@ -57,7 +58,8 @@ class ConvertOptions:
         Path | None, "The tokenizer.json, or its folder, that made the ids; needed to make shards."
     ] = None
     separator_id: Annotated[
-        int | None, "From nanogpt and llmc: id between documents; by default EOS in nanogpt, BOS in llmc."
+        int | None,
+        "From nanogpt and llmc: id between documents; by default EOS in nanogpt, BOS in llmc (EOS if there is none).",
     ] = None
     column: Annotated[str, "Column of the ids in hf and parquet."] = "input_ids"
     shard_bytes: Annotated[int, "To shards: bytes of tokens in one shard.", parse_size] = 64 * 2**20
@@ -154,8 +156,8 @@ def _import(files: TokenFiles, options: ConvertOptions, progress: Progress) -> C
     separator_id = options.separator_id
     if separator_id is not None and "separator_id" not in origin.options:
         raise UserError(f"{origin.name} says itself where documents end", remedy="leave out `separator_id`")
-    if separator_id is None and origin.divider is not None:
-        separator_id = tokenizer.info.bos_id if origin.divider == "bos" else tokenizer.info.eos_id
+    if separator_id is None:
+        separator_id = origin.divider_id(tokenizer.info)
     with new_folder(options.out) as folder:
         paths = [*files.token_files, *files.index_files]
         hashes = InputHashes([Source(name=str(path), location=str(path), form=origin.name) for path in paths])

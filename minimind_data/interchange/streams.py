@@ -5,8 +5,10 @@ llmc         llm.c's .bin: 256 int32, of which [0] is 20240520, [1] is 1 and [2]
              precedes each document, and a document may go on in the next file. modded-nanogpt's files are the same.
 llmc-llama3  The same with 20240801, 7, and uint32 ids.
 
+Where the tokenizer has no BOS, EOS is the dividing id of both: it follows each document in nanogpt and precedes it in llmc.
+
 A reader takes a document with the dividing id inside for several. And if a text itself ends with EOS (in nanogpt) or begins with BOS (in
-llmc), that token is taken for the document's frame when the files are converted back.
+llmc; with EOS where there is no BOS), that token is taken for the document's frame when the files are converted back.
 
 Sources: nanoGPT data/openwebtext/prepare.py; llm.c dev/data/data_common.py (`write_datafile`), dev/data/fineweb.py and
 llmc/dataloader.h; modded-nanogpt data/fineweb.py and train_gpt.py (`_load_data_shard`).
@@ -21,6 +23,7 @@ from typing import Any, BinaryIO, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from minimind_data.dataset.format import TokenArray, TokenizerInfo
 from minimind_data.dataset.framing import check_ids, check_lengths
 from minimind_data.dataset.staging import durable_file
 from minimind_data.errors import UserError
@@ -116,30 +119,36 @@ class Stream(TokenFormat):
                 where=part.shards.folder,
                 remedy="take `target_format` llmc-llama3 or another",
             )
-        num_tokens = part.num_tokens - part.num_documents
+        num_tokens = part.num_tokens - (0 if info.bos_id is None else part.num_documents)
         if self.max_tokens is not None and num_tokens > self.max_tokens:
             raise UserError(
                 f"{num_tokens:,} tokens, where the header of this format can say {self.max_tokens:,}",
                 where=path.name,
                 remedy="leave out `one_file`",
             )
-        has_bos = self.divider == "bos"
-        divider = info.bos_id if has_bos else info.eos_id
+        divider = self.divider_id(info)
         divided = 0
         with durable_file(path) as file:
             self.write_header(file, num_tokens)
-            for tokens, lengths in part.documents():
-                stops = np.cumsum(lengths)
-                mask = np.ones(len(tokens), bool)
-                mask[stops - 1 if has_bos else stops - lengths] = False
-                ids = tokens[mask]
+            for framed, framed_lengths in part.documents():
+                ids, lengths = self._divided(framed, framed_lengths, info)
                 # Count the dividers in each document: one is its own, more are inside
-                documents = np.searchsorted(
-                    stops - np.arange(1, len(stops) + 1), np.flatnonzero(ids == divider), "right"
-                )
+                documents = np.searchsorted(np.cumsum(lengths), np.flatnonzero(ids == divider), "right")
                 divided += int((np.bincount(documents, minlength=len(lengths)) > 1).sum())
                 file.write(ids.astype(f"<u{self.token_bytes}").tobytes())
         return divided
+
+    def _divided(
+        self, tokens: TokenArray, lengths: NDArray[np.int64], info: TokenizerInfo
+    ) -> tuple[TokenArray, NDArray[np.int64]]:
+        """Return documents, and the length of each, with the id that divides them in the place of BOS and EOS."""
+        if info.bos_id is None:
+            # All of them end with EOS, so each has the one of the document before it in front when all move on by a place.
+            return (np.roll(tokens, 1) if self.divider == "bos" else tokens), lengths
+        stops = np.cumsum(lengths)
+        mask = np.ones(len(tokens), bool)
+        mask[stops - 1 if self.divider == "bos" else stops - lengths] = False
+        return tokens[mask], lengths - 1
 
 
 class NanoGPT(Stream):
@@ -165,7 +174,7 @@ class NanoGPT(Stream):
 
 
 class LLMC(Stream):
-    """Leaves out EOS: BOS + ids, so BOS divides documents."""
+    """Leaves out EOS: BOS + ids, so BOS divides documents. Without BOS it is EOS + ids."""
 
     name = "llmc"
     divider = "bos"

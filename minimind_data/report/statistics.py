@@ -103,7 +103,7 @@ class Waste:
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """The text behind the tokens, BOS and EOS around documents left out."""
+    """The text behind the tokens, without the BOS and EOS of documents."""
 
     tokens: int
     characters: int
@@ -180,10 +180,11 @@ def measure_lengths(shards: ShardSet, seq_lens: Sequence[int]) -> tuple[Lengths,
     Raises:
         UserError: a window length below 2, or a dataset without documents.
     """
+    first = "a token" if shards.manifest.tokenizer.bos_id is None else "BOS"
     for seq_len in seq_lens:
         if seq_len < 2:
             raise UserError(
-                f"`seq_len` {seq_len}: a window holds BOS and EOS at least, so take 2 or more",
+                f"`seq_len` {seq_len}: a window holds {first} and EOS at least, so take 2 or more",
                 option="seq_len",
             )
     if not shards.num_documents:
@@ -340,7 +341,8 @@ def count_text(shards: ShardSet, tokenizer: Tokenizer, progress: Progress = no_p
                 counts += np.bincount(block, minlength=info.vocab_size)
                 report(block.nbytes, 0)
             if not shards.manifest.has_masks:  # conversations have no frame
-                frames[info.bos_id] += _count_at(shard, "first", info.bos_id)
+                if info.bos_id is not None:
+                    frames[info.bos_id] += _count_at(shard, "first", info.bos_id)
                 frames[info.eos_id] += _count_at(shard, "last", info.eos_id)
     num_tokens = int((counts - frames).sum())
     token_bytes = token_bytes_of(tokenizer)

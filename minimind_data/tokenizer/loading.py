@@ -1,5 +1,8 @@
 """The tokenizer of a dataset: its tokenizer.json, and the ids of BOS, EOS and PAD.
 
+Special tokens are those that tokenizer_config.json names, unless the caller names others. A tokenizer whose config names no BOS, as those of
+Qwen, has none, and its documents are stored without. EOS and PAD it must have.
+
 The ids of a text are those that Hugging Face `tokenizers` returns for `encode(text, add_special_tokens=False)`, which recognises
 special tokens in the text. `backends` has the encoders.
 
@@ -39,7 +42,7 @@ class Tokenizer:
     """
 
     def __init__(
-        self, json_text: str, reference: tokenizers.Tokenizer, special_ids: tuple[int, int, int]
+        self, json_text: str, reference: tokenizers.Tokenizer, special_ids: tuple[int | None, int, int]
     ) -> None:
         self.json = json_text
         self.reference = reference
@@ -56,9 +59,15 @@ class Tokenizer:
     def __repr__(self) -> str:
         names = zip(("BOS", "EOS", "PAD"), self.info.special_ids, strict=True)
         special = ", ".join(
-            f"{name} {number} {self.reference.id_to_token(number)!r}" for name, number in names
+            f"no {name}" if number is None else f"{name} {number} {self.reference.id_to_token(number)!r}"
+            for name, number in names
         )
         return f"Tokenizer({self.info.vocab_size:,} entries, {special}, {self.info.sha256[:12]}…)"
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """Return the ids of a document that begins with this text, as it is stored: BOS, where there is one, and those of the text."""
+        ids: list[int] = self.reference.encode(text, add_special_tokens=False).ids
+        return ids if self.info.bos_id is None else [self.info.bos_id, *ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens included."""
@@ -67,16 +76,26 @@ class Tokenizer:
 
 
 BosToken = Annotated[
-    str | None, "BOS, the token before each text, if tokenizer_config.json does not name it."
+    str | None,
+    "BOS, the token before each text, if it is not the one that tokenizer_config.json names; none stores texts without.",
 ]
-EosToken = Annotated[str | None, "EOS, the token after each text, likewise."]
-PadToken = Annotated[str | None, "PAD, the token that fills windows, likewise."]
+EosToken = Annotated[str | None, "EOS, the token after each text, likewise, but there must be one."]
+PadToken = Annotated[str | None, "PAD, the token that fills windows, likewise, but there must be one."]
 """Options of what reads a tokenizer.json; `SpecialTokens` takes their values."""
+
+NONE = "none"
+"""In place of the text of BOS: there is none."""
+_SPECIAL_NAMES = ("bos", "eos", "pad")
+_NEEDED_FOR = {"eos": "ends every text, so that a model learns to stop", "pad": "fills windows"}
+_EXAMPLES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialTokens:
-    """The texts of the tokens that frame documents and fill windows; None for those that tokenizer_config.json is to name."""
+    """The texts of the tokens that frame documents and fill windows; None for those that tokenizer_config.json is to name.
+
+    `bos` may also be `NONE`.
+    """
 
     bos: str | None = None
     eos: str | None = None
@@ -111,21 +130,19 @@ def load_tokenizer(path: Path | str | None = None, special: SpecialTokens | None
         ) from None
     reference = _parse(text, file)
     special = special or SpecialTokens()
-    special_ids = _ids_of_dataset(file) if file.with_name(MANIFEST_NAME).is_file() else {}
-    config = {} if special_ids else _read_config(file.with_name(TOKENIZER_CONFIG_NAME))
-    ids = [
-        special_ids[name]
-        if text is None and special_ids
-        else _special_id(reference, name, text, config, file)
-        for name, text in (("bos", special.bos), ("eos", special.eos), ("pad", special.pad))
-    ]
-    return Tokenizer(text, reference, (ids[0], ids[1], ids[2]))
-
-
-def _ids_of_dataset(file: Path) -> dict[str, int]:
-    """Return the special ids that the manifest beside this tokenizer.json names."""
-    info = Manifest.read(file.parent).tokenizer
-    return {"bos": info.bos_id, "eos": info.eos_id, "pad": info.pad_id}
+    is_dataset = file.with_name(MANIFEST_NAME).is_file()
+    recorded_ids = Manifest.read(file.parent).tokenizer.special_ids if is_dataset else None
+    config = {} if is_dataset else _read_config(file.with_name(TOKENIZER_CONFIG_NAME))
+    names = zip(_SPECIAL_NAMES, (special.bos, special.eos, special.pad), strict=True)
+    bos_id, eos_id, pad_id = (
+        recorded_ids[place]
+        if token is None and recorded_ids is not None
+        else _special_id(reference, name, token, config, file)
+        for place, (name, token) in enumerate(names)
+    )
+    assert eos_id is not None
+    assert pad_id is not None
+    return Tokenizer(text, reference, (bos_id, eos_id, pad_id))
 
 
 def _parse(text: str, path: Path) -> tokenizers.Tokenizer:
@@ -162,7 +179,22 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _special_id(
     tokenizer: tokenizers.Tokenizer, name: str, text: str | None, config: dict[str, Any], file: Path
-) -> int:
+) -> int | None:
+    """Return the id of BOS, EOS or PAD; None where there is no BOS.
+
+    A config that names special tokens, and no BOS among them, says that there is none; one that names no token says nothing.
+    """
+    if name == "bos":
+        names_tokens = any(f"{other}_token" in config for other in _SPECIAL_NAMES)
+        if text == NONE or (text is None and names_tokens and config.get("bos_token") is None):
+            return None
+    elif text == NONE:
+        raise UserError(
+            f"`{name}_token` {NONE}: there must be one, since {name.upper()} {_NEEDED_FOR[name]}",
+            where=file,
+            remedy=f"pass `{name}_token` TOKEN{_examples(tokenizer)}",
+            option=f"{name}_token",
+        )
     if text is None:
         token = config.get(f"{name}_token")
         text = token.get("content") if isinstance(token, dict) else token
@@ -177,7 +209,8 @@ def _special_id(
         raise UserError(
             f"nothing says which token is {name.upper()} ({TOKENIZER_CONFIG_NAME} does not)",
             where=file,
-            remedy=f"pass `{name}_token` TOKEN",
+            remedy=f"pass `{name}_token` TOKEN{_examples(tokenizer)}"
+            + (f", or `{name}_token` {NONE} to store texts without" if name == "bos" else ""),
             option=f"{name}_token",
         )
     token_id: int | None = tokenizer.token_to_id(text)
@@ -189,6 +222,13 @@ def _special_id(
             option=f"{name}_token",
         )
     return token_id
+
+
+def _examples(tokenizer: tokenizers.Tokenizer) -> str:
+    """Return a clause in brackets on the special tokens of a tokenizer, the first of them; empty where it has none."""
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    more = ", …" if len(special) > _EXAMPLES else ""
+    return f" (it has {', '.join(special[:_EXAMPLES])}{more})" if special else ""
 
 
 def same_encoding(one: str, other: str) -> bool:
@@ -232,9 +272,7 @@ def _in_brackets(info: TokenizerInfo | None) -> str:
     if info is None:
         return ""
     checksum = f", {info.sha256[:12]}…" if info.sha256 else ""
-    return (
-        f" ({info.vocab_size:,} entries, BOS {info.bos_id}, EOS {info.eos_id}, PAD {info.pad_id}{checksum})"
-    )
+    return f" ({info.vocab_size:,} entries, {info.special_ids_in_words}{checksum})"
 
 
 def _decisive_parts(json_text: str) -> dict[str, Any]:

@@ -50,11 +50,17 @@ def description_of(info: TokenizerInfo, json_text: str) -> str:
     parts = [] if name is None else [name]
     parts += [kind] if (kind := kind_of_tokenizer(json_text)) else []
     parts.append(f"{info.vocab_size:,} entries")
-    for token, number in zip(("BOS", "EOS", "PAD"), info.special_ids, strict=True):
-        text = text_of_token(json_text, number)
-        parts.append(f"{token} {number}" if text is None else f"{token} {text} ({number})")
+    names = zip(("BOS", "EOS", "PAD"), info.special_ids, strict=True)
+    parts += [_special_token(name, token_id, json_text) for name, token_id in names]
     parts.append(f"{info.sha256[:12]}…")
     return ", ".join(parts) + (" (it is not recorded where it came from)" if name is None else "")
+
+
+def _special_token(name: str, token_id: int | None, json_text: str) -> str:
+    if token_id is None:
+        return f"no {name}"
+    text = text_of_token(json_text, token_id)
+    return f"{name} {token_id}" if text is None else f"{name} {text} ({token_id})"
 
 
 def kind_of_tokenizer(json_text: str) -> str:

@@ -3,7 +3,7 @@
 With sequence length L:
 
 - `concat`: window k is the tokens [kL, kL + L] of the stream: L + 1 tokens at stride L, so every token is a target once.
-- `pad`: window k is document k, cut to BOS + its first tokens + EOS where it is longer, then PAD. Unshifted at L = 340
+- `pad`: window k is document k, cut to its first tokens + EOS where it is longer, then PAD. Unshifted at L = 340
   it is MiniMind's `PretrainDataset(max_length=340)`, id for id.
 - `pack`: whole documents that together fill a window, then PAD; `pack_plan.py` says which. A document that alone is longer
   than a window is `cut` as in `pad`, continues in other windows (`fragment`), or is left out (`drop`).

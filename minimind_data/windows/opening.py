@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from minimind_data.dataset.format import TokenizerInfo
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.reporting import Say, counted, say_nothing
@@ -42,7 +43,7 @@ def open_windows(
     Raises:
         UserError: the dataset has no such window, or their plan cannot be written.
     """
-    _check_length(layout, seq_len)
+    _check_length(layout, seq_len, shards.manifest.tokenizer)
     windows: Windows
     if shards.manifest.kind == "dpo":
         if layout != "pad":
@@ -80,9 +81,10 @@ def open_windows(
     return windows
 
 
-def _check_length(layout: Layout, seq_len: int) -> None:
+def _check_length(layout: Layout, seq_len: int, tokenizer: TokenizerInfo) -> None:
+    first = "a token" if tokenizer.bos_id is None else "BOS"
     if layout != "concat" and seq_len < 2:
-        raise UserError(f"`seq_len` {seq_len} is too short for layout {layout}: BOS and EOS alone take 2")
+        raise UserError(f"`seq_len` {seq_len} is too short for layout {layout}: {first} and EOS alone take 2")
     if seq_len < 1:
         raise UserError(f"`seq_len` must be at least 1, not {seq_len}")
     if seq_len > MAX_SEQ_LEN:

@@ -26,7 +26,7 @@ def complete(
     changes: Mapping[str, Any] = MappingProxyType({}),
     say: Say = say_on_stderr,
 ) -> Iterator[str]:
-    """Yield what the model of a run generates after BOS and `prompt`, piece by piece.
+    """Yield what the model of a run generates after BOS, where its tokenizer has one, and `prompt`, piece by piece.
 
     Args:
         run: the folder of a run, which may still be training, or a Hugging Face folder.
@@ -48,18 +48,27 @@ def complete(
 def continue_text(
     model: MiniMind, tokenizer: Tokenizer, prompt: str, options: GenerateOptions = DEFAULTS
 ) -> Iterator[str]:
-    """Yield what a model generates after BOS and `prompt`, piece by piece.
+    """Yield what a model generates after BOS, where its tokenizer has one, and `prompt`, piece by piece.
 
     Args:
         model: in evaluation mode, where it is to compute.
         tokenizer: the model's.
         prompt: the text to continue; special tokens in it are recognised.
         options: of sampling.
+
+    Raises:
+        UserError: the prompt has no token, or too many, or is no text.
     """
     _check(prompt)
-    info, encoder = tokenizer.info, tokenizer.reference
-    prompt_ids = [info.bos_id, *encoder.encode(prompt, add_special_tokens=False).ids]
-    return stream_text(encoder, generate(model, prompt_ids, options=options, eos_id=info.eos_id))
+    prompt_ids = tokenizer.prompt_ids(prompt)
+    if not prompt_ids:
+        raise UserError(
+            "`prompt` has no token, and the tokenizer no BOS that a text could begin with",
+            remedy="pass a text to continue",
+            option="prompt",
+        )
+    ids = generate(model, prompt_ids, options=options, eos_id=tokenizer.info.eos_id)
+    return stream_text(tokenizer.reference, ids)
 
 
 def _check(prompt: str) -> None:

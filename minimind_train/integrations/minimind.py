@@ -32,7 +32,7 @@ from minimind_data.dataset.format import TOKENIZER_NAME, TokenizerInfo
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.files import FolderLock
-from minimind_data.tokenizer.loading import cached_tokenizer, refuse_other_tokenizer
+from minimind_data.tokenizer.loading import NONE, cached_tokenizer, refuse_other_tokenizer
 from minimind_data.windows.opening import open_windows
 from minimind_train.batches.torch_loader import WindowDataset
 from minimind_train.order.sample_order import OrderKind, SampleOrder
@@ -262,7 +262,7 @@ def _tokenize_once(text: Path, tokenizer: Any, say: Say) -> Path:
     options = TokenizeOptions(
         out=folder,
         tokenizer=source,
-        bos_token=tokenizer.bos_token,
+        bos_token=tokenizer.bos_token or NONE,
         eos_token=tokenizer.eos_token,
         pad_token=tokenizer.pad_token,
     )

@@ -18,6 +18,7 @@ from minimind_data.dataset.format import FormatError, Manifest
 from minimind_data.errors import UserError
 from minimind_data.files import user_error_on_full_disk
 from minimind_data.options import flatten
+from minimind_data.tokenizer.loading import cached_tokenizer
 from minimind_train.batches.datasets import Datasets
 from minimind_train.batches.options import source_texts
 from minimind_train.parallel.interrupt import never
@@ -35,6 +36,7 @@ from minimind_train.run_folder import record as runs
 from minimind_train.run_folder.places import PLACES, with_present_places
 from minimind_train.run_folder.record import WEIGHTS, RunRecord, move
 from minimind_train.training import loop
+from minimind_train.training.excerpts import prompts_of
 
 __all__ = ["begin", "begin_or_resume", "resume"]
 
@@ -257,6 +259,8 @@ def _prepare_new(
     runs.refuse_occupied(run)
     datasets = Datasets.open(options.data.shards)
     refuse_other_kind(options, datasets.sets)
+    if (excerpts := options.training.excerpts).sample_every:
+        prompts_of(excerpts, cached_tokenizer(datasets.sets[0].tokenizer_json, datasets.tokenizer))
     options, weights = with_initial_weights(options, datasets, names_given, say)
     origin = InitialWeights(options, say, weights)
     job = RankJob(resolved(options, datasets), datasets, origin, say=say, world=world)

@@ -19,6 +19,22 @@ Show = Callable[[int, str, str], None]
 """Takes the step, a name for the prompt, and the prompt with the text written after it."""
 
 
+def prompts_of(config: ExcerptOptions, tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
+    """Return the prompts, each with its ids.
+
+    Raises:
+        UserError: one has no token at all.
+    """
+    prompts = [(text, tokenizer.prompt_ids(text)) for text in config.sample_prompt]
+    if not all(ids for _, ids in prompts):
+        raise UserError(
+            "`sample_prompt` has no token, and the tokenizer no BOS that a text could begin with",
+            remedy="pass a text to continue",
+            option="sample_prompt",
+        )
+    return prompts
+
+
 class Excerpts:
     """Lets the model write at intervals.
 
@@ -30,7 +46,7 @@ class Excerpts:
         show: takes each excerpt for trackers.
 
     Raises:
-        UserError: a prompt is longer than the model can read.
+        UserError: a prompt is longer than the model can read, or has no token at all.
     """
 
     def __init__(
@@ -48,10 +64,7 @@ class Excerpts:
         self._tokenizer = tokenizer
         self._say = say
         self._show = show
-        self._prompts = [
-            (text, [tokenizer.info.bos_id, *tokenizer.reference.encode(text, add_special_tokens=False).ids])
-            for text in config.sample_prompt
-        ]
+        self._prompts = prompts_of(config, tokenizer)
         longest = max(len(ids) for _, ids in self._prompts)
         if longest > (most := learner.model.config.max_position_embeddings):
             raise UserError(

@@ -238,7 +238,10 @@ def _tokenizer_config(
     tokens = {"bos_token": info.bos_id, "eos_token": info.eos_id, "pad_token": info.pad_id}
     return {
         **tokenizer_config,
-        **{name: tokenizer.reference.id_to_token(number) for name, number in tokens.items()},
+        **{
+            name: None if number is None else tokenizer.reference.id_to_token(number)
+            for name, number in tokens.items()
+        },
         # Named, because transformers would else choose a class by the type of the model, with other rules.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": False,

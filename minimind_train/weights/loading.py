@@ -66,7 +66,7 @@ def open_model(
         changes: options of the model to change, such as those of its positions.
 
     Raises:
-        UserError: there is no such model, or nothing that says which token begins a text.
+        UserError: there is no such model, or nothing that says which token ends a text.
     """
     if not is_hf_folder(path):
         record = RunRecord.read(path)

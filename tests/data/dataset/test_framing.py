@@ -18,25 +18,31 @@ from minimind_data.errors import UserError
 
 
 @settings(max_examples=200, deadline=None)
-@given(documents=st.lists(st.lists(st.integers(0, 5), max_size=4), max_size=12), same=st.booleans())
-@example(documents=[[1, 3, 2], [1, 4, 5, 2]], same=False)
-@example(documents=[[1, 3, 2], [4, 2], [1, 3, 2]], same=False)
-@example(documents=[[1, 3, 2], [1, 4], [1, 3, 2]], same=False)
-@example(documents=[[1, 3, 2], [1, 2], [1, 3, 2]], same=False)
-@example(documents=[[1, 3, 1], [1], [1, 3, 1]], same=True)
-def test_framing_adds_what_is_missing_and_nothing_else(documents, same):
-    eos = 1 if same else 2
-    info = TokenizerInfo(sha256="", vocab_size=6, bos_id=1, eos_id=eos, pad_id=0)
+@given(
+    documents=st.lists(st.lists(st.integers(0, 5), max_size=4), max_size=12),
+    special=st.sampled_from([(1, 2), (1, 1), (None, 2)]),
+)
+@example(documents=[[1, 3, 2], [1, 4, 5, 2]], special=(1, 2))
+@example(documents=[[1, 3, 2], [4, 2], [1, 3, 2]], special=(1, 2))
+@example(documents=[[1, 3, 2], [1, 4], [1, 3, 2]], special=(1, 2))
+@example(documents=[[1, 3, 2], [1, 2], [1, 3, 2]], special=(1, 2))
+@example(documents=[[1, 3, 1], [1], [1, 3, 1]], special=(1, 1))
+@example(documents=[[1, 3, 2], [3, 2]], special=(None, 2))
+@example(documents=[[1, 3, 2], [3], [2]], special=(None, 2))
+def test_framing_adds_what_is_missing_and_nothing_else(documents, special):
+    bos, eos = special
+    info = TokenizerInfo(sha256="", vocab_size=6, bos_id=bos, eos_id=eos, pad_id=0)
     wanted, bos_added, eos_added, empty = [], 0, 0, 0
     for document in documents:
         ids = list(document)
-        has_bos = ids[:1] == [1]
+        has_bos = bos is not None and ids[:1] == [bos]
         ids = ids[has_bos:]
         has_eos = ids[-1:] == [eos]
         ids = ids[: len(ids) - has_eos]
         if ids:
-            wanted.append([1, *ids, eos])
-            bos_added, eos_added = bos_added + (not has_bos), eos_added + (not has_eos)
+            wanted.append([*ids, eos] if bos is None else [bos, *ids, eos])
+            bos_added += bos is not None and not has_bos
+            eos_added += not has_eos
         else:
             empty += 1
     tokens = np.array([token for document in documents for token in document], np.int64)
