@@ -1,6 +1,8 @@
-"""`mm-train generate`, `eval`, `export` and `plot`, the commands for a trained model. They import torch only when they run."""
+"""`mm-train generate`, `serve`, `eval`, `export` and `plot`, the commands for a trained model. They import torch only when they run."""
 
+import contextlib
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +30,7 @@ _Checkpoint = Annotated[
         help="Step of the checkpoint, or best, the one with the lowest validation loss; by default the newest.",
     ),
 ]
+_OWN_ADDRESSES = {"127.0.0.1", "::1", "localhost"}
 _Device = Annotated[str, option_of(TrainingOptions, "device")]
 
 
@@ -76,6 +79,46 @@ def generate(
             print(text, end="", flush=True)
     finally:  # also where Ctrl-C stops it, so that what is said then begins a line
         print()
+
+
+def serve(
+    run: Annotated[Path, typer.Option(help="Folder of the run, or a Hugging Face folder.")],
+    options: GenerateOptions,
+    scaling: RopeScaling,
+    options_given: OptionsGiven,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 for all of this machine's.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, max=65535, help="Port to listen on; 0 lets the system pick one."),
+    ] = 8000,
+    checkpoint: _Checkpoint = None,
+    device: _Device = TrainingOptions.device,
+) -> None:
+    """Serve a model to clients of OpenAI's API, and to a browser.
+
+    One answer at a time, for trying a model out; for many users export it and take vLLM. The options of sampling hold where a
+    request does not say its own.
+    """
+    with importing():
+        from minimind_train.generation.server import ServedModel, listen
+        from minimind_train.generation.server import serve as serve_model
+
+    with listen(host, port) as listener:
+        changes = {name: value for name, value in asdict(scaling).items() if name in options_given}
+        served = ServedModel.open(run, options, checkpoint=checkpoint, device=device, changes=changes)
+        if host not in _OWN_ADDRESSES:
+            print(
+                f"{host} may be reached from elsewhere, and nobody is asked for a password", file=sys.stderr
+            )
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        print(
+            f"{served.name}: chat in a browser at {address}, or with any client of OpenAI's API at {address}/v1; Ctrl-C ends it",
+            file=sys.stderr,
+        )
+        with contextlib.suppress(KeyboardInterrupt):
+            serve_model(served, listener)
 
 
 def evaluate(

@@ -192,6 +192,7 @@ _register(
     "Train a model on pairs of better and worse answers.\n\nDirect preference optimization (DPO). With --resume, continue a run.",
 )
 command(app)(models.generate)
+command(app)(models.serve)
 command(app, "eval")(models.evaluate)
 command(app)(models.export)
 command(app)(models.plot)

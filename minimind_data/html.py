@@ -26,8 +26,14 @@ def read_template(package: str, name: str) -> str:
     return template
 
 
-def fill(template: str, data: dict[str, Any]) -> str:
-    """Put data into a page, and the hashes of its own script and style into its policy."""
+def fill(template: str, data: dict[str, Any], *, connects: bool = False) -> str:
+    """Put data into a page, and the hashes of its own script and style into its policy.
+
+    Args:
+        template: from `read_template`.
+        data: what its script shows.
+        connects: whether its script may ask the server that it came from.
+    """
     # What ends a script element, or a line of script, can only stand inside JSON strings, where an escape means the same.
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
@@ -37,5 +43,6 @@ def fill(template: str, data: dict[str, Any]) -> str:
         assert match is not None
         digest = base64.b64encode(hashlib.sha256(match[1].encode()).digest()).decode()
         template = template.replace(f"@{name}-hash@", f"'sha256-{digest}'")
+    template = template.replace("@connect-src@", "'self'" if connects else "'none'")
     before, after = template.split("@data@")
     return before + text + after

@@ -32,6 +32,7 @@ OF_OTHERS = {
     "benchmarks/README.md": {"--data"},  # train_step.py's, as in docs/speed.md
     "docs/speed.md": {"--data"},
     "docs/from-minimind.md": {"--historys", "--weight"},  # MiniMind's
+    "docs/runs.md": {"--max-restarts"},
     "docs/devices.md": {  # torchrun's
         "--nnodes",
         "--nproc-per-node",

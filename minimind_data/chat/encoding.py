@@ -42,16 +42,26 @@ class ChatEncoding:
 
 
 def encode_prompt(
-    tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[dict[str, Any]]
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] | None = None,
 ) -> list[int]:
     """Return the ids of a conversation and of what the assistant's next turn begins with.
+
+    Args:
+        tokenizer: the model's.
+        template: of the chat.
+        messages: so far.
+        tools: JSON schemas of functions that the assistant may call.
 
     Raises:
         UserError: the template refuses the conversation, or text in it cannot be kept apart from special tokens.
     """
     renderer = renderer_of(RenderSpec.of(tokenizer, template))
     try:
-        rendered = renderer.render(Conversation(messages=tuple(messages)), add_generation_prompt=True)
+        conversation = Conversation(messages=tuple(messages), tools=list(tools) if tools else None)
+        rendered = renderer.render(conversation, add_generation_prompt=True)
     except RenderError as error:
         raise UserError(f"this conversation cannot be rendered: {error}") from None
     if rendered.guarded is not None:

@@ -37,7 +37,7 @@ OF_DATA = [
     "merge",
     "shuffle",
 ]
-OF_TRAIN = ["pretrain", "sft", "dpo", "generate", "eval", "export", "plot"]
+OF_TRAIN = ["pretrain", "sft", "dpo", "generate", "serve", "eval", "export", "plot"]
 WRONG = {
     "pretrain --learning-rat 1": "No such option: --learning-rat",
     "sft --config nowhere.toml": "No such file or directory",
