@@ -448,8 +448,7 @@ def _prompt_ids(tokenizer: Tokenizer, prompt: str | list[int] | list[str]) -> li
     texts = [prompt] if isinstance(prompt, str) else [each for each in prompt if isinstance(each, str)]
     numbers = [each for each in prompt if isinstance(each, int)]
     if len(texts) == 1 and not numbers:
-        ids: list[int] = tokenizer.reference.encode(texts[0], add_special_tokens=False).ids
-        return [tokenizer.info.bos_id, *ids]
+        return tokenizer.prompt_ids(texts[0])
     if not texts and numbers and all(0 <= number < tokenizer.info.vocab_size for number in numbers):
         return numbers
     raise UserError("prompt must be one text, or the ids of one", option="prompt")

@@ -230,13 +230,10 @@ class _Vocabulary:
         writer.add_token_list(tokens)
         writer.add_token_types(types)
         writer.add_token_merges(self._merges)
-        for number, add in (
-            (info.bos_id, writer.add_bos_token_id),
-            (info.eos_id, writer.add_eos_token_id),
-            (info.pad_id, writer.add_pad_token_id),
-        ):
-            if number is not None:
-                add(number)
+        if info.bos_id is not None:
+            writer.add_bos_token_id(info.bos_id)
+        writer.add_eos_token_id(info.eos_id)
+        writer.add_pad_token_id(info.pad_id)
         writer.add_add_bos_token(False)
         writer.add_add_space_prefix(False)
 
