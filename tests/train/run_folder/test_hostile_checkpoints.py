@@ -67,3 +67,21 @@ def test_a_checkpoint_under_the_name_of_another_step_is_damaged(tmp_path, folder
     folder.rename(checkpoint.folder_of(tmp_path, 5))
     with pytest.raises(UserError, match="state.json is of step 3"):
         checkpoint.load(tmp_path, 5)
+
+
+@pytest.mark.parametrize("version", [1, 3, "2"])
+def test_a_checkpoint_of_another_format_is_refused_and_none_before_it_is_taken(
+    tmp_path, folder, trained, version
+):
+    checkpoint.save(tmp_path, state(2), tensors_of(*trained))
+    content = content_of(folder)
+    assert content["format_version"] == 2
+    write_with_checksum(folder / "state.json", content | {"format_version": version}, "sha256")
+    with pytest.raises(
+        UserError, match=f"step-000000003 is of format {version!r}; this program reads format 2"
+    ) as error:
+        checkpoint.load_latest(tmp_path, pytest.fail)
+    assert not isinstance(error.value, checkpoint.DamagedCheckpointError)
+    del content["format_version"]
+    write_with_checksum(folder / "state.json", content, "sha256")
+    assert checkpoint.load_latest(tmp_path, pytest.fail).state == state(3)

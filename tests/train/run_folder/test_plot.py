@@ -102,7 +102,7 @@ def test_a_picture_is_drawn_by_matplotlib(tmp_path, runs, suffix, begins):
         from matplotlib.image import imread
 
         pixels = imread(out)
-        assert pixels.shape[1] == 1440
+        assert pixels.shape[:2] == (888, 1440), "two rows of panels"
         assert len({tuple(pixel) for pixel in pixels.reshape(-1, pixels.shape[2])[::7].tolist()}) > 50, (
             "something is drawn"
         )
