@@ -10,6 +10,7 @@ import torch
 
 from minimind_data.errors import UserError
 from minimind_data.files import read_checked, write_checked
+from minimind_train.parallel.world import ALONE, RankPlace, World
 from minimind_train.run.entry import resume
 from minimind_train.run_folder import checkpoint
 from minimind_train.run_folder.checkpoint import CheckpointState
@@ -24,7 +25,7 @@ from tests.helpers.runs import Said, metrics
 class Training:
     """A model that learns, and a saver that is told of each step."""
 
-    def __init__(self, run, **options):
+    def __init__(self, run, writers=ALONE, **options):
         self.run = run
         self.model, self.optimizer = make()
         self.said = Said()
@@ -37,6 +38,7 @@ class Training:
                 state=self.state,
                 flush=lambda: self.synced.append(threading.current_thread().name),
             ),
+            writers=writers,
             say=self.said,
         )
 
@@ -138,6 +140,31 @@ def test_so_many_stay(tmp_path, keep, left):
     assert len(list((tmp_path / "checkpoints").iterdir())) == len(left)
 
 
+def test_three_stay_where_nothing_is_asked_for(tmp_path):
+    for step in range(1, 6):
+        told = replace(state(step), val_loss=float(step), val_on="these")
+        checkpoint.save(tmp_path, told, tensors_of(*make()))
+    Retention().apply(tmp_path, newest=5)
+    assert checkpoint.steps_of(tmp_path) == [3, 4, 5]
+
+
+def test_a_rank_that_does_not_write_saves_nothing(tmp_path):
+    training = Training(tmp_path, save_every=1, writers=None)
+    assert training.go(2) == []
+    assert training.synced == []
+
+
+def test_only_the_first_rank_deletes_what_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "save", lambda *_, **__: None)
+    for rank, left in ((1, [1, 2]), (0, [2])):
+        run = tmp_path / str(rank)
+        run.mkdir()
+        for step in (1, 2):
+            checkpoint.folder_of(run, step).mkdir(parents=True)
+        writers = World(RankPlace(rank=rank, size=1, local_rank=rank, local_size=1))
+        assert Training(run, save_every=2, keep=1, writers=writers).go(2) == left
+
+
 class Gate:
     """Holds the writing of checkpoints until it is opened."""
 
@@ -176,6 +203,8 @@ def test_one_save_is_in_flight_at_most(tmp_path, monkeypatch):
     gate = Gate(monkeypatch)
     training = Training(tmp_path, save_every=1, keep=0)
     training.step(1)
+    (writing,) = (thread for thread in threading.enumerate() if thread.name == "checkpoint")
+    assert writing.daemon, "a program that ends does not wait for it"
     opener = threading.Timer(0.2, gate.open.set)
     opener.start()
     training.step(2)
