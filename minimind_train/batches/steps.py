@@ -10,7 +10,7 @@ one behind them.
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from types import TracebackType
@@ -176,7 +176,6 @@ class StepLoader:
         iteration = self._iteration() if self._iteration else None
         if iteration is not None:
             iteration.close()
-        self._iteration = None
 
     def positions(self, batch: StepBatch) -> NDArray[np.int64]:
         """Return the positions of a step, those of all ranks; this rank's windows are every `world_size`-th of them from `rank` on."""
@@ -188,9 +187,7 @@ class StepLoader:
         # One thread, so the steps are read one after the other. A future carries an exception to where the step is consumed.
         thread = ThreadPoolExecutor(1, thread_name_prefix="step-loader")
         try:
-            steps = deque(thread.submit(self._read, number) for number in islice(numbers, 1))
-            wait(steps)  # The first step is what a run waits for, so nothing is read beside it.
-            steps.extend(thread.submit(self._read, number) for number in islice(numbers, self.prefetch - 1))
+            steps = deque(thread.submit(self._read, number) for number in islice(numbers, self.prefetch))
             while steps:
                 step = steps.popleft()
                 steps.extend(thread.submit(self._read, number) for number in islice(numbers, 1))

@@ -46,7 +46,6 @@ __all__ = ["REFERENCE_FOLDER_NAME", "Reference", "ReferencedWindows", "reference
 REFERENCE_FOLDER_NAME = "reference"
 _FORMAT_VERSION = 1
 _CHECKSUM = "checksum"
-_PAIRS_PER_FLUSH = 4096
 _BATCHES_PER_GROUP = 16
 """How many batches are read together, so that pairs of similar length can share a batch."""
 
@@ -178,7 +177,6 @@ def _make(
     model.to(device)
     # Groups and batches are the same whatever is there already, so the rounding does not show that a process was killed.
     group = batch * _BATCHES_PER_GROUP
-    unflushed = 0
     for first in range(0, len(windows), group):
         pairs = np.arange(first, min(first + group, len(windows)))
         if not missing[pairs].any():
@@ -186,11 +184,7 @@ def _make(
         for rows, samples in batches_of_like_lengths(windows.fetch(pairs), batch):
             if missing[pairs[rows]].any():
                 log_probs[pairs[rows]] = _compute(samples, model, device, dtype)
-        unflushed += len(pairs)
-        if unflushed >= _PAIRS_PER_FLUSH:
-            log_probs.flush()
-            unflushed = 0
-    log_probs.flush()
+        log_probs.flush()
     if not np.isfinite(log_probs).all():
         unfinished.unlink()
         raise UserError(

@@ -9,8 +9,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from minimind_data.windows import read_ahead
+from minimind_train.batches.steps import BatchDivision
 from minimind_train.batches.torch_loader import ResumableBatchSampler, WindowDataset
 from minimind_train.order.sample_order import SampleOrder
+from minimind_train.order.skips import Skips
 from tests.helpers.loops import step_loader
 
 SEQ_LEN = 4
@@ -140,6 +142,9 @@ def test_a_step_has_the_same_samples_for_any_ranks_and_micro_batch(world_size, m
             assert (share.start, share.stop) == (step.start, step.stop)
             assert [w for batch in share.micro_batches for w in numbers(batch)] == expected[rank::world_size]
         assert sum(share.num_targets for share in shares) == step.num_targets
+        assert sum(share.num_terms for share in shares) == step.num_terms == step.num_targets
+        assert sum(share.num_windows for share in shares) == step.num_windows == len(expected)
+        assert sum(share.num_tokens for share in shares) == step.num_tokens == SEQ_LEN * len(expected)
 
 
 def test_a_run_goes_on_from_every_position():
@@ -173,19 +178,20 @@ def test_a_run_stopped_and_resumed_with_other_batches_sees_what_an_unbroken_one_
     assert seen == windows_in(order, 0, 60)
 
 
-def test_reads_ahead_no_further_than_asked_and_each_step_once():
+@pytest.mark.parametrize(("options", "prefetch"), [({}, 2), ({"prefetch": 2}, 2), ({"prefetch": 4}, 4)])
+def test_reads_ahead_no_further_than_asked_and_each_step_once(options, prefetch):
     windows = FakeWindows(100)
     with step_loader(
-        windows, order_of(100), start=0, stop=100, global_batch=5, micro_batch=5, prefetch=2
+        windows, order_of(100), start=0, stop=100, global_batch=5, micro_batch=5, **options
     ) as loader:
         iterator = iter(loader)
         assert windows.fetches == 0
         next(iterator)
         deadline = time.monotonic() + 5
-        while windows.fetches < 3 and time.monotonic() < deadline:
+        while windows.fetches < prefetch + 1 and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.05)
-        assert windows.fetches == 3
+        assert windows.fetches == prefetch + 1
         assert len(list(iterator)) == 19
     assert windows.fetches == 20
 
@@ -354,5 +360,60 @@ def test_a_long_run_remembers_no_more_than_the_steps_around_it():
     with step_loader(
         FakeWindows(5000), order_of(5000), start=0, stop=5000, global_batch=512, micro_batch=512
     ) as loader:
-        sizes = [len(loader._plans) for _ in loader]
-    assert max(sizes) == 2
+        numbers = [sorted(loader._plans) for _ in loader]
+    assert max(map(len, numbers)) == 2
+    assert all(plans == list(range(plans[0], plans[0] + len(plans))) for plans in numbers)
+
+
+def test_a_loop_that_is_left_waits_for_the_step_that_is_being_read_and_for_no_other(monkeypatch):
+    windows, left = FakeWindows(40), threading.Event()
+    fetch = windows.fetch
+
+    def fetch_late(numbers):
+        if windows.fetches == 1:
+            left.wait(30)
+            time.sleep(0.5)
+        return fetch(numbers)
+
+    monkeypatch.setattr(windows, "fetch", fetch_late)
+    loader = step_loader(windows, order_of(40), start=0, stop=40, global_batch=4, micro_batch=4, prefetch=3)
+    next(steps := iter(loader))
+    left.set()
+    loader.close()
+    assert windows.fetches == 2
+    assert list(steps) == []
+
+
+@pytest.mark.parametrize("stop", [2048, 2000, 64])
+def test_nothing_is_asked_for_behind_the_last_step(monkeypatch, stop):
+    windows, asked = FakeWindows(3000), []
+    monkeypatch.setattr(windows, "will_need", lambda batch: asked.append(batch.tolist()))
+    monkeypatch.setattr(read_ahead, "_disk_reads", lambda: windows.fetches)  # every batch from the disk
+    order = order_of(3000)
+    loader = step_loader(windows, order, start=0, stop=stop, global_batch=64, micro_batch=64)
+    assert seen_by(loader) == windows_in(order, 0, stop)
+    steps = [windows_in(order, start, min(start + 64, stop)) for start in range(0, stop, 64)]
+    assert all(batch in (*steps, []) for batch in asked)
+    assert all(steps.count(batch) == 1 for batch in asked if batch)
+
+
+def test_positions_of_a_step_leave_out_what_is_skipped():
+    loader = step_loader(
+        FakeWindows(40),
+        order_of(40),
+        start=3,
+        stop=40,
+        global_batch=8,
+        micro_batch=4,
+        rank=1,
+        world_size=2,
+        skips=Skips.of(["7:10"]),
+    )
+    first, second, *_ = loader
+    assert loader.positions(first).tolist() == [3, 4, 5, 6, 10, 11, 12, 13]
+    assert loader.positions(second).tolist() == list(range(14, 22))
+
+
+def test_a_step_is_not_divided_where_nothing_is_said():
+    division = BatchDivision(global_batch=1, micro_batch=1)
+    assert (division.rank, division.world_size) == (0, 1)

@@ -202,6 +202,13 @@ def test_ranks_cut_their_own_share_and_padding_batches_too(world_size):
     assert num_targets == whole[0].num_targets
 
 
+def test_nothing_is_cut_off_unless_asked_for():
+    order, options = SampleOrder(num_windows=NUM_WINDOWS), {"start": 0, "stop": 1, "global_batch": 1}
+    (step,) = step_loader(Uneven("text"), order, micro_batch=1, **options)
+    assert step.micro_batches[0]["input_ids"].shape == (1, LENGTH)
+    assert step.rows is None
+
+
 @pytest.mark.parametrize("trim", [False, True])
 @pytest.mark.parametrize("rank", [0, 3])
 def test_a_padding_batch_is_the_first_window_of_the_step_cut_where_the_others_are(trim, rank):

@@ -280,6 +280,37 @@ def test_what_is_unfinished_of_something_else_is_begun_anew(dataset, shape):
     assert "already" not in said.text
 
 
+def test_a_pair_of_which_one_side_is_missing_is_computed(dataset):
+    expected = np.array(make(PairsInMemory(dataset)))
+    path = files(dataset, ".npy")[0].with_suffix(".unfinished")
+    shutil.rmtree(dataset / REFERENCE_FOLDER_NAME)
+    path.parent.mkdir()
+    half = expected.copy()
+    half[5, 1] = np.nan
+    with path.open("wb") as file:
+        np.save(file, half)
+    said = Said()
+    assert np.array_equal(make(PairsInMemory(dataset), say=said), expected)
+    assert "of 1 pairs, once; 22 are there already" in said.text
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_one_number_that_is_not_finite_is_too_many(dataset, monkeypatch, number):
+    real, calls = reference.log_probs_of_pairs, []
+
+    def computed(*given):
+        log_probs, balance = real(*given)
+        calls.append(1)
+        if len(calls) == 2:
+            log_probs[1, 0] = number
+        return log_probs, balance
+
+    monkeypatch.setattr(reference, "log_probs_of_pairs", computed)
+    with pytest.raises(UserError, match="that are not finite"):
+        make(PairsInMemory(dataset))
+    assert [path.suffix for path in (dataset / REFERENCE_FOLDER_NAME).iterdir()] in ([], [".lock"])
+
+
 def test_numbers_of_other_bits_are_begun_anew_too(dataset):
     expected = np.array(make(PairsInMemory(dataset)))
     path = files(dataset, ".npy")[0].with_suffix(".unfinished")
