@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -77,6 +78,29 @@ def test_the_plan_does_not_depend_on_shards_or_blocks(make_dataset, monkeypatch)
     monkeypatch.setattr(assignment, "_BLOCK_FRAGMENTS", 5)
     parts = make_dataset([lengths[:100], [], lengths[100:101], lengths[101:]], name="parts")
     assert told_by(open_plan(parts, 64, "fragment")) == whole
+
+
+def test_the_order_of_windows_is_that_of_plans_made_before(make_dataset, monkeypatch):
+    """A plan that is missing is made again in the middle of a run, which must then see the same windows."""
+    lengths = [(7 * i * i + 3 * i) % 61 + 2 for i in range(900)]
+    shards = make_dataset([lengths[:500], lengths[500:]])
+    assert order_of(open_plan(shards, 48, "fragment")) == "f634de7cacf0e07a"
+    assert (assignment._BLOCK_WINDOWS, assignment._BLOCK_SEGMENTS, assignment._PLACE_BITS) == (
+        2**16,
+        2**22,
+        24,
+    )
+    monkeypatch.setattr(assignment, "_BLOCK_WINDOWS", 50)
+    assert order_of(open_plan(shards, 49, "cut")) == "af99fa8603a5d263"
+    monkeypatch.setattr(assignment, "_BLOCK_SEGMENTS", 70)
+    assert order_of(open_plan(shards, 50, "drop")) == "28cf75dbf064b647"
+
+
+def order_of(plan):
+    """The beginning of a hash of which documents stand in which window."""
+    arrays = [plan.offsets.astype("<i8"), plan.documents.astype("<i8")]
+    arrays += [] if plan.fragments is None else [plan.fragments.astype("<i8")]
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
 
 
 def test_windows_follow_the_corpus(make_dataset, monkeypatch):
