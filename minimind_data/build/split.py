@@ -315,7 +315,13 @@ def set_aside_path(work_folder: Path, name: str) -> Path:
 @functools.lru_cache(maxsize=1)
 def _encoder(tokenizer_json: str, info: TokenizerInfo, backend: str) -> Encoder:
     """Return the encoder of this process, which is kept: making one takes as long as encoding megabytes."""
-    return make_encoder(cached_tokenizer(tokenizer_json, info), backend)
+    tokenizer = cached_tokenizer(tokenizer_json, info)
+    try:
+        return make_encoder(tokenizer, backend)
+    except Exception as error:
+        if backend == "tokenizers":
+            raise
+        raise DifferenceError(f"{backend} failed with this tokenizer ({error})") from None
 
 
 def _compare(job: Job, texts: list[str], ids: Ids, offsets: Offsets, first_number: int) -> int:

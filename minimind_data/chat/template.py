@@ -169,6 +169,8 @@ def _checked(text: object, config: Mapping[str, Any], path: Path) -> ChatTemplat
         _environment().parse(text)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"its chat template is no Jinja (line {error.lineno}: {error})", where=path) from None
+    except RecursionError:
+        raise UserError("its chat template is nested too deeply", where=path) from None
     return ChatTemplate(text=text, special_tokens=tuple(special))
 
 

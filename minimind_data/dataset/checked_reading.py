@@ -61,6 +61,7 @@ def checked_sequences(shards: ShardSet, index: int, report: Report) -> Iterator[
     shard = shards.open_shard(index)
     index_sha256 = hashlib.sha256(shard.index.data).hexdigest()
     _check(shards.folder / f"{entry.name}.idx", index_sha256, entry.written.index_sha256)
+    shard.refuse_wrong_index(shards.folder)
     digest, mask_digest = hashlib.sha256(), hashlib.sha256()
     paths = [shards.folder / f"{entry.name}{suffix}" for suffix in (".bin", ".mask")]
     with contextlib.ExitStack() as stack:

@@ -25,6 +25,8 @@ from minimind_data.dataset.format import (
 from minimind_data.reporting import counted
 
 _HAS_WILLNEED = hasattr(mmap, "MADV_WILLNEED")
+_INDEX_BLOCK = 2**20
+"""Sequences whose entries in the index are compared at a time."""
 # A map needs no open file; before Python 3.13 it keeps one all the same.
 _NO_FILE: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
@@ -114,6 +116,34 @@ class Shard:
     def __repr__(self) -> str:
         written = self.entry.written
         return f"Shard({self.entry.name!r}: {counted(written.documents, 'document')}, {counted(written.tokens, 'token')})"
+
+    def index_problem(self) -> str:
+        """Read the whole index and return a clause on what it contradicts, or an empty string; a checksum does not say that it is right."""
+        written, item = self.entry.written, self.tokens.itemsize
+        num_bytes = 0
+        for first in range(0, written.sequences, _INDEX_BLOCK):
+            lengths = self.lengths[first : first + _INDEX_BLOCK].astype(np.int64)
+            stops = num_bytes + item * np.cumsum(lengths)
+            if (lengths < 0).any() or (
+                self.offsets[first : first + _INDEX_BLOCK] != stops - item * lengths
+            ).any():
+                return "its sequences do not lie end to end"
+            num_bytes = int(stops[-1])
+        if num_bytes != written.bytes:
+            return f"its sequences have {num_bytes:,} bytes, and the shard {written.bytes:,}"
+        starts = self.document_starts
+        if starts[0] != 0 or starts[-1] != written.sequences or (starts[1:] < starts[:-1]).any():
+            return "its documents are not made of its sequences"
+        return ""
+
+    def refuse_wrong_index(self, folder: Path) -> None:
+        """Refuse an index that contradicts itself or its shard, for whoever reads all of it; `folder` is that of the shard.
+
+        Raises:
+            FormatError: it does.
+        """
+        if problem := self.index_problem():
+            raise FormatError(problem, where=folder / f"{self.entry.name}.idx", remedy=REMAKE)
 
     def will_need(self, start: int, stop: int) -> None:
         """Tell the system that the tokens [start, stop) will be read soon; it returns at once and reads them in the background."""

@@ -4,8 +4,10 @@ Opening a dataset takes no time, and checks the names, sizes and headers of file
 """
 
 import hashlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,12 @@ from minimind_data.dataset.format import (
     VALIDATION_NAME,
     FormatError,
     Manifest,
+    ShardEntry,
+    TokenDtype,
     numpy_dtype,
 )
 from minimind_data.dataset.plan_file import PlanFile, plans_of
+from minimind_data.dataset.shard import Shard
 from minimind_data.reporting import Progress, Report, no_progress
 from minimind_data.system import num_cores
 
@@ -105,6 +110,8 @@ class _File:
     remedy: str
     tokens: tuple[np.dtype[Any], int] | None = None
     """Of a file of tokens: their dtype, and the size of their vocabulary."""
+    content_problem: Callable[[], str] = lambda: ""
+    """Returns a clause on what the content contradicts, or an empty string; called where the checksum fits."""
 
     def check(self, report: Report) -> tuple[str, int]:
         """Return (what is wrong, or an empty string; the number of bytes that were read)."""
@@ -124,7 +131,7 @@ class _File:
             return f"cannot be read ({error.strerror})", size
         sha256 = digest.hexdigest()
         if sha256 == self.sha256:
-            return foreign, size
+            return foreign or self.content_problem(), size
         return f"SHA-256 {sha256[:12]}…, where it should be {self.sha256[:12]}…", size
 
     def _foreign_token(self, block: bytes, start: int) -> str:
@@ -167,6 +174,14 @@ class _Plan:
         return problem or "", size
 
 
+def _index_problem(folder: Path, entry: ShardEntry, dtype: TokenDtype) -> str:
+    try:
+        return Shard(folder, entry, dtype).index_problem()
+    except FormatError as error:
+        # Where that is another file of the shard, it is named by itself.
+        return error.what if str(error.where).endswith(".idx") else ""
+
+
 def _files(folder: Path, manifest: Manifest) -> list[_File | _Plan]:
     manifest_sha256 = hashlib.sha256(manifest.to_json().encode()).hexdigest()
     tokens = numpy_dtype(manifest.dtype), manifest.tokenizer.vocab_size
@@ -176,7 +191,9 @@ def _files(folder: Path, manifest: Manifest) -> list[_File | _Plan]:
     ]
     for entry in manifest.shards:
         files.append(_File(folder / f"{entry.name}.bin", entry.written.sha256, REMAKE, tokens))
-        files.append(_File(folder / f"{entry.name}.idx", entry.written.index_sha256, REMAKE))
+        problem = partial(_index_problem, folder, entry, manifest.dtype)
+        index = _File(folder / f"{entry.name}.idx", entry.written.index_sha256, REMAKE, None, problem)
+        files.append(index)
         if manifest.has_masks:
             files.append(_File(folder / f"{entry.name}.mask", entry.written.mask_sha256, REMAKE))
     if manifest.tokenizer_config_sha256 is not None:

@@ -67,7 +67,7 @@ def _open(path: Path, column: str) -> Iterator[tuple[int, pa.Array]]:
         with pq.ParquetFile(path, pre_buffer=False) as table:
             _check_column(path, column, table.schema_arrow)
             for batch in table.iter_batches(_ROWS_PER_BATCH, columns=[column], use_threads=False):
-                yield size * len(batch) // table.metadata.num_rows, batch.column(column)
+                yield size * len(batch) // max(1, table.metadata.num_rows), batch.column(column)
         return
     with pa.OSFile(str(path)) as source:
         if magic.startswith(_ARROW_FILE_MAGIC):
@@ -109,7 +109,13 @@ def _check_column(path: Path, column: str, schema: pa.Schema) -> None:
 
 
 def _ids_of(path: Path, column: str, row: int, array: pa.Array) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """Return (lengths int64 [rows], tokens [sum(lengths)])."""
+    """Return (lengths int64 [rows], tokens [sum(lengths)]).
+
+    Raises:
+        pa.ArrowInvalid: the lists are not made of the values, which pyarrow itself does not look at when it reads a file.
+        UserError: a row or a token is null.
+    """
+    array.validate(full=True)
     if array.null_count:
         first = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
         raise UserError(f"row {row + first:,} has no {column!r}", where=path, remedy="take such rows out")

@@ -167,6 +167,7 @@ def stats(
         progress: shows the bytes of the `.bin` files that are read.
 
     Raises:
+        FormatError: an index contradicts itself or its shard.
         UserError: a window length below 2, a dataset without documents, or a token outside the vocabulary.
     """
     lengths, waste = measure_lengths(shards, seq_lens)
@@ -209,6 +210,7 @@ def measure_lengths(shards: ShardSet, seq_lens: Sequence[int]) -> tuple[Lengths,
 
 def _length_blocks(shards: ShardSet) -> Iterator[NDArray[np.int64]]:
     for shard in _mapped_shards(shards):
+        shard.refuse_wrong_index(shards.folder)
         for start in range(0, len(shard.lengths), _BLOCK):
             yield shard.lengths[start : start + _BLOCK].astype(np.int64)
 

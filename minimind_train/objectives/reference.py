@@ -153,8 +153,10 @@ def _read(path: Path, content: dict[str, Any]) -> LogProbs | None:
         sha256 = recorded.pop("sha256")
         if recorded != content or sha256_of(path) != sha256:
             return None
-        return _map(path)
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
+        log_probs = _map(path)
+        fits = log_probs.shape == (content["pairs"], 2) and log_probs.dtype == np.float32
+        return log_probs if fits and np.isfinite(log_probs).all() else None
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, AttributeError, EOFError):
         return None
 
 

@@ -166,6 +166,7 @@ class Checkpoint:
         """Load the weights into a model, and the state into an optimizer if one is given, bit for bit.
 
         Raises:
+            DamagedCheckpointError: a file holds no tensors, although its checksum fits.
             GoneCheckpointError: it has been deleted since it was verified.
             UserError: the model is not the one that was saved.
         """
@@ -175,10 +176,12 @@ class Checkpoint:
             if optimizer is not None:
                 stored = StoredTensors(self.folder / name for name in _parts_of(OPTIMIZER_NAME, self.files))
                 put_optimizer_state(optimizer, model, stored)
-        except (OSError, SafetensorError):
-            if self.folder.exists():
+        except (OSError, SafetensorError) as error:
+            if not self.folder.exists():
+                raise GoneCheckpointError(self.folder) from None
+            if isinstance(error, OSError):
                 raise
-            raise GoneCheckpointError(self.folder) from None
+            raise DamagedCheckpointError(f"checkpoint {self.folder} is damaged ({error})") from None
 
 
 def _parts_of(name: str, files: Iterable[str]) -> list[str]:

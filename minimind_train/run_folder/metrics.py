@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self
 
 from minimind_data.errors import UserError
 from minimind_data.files import parse_json, write_atomic
+from minimind_data.json_fields import MAX_COUNT
 
 FILE_NAME = "metrics.jsonl"
 
@@ -111,11 +112,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """Parse one line; None where it has no end, or is no record of a step."""
+    """Parse one line; None where it has no end, or is no record of a step: its step and its position, if it has one, are counts."""
     if not line.endswith(b"\n"):
         return None
     try:
         record = parse_json(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    if not isinstance(record, dict) or not _is_count(record.get("step")):
+        return None
+    return record if _is_count(record.get("position", 0)) else None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_COUNT

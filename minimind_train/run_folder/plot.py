@@ -5,6 +5,7 @@ The data are those of `metrics.jsonl`, also of runs that are still training. The
 """
 
 import io
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,14 +88,17 @@ def _read(run: Path, name: str) -> Curves:
             "tokens": [line["position"] * seq_len for line in chosen],
             "position": [line["position"] for line in chosen],
         },
-        y={metric: [line.get(metric) for line in chosen] for metric in metrics},
+        y={
+            metric: [value if _is_curve(metric, value := line.get(metric)) else None for line in chosen]
+            for metric in metrics
+        },
         lines=len(lines),
     )
 
 
 def _is_curve(metric: str, value: Any) -> bool:
     has_curve = metric not in _NO_CURVES and (not metric.startswith("val_") or metric in _DASHED.values())
-    return has_curve and isinstance(value, int | float) and not isinstance(value, bool)
+    return has_curve and type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def panels_of(curves: Sequence[Curves]) -> list[tuple[str, str, str | None]]:

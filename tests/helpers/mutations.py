@@ -19,7 +19,7 @@ HOSTILE_VALUES: tuple[Any, ...] = (
 
 def mutations(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (what was changed, the changed content): every value at any depth replaced by each hostile one, left out, and joined by another."""
-    for path in _paths(content):
+    for path in paths_in(content):
         for value in (*HOSTILE_VALUES, _LEFT_OUT):
             changed = copy.deepcopy(content)
             parent: Any = changed
@@ -40,6 +40,7 @@ def mutations(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 _LEFT_OUT = object()
+_HASHED = ("kind", "dtype", "tokenizer", "options", "inputs")
 
 
 def parent_of(content: Any, path: tuple[Any, ...]) -> Any:
@@ -49,7 +50,8 @@ def parent_of(content: Any, path: tuple[Any, ...]) -> Any:
     return content
 
 
-def _paths(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def paths_in(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path of every value in JSON, at any depth: the keys and indices that lead to it."""
     if path:
         yield path
     members = (
@@ -60,12 +62,26 @@ def _paths(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
         else ()
     )
     for key, value in members:
-        yield from _paths(value, (*path, key))
+        yield from paths_in(value, (*path, key))
 
 
 def write_with_checksum(path: Path, content: dict[str, Any], key: str) -> None:
     """Write JSON whose checksum under `key` fits its content."""
     path.write_text(json.dumps({**content, key: checksum_of_json(content)}), encoding="utf-8")
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Write a manifest with the fingerprint and the checksum that its content has, where it has one."""
+    content = dict(content)
+    try:
+        cut = ("split_bytes", "shard_bytes")
+        options = {name: value for name, value in content["options"].items() if name not in cut}
+        inputs = [{"bytes": entry["bytes"], "sha256": entry["sha256"]} for entry in content["inputs"]]
+        hashed = {name: content[name] for name in _HASHED} | {"options": options, "inputs": inputs}
+        content["fingerprint"] = checksum_of_json({"format": content["format_version"], **hashed})
+    except (KeyError, TypeError, AttributeError):
+        pass
+    write_with_checksum(folder / "manifest.json", content, "checksum")
 
 
 def snapshot(*folders: Path) -> dict[str, str]:

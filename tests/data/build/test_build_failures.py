@@ -234,3 +234,19 @@ def test_kill_9_at_random_moments(tmp_path, write_jsonl, workers):
     summary = tokenize([source], options(out, split_bytes=2**15))
     assert not summary.already_done
     assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_a_backend_that_cannot_be_made_again_is_replaced(tmp_path, source, monkeypatch):
+    tokenize([source], options(tmp_path / "right"))
+
+    def fails(tokenizer, name):
+        if name != "tokenizers":
+            raise ValueError("unsupported")
+        return backends.make_encoder(tokenizer, name)
+
+    monkeypatch.setattr(split_module, "make_encoder", fails)
+    split_module._encoder.cache_clear()
+    summary = tokenize([source], options(tmp_path / "out"))
+    split_module._encoder.cache_clear()
+    assert "failed with this tokenizer (unsupported)" in summary.differences[0]
+    assert tree(tmp_path / "out") == tree(tmp_path / "right")

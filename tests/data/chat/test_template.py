@@ -198,3 +198,9 @@ def test_what_a_template_is_handed_on_as_reads_the_same(folders, tmp_path):
         there.mkdir()
         (there / "tokenizer_config.json").write_text(template.config_json, "utf-8")
         assert chat_template_of(there) == template
+
+
+def test_a_template_that_is_nested_too_deeply_is_a_sentence(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ " + "[" * 3000}))
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: its chat template is nested too deeply"):
+        chat_template_of(tmp_path)

@@ -7,26 +7,9 @@ import pytest
 
 from minimind_data.dataset.format import FormatError, Manifest
 from minimind_data.dataset.shard_set import ShardSet
-from minimind_data.files import checksum_of_json
 from tests.helpers.commands import mm_data
 from tests.helpers.datasets import chat_dataset, text_dataset
-from tests.helpers.mutations import mutations, snapshot, write_with_checksum
-
-_HASHED = ("kind", "dtype", "tokenizer", "options", "inputs")
-
-
-def tampered(folder, content):
-    """Write a manifest with the fingerprint and the checksum that its content has, where it has one."""
-    content = dict(content)
-    try:
-        cut = ("split_bytes", "shard_bytes")
-        options = {name: value for name, value in content["options"].items() if name not in cut}
-        inputs = [{"bytes": entry["bytes"], "sha256": entry["sha256"]} for entry in content["inputs"]]
-        hashed = {name: content[name] for name in _HASHED} | {"options": options, "inputs": inputs}
-        content["fingerprint"] = checksum_of_json({"format": content["format_version"], **hashed})
-    except (KeyError, TypeError, AttributeError):
-        pass
-    write_with_checksum(folder / "manifest.json", content, "checksum")
+from tests.helpers.mutations import mutations, snapshot, write_manifest
 
 
 def content_of(folder):
@@ -51,11 +34,11 @@ def test_every_value_is_taken_or_refused_in_one_sentence(tmp_path, kind):
         text_dataset(tmp_path / "data") if kind == "pretrain" else chat_dataset(tmp_path / "chats", "dpo", 4)
     )
     content = content_of(folder)
-    tampered(folder, content)
+    write_manifest(folder, content)
     assert Manifest.read(folder).to_json()
     refused = 0
     for change, changed in mutations(content):
-        tampered(folder, changed)
+        write_manifest(folder, changed)
         sentence = refusal_of(folder)
         assert sentence is None or ("\n" not in sentence and len(sentence) < 600), change
         refused += sentence is not None
@@ -105,7 +88,7 @@ def test_a_name_leads_nowhere(tmp_path, command):
     }.get(command, [command, folder])
     for name in [*NAMES, str(outside / "victim")]:
         content["shards"][0]["name"] = name
-        tampered(folder, content)
+        write_manifest(folder, content)
         before = snapshot(home)
         result = mm_data(*arguments)
         assert result.exit_code == 1, (name, result.output)
@@ -129,7 +112,7 @@ def test_facts_that_cannot_both_be_true_are_named(tmp_path, change, sentence):
     folder = text_dataset(tmp_path / "data")
     content = content_of(folder)
     content["shards"][0] |= change
-    tampered(folder, content)
+    write_manifest(folder, content)
     with pytest.raises(FormatError, match=sentence):
         Manifest.read(folder)
 
@@ -138,7 +121,7 @@ def test_a_special_token_beyond_the_vocabulary_is_named(tmp_path):
     folder = text_dataset(tmp_path / "data")
     content = content_of(folder)
     content["tokenizer"]["pad_id"] = content["tokenizer"]["vocab_size"]
-    tampered(folder, content)
+    write_manifest(folder, content)
     with pytest.raises(FormatError, match="in a vocabulary of 259"):
         Manifest.read(folder)
 

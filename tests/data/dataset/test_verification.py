@@ -144,3 +144,71 @@ def test_a_token_outside_of_the_vocabulary_is_found_though_all_checksums_fit(fol
     assert any(
         "text-00000.bin: token 259 at offset 5 is outside of the vocabulary of 259" in one for one in problems
     )
+
+
+def with_index(folder, change):
+    """Change the index of the first shard, and make its checksum right again."""
+    content = json.loads((folder / "manifest.json").read_bytes())
+    path = folder / f"{content['shards'][0]['name']}.idx"
+    index = bytearray(path.read_bytes())
+    lengths = np.frombuffer(index, "<i4", content["shards"][0]["sequences"], 34)
+    offsets = np.frombuffer(index, "<i8", len(lengths), 34 + 4 * len(lengths))
+    starts = np.frombuffer(index, "<i8", offset=34 + 12 * len(lengths))
+    change(lengths, offsets, starts)
+    path.write_bytes(index)
+    content["shards"][0]["index_sha256"] = hashlib.sha256(index).hexdigest()
+    del content["checksum"]
+    write_checked(folder / "manifest.json", content, key="checksum")
+    return path
+
+
+def longer(lengths, _offsets, _starts):
+    lengths[0] += 2**30
+
+
+def negative(lengths, _offsets, _starts):
+    lengths[1] = -1
+
+
+def overlapping(_lengths, offsets, _starts):
+    offsets[2] -= 2
+
+
+def shorter_last(lengths, _offsets, _starts):
+    lengths[-1] -= 1
+
+
+def no_first(_lengths, _offsets, starts):
+    starts[0] = 1
+
+
+def backwards(_lengths, _offsets, starts):
+    starts[2] = 0
+
+
+@pytest.mark.parametrize(
+    ("change", "clause"),
+    [
+        (longer, "do not lie end to end"),
+        (negative, "do not lie end to end"),
+        (overlapping, "do not lie end to end"),
+        (shorter_last, "bytes, and the shard"),
+        (no_first, "documents are not made of its sequences"),
+        (backwards, "documents are not made of its sequences"),
+    ],
+)
+def test_an_index_that_contradicts_its_shard_is_damage_though_the_checksum_fits(tmp_path, change, clause):
+    folder = text_dataset(tmp_path / "data")
+    path = with_index(folder, change)
+    (problem,) = verify(folder).problems
+    assert problem.startswith(f"{path}: ")
+    assert clause in problem
+    for arguments in (
+        ["stats", folder],
+        ["shuffle", folder, "--out", tmp_path / "new"],
+        ["convert", folder, "--to", "parquet", "--out", tmp_path / "new"],
+    ):
+        result = mm_data(*arguments)
+        assert result.exit_code == 1, result.output
+        assert clause in result.output
+        assert not (tmp_path / "new").exists()

@@ -222,3 +222,15 @@ def test_an_id_beyond_the_vocabulary_is_named(bring, tmp_path, bad, write_megatr
     with pytest.raises(UserError, match=rf"x.bin: token 3 is {bad}, where the tokenizer has ids 0 to 49"):
         bring(stem)
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("offsets", [[0, 3, 1, 4], [0, 2, 3, 2**20], [-1, 2, 3, 4]])
+def test_lists_that_are_not_made_of_the_values_are_damage(bring, tmp_path, offsets):
+    folder = write_hf(tmp_path / "saved", [[[5, 6, 7], [8], [9]]])
+    path = folder / "data.arrow"
+    whole = path.read_bytes()
+    right = np.array([0, 3, 4, 5], "<i4").tobytes()
+    assert whole.count(right) == 1
+    path.write_bytes(whole.replace(right, np.array(offsets, "<i4").tobytes()))
+    with pytest.raises(UserError, match=r"data\.arrow: damaged or not of this format"):
+        bring(folder)

@@ -13,6 +13,7 @@ import torch
 
 from minimind_data.dataset.format import IGNORED
 from minimind_data.errors import UserError
+from minimind_data.files import sha256_of
 from minimind_train.batches.trimming import COLUMNS
 from minimind_train.model.config import ModelConfig
 from minimind_train.model.transformer import MiniMind, initialize
@@ -24,6 +25,7 @@ from minimind_train.objectives.reference import (
     ReferencedWindows,
     reference_log_probs,
 )
+from tests.helpers.mutations import write_with_checksum
 from tests.helpers.runs import Said
 
 SHAPE = ModelConfig(
@@ -340,3 +342,28 @@ def test_reading_ahead_is_left_to_the_pairs(dataset):
     beside.will_need(np.array([3, 1]))
     assert [numbers.tolist() for numbers in asked] == [[3, 1]]
     assert beside.shard_sets == ("its shards",)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((NUM_PAIRS, 2)),
+        np.zeros((NUM_PAIRS - 1, 2), np.float32),
+        np.zeros(NUM_PAIRS * 2, np.float32),
+        np.full((NUM_PAIRS, 2), np.inf, np.float32),
+        np.zeros((NUM_PAIRS, 2), "U1"),
+        None,
+    ],
+    ids=str,
+)
+def test_a_file_of_another_shape_is_made_again_though_its_checksum_fits(dataset, array):
+    made = np.array(make(PairsInMemory(dataset)))
+    (path,), (record,) = files(dataset, ".npy"), files(dataset, ".json")
+    if array is None:
+        path.write_bytes(b"")
+    else:
+        np.save(path, array)
+    content = json.loads(record.read_bytes())
+    del content["checksum"]
+    write_with_checksum(record, content | {"sha256": sha256_of(path)}, "checksum")
+    assert np.array_equal(make(PairsInMemory(dataset)), made)

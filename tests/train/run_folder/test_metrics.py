@@ -114,3 +114,19 @@ def test_a_disk_that_is_full_ends_the_run_with_a_sentence(path):
             resource.setrlimit(resource.RLIMIT_FSIZE, former)
         assert log.num_lines == 5
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4, 5]
+
+
+NO_METRICS = [
+    b"[1]\n", b'{"loss": 1}\n', b'{"step": true}\n', b'{"step": -1}\n', b'{"step": 1.0}\n', b'{"step": "1"}\n', b'{"step": 1e999}\n',
+    b'{"step": 1, "position": null}\n', b'{"step": 1, "position": [8]}\n', b"[" * 5000 + b"\n", b"\xff\n", b'{"step": 1' + b"0" * 400 + b"}\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", NO_METRICS)
+def test_a_line_that_is_no_metrics_is_not_read_and_does_not_stay(path, line):
+    whole = path.read_bytes()
+    path.write_bytes(line + whole)
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4, 5]
+    with MetricsLog(path, last_step=5) as log:
+        assert (log.num_lines, log.former_last_step) == (5, 5)
+    assert path.read_bytes() == whole

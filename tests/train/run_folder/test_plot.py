@@ -239,3 +239,21 @@ def test_the_page_draws_in_a_browser_and_asks_nobody(tmp_path, runs):
         assert browser.seen("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded") == []
     finally:
         browser.close()
+
+
+def test_a_value_that_is_no_number_is_left_out_of_its_curve(tmp_path, runs):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        (run / name).write_bytes((runs[1] / name).read_bytes())
+    odd = ['"7"', "null", "[1]", "true", "NaN", "Infinity", "1" + "0" * 400]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(
+            f'{{"step": {8 + n}, "position": {64 + n}, "loss": {value}}}\n' for n, value in enumerate(odd)
+        )
+    (curves,) = read_curves([run])
+    assert curves.x["step"][-len(odd) :] == list(range(8, 8 + len(odd)))
+    assert curves.y["loss"][-len(odd) :] == [None] * len(odd)
+    draw([run], tmp_path / "p.png")
+    draw([run], tmp_path / "p.html")
+    assert "NaN" not in (tmp_path / "p.html").read_text()

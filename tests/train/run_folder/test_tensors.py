@@ -4,7 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minimind_train.run_folder.tensors import StoredTensors, named_parts
+from minimind_data.errors import UserError
+from minimind_train.run_folder.tensors import StoredTensors, named_parts, put_optimizer_state
+from tests.helpers.checkpoints import make
 
 TENSOR = torch.arange(21.0).view(7, 3)
 
@@ -40,3 +42,45 @@ def test_a_plain_tensor_keeps_its_name():
     assert list(named) == ["w"]
     assert named["w"].is_contiguous()
     assert not named["w"].requires_grad
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"w@x": TENSOR},
+        {"w@": TENSOR},
+        {"w@-1": TENSOR},
+        {"w@00": TENSOR},
+        {"w@9999999999999999999": TENSOR},
+        {"w@0": torch.tensor(1.0)},
+        {"w": TENSOR.double()},
+        {"w": TENSOR.int()},
+    ],
+)
+def test_a_name_or_a_dtype_that_no_checkpoint_has_is_named(tmp_path, tensors):
+    save_file(tensors, tmp_path / "t.safetensors")
+    with pytest.raises(UserError, match=r"t\.safetensors: w[^ ]* is no tensor of a checkpoint"):
+        StoredTensors([tmp_path / "t.safetensors"])
+
+
+@pytest.mark.parametrize("parts", [{3: 4}, {0: 3, 4: 3}, {0: 4, 3: 4}, {0: 3, 3: -4}])
+def test_parts_that_leave_a_gap_or_overlap_are_no_tensor(tmp_path, parts):
+    """A negative number of rows stands for rows that are too short."""
+    named = {
+        f"w@{first}": torch.zeros(count, 3) if count > 0 else torch.zeros(-count, 2)
+        for first, count in parts.items()
+    }
+    save_file(named, tmp_path / "t.safetensors")
+    with pytest.raises(UserError, match="the parts of w in the checkpoint do not make one tensor"):
+        StoredTensors([tmp_path / "t.safetensors"])
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [{"exp_avg.x": (16,)}, {"exp_avg.model.norm.weight": (15,)}, {"exp_avg": (16,)}, {"step.lm": ()}],
+)
+def test_the_state_of_an_optimizer_is_that_of_the_models_parameters(tmp_path, stored):
+    model, optimizer = make()
+    save_file({name: torch.zeros(shape) for name, shape in stored.items()}, tmp_path / "o.safetensors")
+    with pytest.raises(UserError, match="the checkpoint is of another model"):
+        put_optimizer_state(optimizer, model, StoredTensors([tmp_path / "o.safetensors"]))
