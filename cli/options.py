@@ -29,6 +29,7 @@ from typer.completion import completion_init  # type: ignore[attr-defined] # typ
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from minimind_data.errors import UserError
+from minimind_data.files import MORE_FILES, is_out_of_files
 from minimind_data.options import KnowsPassed, format_size, leaves, options_from, parse_size
 
 from .entry import die_of_interrupts, importing
@@ -382,7 +383,8 @@ class _ErrorBoundary:
             _fail(in_flags(error), 1)
         if isinstance(error, OSError):
             where = f"{error.filename}: " if error.filename else ""
-            _fail(f"{where}{error.strerror or error}", 1)
+            remedy = f"; {MORE_FILES}" if is_out_of_files(error) else ""
+            _fail(f"{where}{error.strerror or error}{remedy}", 1)
         if isinstance(error, KeyboardInterrupt):
             _fail_interrupted(error)
 

@@ -60,9 +60,21 @@ def fsync_folder(folder: Path) -> None:
     """Make the names in `folder` (renames, new files) durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(folder):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError that names no file this one: those about an open file, such as a full disk, name none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 @contextlib.contextmanager
@@ -70,7 +82,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Yield a temporary file to write to, which becomes `path` when the block ends and is removed when the block raises."""
     partial = partial_name(path)
     try:
-        with partial.open("wb") as file:
+        with naming(path), partial.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -92,12 +104,31 @@ def is_disk_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def is_out_of_files(error: OSError) -> bool:
+    """Tell whether an error means that this process, or the whole system, may open no more files."""
+    return error.errno in (errno.EMFILE, errno.ENFILE)
+
+
+MORE_FILES = "raise the limit on open files (`ulimit -n`)"
+"""What to do where no more files can be opened."""
+
+
 @contextlib.contextmanager
 def user_error_on_full_disk(folder: Path) -> Iterator[None]:
-    """Raise a UserError about `folder` where the disk is full at any moment inside the block."""
+    """Raise a UserError where the disk is full at any moment inside the block, or no more files can be opened.
+
+    Args:
+        folder: what is written there, and where everything that was finished stays.
+    """
     try:
         yield
     except OSError as error:
+        if is_out_of_files(error):
+            raise UserError(
+                f"cannot be opened ({error.strerror})",
+                where=error.filename or folder,
+                remedy=f"everything that was finished is kept, so {MORE_FILES} and run the same command again",
+            ) from None
         if not is_disk_full(error):
             raise
         what, remedy = ("the disk is full", "free some space")
@@ -192,7 +223,7 @@ def read_checked(
     Raises:
         FileNotFoundError, NotADirectoryError: there is no such file.
         DamagedFileError: it is not what was written.
-        UserError: it cannot be read for want of permission, or has another version.
+        UserError: it cannot be read for want of permission or because too many files are open, or has another version.
     """
     try:
         content = parse_json(path.read_bytes())
@@ -203,6 +234,8 @@ def read_checked(
     except PermissionError as error:
         raise UserError(f"cannot be read ({error.strerror})", where=path, remedy="make it readable") from None
     except OSError as error:
+        if is_out_of_files(error):
+            raise UserError(f"cannot be opened ({error.strerror})", where=path, remedy=MORE_FILES) from None
         raise DamagedFileError.of(path, f"cannot be read: {error.strerror}", remedy) from None
     except (ValueError, RecursionError) as error:
         raise DamagedFileError.of(path, f"no JSON: {error}", remedy) from None
@@ -229,7 +262,7 @@ class FolderLock:
         wait: takes the sentence `busy`, after which the lock is waited for; without this, a process that comes second is refused.
 
     Raises:
-        UserError: another process holds the lock (at once, unless `wait` is given).
+        UserError: another process holds the lock (at once, unless `wait` is given), or a file of somebody else stands there.
     """
 
     def __init__(self, path: Path, busy: str, *, shared: bool = False, wait: Say | None = None) -> None:
@@ -242,7 +275,8 @@ class FolderLock:
     def __enter__(self) -> Self:
         while True:
             try:
-                descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+                descriptor = os.open(self._path, flags, 0o644)
             except OSError as error:
                 if is_disk_full(error):
                     raise
@@ -252,6 +286,13 @@ class FolderLock:
                     where=folder,
                     remedy="make it writable, or take another folder",
                 ) from None
+            if os.fstat(descriptor).st_size:  # it would be removed in the end
+                os.close(descriptor)
+                raise UserError(
+                    "a file with content, where the program's own lock has its place",
+                    where=self._path,
+                    remedy="move it away",
+                )
             try:
                 fcntl.flock(descriptor, self._kind | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -269,8 +310,8 @@ class FolderLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._descriptor is not None
-        # Where other processes still share the lock, the last of them removes the file.
-        with contextlib.suppress(BlockingIOError):
+        # Where other processes still share the lock, the last of them removes the file; one that cannot be removed locks nobody out.
+        with contextlib.suppress(OSError):
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._path.unlink(missing_ok=True)
         os.close(self._descriptor)

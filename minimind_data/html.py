@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 _BASE_NAME = "page_base.html"
@@ -24,6 +25,14 @@ def read_template(package: str, name: str) -> str:
         assert match is not None, (name, part)
         template = template.replace(f"@{part}@", match[1])
     return template
+
+
+def is_page(path: Path) -> bool:
+    """Tell whether a file is a page made here, which a newer one may replace."""
+    base = resources.files("minimind_data").joinpath(_BASE_NAME).read_bytes()
+    beginning = base[: base.index(b"@")]
+    with path.open("rb") as file:
+        return file.read(len(beginning)) == beginning
 
 
 def fill(template: str, data: dict[str, Any], *, connects: bool = False) -> str:

@@ -16,6 +16,7 @@ from types import MappingProxyType
 
 from minimind_data.build.dedup import duplicates
 from minimind_data.build.engines import run_tasks
+from minimind_data.build.ownership import Outputs, refuse_foreign_files, refuse_unusable_folder
 from minimind_data.build.plan import (
     TokenizeOptions,
     chat_encoding_of,
@@ -26,7 +27,7 @@ from minimind_data.build.plan import (
     slice_of,
 )
 from minimind_data.build.precedent import Contradiction, Precedent
-from minimind_data.build.publish import DatasetMetadata, Summary, assemble, publish, restore
+from minimind_data.build.publish import DatasetMetadata, Summary, assemble, publish, restore, tokenizer_files
 from minimind_data.build.recipe import recipe_of
 from minimind_data.build.reuse import (
     FinishedDataset,
@@ -37,13 +38,12 @@ from minimind_data.build.reuse import (
     reusable,
 )
 from minimind_data.build.split import HashResult, Job, SplitResult, SplitTask
-from minimind_data.build.work_folder import CannotWriteError, WorkFolder, spool_stdin
+from minimind_data.build.work_folder import STDIN_NAME, CannotWriteError, WorkFolder, spool_stdin
 from minimind_data.build.workers import encoders_in_our_threads
 from minimind_data.chat.encoding import ChatEncoding
 from minimind_data.chat.template import ChatTemplate, chat_template_of
 from minimind_data.dataset.format import (
     MANIFEST_NAME,
-    TOKENIZER_CONFIG_NAME,
     TOKENIZER_NAME,
     InputEntry,
     Manifest,
@@ -82,6 +82,7 @@ def tokenize(
         raise UserError("no input", remedy="name at least one file or folder")
     names = [str(one) for one in inputs]
     work = WorkFolder(options.out)
+    refuse_unusable_folder(work, names)
     request = _Request(inputs=names, options=options)
     precedent = Precedent.of(work, finished_manifest(work))
     contradictions: list[Contradiction] = []
@@ -110,7 +111,7 @@ def tokenize(
         ]
         for note in idle_options(sources, options.records):
             say(note)
-        return _Build(
+        build = _Build(
             sources,
             options,
             tokenizer,
@@ -122,6 +123,8 @@ def tokenize(
             request=request,
             options_taken=options_taken,
         )
+        build.refuse_foreign_files()
+        return build
 
     build = None if reads_stdin else prepare()  # standard input is copied to the folder, under its lock
     try:
@@ -234,6 +237,7 @@ class _Build:
             only_join: refuse to make shards.
         """
         options, work = self._options, self._work
+        self.refuse_foreign_files()
         work.remove_partials(self._tasks, options.task)
         hashes = InputHashes(self._sources)
         # A slice writes no manifest, so it need not read the inputs of the other slices.
@@ -283,14 +287,29 @@ class _Build:
             manifest, validation = metadata.manifest, metadata.validation
         return self._summary(manifest, validation, results=results, num_kept=len(reused), backend=backend)
 
+    def refuse_foreign_files(self) -> None:
+        """Refuse a folder in which this build would replace what belongs to somebody else."""
+        outputs = Outputs(
+            shards=[task.name for task in self._tasks],
+            kind=self._options.kind,
+            tokenizer=tokenizer_files(self._tokenizer.json, self._config_json),
+            has_validation=bool(self._options.val_fraction),
+        )
+        inputs = [source.location for source in self._sources if source.name != STDIN]
+        try:
+            refuse_foreign_files(self._work, outputs, inputs)
+        except UserError:
+            if any(source.name == STDIN for source in self._sources):  # copied for this build, under the lock
+                (self._work.path / STDIN_NAME).unlink(missing_ok=True)
+            raise
+
     def _begin(self, previous: FinishedDataset | None) -> None:
         """Write down the plan, and find the duplicates, which are not to be made."""
         work = self._work
-        names = {task.name for task in self._tasks} | (previous.names if previous else set())
-        work.begin(self._recipe, self._sources, names)
-        write_atomic(work.path / TOKENIZER_NAME, self._tokenizer.json)
-        if self._config_json is not None:
-            write_atomic(work.path / TOKENIZER_CONFIG_NAME, self._config_json)
+        names = {task.name for task in self._tasks}
+        work.begin(self._recipe, self._sources, names, previous.names if previous else set())
+        for name, content in tokenizer_files(self._tokenizer.json, self._config_json).items():
+            write_atomic(work.path / name, content)
         if self._options.val_fraction:
             work.val.mkdir(exist_ok=True)
         if self._options.dedup == "exact":

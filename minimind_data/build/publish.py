@@ -4,7 +4,8 @@
 `build.tokenize` returns, `Summary`, is here too.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import orjson
@@ -147,15 +148,20 @@ def _bad_records(
     return b"".join(lines)
 
 
+def tokenizer_files(tokenizer_json: str, config_json: str | None) -> dict[str, str]:
+    """Return the content of the tokenizer's files in a dataset, by their names."""
+    files = {TOKENIZER_NAME: tokenizer_json}
+    return files if config_json is None else files | {TOKENIZER_CONFIG_NAME: config_json}
+
+
 def publish(
     work: WorkFolder, metadata: DatasetMetadata, tokenizer_json: str, config_json: str | None
 ) -> None:
     """Write the metadata beside the shards, the manifest last, and remove the files that only the build needed."""
     work.retire()
     for folder in (work.out, work.val) if metadata.validation is not None else (work.out,):
-        write_atomic(folder / TOKENIZER_NAME, tokenizer_json)
-        if config_json is not None:
-            write_atomic(folder / TOKENIZER_CONFIG_NAME, config_json)
+        for name, content in tokenizer_files(tokenizer_json, config_json).items():
+            write_atomic(folder / name, content)
     if metadata.set_aside:
         write_atomic(work.out / SET_ASIDE_NAME, metadata.set_aside)
     else:
@@ -196,5 +202,19 @@ def restore(
 
 def _tidy(work: WorkFolder, manifest: Manifest, validation: Manifest | None) -> None:
     val_names = {entry.name for entry in validation.shards} if validation else set()
-    work.remove_stale_shards({entry.name for entry in manifest.shards}, val_names)
-    work.clean()
+    with _complete_all_the_same(work):
+        work.remove_stale_shards({entry.name for entry in manifest.shards}, val_names)
+        work.clean()
+
+
+@contextlib.contextmanager
+def _complete_all_the_same(work: WorkFolder) -> Iterator[None]:
+    """Let an error while files are removed, when the manifest is written, say that the dataset is complete."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot be removed ({error.strerror})",
+            where=error.filename or work.path,
+            remedy=f"the dataset in {work.out} is complete, and the same command, run again, removes what is left over",
+        ) from None

@@ -108,7 +108,9 @@ def finished_dataset(work: WorkFolder) -> FinishedDataset | None:
     manifest = finished_manifest(work)
     if manifest is None:
         return None
-    validation = _first_manifest(work.val, work.previous / VALIDATION_NAME)
+    # Without a validation part, what is in that folder belongs to somebody else.
+    has_validation = bool(manifest.options.get("val_fraction"))
+    validation = _first_manifest(work.val, work.previous / VALIDATION_NAME) if has_validation else None
     set_aside = (work.previous / SET_ASIDE_NAME, work.out / SET_ASIDE_NAME)
     return FinishedDataset(manifest, validation, set_aside)
 
@@ -130,7 +132,7 @@ def past_inputs(work: WorkFolder) -> list[PastInput]:
 
 
 def _first_manifest(*folders: Path) -> Manifest | None:
-    folder = next((folder for folder in folders if (folder / MANIFEST_NAME).exists()), None)
+    folder = next((folder for folder in folders if (folder / MANIFEST_NAME).is_file()), None)
     return None if folder is None else Manifest.read(folder)
 
 

@@ -34,6 +34,7 @@ from minimind_data.dataset.format import (
     TOKENIZER_CONFIG_NAME,
     TOKENIZER_NAME,
     VALIDATION_NAME,
+    Kind,
 )
 from minimind_data.errors import UserError
 from minimind_data.files import (
@@ -60,7 +61,13 @@ _LOCK_NAME = "lock"
 _CHECKSUM = "checksum"
 _PREVIOUS_NAME = "previous"
 _RESULT_SUFFIX = ".result.json"
-_SHARD_SUFFIXES = (".bin", ".mask", ".idx")
+_MASK_SUFFIX = ".mask"
+_SHARD_SUFFIXES = (".bin", _MASK_SUFFIX, ".idx")
+
+
+def shard_suffixes(kind: Kind) -> tuple[str, ...]:
+    """Return the suffixes of the files of a shard in datasets of this kind."""
+    return tuple(suffix for suffix in _SHARD_SUFFIXES if suffix != _MASK_SUFFIX or kind != "pretrain")
 
 
 class CannotWriteError(UserError):
@@ -76,6 +83,11 @@ class Plan:
     """With absolute paths, so that `mm-data commit` finds them from any working directory."""
     shards: tuple[FileName, ...]
     """Names, in alphabetical order, of all shards that this build or one before it may have made."""
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether shards may also be in the folder of the validation part."""
+        return bool(self.recipe.options.get("val_fraction"))
 
     def to_json(self) -> dict[str, Any]:
         """Return the object in `plan.json`, in which the items of the recipe stand beside the others."""
@@ -149,17 +161,22 @@ class WorkFolder:
                 folder, shard_files | {TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, SET_ASIDE_NAME, MANIFEST_NAME}
             )
 
-    def begin(self, recipe: Recipe, inputs: Sequence[Source], names: set[str]) -> None:
+    def begin(self, recipe: Recipe, inputs: Sequence[Source], names: set[str], finished: set[str]) -> None:
         """Write the plan, or go on with the one that is there.
 
         Args:
             recipe: of the build.
             inputs: of the dataset.
-            names: of the shards that this build makes, and of those that the finished dataset has.
+            names: of the shards that this build makes.
+            finished: names of the shards that the finished dataset has, if there is one.
         """
+        names = names | finished
         plan_there = self.plan()
         if plan_there is not None:
-            names = names.union(plan_there.shards)
+            if plan_there.recipe != recipe and not self.has_results():  # nothing that it has made is kept
+                _remove_shards(self, plan_there, keep=finished, keep_val=finished)
+            else:
+                names = names.union(plan_there.shards)
         plan = Plan(
             recipe=recipe,
             inputs=tuple(source.absolute() for source in inputs),
@@ -226,11 +243,14 @@ class WorkFolder:
         return [hashes_path(self.path, task.name).read_bytes() for task in tasks]
 
     def retire(self) -> None:
-        """Take away the manifest of the finished dataset, before anything that it names is changed."""
+        """Take away the manifest of the finished dataset, before anything that it names is changed; the plan is written by then."""
         if not (self.out / MANIFEST_NAME).exists():
             return
         (self.previous / VALIDATION_NAME).mkdir(parents=True, exist_ok=True)
-        for path in (self.out / MANIFEST_NAME, self.val / MANIFEST_NAME, self.out / SET_ASIDE_NAME):
+        paths = [self.out / MANIFEST_NAME, self.out / SET_ASIDE_NAME]
+        if (plan := self.plan()) is not None and plan.has_validation:
+            paths.insert(1, self.val / MANIFEST_NAME)
+        for path in paths:
             if path.exists():
                 path.replace(self.previous / path.relative_to(self.out))
         for folder in (self.previous, self.out):
@@ -243,12 +263,8 @@ class WorkFolder:
             keep: names of the shards of the dataset.
             keep_val: names of the shards of its validation part.
         """
-        plan = self.plan()
-        names = set() if plan is None else set(plan.shards)
-        for folder, names_to_keep in ((self.out, keep), (self.val, keep_val)):
-            for name in names - names_to_keep:
-                for suffix in _SHARD_SUFFIXES:
-                    (folder / f"{name}{suffix}").unlink(missing_ok=True)
+        if (plan := self.plan()) is not None:
+            _remove_shards(self, plan, keep=keep, keep_val=keep_val)
 
     def clean(self) -> None:
         """Remove everything but the lock, which goes when it is released."""
@@ -267,6 +283,15 @@ class WorkFolder:
         (self.path / PLAN_NAME).unlink(missing_ok=True)  # last, since it says which shards may be stale
         for path in self.path.glob(f"{_LOCK_NAME}-*"):
             path.unlink()
+
+
+def _remove_shards(work: WorkFolder, plan: Plan, *, keep: set[str], keep_val: set[str]) -> None:
+    """Remove the shards that a plan names, in the validation part only where its build makes one."""
+    folders = [(work.out, keep), (work.val, keep_val)]
+    for folder, names_to_keep in folders if plan.has_validation else folders[:1]:
+        for name in set(plan.shards) - names_to_keep:
+            for suffix in shard_suffixes(plan.recipe.kind):
+                (folder / f"{name}{suffix}").unlink(missing_ok=True)
 
 
 def _read(cls: type[_T], path: Path, remedy: str) -> _T:

@@ -22,6 +22,8 @@ from minimind_data.dataset.format import (
     TokenDtype,
     numpy_dtype,
 )
+from minimind_data.errors import UserError
+from minimind_data.files import MORE_FILES, is_out_of_files
 from minimind_data.reporting import counted
 
 _HAS_WILLNEED = hasattr(mmap, "MADV_WILLNEED")
@@ -39,6 +41,8 @@ def _opened(path: Path, expected_bytes: int) -> Iterator[int]:
     except FileNotFoundError:
         raise FormatError("missing", where=path, remedy=REMAKE) from None
     except OSError as error:
+        if is_out_of_files(error):
+            raise UserError(f"cannot be opened ({error.strerror})", where=path, remedy=MORE_FILES) from None
         raise FormatError(
             f"cannot be opened ({error.strerror})", where=path, remedy=f"mend that, or {REMAKE}"
         ) from None

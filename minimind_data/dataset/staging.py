@@ -19,6 +19,7 @@ from minimind_data.files import (
     FolderLock,
     fsync_folder,
     is_disk_full,
+    naming,
     user_error_on_full_disk,
 )
 
@@ -61,12 +62,24 @@ def new_folder(out: Path) -> Iterator[Path]:
             yield partial
             fsync_folder(partial)
             partial.replace(out)
-            fsync_folder(out.parent)
+            _flush_name(out)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         finally:
             lock.__exit__(None, None, None)
+
+
+def _flush_name(out: Path) -> None:
+    """Make the name of a folder durable that is there and complete."""
+    try:
+        fsync_folder(out.parent)
+    except OSError as error:
+        raise UserError(
+            f"cannot be flushed to the disk ({error.strerror})",
+            where=out.parent,
+            remedy=f"{out} is complete, but make sure that it is still there after a power cut",
+        ) from None
 
 
 def _check_free(out: Path) -> None:
@@ -82,6 +95,13 @@ def _check_free(out: Path) -> None:
             raise UserError(
                 "not empty", where=out, remedy="take another `out`, or delete that folder", option="out"
             )
+        if out.is_symlink():
+            raise UserError(
+                "a link, which no folder can be renamed to",
+                where=out,
+                remedy="name a folder inside the one that it leads to",
+                option="out",
+            )
     elif out.exists() or out.is_symlink():
         raise UserError("a file", where=out, remedy="name a new folder with `out`", option="out")
 
@@ -89,7 +109,7 @@ def _check_free(out: Path) -> None:
 @contextlib.contextmanager
 def durable_file(path: Path) -> Iterator[BinaryIO]:
     """Open a new file for writing and flush it to the disk at the end."""
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

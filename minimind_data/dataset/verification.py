@@ -30,6 +30,7 @@ from minimind_data.dataset.format import (
 )
 from minimind_data.dataset.plan_file import PlanFile, plans_of
 from minimind_data.dataset.shard import Shard
+from minimind_data.files import is_out_of_files
 from minimind_data.reporting import Progress, Report, no_progress
 from minimind_data.system import num_cores
 
@@ -128,6 +129,8 @@ class _File:
         except FileNotFoundError:
             return "missing", 0
         except OSError as error:
+            if is_out_of_files(error):
+                raise
             return f"cannot be read ({error.strerror})", size
         sha256 = digest.hexdigest()
         if sha256 == self.sha256:
@@ -169,6 +172,8 @@ class _Plan:
             plan = PlanFile.read(self.path, self.manifest)
             problem = "no packing plan of this dataset" if plan is None else plan.problem()
         except OSError as error:
+            if is_out_of_files(error):
+                raise
             return f"cannot be read ({error.strerror})", 0
         report(size, 0)
         return problem or "", size

@@ -23,7 +23,7 @@ from minimind_data.dataset.format import (
     index_bytes,
     numpy_dtype,
 )
-from minimind_data.files import partial_name, write_atomic
+from minimind_data.files import naming, partial_name, write_atomic
 
 
 class ShardWriter:
@@ -137,13 +137,15 @@ class _OpenFile:
 
     def write(self, data: NDArray[np.uint8]) -> None:
         """Append bytes."""
-        self._file.write(data.data)
+        with naming(self._path):
+            self._file.write(data.data)
         self._digest.update(data.data)
 
     def finish(self) -> None:
         """Flush it to the disk and close it, still under its temporary name."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         # A worker of a killed build may come here after the next build has removed its file, or has even finished.
         if not os.fstat(self._file.fileno()).st_nlink:
             raise FileNotFoundError(errno.ENOENT, "removed by another run", str(self._partial))

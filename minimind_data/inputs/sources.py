@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
 from minimind_data.errors import UserError
+from minimind_data.files import MORE_FILES, is_out_of_files
 from minimind_data.inputs import stores
 from minimind_data.json_fields import PathText
 from minimind_data.reporting import Report
@@ -61,7 +62,8 @@ class Source:
         except PermissionError:
             raise UserError("may not be read", where=self.name, remedy="change its permissions") from None
         except OSError as error:
-            raise UserError(f"cannot be opened ({error.strerror})", where=self.name) from None
+            remedy = MORE_FILES if is_out_of_files(error) else None
+            raise UserError(f"cannot be opened ({error.strerror})", where=self.name, remedy=remedy) from None
 
     def open_text(self) -> BinaryIO:
         """Open its bytes decompressed; the file can seek only if nothing was compressed."""

@@ -13,10 +13,11 @@ from typing import Any, get_args
 import numpy as np
 
 from minimind_data.dataset.format import IGNORED
+from minimind_data.dataset.occupancy import refuse_replacing
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.files import write_atomic
-from minimind_data.html import fill, read_template
+from minimind_data.html import fill, is_page, read_template
 from minimind_data.tokenizer.loading import Tokenizer
 from minimind_data.tokenizer.token_bytes import TokenBytes, cells_of, token_bytes_of
 from minimind_data.windows.base import Layout, Windows
@@ -35,10 +36,11 @@ def check_page_place(path: Path) -> None:
     """Check that a page can be written there, before the work begins.
 
     Raises:
-        UserError: its folder does not exist, or it is a folder itself.
+        UserError: its folder does not exist, it is a folder itself, or a file of something else would be overwritten.
     """
     if path.is_dir():
         raise UserError("is a folder", where=path, remedy="name a file to write")
+    refuse_replacing(path, "html", is_ours=is_page)
     if not path.parent.is_dir():
         raise UserError(
             f"there is no folder {path.parent}", where=path, remedy="make it, or name another place"

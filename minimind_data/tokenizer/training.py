@@ -7,13 +7,19 @@ bytes in the alphabet so that any text can be encoded, and the 36 special tokens
 import json
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from minimind_data.dataset.format import TEMPLATE_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_NAME
+from minimind_data.dataset.format import MANIFEST_NAME, TEMPLATE_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_NAME
+from minimind_data.dataset.occupancy import (
+    has_content,
+    is_manifest,
+    refuse_folder_of_another,
+    refuse_replacing,
+)
 from minimind_data.errors import UserError
 from minimind_data.files import write_atomic
 from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
@@ -37,6 +43,17 @@ _VISIBLE_TOKENS = [
 
 SPECIAL_TOKENS = [*_CONTROL_TOKENS, *_VISIBLE_TOKENS]
 
+_CONFIG = {
+    "bos_token": BOS,
+    "eos_token": EOS,
+    "pad_token": PAD,
+    "add_bos_token": False,
+    "add_eos_token": False,
+    "clean_up_tokenization_spaces": False,
+    "tokenizer_class": "PreTrainedTokenizerFast",
+}
+"""What tokenizer_config.json says."""
+
 _MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 _MAX_VOCAB_SIZE = 2**22
 _SECONDS_TO_STOP = 1.0
@@ -54,7 +71,7 @@ def train_tokenizer(texts: Iterable[str], out: Path | str, *, vocab_size: int = 
         The number of entries. It is below `vocab_size` if the text has too few pairs to merge.
 
     Raises:
-        UserError: `vocab_size` is too small or too large.
+        UserError: `vocab_size` is too small or too large, or a file would be overwritten that is no tokenizer trained here.
     """
     if not _MIN_VOCAB_SIZE <= vocab_size <= _MAX_VOCAB_SIZE:
         raise UserError(
@@ -64,6 +81,10 @@ def train_tokenizer(texts: Iterable[str], out: Path | str, *, vocab_size: int = 
         )
     out = Path(out)
     file = out if out.suffix == ".json" else out / TOKENIZER_NAME
+    config = json.dumps(_CONFIG, indent=1) + "\n"
+    template = (DEFAULT_TOKENIZER / TEMPLATE_NAME).read_text("utf-8")
+    beside = {file.with_name(TOKENIZER_CONFIG_NAME): config, file.with_name(TEMPLATE_NAME): template}
+    _refuse_foreign_files(file, beside)
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -75,20 +96,37 @@ def train_tokenizer(texts: Iterable[str], out: Path | str, *, vocab_size: int = 
     )
     _train(tokenizer, trainer, _without_special_tokens(texts))
     file.parent.mkdir(parents=True, exist_ok=True)
-    config = {
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "pad_token": PAD,
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    write_atomic(file.with_name(TOKENIZER_CONFIG_NAME), json.dumps(config, indent=1) + "\n")
-    write_atomic(file.with_name(TEMPLATE_NAME), (DEFAULT_TOKENIZER / TEMPLATE_NAME).read_text("utf-8"))
+    for path, content in beside.items():
+        write_atomic(path, content)
     write_atomic(file, _with_visible_tokens(tokenizer) + "\n")
     size: int = tokenizer.get_vocab_size(with_added_tokens=True)
     return size
+
+
+def _refuse_foreign_files(file: Path, beside: Mapping[Path, str]) -> None:
+    """Refuse to write where there is something else than a tokenizer that was trained here before.
+
+    Args:
+        file: the tokenizer.json.
+        beside: the content of the other files, by their paths. They are the same for each tokenizer that is trained here, so they tell
+            whose the tokenizer.json is.
+
+    Raises:
+        UserError: there is.
+    """
+    folder = file.parent
+    refuse_folder_of_another(folder, "out")
+    if is_manifest(folder / MANIFEST_NAME):
+        raise UserError(
+            "the folder of a dataset, which has a tokenizer of its own",
+            where=folder,
+            remedy="take another `out`, such as a new folder",
+            option="out",
+        )
+    for path, content in beside.items():
+        refuse_replacing(path, "out", is_ours=has_content(content.encode()))
+    is_retrained = all(path.is_file() for path in beside)
+    refuse_replacing(file, "out", is_ours=lambda _: is_retrained)
 
 
 def _without_special_tokens(texts: Iterable[str]) -> Iterator[str]:

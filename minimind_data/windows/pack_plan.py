@@ -12,6 +12,7 @@ import contextlib
 import errno
 import mmap
 import os
+import re
 from pathlib import Path
 from typing import Any, BinaryIO, Self, get_args
 
@@ -43,6 +44,8 @@ from minimind_data.windows.bin_packing import best_fit
 LONG_DOCUMENTS: tuple[LongDocuments, ...] = get_args(LongDocuments)
 """In this order they are numbered in the file."""
 _BLOCK_SEGMENTS = 2**22
+_PLAN_NAME = re.compile(r"([0-9a-f]{16})-\d+-[a-z]+\.v\d+")
+"""The name of any plan's file, with the beginning of its dataset's fingerprint."""
 
 
 class PackPlan:
@@ -207,7 +210,8 @@ def _make(folder: Path, shards: ShardSet, width: int, long_documents: LongDocume
 def _remove_stale(folder: Path, shards: ShardSet) -> None:
     """Remove the plans of earlier states of this dataset; a process that has one mapped can go on reading it."""
     for path in folder.glob("*.v*"):
-        if not path.name.startswith(f"{shards.manifest.fingerprint[:16]}-") and path.suffix != ".lock":
+        match = _PLAN_NAME.fullmatch(path.name)
+        if match is not None and match[1] != shards.manifest.fingerprint[:16]:
             path.unlink(missing_ok=True)
 
 

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ __all__ = ["REFERENCE_FOLDER_NAME", "Reference", "ReferencedWindows", "reference
 
 REFERENCE_FOLDER_NAME = "reference"
 _FORMAT_VERSION = 1
+_FILE_NAME = re.compile(r"([0-9a-f]{16})-[0-9a-f]{16}\.(npy|json|unfinished)")
+"""The name of any of these files, with the beginning of its dataset's fingerprint."""
 _CHECKSUM = "checksum"
 _BATCHES_PER_GROUP = 16
 """How many batches are read together, so that pairs of similar length can share a batch."""
@@ -216,9 +219,8 @@ def _open_unfinished(unfinished: Path, num_pairs: int) -> "np.memmap[Any, np.dty
 def _remove_stale(folder: Path, fingerprint: str) -> None:
     """Delete the files of earlier states of the dataset."""
     for path in folder.iterdir():
-        if path.suffix in {".npy", ".json", ".unfinished"} and not path.name.startswith(
-            f"{fingerprint[:16]}-"
-        ):
+        match = _FILE_NAME.fullmatch(path.name)
+        if match is not None and match[1] != fingerprint[:16]:
             path.unlink(missing_ok=True)
 
 

@@ -35,6 +35,7 @@ from minimind_data.files import (
     DamagedFileError,
     fsync_folder,
     is_disk_full,
+    is_out_of_files,
     partial_name,
     read_checked,
     remove_partials,
@@ -412,6 +413,8 @@ def _state_in(folder: Path, *, with_files: bool = False) -> tuple[CheckpointStat
     except PermissionError:
         raise  # it is not damaged, and must not be deleted
     except OSError as error:
+        if is_out_of_files(error):
+            raise  # nor is it then
         problem = f"{Path(error.filename or folder).name}: {error.strerror}"
     except DamagedFileError as error:
         problem = f"{STATE_NAME}: {error.problem}"

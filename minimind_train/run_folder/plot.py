@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from minimind_data.dataset.occupancy import refuse_replacing
 from minimind_data.errors import UserError
 from minimind_data.files import write_atomic
-from minimind_data.html import fill, read_template
+from minimind_data.html import fill, is_page, read_template
 from minimind_data.options import options_in_file
 from minimind_train.batches.options import WindowOptions
 from minimind_train.run_folder.metrics import FILE_NAME, read_metrics
@@ -117,7 +118,7 @@ def draw(runs: Sequence[Path], out: Path, *, axis: Axis = "step") -> None:
     """Draw the curves of runs into a file, a page or a picture by its suffix; it is written whole or not at all.
 
     Raises:
-        UserError: a run cannot be read, the suffix is unknown, or matplotlib is missing.
+        UserError: a run cannot be read, the suffix is unknown, a file of something else would be overwritten, or matplotlib is missing.
     """
     if out.suffix.lower() not in {".html", *_PICTURES}:
         raise UserError(
@@ -128,8 +129,14 @@ def draw(runs: Sequence[Path], out: Path, *, axis: Axis = "step") -> None:
         raise UserError(
             f"`out` {out}: no place for a file", remedy="make the folder, or name another one", option="out"
         )
+    refuse_replacing(out, "out", is_ours=_is_drawn_here)
     curves = read_curves(runs)
     write_atomic(out, _page(curves, axis) if out.suffix.lower() == ".html" else _picture(curves, axis, out))
+
+
+def _is_drawn_here(path: Path) -> bool:
+    """Tell whether a file is a page made here or a picture of matplotlib's, which a newer one may replace."""
+    return is_page(path) or (path.suffix.lower() in _PICTURES and b"matplotlib" in path.read_bytes().lower())
 
 
 def _page(curves: Sequence[Curves], axis: Axis) -> str:

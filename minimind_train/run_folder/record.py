@@ -13,6 +13,7 @@
 is in `run.options`.
 """
 
+import os
 import shlex
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +21,13 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, Self
 
 from minimind_data.dataset.format import MANIFEST_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_NAME, TokenizerInfo
+from minimind_data.dataset.occupancy import (
+    foreign_file,
+    has_content,
+    owner_of,
+    refuse_folder_of_another,
+    refuse_replacing,
+)
 from minimind_data.errors import UserError
 from minimind_data.files import (
     FolderLock,
@@ -211,10 +219,14 @@ def refuse_occupied(run: Path) -> None:
     """Refuse to begin a run in a folder that holds one.
 
     Raises:
-        UserError: the folder holds a run, a part of one, or a dataset.
+        UserError: the folder holds a run, a part of one, a dataset or a model.
     """
     if run.exists() and not run.is_dir():
         raise UserError("is a file", where=run, remedy="take another `run`", option="run")
+    if run.is_symlink() and not run.exists():
+        raise foreign_file(run, "run")
+    if owner_of(run) == "a model":
+        refuse_folder_of_another(run, "run")
     if is_begun(run):
         raise UserError(
             "holds a run already",
@@ -230,7 +242,7 @@ def refuse_occupied(run: Path) -> None:
             option="run",
         )
     for name in (metrics.FILE_NAME, CHECKPOINTS_NAME):
-        if (run / name).exists():
+        if os.path.lexists(run / name):
             raise UserError(
                 f"holds {name} of a run whose {RUN_CONFIG_NAME} is gone",
                 where=run,
@@ -240,7 +252,15 @@ def refuse_occupied(run: Path) -> None:
 
 
 def create(run: Path, record: RunRecord, dataset: Path, description: str) -> None:
-    """Write the files of a new run; `description` is the text of run.toml. The caller holds the folder's lock."""
+    """Write the files of a new run; `description` is the text of run.toml. The caller holds the folder's lock.
+
+    Raises:
+        UserError: one of them is there, and not from a begin of this very run that was killed.
+    """
+    contents = {DESCRIPTION_NAME: description.encode(), **_tokenizer_files(dataset)}
+    for name, content in contents.items():
+        refuse_replacing(run / name, "run", is_ours=has_content(content))
+    refuse_replacing(run / RUN_CONFIG_NAME, "run", is_ours=lambda _: False)
     clean(run)
     _copy_tokenizer(run, dataset)
     write_atomic(run / DESCRIPTION_NAME, description)
@@ -292,9 +312,18 @@ def note_finish(run: Path, step: int) -> None:
 
 
 def _copy_tokenizer(run: Path, dataset: Path) -> None:
-    if (config := dataset / TOKENIZER_CONFIG_NAME).is_file():
-        write_atomic(run / TOKENIZER_CONFIG_NAME, config.read_bytes())
-    write_atomic(run / TOKENIZER_NAME, (dataset / TOKENIZER_NAME).read_bytes())
+    for name, content in _tokenizer_files(dataset).items():
+        write_atomic(run / name, content)
+
+
+def _tokenizer_files(dataset: Path) -> dict[str, bytes]:
+    """Return the content of the tokenizer's files in a dataset, by their names, tokenizer.json last."""
+    names = (TOKENIZER_CONFIG_NAME, TOKENIZER_NAME)
+    return {
+        name: (dataset / name).read_bytes()
+        for name in names
+        if name == TOKENIZER_NAME or (dataset / name).is_file()
+    }
 
 
 def load_run_tokenizer(run: Path, info: TokenizerInfo) -> Tokenizer:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minimind_data.chat.template import chat_template_of
 from minimind_data.dataset.format import TOKENIZER_CONFIG_NAME, TOKENIZER_NAME, TokenizerInfo
+from minimind_data.dataset.occupancy import refuse_replacing
 from minimind_data.dataset.staging import new_folder
 from minimind_data.errors import UserError
 from minimind_data.files import parse_json, user_error_on_full_disk, whole_file
@@ -119,6 +120,8 @@ def _cast(tensors: Mapping[str, Tensor], dtype: WeightDtype, run: Path) -> dict[
 def _to_minimind(out: Path, record: RunRecord, model: MiniMind, weights: dict[str, Tensor], say: Say) -> Path:
     form = minimind_form(model.config)
     path = out if out.suffix == ".pth" else out / file_name(record.command, model.config)
+    # MiniMind gives the weights that its own training makes the same names, so nothing tells whose they are.
+    refuse_replacing(path, "out", is_ours=lambda _: False)
     if model.config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     with _sentence_on_failure(path), user_error_on_full_disk(path.parent):
@@ -140,6 +143,7 @@ def _to_gguf(
         _cast(weights, dtype, run)  # refuses what it cannot hold
     name = run.resolve().name
     path = out if out.suffix == ".gguf" else out / f"{name}-{dtype}.gguf"
+    refuse_replacing(path, "out", is_ours=lambda _: False)
     with _sentence_on_failure(path), user_error_on_full_disk(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:

@@ -1,12 +1,22 @@
 """JSON files with their own checksum: what was written comes back, and whatever else is there is named."""
 
+import errno
 import json
+import os
 import pickle
 
 import pytest
 
 from minimind_data.errors import UserError
-from minimind_data.files import DamagedFileError, checked_json, read_checked, write_checked
+from minimind_data.files import (
+    DamagedFileError,
+    FolderLock,
+    checked_json,
+    fsync_folder,
+    read_checked,
+    write_atomic,
+    write_checked,
+)
 
 CONTENT = {"format_version": 2, "text": "für 你", "list": [1, 2.5, None], "inner": {"a": True}}
 
@@ -102,3 +112,41 @@ def test_the_error_survives_pickling(path):
     copy = pickle.loads(pickle.dumps(error.value))
     assert (str(copy), vars(copy)) == (str(error.value), vars(error.value))
     assert copy.problem == "its checksum does not fit"
+
+
+def test_a_lock_removes_no_file_of_anybodys(tmp_path):
+    (tmp_path / "lock").write_text("somebody's")
+    with pytest.raises(UserError, match="lock: a file with content"), FolderLock(tmp_path / "lock", "busy"):
+        pass
+    assert (tmp_path / "lock").read_text() == "somebody's"
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="cannot be written"), FolderLock(tmp_path / "link", "busy"):
+        pass
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_lock_that_cannot_be_removed_is_released(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, FolderLock(tmp_path / "lock", "busy"):
+        patch.setattr("os.unlink", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with FolderLock(tmp_path / "lock", "busy"):
+        pass
+
+
+def test_a_failure_to_flush_names_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output error") as error:
+        write_atomic(tmp_path / "x", "text")
+    assert error.value.filename == str(tmp_path / "x")
+    with pytest.raises(OSError, match="Input/output error") as error:
+        fsync_folder(tmp_path)
+    assert error.value.filename == str(tmp_path)
+
+
+def test_too_many_open_files_is_no_damage(path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    monkeypatch.setattr("io.open", full)
+    with pytest.raises(UserError, match=r"x.json: cannot be opened .*ulimit -n") as error:
+        read_checked(path, key="sha256", remedy="delete it")
+    assert not isinstance(error.value, DamagedFileError)

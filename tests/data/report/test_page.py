@@ -165,3 +165,16 @@ def test_impossible_places_are_refused(tmp_path):
         check_page_place(tmp_path)
     with pytest.raises(UserError, match="there is no folder"):
         check_page_place(tmp_path / "nowhere" / "page.html")
+    (tmp_path / "mine.html").write_text("<!doctype html> somebody's")
+    with pytest.raises(UserError, match="mine.html: a file of something else"):
+        check_page_place(tmp_path / "mine.html")
+    (tmp_path / "link.html").symlink_to("nowhere")
+    with pytest.raises(UserError, match="link.html: a link that leads nowhere"):
+        check_page_place(tmp_path / "link.html")
+
+
+def test_a_page_is_replaced_by_a_newer_one(dataset, tmp_path):
+    write(dataset, tmp_path / "page.html")
+    check_page_place(tmp_path / "page.html")
+    (tmp_path / "empty.html").touch()
+    check_page_place(tmp_path / "empty.html")

@@ -239,6 +239,31 @@ def test_training_gives_the_form_and_no_merged_special_tokens(tmp_path, write_js
         train_tokenizer(texts_of([tmp_path / "text.jsonl"]), out, vocab_size=291)
 
 
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("tokenizer.json", "tokenizer.json: a file of something else"),
+        ("tokenizer_config.json", "tokenizer_config.json: a file of something else"),
+        ("chat_template.jinja", "chat_template.jinja: a file of something else"),
+        ("model.safetensors", "the folder of a model"),
+    ],
+)
+def test_training_replaces_only_what_was_trained_here(tmp_path, name, complaint):
+    out = tmp_path / "tok"
+    out.mkdir()
+    (out / name).write_text("somebody's")
+    with pytest.raises(UserError, match=complaint):
+        train_tokenizer(["some text"], out, vocab_size=300)
+    assert [path.name for path in out.iterdir()] == [name]
+    assert (out / name).read_text() == "somebody's"
+    (out / name).unlink()
+    for text in ("some text", "another text"):
+        train_tokenizer([text], out, vocab_size=300)
+    (out / "manifest.json").write_text('{"format_version": 1}')
+    with pytest.raises(UserError, match="the folder of a dataset"):
+        train_tokenizer(["some text"], out, vocab_size=300)
+
+
 def test_training_names_a_bad_line(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "a"}\n{"text": 1}\n')

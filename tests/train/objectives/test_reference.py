@@ -133,6 +133,15 @@ def test_those_of_other_tokens_are_made_again_and_the_old_ones_go(dataset):
     assert [path.name[:4] for path in files(dataset, ".npy")] == ["eeee"]
 
 
+def test_other_files_in_their_folder_are_somebodys(dataset):
+    make(PairsInMemory(dataset))
+    others = [dataset / REFERENCE_FOLDER_NAME / name for name in ("notes.json", "mine.npy", "x.unfinished")]
+    for path in others:
+        path.touch()
+    make(PairsInMemory(dataset, fingerprint="e" * 64))
+    assert all(path.exists() for path in others)
+
+
 def flip(path):
     data = bytearray(path.read_bytes())
     data[-3] ^= 1

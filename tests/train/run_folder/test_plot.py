@@ -190,6 +190,11 @@ def test_what_cannot_be_drawn(tmp_path, runs, monkeypatch):
             draw(runs, out)
     with pytest.raises(UserError, match="no run there"):
         draw([tmp_path], tmp_path / "p.html")
+    for name in ("mine.html", "mine.png"):
+        (tmp_path / name).write_text("<!doctype html> somebody's")
+        with pytest.raises(UserError, match=f"{name}: a file of something else"):
+            draw(runs, tmp_path / name)
+        (tmp_path / name).unlink()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)

@@ -11,6 +11,7 @@ from minimind_data.errors import UserError
 from minimind_train.run_folder import record as runs
 from minimind_train.run_folder.record import MOVE, WEIGHTS, Change, RunRecord, move
 from tests.helpers.datasets import BOS, EOS, PAD
+from tests.helpers.mutations import snapshot
 
 TOKENIZER = TokenizerInfo(sha256="0" * 64, vocab_size=40, bos_id=BOS, eos_id=EOS, pad_id=PAD)
 
@@ -160,3 +161,50 @@ def test_an_update_writes_what_is_new_or_gone(tmp_path):
     assert written(old, "") == {"tokenizer.json"}
     (run / "tokenizer.json").unlink()
     assert written(old, "") == {"tokenizer.json"}
+
+
+@pytest.mark.parametrize("name", ["run.toml", "tokenizer.json", "tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("kind", ["file", "link", "folder"])
+def test_a_run_replaces_no_file_of_anybodys(tmp_path, name, kind):
+    run, dataset = tmp_path / "run", make_dataset(tmp_path / "data", "a tokenizer", "a template")
+    run.mkdir()
+    if kind == "file":
+        (run / name).write_text("somebody's")
+    elif kind == "link":
+        (run / name).symlink_to("nowhere")
+    else:
+        (run / name).mkdir()
+    before = snapshot(run)
+    with pytest.raises(UserError, match=f"{name}: a .*`run`"):
+        runs.create(run, record_of(), dataset, "steps = 12")
+    assert snapshot(run) == before
+
+
+def test_a_begin_that_was_killed_is_begun_again(tmp_path):
+    run, dataset = tmp_path / "run", make_dataset(tmp_path / "data", "a tokenizer", "a template")
+    run.mkdir()
+    runs.create(run, record_of(), dataset, "steps = 12")
+    (run / "config.json").unlink()  # which is written last
+    runs.refuse_occupied(run)
+    runs.create(run, record_of(), dataset, "steps = 12")
+    assert RunRecord.read(run) == record_of()
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "pytorch_model-00001-of-00002.bin", "pretrain_512.pth"]
+)
+def test_the_folder_of_a_model_takes_no_run(tmp_path, name):
+    (tmp_path / name).touch()
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    with pytest.raises(UserError, match="the folder of a model, .*`run`"):
+        runs.refuse_occupied(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", ""])
+def test_a_link_that_leads_nowhere_is_no_place_for_a_run(tmp_path, name):
+    run = tmp_path / "run"
+    if name:
+        run.mkdir()
+    (run / name).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=str(run)):
+        runs.refuse_occupied(run)

@@ -227,6 +227,8 @@ def test_minimind_s_form_is_a_state_dict_in_half_precision(make_run, tmp_path, o
     assert torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
     for key, tensor in model.state_dict().items():
         assert torch.equal(weights[key], tensor.half()), key
+    with pytest.raises(UserError, match=f"{name}: a file of something else"):
+        export(run, tmp_path / "out", to="minimind", say=Said())
     exact = export(run, tmp_path / "exact.pth", to="minimind", dtype="fp32", say=Said())
     assert exact == tmp_path / "exact.pth"
     for key, tensor in read_tensors(exact).items():
