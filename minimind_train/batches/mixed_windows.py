@@ -32,11 +32,8 @@ class MixedWindows:
         if len(windows) and (windows.min() < 0 or windows.max() >= len(self)):
             raise IndexError(f"windows {windows.min()}…{windows.max()} asked for, there are {len(self)}")
         owners = np.searchsorted(self._starts, windows, side="right") - 1
-        present: list[int] = np.unique(owners).tolist() or [0]
-        if len(present) == 1:
-            return self.parts[present[0]].fetch(windows - self._starts[present[0]])
         batch: dict[str, NDArray[np.int64]] = {}
-        for part in present:
+        for part in np.unique(owners).tolist() or [0]:  # a batch of no windows has arrays too
             here = owners == part
             for name, rows in self.parts[part].fetch(windows[here] - self._starts[part]).items():
                 batch.setdefault(name, np.empty((len(windows), *rows.shape[1:]), rows.dtype))[here] = rows

@@ -55,8 +55,6 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
 
     def __getitems__(self, windows: list[int]) -> list[dict[str, Tensor]]:
         """Return several windows, read in one gather; a DataLoader calls this for a batch."""
-        if not windows:
-            return []
         batch = self._batch(windows)
         rows = zip(*(torch.from_numpy(array).unbind() for array in batch.values()), strict=True)
         return [dict(zip(batch, row, strict=True)) for row in rows]

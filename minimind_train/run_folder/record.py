@@ -184,7 +184,7 @@ def _no_run(run: Path) -> UserError:
         return UserError(
             "no run but a file", where=run, remedy="pass the folder of a run by `run`", option="run"
         )
-    for parent in run.absolute().parents[:2]:
+    for parent in run.absolute().parents:
         if (parent / RUN_CONFIG_NAME).is_file() and (parent / CHECKPOINTS_NAME).is_dir():
             remedy = f"pass `run` {shlex.quote(str(parent))}"
             return UserError("a folder inside of a run", where=run, remedy=remedy, option="run")

@@ -127,6 +127,26 @@ def test_resumes_from_every_batch_with_the_same_and_another_batch_size():
             assert before + rest == windows_in(order, 0, 69)
 
 
+def test_a_run_that_was_at_its_end_is_there_again():
+    done = ResumableBatchSampler(order_of(10), 4, stop=8)
+    assert len(list(done)) == 2
+    again = ResumableBatchSampler(order_of(10), 4, stop=8)
+    again.load_state_dict(done.state_dict())
+    assert list(again) == []
+
+
+def test_an_iteration_goes_on_where_another_was_also_in_a_later_epoch():
+    order = order_of(10)
+    sampler = ResumableBatchSampler(order, 4)
+    assert len(list(sampler)) == 3
+    second = iter(sampler)
+    next(second)
+    other = iter(ResumableBatchSampler(order, 4))
+    other.load_state_dict(second.state_dict())
+    assert len(other) == 2
+    assert flat(other) == windows_in(order, 14, 20)
+
+
 @pytest.mark.parametrize(
     ("changed", "sides"),
     [

@@ -188,6 +188,16 @@ def test_a_batch_with_nothing_to_learn_keeps_something():
     assert batch["input_ids"].shape == (2, COLUMNS)
 
 
+def test_what_has_no_columns_of_tokens_stays_whole():
+    samples = Uneven("text").fetch(np.array([0, 7])) | {"scores": np.zeros((2, 3 * LENGTH))}
+    batch = trimmed(samples, 1)
+    assert {name: array.shape[1] for name, array in batch.items()} == {
+        "input_ids": COLUMNS,
+        "targets": COLUMNS,
+        "scores": 3 * LENGTH,
+    }
+
+
 @pytest.mark.parametrize("world_size", [2, 5])
 def test_ranks_cut_their_own_share_and_padding_batches_too(world_size):
     whole, _ = steps("text", trim=True, micro_batch=100)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from minimind_data.errors import UserError
 from minimind_data.files import checksum_of_json
@@ -216,3 +216,48 @@ def test_what_must_not_be_read_is_not_called_damaged(run, monkeypatch):
     monkeypatch.setattr(checkpoint, "sha256_of", refuse)
     with pytest.raises(PermissionError):
         checkpoint.load_latest(run, fail)
+
+
+def test_only_folders_with_the_name_of_a_step_are_checkpoints(run):
+    (run / "checkpoints" / "step-000000009").touch()
+    for name in ("step-12", "step-000000010.1.partial", "latest"):
+        (run / "checkpoints" / name).mkdir()
+    assert checkpoint.steps_of(run) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_checkpoint_that_is_deleted_while_it_is_read_is_not_damaged(run, monkeypatch, gone):
+    real, folder = checkpoint.sha256_of, checkpoint.folder_of(run, 3)
+
+    def meanwhile(path):
+        if path.parent == folder:
+            shutil.rmtree(folder) if gone else path.unlink()
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "sha256_of", meanwhile)
+    error = checkpoint.GoneCheckpointError if gone else checkpoint.DamagedCheckpointError
+    with pytest.raises(error, match="step-000000003"):
+        checkpoint.load(run, 3)
+
+
+def test_a_checkpoint_that_is_deleted_before_it_is_restored(run):
+    found = checkpoint.load(run, 3)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        (found.folder / name).unlink()
+        with pytest.raises(FileNotFoundError):
+            found.restore(*make())
+        (found.folder / name).write_bytes((checkpoint.folder_of(run, 2) / name).read_bytes())
+    (found.folder / "optimizer.safetensors").unlink()
+    found.restore(make()[0])  # the optimizer is not asked for
+    shutil.rmtree(found.folder)
+    with pytest.raises(checkpoint.GoneCheckpointError, match="deleted while it was read"):
+        found.restore(*make())
+
+
+def test_a_full_disk_is_called_that_by_safetensors_too(run, trained, monkeypatch):
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match=r"\(os error 28\)\); make room on the disk"):
+        save(run, state(4), *trained)

@@ -10,7 +10,7 @@ from minimind_data.dataset.format import TokenizerInfo
 from minimind_data.errors import UserError
 from minimind_train.run_folder import record as runs
 from minimind_train.run_folder.record import MOVE, WEIGHTS, Change, RunRecord, move
-from tests.helpers.datasets import BOS, EOS, PAD
+from tests.helpers.datasets import BOS, EOS, PAD, byte_tokenizer
 from tests.helpers.mutations import snapshot
 
 TOKENIZER = TokenizerInfo(sha256="0" * 64, vocab_size=40, bos_id=BOS, eos_id=EOS, pad_id=PAD)
@@ -208,3 +208,14 @@ def test_a_link_that_leads_nowhere_is_no_place_for_a_run(tmp_path, name):
     (run / name).symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match=str(run)):
         runs.refuse_occupied(run)
+
+
+def test_the_tokenizer_of_a_run_is_its_own(tmp_path):
+    text = byte_tokenizer().to_str()
+    info = replace(TOKENIZER, sha256=hashlib.sha256(text.encode()).hexdigest(), vocab_size=259)
+    with pytest.raises(UserError, match="tokenizer.json: missing, or not the tokenizer"):
+        runs.load_run_tokenizer(tmp_path, info)
+    (tmp_path / "tokenizer.json").write_text(text)
+    assert runs.load_run_tokenizer(tmp_path, info).decode([*range(3, 259)])
+    with pytest.raises(UserError, match="tokenizer.json: missing, or not the tokenizer"):
+        runs.load_run_tokenizer(tmp_path, replace(info, sha256="0" * 64))

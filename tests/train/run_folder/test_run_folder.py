@@ -51,7 +51,8 @@ def test_where_there_is_no_run_it_is_said_how_one_is_made(tmp_path):
 
 
 def test_a_folder_inside_of_a_run_is_led_back_to_it(whole_run):
-    for folder in (whole_run / "checkpoints", whole_run / "checkpoints" / "step-000000003"):
+    checkpoints = whole_run / "checkpoints"
+    for folder in (checkpoints, checkpoints / "step-000000003", checkpoints / "step-000000003" / "a" / "b"):
         with pytest.raises(UserError, match=f"{folder}: a folder inside of a run; pass `run` {whole_run}$"):
             RunRecord.read(folder)
 
@@ -131,3 +132,14 @@ def test_a_run_is_not_begun_inside_a_dataset(small_dataset):
     with pytest.raises(UserError, match="is a dataset; take another `run`"):
         entry.begin(config_of(small_dataset, small_dataset), say=Said())
     assert sorted(small_dataset.iterdir()) == before
+
+
+def test_a_folder_inside_of_what_only_looks_like_a_run_is_no_part_of_one(tmp_path):
+    for files in (["config.json"], ["checkpoints/step-000000003/state.json"]):
+        for name in files:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+        with pytest.raises(UserError, match=r"my run: no run there \(no such folder\)"):
+            RunRecord.read(tmp_path / "my run")
+        for name in files:
+            (tmp_path / name).unlink()
