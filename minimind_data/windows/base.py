@@ -204,8 +204,14 @@ class Windows(ABC):
         return sum(int(np.count_nonzero(~self._have_targets(batch))) for batch in self._numbers())
 
     def any_learned(self) -> bool:
-        """Tell whether something is learned in any window, reading masks up to the first one; without masks something is."""
-        return not self._masked or any(bool(self._have_targets(batch).any()) for batch in self._numbers())
+        """Tell whether something is learned in any window, reading masks, or lengths of documents, up to the first one."""
+        if self._masked:
+            return any(bool(self._have_targets(batch).any()) for batch in self._numbers())
+        runs_on = self.layout == "concat" and not self.documents_apart
+        if runs_on or self.shards.manifest.tokenizer.bos_id is not None:
+            return True
+        # Without BOS a document may be its EOS alone, and nothing stands before that.
+        return any(bool((self.segments(batch).lengths > 1).any()) for batch in self._numbers())
 
     def _numbers(self) -> Iterator[NDArray[np.int64]]:
         """Yield the numbers of all windows, as many at a time as have their masks read at once."""

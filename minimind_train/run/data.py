@@ -172,9 +172,11 @@ class RunData:
         parts = self.windows.parts if isinstance(self.windows, MixedWindows) else [self.windows]
         learned = [part for part, source in zip(parts, self._datasets.sources, strict=True) if source.weight]
         if not any(part.any_learned() for part in learned):
+            why = "all answers begin behind their end, or the datasets mark none"
+            if not any(part.shards.manifest.has_masks for part in learned):
+                why = "no document has a token besides its EOS"
             raise UserError(
-                f"in none of the {sum(map(len, learned)):,} windows of {self._data.seq_len} tokens is a token learned: "
-                "all answers begin behind their end, or the datasets mark none",
+                f"in none of the {sum(map(len, learned)):,} windows of {self._data.seq_len} tokens is a token learned: {why}",
                 where=" and ".join(str(part.shards.folder) for part in learned),
                 remedy="take a longer `seq_len`, or check the datasets by `mm-data window`",
                 option="seq_len",

@@ -134,6 +134,24 @@ def test_nothing_begins_without_a_token(run, dataset, tmp_path):
     assert "step 12  after '7 times': " in said.text
 
 
+@pytest.mark.parametrize("layout", ["pad", "pack"])
+def test_documents_of_eos_alone_teach_nothing(folder, tmp_path, layout):
+    """As of texts of which the tokenizer leaves no token."""
+    shutil.copytree(folder, tmp_path / "tok")
+    content = json.loads((tmp_path / "tok" / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
+    (tmp_path / "tok" / "tokenizer.json").write_text(json.dumps(content))
+    source = tmp_path / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": " " * length}) + "\n" for length in range(1, 40)))
+    tokenize([source], TokenizeOptions(out=tmp_path / "data", tokenizer=tmp_path / "tok", workers=1))
+    with pytest.raises(UserError, match="is a token learned: no document has a token besides its EOS; take"):
+        entry.begin(config_of(tmp_path / "run", tmp_path / "data", layout=layout), Said())
+    assert not (tmp_path / "run").exists()
+    source.write_text(source.read_text() + json.dumps({"text": "a"}) + "\n")
+    tokenize([source], TokenizeOptions(out=tmp_path / "data", workers=1))
+    entry.begin(config_of(tmp_path / "run", tmp_path / "data", layout=layout, steps=1), Said())
+
+
 def test_minimind_s_scripts_take_a_tokenizer_without_bos(folder, dataset, text):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.bos_token is None
