@@ -10,10 +10,11 @@ replaces the old one. The old manifest is taken away beforehand only where shard
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from minimind_data.build.bad_records import BadShare, are_too_many, too_many_error
 from minimind_data.build.dedup import duplicates
 from minimind_data.build.engines import run_tasks
 from minimind_data.build.ownership import Outputs, refuse_foreign_files, refuse_unusable_folder
@@ -27,7 +28,15 @@ from minimind_data.build.plan import (
     slice_of,
 )
 from minimind_data.build.precedent import Contradiction, Precedent
-from minimind_data.build.publish import DatasetMetadata, Summary, assemble, publish, restore, tokenizer_files
+from minimind_data.build.publish import (
+    DatasetMetadata,
+    Summary,
+    assemble,
+    first_bad_record,
+    publish,
+    restore,
+    tokenizer_files,
+)
 from minimind_data.build.recipe import recipe_of
 from minimind_data.build.reuse import (
     FinishedDataset,
@@ -164,7 +173,8 @@ def commit(out: Path | str, *, say: Say = say_nothing, progress: Progress = no_p
         raise UserError(
             "no unfinished build there", where=out, remedy="begin one by `mm-data tokenize` with `task` 1/N"
         )
-    options = work.options_of(plan)
+    # The slices have decided about their bad records.
+    options = dataclasses.replace(work.options_of(plan), on_bad_record="set-aside", max_bad_share=1.0)
     tokenizer_path, info = work.path / TOKENIZER_NAME, plan.recipe.tokenizer
     if not tokenizer_path.is_file() or sha256_of(tokenizer_path) != info.sha256:
         raise UserError(
@@ -227,6 +237,9 @@ class _Build:
         self._progress = progress
         self._request = request
         self._options_taken = options_taken
+        self._previous: FinishedDataset | None = None
+        self._made: dict[str, SplitResult] = {}
+        self._bad_share = BadShare([], 1.0)
         self._recipe = recipe_of(options, tokenizer, self._chat)
         self._start = time.monotonic()
 
@@ -262,6 +275,7 @@ class _Build:
                 remedy="run the slices that they are in, then commit again",
             )
         self._say_what_is_missing(reused, missing)
+        self._watch_bad_records(reused, previous)
         if changed:
             work.retire()
         results, backend = self._make(missing) if missing else ({}, None)
@@ -397,6 +411,34 @@ class _Build:
             dataclasses.replace(task, drop=drop) for task, drop in zip(self._tasks, drops, strict=True)
         ]
 
+    def _watch_bad_records(self, reused: Mapping[str, SplitResult], previous: FinishedDataset | None) -> None:
+        """Look at the bad records in what is made already, and from here on in what this run makes.
+
+        Raises:
+            UserError: as `_refuse_many_bad`.
+        """
+        options = self._options
+        # Who has set aside most records of a dataset before may go on with it.
+        accepts_all = options.on_bad_record == "stop" or (
+            previous is not None
+            and are_too_many(previous.num_bad, previous.num_records, options.max_bad_share, is_all=True)
+        )
+        names = [task.name for task in slice_of(self._tasks, options.task)]
+        self._bad_share = BadShare(names, 1.0 if accepts_all else options.max_bad_share)
+        self._previous = previous
+        self._refuse_many_bad(reused.values())
+
+    def _refuse_many_bad(self, results: Iterable[SplitResult]) -> None:
+        """Refuse to set aside too many records.
+
+        Raises:
+            UserError: with these results, too many are bad.
+        """
+        self._made |= {result.name: result for result in results}
+        if (counts := self._bad_share.problem(self._made)) is not None:
+            splits = [(task, self._made[task.name]) for task in self._tasks if task.name in self._made]
+            raise too_many_error(*first_bad_record(self._work, splits, self._previous), counts)
+
     def _make(self, missing: list[SplitTask]) -> tuple[dict[str, SplitResult], Choice]:
         """Make the missing splits; if the fast backend proves wrong in one, make all splits that it encoded again without it."""
         with encoders_in_our_threads():
@@ -419,6 +461,7 @@ class _Build:
             assert not isinstance(result, HashResult)
             self._work.write_result(result)
             results[result.name] = result
+            self._refuse_many_bad([result])
             if result.difference is not None and not differs:
                 differs = True
                 self._say(
@@ -439,6 +482,7 @@ class _Build:
             backend=backend,
             records=self._options.records,
             on_bad_record=self._options.on_bad_record,
+            max_bad_share=self._bad_share.most,
             val_fraction=self._options.val_fraction,
             chat=self._chat,
         )

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from minimind_data.build.split import SplitTask
 from minimind_data.chat.encoding import ChatEncoding
 from minimind_data.chat.loss_mask import find_answer_marks
-from minimind_data.chat.rendering import ChatOptions, RenderSpec
+from minimind_data.chat.rendering import ChatOptions, RenderSpec, parse_share
 from minimind_data.chat.template import ChatTemplate
 from minimind_data.dataset.format import TEMPLATE_NAME, TOKENIZER_CONFIG_NAME, Kind
 from minimind_data.dataset.staging import unique_names
@@ -105,6 +105,11 @@ class TokenizeOptions(KnowsPassed):
     on_bad_record: Annotated[
         Literal["stop", "set-aside"], "Stop at a bad record, or write it to set-aside.jsonl and continue."
     ] = "stop"
+    max_bad_share: Annotated[
+        float,
+        "With `on_bad_record` set-aside, stop where more than this share of the records is bad; 1 never stops.",
+        parse_share,
+    ] = 0.5
     on_removed_input: Annotated[
         Literal["stop", "drop"],
         "Stop if the dataset has inputs that are no longer named, or drop their documents.",
@@ -121,6 +126,7 @@ class TokenizeOptions(KnowsPassed):
         if self.split_bytes < _MIN_SPLIT_BYTES:
             raise ValueError(f"`split_bytes` must be at least {_MIN_SPLIT_BYTES}, not {self.split_bytes}")
         parse_fraction(self.val_fraction)
+        parse_share(self.max_bad_share)
         if self.format not in (AUTO, *FORMS):
             raise ValueError(f"`format` must be {AUTO}, {', '.join(FORMS)}, not {self.format!r}")
         readable = (AUTO, *(name for name, form in FORMS.items() if "separator" in form.record_options))
@@ -223,7 +229,7 @@ def check_forms(sources: Sequence[Source], options: TokenizeOptions) -> None:
             raise UserError(
                 f"is {form.title}, where `kind` {options.kind} reads {_WITH_CONVERSATIONS}",
                 where=source.name,
-                remedy="write its conversations as such",
+                remedy="write its conversations as such, or say `format` jsonl where they are JSON lines by another name",
                 option="kind",
             )
 

@@ -5,14 +5,16 @@
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import orjson
 
+from minimind_data.build.bad_records import set_aside_path, too_many_error
 from minimind_data.build.recipe import Recipe
 from minimind_data.build.reuse import FinishedDataset, entries_of, first_lines
-from minimind_data.build.split import SplitResult, SplitTask, set_aside_path
+from minimind_data.build.split import SplitResult, SplitTask
 from minimind_data.build.work_folder import WorkFolder
 from minimind_data.dataset.format import (
     MANIFEST_NAME,
@@ -26,6 +28,8 @@ from minimind_data.dataset.format import (
 )
 from minimind_data.errors import UserError
 from minimind_data.files import sha256_of, sha256_of_bytes, write_atomic
+from minimind_data.inputs.forms import form_of
+from minimind_data.inputs.spec import RecordSpec
 from minimind_data.reporting import Say
 from minimind_data.tokenizer.backends import Choice
 
@@ -92,6 +96,9 @@ def assemble(
     """
     tasks, results = [task for task, _ in splits], [result for _, result in splits]
     shards, val_shards = entries_of(tasks, results)
+    if not shards and any(result.num_bad for result in results):
+        counts = sum(result.num_bad for result in results), sum(result.num_records for result in results)
+        raise too_many_error(*first_bad_record(work, splits, previous), counts)
     if not shards:
         raise UserError("no record has any text, so there is nothing to tokenize", where=inputs[0].path)
     set_aside = _bad_records(work, tasks, results, previous)
@@ -131,15 +138,7 @@ def _bad_records(
     """Return the bad records of all splits as JSON lines, in which lines are counted from the beginning of their file."""
     lines: list[bytes] = []
     for task, result, first_line in zip(tasks, results, first_lines(tasks, results), strict=True):
-        if not result.origin.set_aside:
-            continue
-        path = set_aside_path(work.path, task.name)
-        if path.exists():
-            records = [orjson.loads(line) for line in path.read_bytes().splitlines()]
-        else:
-            assert previous is not None
-            records = previous.bad_records(task, result)
-        for record in records:
+        for record in _bad_records_of(work, task, result, previous):
             if task.split.more:
                 entry = {**record, "path": task.split.sources[record["line"] - 1].name, "line": 1}
             else:
@@ -152,6 +151,35 @@ def tokenizer_files(tokenizer_json: str, config_json: str | None) -> dict[str, s
     """Return the content of the tokenizer's files in a dataset, by their names."""
     files = {TOKENIZER_NAME: tokenizer_json}
     return files if config_json is None else files | {TOKENIZER_CONFIG_NAME: config_json}
+
+
+def _bad_records_of(
+    work: WorkFolder, task: SplitTask, result: SplitResult, previous: FinishedDataset | None
+) -> list[dict[str, Any]]:
+    """Return the bad records of a split, in which lines are counted from its beginning."""
+    if not result.num_bad:
+        return []
+    path = set_aside_path(work.path, task.name)
+    if path.exists():
+        return [orjson.loads(line) for line in path.read_bytes().splitlines()]
+    assert previous is not None
+    return previous.bad_records(task, result)
+
+
+def first_bad_record(
+    work: WorkFolder, splits: Iterable[tuple[SplitTask, SplitResult]], previous: FinishedDataset | None
+) -> tuple[str, str]:
+    """Return (place, reason) of the first record that was set aside; there must be one.
+
+    Args:
+        work: the folder of the build.
+        splits: the task and the result of every split that is made, in order.
+        previous: the finished dataset that was there before, if there was one.
+    """
+    task, result = next((task, result) for task, result in splits if result.num_bad)
+    record = _bad_records_of(work, task, result, previous)[0]
+    place = form_of(task.split.source, RecordSpec()).place(task.split, record["line"])
+    return place, str(record["reason"])
 
 
 def publish(

@@ -51,6 +51,18 @@ class FinishedDataset:
         """The names of its shards and of those of its validation part."""
         return self._entries.keys() | self._val_entries.keys()
 
+    @property
+    def num_bad(self) -> int:
+        """Records that were set aside as bad."""
+        return self.manifest.set_aside
+
+    @property
+    def num_records(self) -> int:
+        """All records that it was made from."""
+        parts = (self.manifest, self.validation)
+        documents = sum(part.num_documents for part in parts if part is not None)
+        return documents + self.manifest.empty_texts + self.manifest.duplicates + self.manifest.set_aside
+
     def input_sha256(self, result: SplitResult) -> list[str]:
         """Return the checksums of the inputs that a split is of."""
         first, number = result.origin.input, result.origin.inputs

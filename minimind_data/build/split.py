@@ -4,10 +4,8 @@ Reading, encoding and writing overlap, so that a split takes as long as its enco
 the job alone: not on the process, the machine, the backend or what ran before.
 """
 
-import base64
 import contextlib
 import functools
-import re
 from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
@@ -16,9 +14,15 @@ from types import TracebackType
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
+from minimind_data.build.bad_records import (
+    are_too_many,
+    bad_record_error,
+    set_aside_line,
+    set_aside_path,
+    too_many_error,
+)
 from minimind_data.build.dedup import hashes_of, in_validation
 from minimind_data.build.overlap import DifferenceError, ahead, encode_blocks
 from minimind_data.chat.encoding import ChatEncoding, encode_conversations
@@ -34,7 +38,6 @@ from minimind_data.dataset.format import (
 )
 from minimind_data.dataset.framing import frame_texts
 from minimind_data.dataset.writer import ShardWriter
-from minimind_data.errors import UserError
 from minimind_data.files import sha256_of_bytes, user_error_on_full_disk, write_atomic
 from minimind_data.hashing import STRIDE
 from minimind_data.inputs.base import Split
@@ -53,7 +56,6 @@ _COMPARE_MAX_CHARS = 2**17
 """Longer documents are not compared: that would take seconds for each."""
 _MAX_NAMES = 64
 """Names that the counts of a split have."""
-SET_ASIDE_SUFFIX = ".set-aside.jsonl"
 HASHES_SUFFIX = ".hashes"
 
 
@@ -70,6 +72,8 @@ class Job:
     backend: str
     records: RecordSpec
     on_bad_record: Literal["stop", "set-aside"]
+    max_bad_share: float = 1.0
+    """The share of the records that may be set aside."""
     val_fraction: float = 0.0
     encoder_threads: int = 1
     """How many blocks of text are encoded at the same time."""
@@ -90,6 +94,11 @@ class SplitTask:
     split: Split
     drop: NDArray[np.int32] | None = None
     """Numbers of the documents to leave out as duplicates, ascending; None where duplicates are kept."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether no record of the dataset comes before it."""
+        return self.input == 0 and self.split.start == 0
 
     @property
     def duplicates_sha256(self) -> str:
@@ -114,6 +123,17 @@ class SplitResult:
     """None where the split has no document and so makes no shard."""
     val_shard: WrittenShard | None
     """The shard in the validation part; None where it would be empty."""
+
+    @property
+    def num_bad(self) -> int:
+        """Bad records that were set aside."""
+        return self.origin.set_aside
+
+    @property
+    def num_records(self) -> int:
+        """All records that it was read from; lines of white space are none."""
+        documents = sum(shard.documents for shard in (self.shard, self.val_shard) if shard is not None)
+        return documents + self.origin.empty_texts + self.origin.duplicates + self.origin.set_aside
 
     def to_json(self) -> dict[str, Any]:
         """Return the object in `NAME.result.json`, in which the items of the origin stand beside the others."""
@@ -166,16 +186,26 @@ def build_split(job: Job, task: SplitTask, report: Report) -> SplitResult:
 def _build(job: Job, task: SplitTask, backend: str, difference: str | None, report: Report) -> SplitResult:
     reader = open_reader(task.split, job.records, job.chat)
     encoder = _encoder(job.tokenizer_json, job.tokenizer, backend)
-    blocks = ahead(_without(reader.blocks(), task.drop))
     bad: list[BadRecord] = []
-    empty_texts = compared = num_texts = different_prompts = unlearned = 0
+    empty_texts = compared = num_texts = num_records = different_prompts = unlearned = 0
+    # Where duplicates are left out, they are counted when the split is done.
+    watches_bad = task.is_first and task.drop is None
     unread: Counter[str] = Counter()
     forms: Counter[str] = Counter()
-    with _Writers(job, task.name) as writers:
-        for block, ids, offsets in ahead(encode_blocks(encoder, blocks, job.encoder_threads)):
+    with (
+        _Writers(job, task.name) as writers,
+        # Closed here, and not wherever an error that holds them is forgotten, which may be in a thread of their own.
+        contextlib.closing(ahead(_without(reader.blocks(), task.drop))) as blocks,
+        contextlib.closing(ahead(encode_blocks(encoder, blocks, job.encoder_threads))) as encoded_blocks,
+    ):
+        for block, ids, offsets in encoded_blocks:
             if block.bad and job.on_bad_record == "stop":
-                raise _bad_record_error(job, task.split, block.bad[0])
+                raise bad_record_error(task.split, job.records, block.bad[0])
             bad += block.bad
+            num_records += len(block.texts) // block.texts_each + block.empty_texts + len(block.bad)
+            if watches_bad and are_too_many(len(bad), num_records, job.max_bad_share):
+                place = form_of(task.split.source, job.records).place(task.split, bad[0].line)
+                raise too_many_error(place, bad[0].reason, (len(bad), num_records))
             empty_texts += block.empty_texts
             if backend != "tokenizers":
                 compared += _compare(job, block.texts, ids, offsets, num_texts)
@@ -189,7 +219,7 @@ def _build(job: Job, task: SplitTask, backend: str, difference: str | None, repo
             report(block.num_bytes, len(tokens))
         shard, val_shard = writers.commit()
     if bad:
-        write_atomic(set_aside_path(job.work_folder, task.name), b"".join(map(_set_aside_line, bad)))
+        write_atomic(set_aside_path(job.work_folder, task.name), b"".join(map(set_aside_line, bad)))
     return SplitResult(
         name=task.name,
         origin=ShardOrigin(
@@ -307,11 +337,6 @@ def _without(blocks: Iterator[Block], drop: NDArray[np.int32] | None) -> Generat
         yield block.keep(places)
 
 
-def set_aside_path(work_folder: Path, name: str) -> Path:
-    """Return the path of the bad records of a split, until the manifest is written."""
-    return work_folder / f"{name}{SET_ASIDE_SUFFIX}"
-
-
 @functools.lru_cache(maxsize=1)
 def _encoder(tokenizer_json: str, info: TokenizerInfo, backend: str) -> Encoder:
     """Return the encoder of this process, which is kept: making one takes as long as encoding megabytes."""
@@ -357,34 +382,3 @@ def _compare(job: Job, texts: list[str], ids: Ids, offsets: Offsets, first_numbe
 def hashes_path(work_folder: Path, name: str) -> Path:
     """Return the path of the hashes of a split's texts."""
     return work_folder / f"{name}{HASHES_SUFFIX}"
-
-
-_OF_ANOTHER_SHAPE = ("no field ", "the record is ")
-"""How the reasons of records begin that are of another shape altogether; if the first is, the others are most likely too."""
-
-
-def _bad_record_error(job: Job, split: Split, bad: BadRecord) -> UserError:
-    where = form_of(split.source, job.records).place(split, bad.line)
-    if bad.line == 1 and not split.start and bad.reason.startswith(_OF_ANOTHER_SHAPE):
-        return UserError(bad.reason, where=where)  # without them, nothing may be left
-    return UserError(
-        f"{bad.reason} (or pass `on_bad_record` set-aside, which leaves out such records)",
-        where=where,
-        option="on_bad_record",
-    )
-
-
-_OPTION_OF_RECORDS = re.compile(r"`(field|template|max_word_chars|allow_special_in_content)`")
-
-
-def _set_aside_line(bad: BadRecord) -> bytes:
-    """Return a line of JSON with a bad record, from which its bytes can be restored; `line` counts from the beginning of the split.
-
-    Its reason names options by their flags, whoever called: the file is part of the dataset, whose bytes do not depend on that.
-    """
-    reason = _OPTION_OF_RECORDS.sub(lambda option: f"--{option[1].replace('_', '-')}", bad.reason)
-    try:
-        data = {"data": bad.data.decode()}
-    except UnicodeDecodeError:
-        data = {"data_base64": base64.b64encode(bad.data).decode()}
-    return orjson.dumps({"line": bad.line, "reason": reason, **data}, option=orjson.OPT_APPEND_NEWLINE)

@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from minimind_data.build.bad_records import SET_ASIDE_SUFFIX
 from minimind_data.build.plan import TokenizeOptions, slice_of
 from minimind_data.build.recipe import Recipe, options_of
 from minimind_data.build.split import (
     HASHES_SUFFIX,
-    SET_ASIDE_SUFFIX,
     SplitResult,
     SplitTask,
     hashes_path,

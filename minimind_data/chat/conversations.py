@@ -106,6 +106,13 @@ def kind_shown_by(names: Iterable[str]) -> ChatKind | None:
     return "sft" if has_both or there.intersection(MESSAGES_FIELDS) else None
 
 
+def holds_messages(value: object) -> bool:
+    """Tell whether a value is a list whose first entry looks like a message."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
+        return False
+    return isinstance(value[0], Mapping) and not {"role", "from"}.isdisjoint(value[0])
+
+
 def has_different_prompts(chosen: Conversation, rejected: Conversation) -> bool:
     """Tell whether the first difference between two conversations is anything but a different answer."""
     one_side, other_side = _as_texts(chosen), _as_texts(rejected)
@@ -160,7 +167,7 @@ class _Reading:
     def pair(self) -> ConversationRecord:
         """Return the chosen conversation, and the rejected one."""
         for name in SIDE_FIELDS:
-            if name not in self._record:
+            if self._record.get(name) is None:
                 raise BadConversationError(self._without(repr(name), "dpo"))
         sides = {name: self._side(self._take(name), name) for name in SIDE_FIELDS}
         is_whole = {name: _first_role(turns) == "user" for name, turns in sides.items()}
@@ -215,10 +222,10 @@ class _Reading:
     def _question_and_answer(self) -> tuple[list[Turn], str]:
         """Return the turns of a record that has a question and its answer in fields of their own, and the name of the answer's."""
         asked = self._filled(PROMPT_FIELDS) or next(
-            (name for name in PROMPT_FIELDS if name in self._record), None
+            (name for name in PROMPT_FIELDS if self._record.get(name) is not None), None
         )
         answer = self._filled(ANSWER_FIELDS) or next(
-            (name for name in ANSWER_FIELDS if name in self._record), None
+            (name for name in ANSWER_FIELDS if self._record.get(name) is not None), None
         )
         if asked is None or answer is None:
             raise BadConversationError(self._without("'conversations' or 'messages'", "sft"))
@@ -343,15 +350,16 @@ class _Reading:
         return next((name for name in names if _says(self._record.get(name))), None)
 
     def _without(self, missing: str, kind: ChatKind) -> str:
-        fields = ", ".join(map(str, list(self._record)[:5])) or "none at all"
-        shown = kind_shown_by(self._record)
+        some = list(self._record.items())[:5]
+        fields = ", ".join(f"{name} (null)" if value is None else str(name) for name, value in some)
+        shown = kind_shown_by(name for name, value in self._record.items() if value is not None)
         if shown not in (None, kind):
             remedy = f"`kind` {shown} reads such records"
         elif kind == "sft" and "text" in self._record:
             remedy = f"`kind` pretrain reads texts; or write it as {_EXAMPLES[kind]}"
         else:
             remedy = f"write it as {_EXAMPLES[kind]}"
-        return f"no field {missing} (its fields: {fields}); {remedy}"
+        return f"no field {missing} (its fields: {fields or 'none at all'}); {remedy}"
 
 
 def _first_role(turns: list[Turn]) -> str:

@@ -236,6 +236,20 @@ class InputEntry:
     """`jsonl`, `parquet` or `text`; for a dataset that was converted, the format that it was converted from."""
 
 
+def check_name(name: str) -> None:
+    """Check that a manifest can hold the name of an input.
+
+    Raises:
+        UserError: it cannot, for it is no UTF-8.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            "the name is no UTF-8, so a manifest cannot hold it", where=name, remedy="rename the file"
+        ) from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class WrittenShard:
     """Counts, sizes and checksums of the files of a shard."""

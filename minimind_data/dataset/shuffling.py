@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minimind_data.dataset.checked_reading import carry_set_aside, checked_sequences
-from minimind_data.dataset.format import InputEntry, Manifest, ShardEntry, ShardOrigin, TokenArray
+from minimind_data.dataset.format import InputEntry, Manifest, ShardEntry, ShardOrigin, TokenArray, check_name
 from minimind_data.dataset.framing import document_ranges
 from minimind_data.dataset.shard import Shard, mask_of
 from minimind_data.dataset.shard_set import ShardSet
@@ -85,6 +85,7 @@ def shuffle(
     """
     source = Path(source)
     shards = ShardSet.open(source)
+    check_name(str(source))
     if not shards.num_documents:
         raise UserError("has no documents, so there is nothing to shuffle", where=source)
     allow_open_files(2 * len(shards))

@@ -14,6 +14,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
+from minimind_data.dataset.format import check_name
 from minimind_data.errors import UserError
 from minimind_data.inputs import stores
 from minimind_data.inputs.delimited import BYTE_ORDER_MARK
@@ -189,12 +190,7 @@ def source_of(location: str, form: FormChoice = AUTO, *, name: str | None = None
         head = file.read(_HEAD_BYTES)
     if not head:
         raise UserError("the file is empty; there is nothing to tokenize", where=source.name)
-    try:
-        source.name.encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            "the name is no UTF-8, so a manifest cannot hold it", where=source.name, remedy="rename the file"
-        ) from None
+    check_name(source.name)
     compression = next((kind for magic, kind in _COMPRESSIONS.items() if head.startswith(magic)), None)
     if compression is not None:
         source = replace(source, compression=compression)
@@ -271,7 +267,7 @@ def stem_of(source: Source) -> str:
             if name.lower().endswith(suffix) and len(name) > len(suffix):
                 name = name[: -len(suffix)]
                 break
-    return as_file_name(name.encode()[:_MAX_STEM_BYTES].decode(errors="ignore"))
+    return as_file_name(name.encode(errors="replace")[:_MAX_STEM_BYTES].decode(errors="ignore"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ from minimind_data.errors import UserError
 from minimind_data.inputs.base import Form, RecordReader, Split
 from minimind_data.inputs.blocks import BadRecord, Block, ConversationCollector
 from minimind_data.inputs.sources import Source
-from minimind_data.inputs.spec import RecordSpec, reason, text_getter
+from minimind_data.inputs.spec import MESSAGES_HINT, RecordSpec, kind_hint, reason, text_getter
 from minimind_data.reporting import kind_of
 
 _BATCH_ROWS = 1024
@@ -154,6 +154,8 @@ def _chat_columns(schema: Any, source: Source, kind: Literal["sft", "dpo"]) -> l
     if missing is not None:
         which = "the messages" if kind == "sft" else "that side of the pairs"
         other = f", or let `kind` {shown} read it" if shown not in (None, kind) else ""
+        if shown is None and "text" in names:
+            other = "; or let `kind` pretrain read the texts"
         raise UserError(
             f"no column {missing} (its columns: {', '.join(schema.names[:_MAX_NAMES])})",
             where=source.name,
@@ -183,12 +185,10 @@ def _text_columns(schema: Any, source: Source, spec: RecordSpec) -> list[str]:
         name, steps = _path(schema, field)
         if name not in schema.names:
             names = ", ".join(schema.names[:_MAX_NAMES])
-            shown = kind_shown_by(schema.names)
             raise UserError(
                 f"no column {field!r} (its columns: {names})",
                 where=source.name,
-                remedy="name the column of the text with `field`"
-                + (f", or let `kind` {shown} read such records" if shown else ""),
+                remedy=f"name the column of the text with `field`{kind_hint(schema.names)}",
                 option="field",
             )
         kind = _type_of(schema, name, source)
@@ -205,11 +205,23 @@ def _text_columns(schema: Any, source: Source, spec: RecordSpec) -> list[str]:
             raise UserError(
                 f"column {field!r} holds {kind}, not strings",
                 where=source.name,
-                remedy="name the column of the text with `field`",
+                remedy="name the column of the text with `field`"
+                + (
+                    MESSAGES_HINT
+                    if field not in MESSAGES_FIELDS and _is_messages(kind) and not steps
+                    else kind_hint(schema.names)
+                ),
                 option="field",
             )
         columns.append(".".join((name, *steps)))
     return columns
+
+
+def _is_messages(kind: Any) -> bool:
+    """Tell whether a type is that of lists of messages."""
+    if not _is_list(kind) or not pa.types.is_struct(kind.value_type):
+        return False
+    return any(kind.value_type.get_field_index(name) >= 0 for name in ("role", "from"))
 
 
 def _path(schema: Any, field: str) -> tuple[str, list[str]]:

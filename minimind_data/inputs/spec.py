@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from minimind_data.chat.conversations import kind_shown_by
+from minimind_data.chat.conversations import MESSAGES_FIELDS, holds_messages, kind_shown_by
 from minimind_data.options import KnowsPassed
 from minimind_data.reporting import kind_of
 
@@ -153,13 +153,35 @@ def reason(
             value = _getter(field)(record)
         except (LookupError, TypeError):
             names = ", ".join(str(name) for name in list(record)[:5]) or "none at all"
-            if (shown := kind_shown_by(map(str, record))) is not None:
-                remedy = f"{remedy}, or let `kind` {shown} read such records"
-            return f"no field {field!r} (its fields: {names}); {remedy}"
+            return f"no field {field!r} (its fields: {names}); {remedy}{kind_hint(map(str, record))}"
         if not isinstance(value, str):
-            return f"field {field!r} is {kind_of(value)}, not a string; {remedy}"
+            hint = (
+                MESSAGES_HINT
+                if field not in MESSAGES_FIELDS and holds_messages(value)
+                else kind_hint(map(str, record))
+            )
+            return f"field {field!r} is {kind_of(value)}, not a string; {remedy}{hint}"
     assert isinstance(text, str)
     return long_word(text, spec.max_word_chars)
+
+
+_KIND_HINT = ", or let `kind` {} read such records"
+MESSAGES_HINT = ", or rename it to 'messages' and let `kind` sft read such records"
+"""What to do about a text that is a list of messages."""
+
+
+def kind_hint(names: Iterable[str]) -> str:
+    """Return what else to do about records whose fields show that they are no texts; empty where they do not."""
+    names = list(names)
+    shown = kind_shown_by(names)
+    return "" if shown is None else _KIND_HINT.format(shown)
+
+
+def without_kind_hint(sentence: str) -> str:
+    """Return what `reason` or the like says for a reader that has no `kind`."""
+    for hint in (MESSAGES_HINT, *(_KIND_HINT.format(kind) for kind in ("sft", "dpo"))):
+        sentence = sentence.replace(hint, "")
+    return sentence
 
 
 def long_word(text: str, max_word_chars: int) -> str | None:

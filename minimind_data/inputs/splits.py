@@ -11,7 +11,7 @@ from minimind_data.inputs.base import RecordReader, Split
 from minimind_data.inputs.discovery import find_sources
 from minimind_data.inputs.forms import form_of
 from minimind_data.inputs.sources import Source
-from minimind_data.inputs.spec import RecordSpec
+from minimind_data.inputs.spec import RecordSpec, without_kind_hint
 
 _BYTES_AT_A_TIME = 16 * 2**20
 
@@ -55,10 +55,15 @@ def texts_of(inputs: Sequence[Path | str], spec: RecordSpec | None = None) -> It
     """
     spec = spec or RecordSpec()
     sources, _ = find_sources([str(one) for one in inputs])
-    for splits in plan_splits(sources, _BYTES_AT_A_TIME, spec):
+    try:
+        planned = plan_splits(sources, _BYTES_AT_A_TIME, spec)
+    except UserError as error:
+        remedy = None if error.remedy is None else without_kind_hint(error.remedy)
+        raise UserError(error.what, where=error.where, remedy=remedy, option=error.option) from None
+    for splits in planned:
         for split in splits:
             for block in open_reader(split, spec).blocks():
                 if block.bad:
                     place = form_of(split.source, spec).place(split, block.bad[0].line)
-                    raise UserError(block.bad[0].reason, where=place)
+                    raise UserError(without_kind_hint(block.bad[0].reason), where=place)
                 yield from block.texts

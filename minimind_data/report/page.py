@@ -72,9 +72,11 @@ def write_page(
         **stats,
         **sample_windows(stats, shards, tokenizer, num_windows),
     }
-    page = fill(read_template("minimind_data.report", _TEMPLATE_NAME), data).encode()
-    write_atomic(path, page)
-    return len(page)
+    page = fill(read_template("minimind_data.report", _TEMPLATE_NAME), data)
+    # A folder's name that is not UTF-8 holds lone surrogates; as escapes they may stand in the page's JSON.
+    content = page.encode(errors="backslashreplace")
+    write_atomic(path, content)
+    return len(content)
 
 
 def sample_windows(

@@ -246,3 +246,79 @@ def test_a_forgotten_kind_is_named(tmp_path, names, kind, form):
     result = mm_data("tokenize", source, "--out", tmp_path / "out")
     assert result.exit_code == 1
     assert f"or let --kind {kind} read such records" in result.stderr
+
+
+MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("record", "options", "hint"),
+    [
+        ({"messages": MESSAGES}, ["--field", "messages"], "or let --kind sft read such records"),
+        (
+            {"conversations": MESSAGES},
+            ["--template", "{conversations}"],
+            "or let --kind sft read such records",
+        ),
+        ({"messages": MESSAGES}, ["--field", "body"], "or let --kind sft read such records"),
+        (
+            {"prompt": "q", "completion": "a"},
+            ["--template", "{body} {x}"],
+            "or let --kind sft read such records",
+        ),
+        ({"chosen": "a", "rejected": "b", "text": 3}, [], "or let --kind dpo read such records"),
+        ({"text": MESSAGES}, [], "or rename it to 'messages' and let --kind sft read such records"),
+        ({"text": "a"}, ["--kind", "sft"], "--kind pretrain read"),
+    ],
+)
+def test_a_forgotten_kind_is_named_whatever_the_options_say(tmp_path, form, record, options, hint):
+    source = tmp_path / f"x.{form}"
+    if form == "jsonl":
+        write(source, [record])
+    else:
+        pq.write_table(pa.Table.from_pylist([record]), source)
+    result = mm_data("tokenize", source, "--out", tmp_path / "out", *options)
+    assert result.exit_code == 1
+    assert hint in result.stderr
+    assert "set-aside" not in result.stderr
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_tokenizer_is_trained_on_texts_and_no_kind_is_named(tmp_path, form):
+    source = tmp_path / f"x.{form}"
+    if form == "jsonl":
+        write(source, [{"messages": MESSAGES}])
+    else:
+        pq.write_table(pa.Table.from_pylist([{"messages": MESSAGES}]), source)
+    result = mm_data("train-tokenizer", source, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "'text' (its " in result.stderr
+    assert "with --field\n" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "record", "reason"),
+    [
+        ("sft", {"instruction": None, "output": "a"}, "no field 'conversations' or 'messages' (its fields: instruction (null), output)"),
+        ("sft", {"instruction": "q", "output": None}, "no field 'conversations' or 'messages' (its fields: instruction, output (null))"),
+        ("sft", {"prompt": None, "completion": None}, "(its fields: prompt (null), completion (null)); write it as"),
+        ("dpo", {"prompt": "q", "chosen": None, "rejected": "b"}, "no field 'chosen' (its fields: prompt, chosen (null), rejected); write"),
+    ],
+)  # fmt: skip
+def test_a_field_that_is_null_is_a_missing_one(tmp_path, kind, record, reason):
+    source = write(tmp_path / "x.jsonl", [record])
+    result = mm_data("tokenize", source, "--out", tmp_path / "out", "--kind", kind)
+    assert result.exit_code == 1
+    assert reason in result.stderr
+    assert "--on-bad-record set-aside" in result.stderr  # the record has the right shape
+
+
+def test_text_that_holds_conversations_by_its_option(tmp_path):
+    source = write(tmp_path / "x.txt", [{"messages": MESSAGES}])
+    refused = mm_data("tokenize", source, "--out", tmp_path / "out", "--kind", "sft")
+    assert "say --format jsonl where they are JSON lines by another name" in refused.stderr
+    assert (
+        mm_data("tokenize", source, "--out", tmp_path / "out", "--kind", "sft", "--format", "jsonl").exit_code
+        == 0
+    )
