@@ -272,3 +272,17 @@ def test_a_frozen_output_matrix_gets_no_gradient_and_hidden_states_the_same(func
         grads.append(states.grad)
         assert (matrix.grad is None) is frozen
     assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("function", [summed_cross_entropy, summed_log_probs])
+def test_gradients_that_nobody_asks_for_are_not_computed(function, monkeypatch):
+    products, real = [], losses._add_product
+    monkeypatch.setattr(losses, "_add_product", lambda *given: (products.append(1), real(*given)))
+    hidden, weight, targets = make_sequences(30)
+    hidden.requires_grad_()
+    with torch.no_grad():
+        function(hidden, weight, targets)
+    function(hidden, weight.detach(), targets).sum().backward()
+    assert products == []
+    function(hidden, weight, targets).sum().backward()
+    assert products == [1]
