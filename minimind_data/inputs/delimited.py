@@ -1,10 +1,13 @@
 """Forms whose records end at certain bytes, as lines do: cut into splits by byte offset, each record read in the split where it begins."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator, Sequence
 
 from minimind_data.files import sha256_of_stream
 from minimind_data.inputs.base import Form, Split
+from minimind_data.inputs.blocks import Block
+from minimind_data.inputs.held_record import too_long
 from minimind_data.inputs.lines import Delimiter, LineReader, border
 from minimind_data.inputs.sources import Source
 from minimind_data.inputs.spec import RecordSpec
@@ -52,7 +55,7 @@ class Delimited(Form):
         return sum(map(len, lines.lines()))
 
 
-class DelimitedReader:
+class DelimitedReader(ABC):
     """What the readers of delimited records share."""
 
     def __init__(self, split: Split, spec: RecordSpec, ends: Delimiter) -> None:
@@ -79,6 +82,30 @@ class DelimitedReader:
     def sha256(self) -> str:
         """Of the bytes [begin, end)."""
         return self._lines.sha256
+
+    def blocks(self) -> Generator[Block, None, None]:
+        """Yield the texts; see `RecordReader`."""
+        for first, records, num_bytes in self._records():
+            is_too_long = self._lines.is_too_long
+            block = self._block(first, [] if is_too_long else records, num_bytes)
+            if is_too_long:
+                block.bad.append(too_long(first, records[0], self._long_remedy))
+            yield block
+
+    @property
+    @abstractmethod
+    def _long_remedy(self) -> str:
+        """What to do about a record that is too long."""
+
+    @abstractmethod
+    def _block(self, first: int, records: list[bytes], num_bytes: int) -> Block:
+        """Return the block of some records.
+
+        Args:
+            first: the number of the first of them, from 1 at the first of the split.
+            records: without their ends.
+            num_bytes: bytes of input that they took.
+        """
 
     def _is_cut(self, number: int) -> bool:
         """Tell whether a record is the last of its source and has no end; `number` counts from 1."""

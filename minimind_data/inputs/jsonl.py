@@ -8,7 +8,7 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from minimind_data.inputs.lines import LINE_FEED
 from minimind_data.inputs.spec import RecordSpec, lone_surrogate, no_utf8, reason, text_getter
 
 CSV_REMEDY = "CSV, not one JSON object a line; write its rows as objects, as pandas' to_json(orient='records', lines=True) does"
+_ONE_A_LINE = "write one record a line"
 
 
 class JsonLines(Delimited):
@@ -77,44 +78,44 @@ class JsonTexts(DelimitedReader):
     def __init__(self, split: Split, spec: RecordSpec) -> None:
         super().__init__(split, spec, LINE_FEED)
 
-    def blocks(self) -> Generator[Block, None, None]:
-        """Yield the texts; see `RecordReader`."""
+    _long_remedy = _ONE_A_LINE
+
+    def _block(self, first: int, records: list[bytes], num_bytes: int) -> Block:
         get_text = text_getter(self._spec)
         max_word_chars = self._spec.max_word_chars
         num_fields = len(self._spec.fields)
-        for first, lines, num_bytes in self._records():
-            texts: list[str] = []
-            bad: list[BadRecord] = []
-            empty_texts = 0
-            shapes: dict[tuple[str, ...], int] = {}
-            for number, line in enumerate(lines, first):
+        texts: list[str] = []
+        bad: list[BadRecord] = []
+        empty_texts = 0
+        shapes: dict[tuple[str, ...], int] = {}
+        for number, line in enumerate(records, first):
+            try:
+                record = orjson.loads(line)
+                text = get_text(record)
+            except (ValueError, LookupError, TypeError):
+                text = None
+            if not isinstance(text, str) or len(text) > max_word_chars:
+                if not line.strip():
+                    continue
                 try:
-                    record = orjson.loads(line)
-                    text = get_text(record)
-                except (ValueError, LookupError, TypeError):
-                    text = None
-                if not isinstance(text, str) or len(text) > max_word_chars:
-                    if not line.strip():
-                        continue
-                    try:
-                        record, text = _slowly_read(line, self._spec, is_cut=self._is_cut(number))
-                    except _BadLineError as error:
-                        bad.append(BadRecord(line=number, reason=str(error), data=line.rstrip(b"\r")))
-                        continue
-                if text:
-                    texts.append(text)
-                else:
-                    empty_texts += 1
-                if len(record) > num_fields:
-                    shape = tuple(record)
-                    shapes[shape] = shapes.get(shape, 0) + 1
-            yield Block(
-                texts=texts,
-                empty_texts=empty_texts,
-                bad=bad,
-                num_bytes=num_bytes,
-                unread=self._unread(shapes),
-            )
+                    record, text = _slowly_read(line, self._spec, is_cut=self._is_cut(number))
+                except _BadLineError as error:
+                    bad.append(BadRecord(line=number, reason=str(error), data=line.rstrip(b"\r")))
+                    continue
+            if text:
+                texts.append(text)
+            else:
+                empty_texts += 1
+            if len(record) > num_fields:
+                shape = tuple(record)
+                shapes[shape] = shapes.get(shape, 0) + 1
+        return Block(
+            texts=texts,
+            empty_texts=empty_texts,
+            bad=bad,
+            num_bytes=num_bytes,
+            unread=self._unread(shapes),
+        )
 
     def _unread(self, shapes: Mapping[tuple[str, ...], int]) -> Counter[str]:
         """Count the fields that make no text, of records by the names of their fields."""
@@ -131,17 +132,17 @@ class JsonConversations(DelimitedReader):
         super().__init__(split, spec, LINE_FEED)
         self._conversations = ConversationCollector(spec, chat)
 
-    def blocks(self) -> Generator[Block, None, None]:
-        """Yield the conversations as texts; see `RecordReader`."""
-        for first, lines, num_bytes in self._records():
-            for number, line in enumerate(lines, first):
-                if line.strip():
-                    self._conversations.add(
-                        number,
-                        functools.partial(_parsed, line, is_cut=self._is_cut(number)),
-                        functools.partial(line.rstrip, b"\r"),
-                    )
-            yield self._conversations.take(num_bytes)
+    _long_remedy = _ONE_A_LINE
+
+    def _block(self, first: int, records: list[bytes], num_bytes: int) -> Block:
+        for number, line in enumerate(records, first):
+            if line.strip():
+                self._conversations.add(
+                    number,
+                    functools.partial(_parsed, line, is_cut=self._is_cut(number)),
+                    functools.partial(line.rstrip, b"\r"),
+                )
+        return self._conversations.take(num_bytes)
 
 
 class _BadLineError(Exception):

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import BinaryIO
 
-from minimind_data.errors import UserError
+from minimind_data.inputs.held_record import HeldRecord
 from minimind_data.inputs.sources import Source
 
-MAX_LINE_BYTES = 2**30
-"""Longest line; memory must hold it several times over. A longer one is no record: the file has another form."""
 _BLOCK_BYTES = 2 * 2**20
+_LONG_LINE_BYTES = 4 * _BLOCK_BYTES
+"""Of a line that is kept apart until its end is found."""
 
 
 class Delimiter:
@@ -104,6 +104,7 @@ class LineReader:
         end: the byte after the last line read so far, delimiter included.
         num_lines: lines read so far.
         is_open: whether the last of them has no delimiter, the source having ended before.
+        is_too_long: whether the last list has only the beginning of a line that is longer than `held_record.MAX_RECORD_BYTES`.
     """
 
     def __init__(self, source: Source, start: int, stop: int, ends: Delimiter = LINE_FEED) -> None:
@@ -114,13 +115,13 @@ class LineReader:
         self._digest = hashlib.sha256()
         self.begin = self.end = start
         self.num_lines = 0
-        self.is_open = False
+        self.is_open = self.is_too_long = False
 
     def lines(self) -> Iterator[list[bytes]]:
-        """Yield lists of whole lines, without their delimiters.
+        """Yield lists of whole lines, without their delimiters; a line that is too long comes alone, and only its beginning.
 
         Raises:
-            UserError: a line is longer than `MAX_LINE_BYTES`, or the source cannot be read to its end.
+            UserError: the source cannot be read to its end.
         """
         stop = self._stop
         with self._source.reading(), self._source.open_text() as file:
@@ -129,44 +130,64 @@ class LineReader:
                 file.seek(self.begin)
             data = b""
             while self.end < stop:
-                # In proportion, so that a giant line is not copied often.
-                block = file.read(max(_BLOCK_BYTES, len(data) // 2))
+                block = file.read(_BLOCK_BYTES)
                 data = data + block if data else block
                 certain = len(data) - self._ends.lookahead if block else len(data)
-                if self.end + certain < stop:
-                    cut = self._ends.last_end(data, certain) if block else len(data)
-                else:  # the last block ends with the line that holds the last byte of the split
+                cut = -1
+                if (
+                    self.end + certain >= stop
+                ):  # the last block ends with the line that holds the last byte of the split
                     cut = self._ends.first_end(data, max(0, stop - self.end - len(self._ends.text)))
                     if cut > certain:
                         cut = -1
-                    elif cut < 0 and not block:
-                        cut = len(data)
+                if cut < 0:
+                    cut = self._ends.last_end(data, certain) if block else len(data)
                 if cut > 0:
                     yield self._take(data[:cut])
                     data = data[cut:]
-                elif len(data) > MAX_LINE_BYTES:
-                    line = self._num_before() + self.num_lines + 1
-                    raise UserError(
-                        f"a record of over {MAX_LINE_BYTES >> 20:,} MiB",
-                        where=f"{self._source.name}:{line}",
-                        remedy="write one record a line",
-                    )
+                elif len(data) > _LONG_LINE_BYTES:
+                    line, data = self._long_line(file, data)
+                    yield [line]
+                    self.is_too_long = False
                 if not block:
                     return  # should the file have been cut off meanwhile, the build notices by its size
 
-    def _num_before(self) -> int:
-        if not self.begin:
-            return 0
-        before = LineReader(self._source, 0, self.begin, self._ends)
-        return sum(map(len, before.lines()))
+    def _long_line(self, file: BinaryIO, data: bytes) -> tuple[bytes, bytes]:
+        """Read a line to its end, and return (it without its delimiter, what was read beyond it).
+
+        Args:
+            file: from which it is read on.
+            data: its beginning, in which it does not certainly end.
+        """
+        record = HeldRecord()
+        width = len(self._ends.text) + self._ends.lookahead
+        while block := file.read(_BLOCK_BYTES):
+            cut = max(0, len(data) - width)  # a delimiter may have begun in the rest
+            record.add(data[:cut])
+            self._advance(data[:cut])
+            data = data[cut:] + block
+            line_end = self._ends.first_end(data, 0)
+            if 0 <= line_end <= len(data) - self._ends.lookahead:
+                break
+        else:
+            line_end = self._ends.first_end(data, 0)
+            line_end = line_end if line_end >= 0 else len(data)
+        record.add(data[:line_end])
+        self._advance(data[:line_end])
+        self.num_lines += 1
+        self.is_too_long = record.is_too_long
+        return record.data().removesuffix(self._ends.text), data[line_end:]
 
     def _take(self, block: bytes) -> list[bytes]:
-        self._digest.update(block)
-        self.end += len(block)
+        self._advance(block)
         lines = self._ends.split(block)
         self.num_lines += len(lines)
-        self.is_open = not block.endswith(self._ends.text)
         return lines
+
+    def _advance(self, data: bytes) -> None:
+        self._digest.update(data)
+        self.end += len(data)
+        self.is_open = not data.endswith(self._ends.text)
 
     @property
     def sha256(self) -> str:

@@ -1,5 +1,6 @@
 """Plain text: documents that a separator ends, or files that are one document each."""
 
+import hashlib
 from collections.abc import Generator, Iterator, Sequence
 
 from minimind_data.chat.encoding import ChatEncoding
@@ -8,6 +9,7 @@ from minimind_data.files import sha256_of_bytes
 from minimind_data.inputs.base import Form, RecordReader, Split
 from minimind_data.inputs.blocks import BadRecord, Block
 from minimind_data.inputs.delimited import BYTE_ORDER_MARK, Delimited, DelimitedReader
+from minimind_data.inputs.held_record import HeldRecord, too_long
 from minimind_data.inputs.lines import delimiter
 from minimind_data.inputs.sources import Source
 from minimind_data.inputs.spec import RecordSpec, long_word, no_utf8
@@ -96,6 +98,10 @@ class _Texts:
         else:
             self._texts.append(text)
 
+    def add_bad(self, record: BadRecord) -> None:
+        """Add a record that makes no text."""
+        self._bad.append(record)
+
     def take(self, num_bytes: int) -> Block:
         """Return what was collected as a block, and begin the next one."""
         block = Block(texts=self._texts, empty_texts=self._empty_texts, bad=self._bad, num_bytes=num_bytes)
@@ -106,13 +112,13 @@ class _Texts:
 class SeparatedTexts(DelimitedReader):
     """Plain text whose documents end with a separator."""
 
-    def blocks(self) -> Generator[Block, None, None]:
-        """Yield the texts; see `RecordReader`."""
+    _long_remedy = "see whether `separator` is what stands between two documents"
+
+    def _block(self, first: int, records: list[bytes], num_bytes: int) -> Block:
         texts = _Texts(self._spec)
-        for first, records, num_bytes in self._records():
-            for number, record in enumerate(records, first):
-                texts.add(number, record)
-            yield texts.take(num_bytes)
+        for number, record in enumerate(records, first):
+            texts.add(number, record)
+        return texts.take(num_bytes)
 
 
 class FileTexts:
@@ -128,19 +134,27 @@ class FileTexts:
     def blocks(self) -> Generator[Block, None, None]:
         """Yield the texts; see `RecordReader`."""
         texts = _Texts(self._spec)
-        weight = 0
+        weight = held_bytes = 0
         for source in self._split.sources:
+            record, digest = HeldRecord(), hashlib.sha256()
             with source.reading(), source.open_text() as file:
-                data = file.read()
-            self._digests.append(sha256_of_bytes(data))
+                while part := file.read(_BLOCK_DOCUMENT_BYTES):
+                    digest.update(part)
+                    record.add(part)
+            self._digests.append(digest.hexdigest())
             self.num_lines += 1
             size = source.stamp()[0]
             self.end += size
-            texts.add(self.num_lines, data.removeprefix(BYTE_ORDER_MARK))
             weight += size
-            if weight >= _BLOCK_DOCUMENT_BYTES:
+            data = record.data()
+            held_bytes += len(data)
+            if record.is_too_long:
+                texts.add_bad(too_long(self.num_lines, data, "cut the file into documents, with `separator`"))
+            else:
+                texts.add(self.num_lines, data.removeprefix(BYTE_ORDER_MARK))
+            if held_bytes >= _BLOCK_DOCUMENT_BYTES:
                 yield texts.take(weight)
-                weight = 0
+                weight = held_bytes = 0
         yield texts.take(weight)
 
     @property

@@ -1,18 +1,23 @@
 """Pieces between delimiters: splits hold every one once, however the file is cut and in whatever blocks it is read."""
 
+import gzip
 import io
 import itertools
+import subprocess
+import sys
 from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimind_data.errors import UserError
 from minimind_data.files import sha256_of_bytes
-from minimind_data.inputs import lines
+from minimind_data.inputs import held_record, lines
+from minimind_data.inputs.base import Split
+from minimind_data.inputs.forms import form_of
 from minimind_data.inputs.lines import Delimiter, LineReader, border
 from minimind_data.inputs.sources import Source
+from minimind_data.inputs.spec import RecordSpec
 
 
 def pieces_of(data: bytes, delimiter: bytes) -> list[bytes]:
@@ -154,14 +159,61 @@ def test_a_border_is_looked_for_a_block_at_a_time(monkeypatch, stop):
         assert ends.most <= 16 + 2 * len(delimiter), "what is behind is not kept"
 
 
-def test_a_line_beyond_reason_is_refused_with_its_number(tmp_path, monkeypatch):
+@pytest.mark.parametrize("delimiter", [b"\n", b"\n\n"])
+def test_a_line_beyond_reason_is_a_bad_record_with_its_number(tmp_path, monkeypatch, delimiter):
     monkeypatch.setattr(lines, "_BLOCK_BYTES", 1000)
-    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 2**20)
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(b"short\n" * 300 + b"[" + b"1," * 900_000 + b"1]\n")
+    monkeypatch.setattr(lines, "_LONG_LINE_BYTES", 4000)
+    monkeypatch.setattr(held_record, "MAX_RECORD_BYTES", 2**20)
+    path = tmp_path / "x.txt"
+    long, kept = b"x" * 1_800_000, b"y" * 1_000_000
+    pieces = [*[b"short"] * 300, long, b"short", kept, long, b"last"]
+    data = delimiter.join(pieces)
+    path.write_bytes(data)
+    source = Source(name="x.txt", location=str(path), form="text")
+    spec = RecordSpec(separator=delimiter.decode())
     for start in (0, 1500):
-        reader = LineReader(
-            Source(name="x.jsonl", location=str(path), form="jsonl"), start, path.stat().st_size
-        )
-        with pytest.raises(UserError, match=r"x\.jsonl:301: a record of over 1 MiB; write one record a line"):
-            list(reader.lines())
+        split = Split(source=source, start=start, stop=len(data), num_bytes=len(data) - start)
+        reader = form_of(source, spec).reader(split)
+        blocks = list(reader.blocks())
+        texts = [text.encode() for block in blocks for text in block.texts]
+        first = data[: reader.begin].count(b"short")
+        assert texts == [piece for piece in pieces if piece is not long][first:]
+        bad = [record for block in blocks for record in block.bad]
+        assert [form_of(source, spec).place(split, one.line) for one in bad] == ["x.txt:301", "x.txt:304"]
+        assert all(one.reason.startswith("a record of over 1 MiB, too long") for one in bad)
+        assert all(one.data == b"x" * 1000 for one in bad)
+        assert (reader.end, reader.sha256) == (len(data), sha256_of_bytes(data[reader.begin :]))
+
+
+BOMB = """
+import resource, sys
+from minimind_data.inputs import held_record
+from minimind_data.inputs.discovery import source_of
+from minimind_data.inputs.forms import form_of
+from minimind_data.inputs.spec import RecordSpec
+
+import pyarrow
+held_record.MAX_RECORD_BYTES = 2**26
+source = source_of(sys.argv[1])
+form = form_of(source, RecordSpec())
+split = form.splits([source], 2**26)[0][0]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+blocks = list(form.reader(split).blocks())
+print([text for block in blocks for text in block.texts], [one.line for block in blocks for one in block.bad])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.parametrize(("name", "expected"), [("x.jsonl.gz", "['a', 'b'] [2]"), ("x.txt.gz", "[] [1]")])
+def test_a_bomb_takes_little_memory(tmp_path, name, expected):
+    """Half a gigabyte in half a megabyte; the limit is 64 MiB here."""
+    path = tmp_path / name
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(b'{"text": "a"}\n{"text": "')
+        for _ in range(512):
+            file.write(b"z" * 2**20)
+        file.write(b'"}\n{"text": "b"}\n')
+    child = subprocess.run([sys.executable, "-c", BOMB, path], capture_output=True, text=True, check=True)
+    result, peak = child.stdout.splitlines()
+    assert result == expected
+    assert int(peak) < 80
