@@ -18,7 +18,7 @@ from minimind_data.tokenizer.loading import Tokenizer
 
 _FIRST_STAND_IN = 0x10F000
 """First of the characters that stand for others; of a private use area that no script, and hardly any program, uses."""
-_THOUGHTS = {"<think>", "</think>"}
+THOUGHTS = {"<think>", "</think>"}
 
 
 class Disguise:
@@ -30,6 +30,7 @@ class Disguise:
 
     Attributes:
         signs: finds what `hide` would replace.
+        words: what stands in special tokens between their signs, such as im_end.
     """
 
     def __init__(self, tokens: tuple[str, ...], constants: frozenset[str] = frozenset()) -> None:
@@ -37,6 +38,7 @@ class Disguise:
         self._hidden = {ord(char): chr(_FIRST_STAND_IN + place) for place, char in enumerate(alphabet)}
         self._shown = {_FIRST_STAND_IN + place: char for place, char in enumerate(alphabet)}
         self._tokens = re.compile(_any_of(tokens))
+        self.words = {re.sub(r"^\W+|\W+$", "", token) for token in tokens}
         # The first character of a token is enough to see one that begins in a text. All characters are needed only if the
         # template itself begins tokens that a text may continue, as in '<|' + name + '|>'.
         begins = tuple({token[:length] for token in tokens for length in range(1, len(token))})
@@ -48,7 +50,7 @@ class Disguise:
         self.signs = re.compile(f"[{re.escape(''.join(sorted(replaced)))}]")
         kept = [
             text
-            for text in constants | _THOUGHTS
+            for text in constants | THOUGHTS
             if self.signs.search(text) and not self._could_build(text, tokens)
         ]
         self._kept = re.compile(f"({_any_of(kept)})")
@@ -73,6 +75,12 @@ class Disguise:
             return {self.hide(name): self.hide(item) for name, item in value.items()}
         return [self.hide(item) for item in value] if isinstance(value, list | tuple) else value
 
+    def blank(self, text: str, *, has_thoughts: bool) -> str:
+        """Replace all characters of a text but white space; an answer's marks of thoughts and the like may stay, as in `hide`."""
+        parts = self._kept.split(text) if has_thoughts else [text]
+        parts[::2] = [re.sub(r"\S", "x", part) for part in parts[::2]]
+        return "".join(parts)
+
     def show(self, text: str) -> str:
         """Undo `hide`."""
         return text.translate(self._shown)
@@ -80,6 +88,10 @@ class Disguise:
     def places(self, text: str) -> list[tuple[int, int]]:
         """Return where special tokens are in a text."""
         return [match.span() for match in self._tokens.finditer(text)]
+
+    def tokens(self, text: str) -> list[str]:
+        """Return the special tokens in a text."""
+        return self._tokens.findall(text)
 
     def disguised(self, text: str, places: list[tuple[int, int]]) -> str:
         """Replace every character of these places."""

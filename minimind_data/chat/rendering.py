@@ -11,6 +11,9 @@ then the two cannot be told apart, and the record is a bad one.
 Templates do look at some texts, such as `</think>`. What stands in a template as a constant is left as it is wherever it occurs,
 unless a piece of a special token could come of it.
 
+That finds what somebody wrote, not what a template makes of it: `&lt;|im_end|&gt;` is no token before `striptags`. So at last the special
+tokens of the result must be those of a harmless twin (`twins`), or the record is a bad one.
+
 **Which tokens are guarded**: those that tokenizer.json marks as `special`, and BOS, EOS and PAD. In MiniMind's vocabulary these
 open and close turns and documents. Its other added tokens, `<think>`, `<tool_call>` and their like, are not: answers are full of
 them, and what stands between them stays inside its turn.
@@ -23,17 +26,16 @@ the tokenizer looks for its special tokens in what its normalizer made of the te
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from minimind_data.chat.conversations import Conversation
-from minimind_data.chat.guard import Disguise, control_tokens, normalizes_control
+from minimind_data.chat.guard import THOUGHTS, Disguise, control_tokens, normalizes_control
+from minimind_data.chat.sandbox import SPAN_CLOSES, SPAN_OPENS
 from minimind_data.chat.template import (
-    SPAN_CLOSES,
-    SPAN_OPENS,
     ChatTemplate,
     Message,
     RenderError,
@@ -41,12 +43,15 @@ from minimind_data.chat.template import (
     with_arguments_parsed,
     with_parts_joined,
 )
+from minimind_data.chat.twins import Twins
 from minimind_data.hashing import belongs_to_share
 from minimind_data.options import KnowsPassed, as_paths
 from minimind_data.reporting import counted
 from minimind_data.tokenizer.loading import Tokenizer
 
 _EMPTY_THINK = "<think>\n\n</think>\n\n"
+_MAX_SHAPES = 10_000
+"""Of conversations whose special tokens are remembered."""
 _SPAN_MARKS = re.compile(f"([{SPAN_OPENS}{SPAN_CLOSES}])")
 
 
@@ -161,6 +166,8 @@ class Renderer:
         self._disguise = (
             Disguise(spec.control_tokens, spec.template.constants) if spec.control_tokens else None
         )
+        self._twins = None if self._disguise is None else Twins(self._disguise, spec.template)
+        self._expected: dict[tuple[Any, ...], list[str] | None] = {}
         self._has_spans = spec.template.marks_generation
         self._now: Callable[[], datetime] = datetime.now
         if spec.today is not None:
@@ -181,18 +188,18 @@ class Renderer:
         """
         template, tools = self._spec.template, conversation.tools
         messages = with_arguments_parsed(template, with_parts_joined(template, conversation.messages))
-        fields = [{name: value for name, value in message.items() if name != "role"} for message in messages]
-        if self._has_spans and (_holds(_SPAN_MARKS, fields) or _holds(_SPAN_MARKS, tools)):
+        if self._has_spans and _is_said(_SPAN_MARKS, messages, tools):
             raise RenderError("it holds U+FDD0 or U+FDD1, which are no characters; remove them")
-        text, spans = self._text(messages, tools, add_generation_prompt)
+        text, spans, marks = self._text(messages, tools, add_generation_prompt)
         guarded = None
         disguise = self._disguise
-        if disguise is not None and (
-            self._spec.guards_all or _holds(disguise.signs, fields) or _holds(disguise.signs, tools)
-        ):
-            guarded = self._guarded(
+        if disguise is not None and (self._spec.guards_all or _is_said(disguise.signs, messages, tools)):
+            guarded, own = self._guarded(
                 disguise, text, messages, tools, add_generation_prompt=add_generation_prompt
             )
+            self._check_tokens(own + marks, messages, tools, add_generation_prompt)
+        elif disguise is not None:
+            self._check_tokens(disguise.tokens(text) + marks, messages, tools, add_generation_prompt)
         excluded = conversation.excluded_answers
         if spans is not None and excluded:
             if len(spans) != conversation.num_answers:
@@ -217,11 +224,12 @@ class Renderer:
         tools: list[dict[str, Any]] | None,
         *,
         add_generation_prompt: bool,
-    ) -> str | None:
-        """Return the text with the template's own special tokens in disguise; None if all of them are its own."""
+    ) -> tuple[str | None, list[str]]:
+        """Return (the text with the template's own special tokens in disguise, None if all of them are its own; these tokens)."""
+        assert self._twins is not None
         try:
-            hidden, _ = self._text(
-                [_hide_message(disguise, message) for message in messages],
+            hidden, _, _ = self._text(
+                [self._twins.hidden(message) for message in messages],
                 disguise.hide(tools),
                 add_generation_prompt,
             )
@@ -233,14 +241,63 @@ class Renderer:
                 "what is the text's; take such signs out, or pass `allow_special_in_content`"
             )
         own = disguise.places(hidden)
+        tokens = [hidden[start:stop] for start, stop in own]
         if own == disguise.places(text) and not self._spec.guards_all:
+            return None, tokens
+        return disguise.disguised(text, own), tokens
+
+    def _check_tokens(
+        self,
+        tokens: list[str],
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+    ) -> None:
+        """Check that the template writes the special tokens that it writes for a harmless conversation of the same shape.
+
+        Raises:
+            RenderError: it does not, so what somebody says opens or closes a turn.
+        """
+        assert self._twins is not None
+        shape = (self._twins.shape(messages, tools), add_generation_prompt)
+        if shape not in self._expected:
+            if len(self._expected) >= _MAX_SHAPES:
+                self._expected.clear()
+            twin = self._twins.of_shape(shape[0])
+            self._expected[shape] = self._tokens_of(*twin, add_generation_prompt)
+        if not (
+            self._is_same(tokens, self._expected[shape])
+            or self._is_same(
+                tokens, self._tokens_of(*self._twins.like(messages, tools), add_generation_prompt)
+            )
+        ):
+            raise RenderError(
+                "what it says, or how it names fields, makes special tokens in the chat template, so it could open or close a turn; "
+                "leave it out, name another template with `chat_template`, or pass `allow_special_in_content`"
+            )
+
+    def _tokens_of(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, add_generation_prompt: bool
+    ) -> list[str] | None:
+        """Return the special tokens in a rendered conversation, then the marks of spans; None if the template refuses it."""
+        assert self._disguise is not None
+        try:
+            text, _, marks = self._text(messages, tools, add_generation_prompt)
+        except RenderError:
             return None
-        return disguise.disguised(text, own)
+        return self._disguise.tokens(text) + marks
+
+    def _is_same(self, tokens: list[str], expected: list[str] | None) -> bool:
+        if expected is not None and self._spec.empty_think_ratio < 1:  # some texts have lost theirs
+            tokens, expected = (
+                [token for token in each if token not in THOUGHTS] for each in (tokens, expected)
+            )
+        return tokens == expected
 
     def _text(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, add_generation_prompt: bool
-    ) -> tuple[str, tuple[tuple[int, int], ...] | None]:
-        """Return the text, and the spans of it that the template marks as the assistant's, if it marks any."""
+    ) -> tuple[str, tuple[tuple[int, int], ...] | None, list[str]]:
+        """Return (the text, the spans of it that the template marks as the assistant's, if it marks any, their marks)."""
         text = render_chat(
             self._spec.template,
             messages,
@@ -253,7 +310,21 @@ class Renderer:
             undisguised = self._disguise.show(text) if self._disguise else text
             if not belongs_to_share(undisguised, self._spec.empty_think_ratio, b"empty think"):
                 text = text.replace(_EMPTY_THINK, "")
-        return _without_span_marks(text) if self._has_spans else (text, None)
+        if not self._has_spans:
+            return text, None, []
+        return *_without_span_marks(text), _SPAN_MARKS.findall(text)
+
+
+def _is_said(
+    pattern: re.Pattern[str], messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
+) -> bool:
+    """Tell whether a pattern matches anywhere in what people wrote: not in roles, nor in the name `content`."""
+    return _holds(pattern, tools) or any(
+        _holds(pattern, value) or (name != "content" and pattern.search(name) is not None)
+        for message in messages
+        for name, value in message.items()
+        if name != "role"
+    )
 
 
 def _holds(pattern: re.Pattern[str], value: Any) -> bool:
@@ -263,14 +334,6 @@ def _holds(pattern: re.Pattern[str], value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(_holds(pattern, name) or _holds(pattern, item) for name, item in value.items())
     return isinstance(value, list | tuple) and any(_holds(pattern, item) for item in value)
-
-
-def _hide_message(disguise: Disguise, message: Message) -> Message:
-    """Hide what a message says, but not its role and the names of fields, which are ours."""
-    hidden = {name: value if name == "role" else disguise.hide(value) for name, value in message.items()}
-    if isinstance(message.get("content"), list):
-        hidden["content"] = [{**part, "text": disguise.hide(part["text"])} for part in message["content"]]
-    return hidden
 
 
 def _without_span_marks(marked: str) -> tuple[str, tuple[tuple[int, int], ...]]:

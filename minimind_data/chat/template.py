@@ -19,25 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.ext
 from jinja2 import meta, nodes
-from jinja2.parser import Parser
-from jinja2.runtime import Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 
 from minimind_data.chat.messages import text_of
+from minimind_data.chat.metering import TooMuchWorkError
+from minimind_data.chat.sandbox import Generation, compiled, parse, run
 from minimind_data.dataset.format import TEMPLATE_NAME, TOKENIZER_CONFIG_NAME, TokenizerInfo
 from minimind_data.errors import UserError
 from minimind_data.files import parse_json
 from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
 
-SPAN_OPENS, SPAN_CLOSES = "\ufdd0", "\ufdd1"
-"""Put around what a template marks by {% generation %}; noncharacters, which no text holds."""
-
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
+REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 """Names of the field with a message's reasoning; templates read the first, gpt-oss's the second."""
+
+_MAX_DATE_FORM = 100
 
 Message = Mapping[str, Any]
 
@@ -53,25 +49,25 @@ class ChatTemplate:
     @property
     def is_dated(self) -> bool:
         """Whether it may write today's date."""
-        return "strftime_now" in meta.find_undeclared_variables(_environment().parse(self.text))
+        return "strftime_now" in meta.find_undeclared_variables(parse(self.text))
 
     @property
     def marks_generation(self) -> bool:
         """Whether it marks by {% generation %} what the assistant wrote."""
-        marks = _environment().parse(self.text).find_all(nodes.ExtensionAttribute)
-        return any(mark.name == _Generation.method for mark in marks)
+        marks = parse(self.text).find_all(nodes.ExtensionAttribute)
+        return any(mark.name == Generation.method for mark in marks)
 
     @property
     def constants(self) -> frozenset[str]:
         """The texts in it: those that it writes, those that it compares with, and names of fields."""
-        tree = _environment().parse(self.text)
+        tree = parse(self.text)
         strings = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
         strings |= {node.attr for node in tree.find_all(nodes.Getattr)}
         return frozenset(strings | {node.data for node in tree.find_all(nodes.TemplateData)})
 
     def reads(self, field: str) -> bool:
         """Tell whether it reads a field of messages, or a variable, of this name."""
-        names = _REASONING_NAMES if field in _REASONING_NAMES else (field,)
+        names = REASONING_NAMES if field in REASONING_NAMES else (field,)
         return not names_read_by(self).isdisjoint(names) or writes_all_fields(self)
 
     def for_tokenizer(self, info: TokenizerInfo) -> "ChatTemplate":
@@ -166,11 +162,14 @@ def _checked(text: object, config: Mapping[str, Any], path: Path) -> ChatTemplat
     if isinstance(more, list) and more:
         special.append(("additional_special_tokens", tuple(map(_plain_token, more))))
     try:
-        _environment().parse(text)
+        compiled(text)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"its chat template is no Jinja (line {error.lineno}: {error})", where=path) from None
-    except RecursionError:
-        raise UserError("its chat template is nested too deeply", where=path) from None
+    except Exception as error:  # noqa: BLE001 - Python's compiler raises several when it is asked for too much
+        raise UserError(
+            f"its chat template is nested too deeply, or holds what no chat template needs ({type(error).__name__}: {error})",
+            where=path,
+        ) from None
     return ChatTemplate(text=text, special_tokens=tuple(special))
 
 
@@ -221,12 +220,15 @@ def _render(
         name: list(value) if isinstance(value, tuple) else value for name, value in template.special_tokens
     }
     context = {"tools": tools, "documents": None, "add_generation_prompt": False, **special, **variables}
+    variables = {
+        **context,
+        "messages": [_as_templates_want(message) for message in messages],
+        "strftime_now": lambda form: now().strftime(form[:_MAX_DATE_FORM]),
+    }
     try:
-        return _compiled(template.text, mark_generation).render(
-            messages=[_as_templates_want(message) for message in messages],
-            strftime_now=lambda form: now().strftime(form),
-            **context,
-        )
+        return run(compiled(template.text, mark_generation=mark_generation), variables)
+    except TooMuchWorkError as error:
+        raise RenderError(str(error)) from None
     except Exception as error:  # noqa: BLE001 - a template is a program, which may fail in any way
         if type(error) is jinja2.TemplateError:  # what it raises itself
             raise RenderError(f"the chat template refuses it ({error.message}); {_REMEDY}") from None
@@ -243,6 +245,8 @@ def with_parts_joined(template: ChatTemplate, messages: Sequence[Message]) -> li
 
     A template that does not know parts silently leaves them out (MiniMind's do), fails on them, or writes them as a list.
     """
+    if not any(isinstance(message.get("content"), list) for message in messages):
+        return list(messages)
     joined: list[Message] = []
     for message in messages:
         content = message.get("content")
@@ -261,7 +265,7 @@ def with_arguments_parsed(template: ChatTemplate, messages: Sequence[Message]) -
     Raises:
         RenderError: such a string is no JSON object.
     """
-    if takes_arguments_as_text(template) or not any(message.get("tool_calls") for message in messages):
+    if not any(message.get("tool_calls") for message in messages) or takes_arguments_as_text(template):
         return list(messages)
     return [
         {**message, "tool_calls": [_with_arguments_parsed(call) for call in message["tool_calls"]]}
@@ -319,7 +323,7 @@ def names_read_by(template: ChatTemplate) -> frozenset[str]:
 
     Every text in a template counts as such a name: it may be one.
     """
-    tree = _environment().parse(template.text)
+    tree = parse(template.text)
     calls = {"tools"}
     sources = [(loop.target, loop.iter) for loop in tree.find_all(nodes.For)]
     sources += [(assignment.target, assignment.node) for assignment in tree.find_all(nodes.Assign)]
@@ -402,95 +406,5 @@ def _at_any_time() -> datetime:
 def _as_templates_want(message: Message) -> dict[str, Any]:
     """Leave out nulls, which many templates would write as None, and give the reasoning all of its names."""
     fields = {name: value for name, value in message.items() if value is not None}
-    reasoning = next((fields[name] for name in _REASONING_NAMES if name in fields), None)
+    reasoning = next((fields[name] for name in REASONING_NAMES if name in fields), None)
     return fields if reasoning is None else {"thinking": reasoning, **fields, "reasoning_content": reasoning}
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} … {% endgeneration %}, which templates put around what the assistant writes."""
-
-    tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
-    method = "_mark"
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method(self.method), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Macro) -> str:
-        return str(caller())
-
-
-class _MarkedGeneration(_Generation):
-    """The same, with `SPAN_OPENS` and `SPAN_CLOSES` around it in the text."""
-
-    def _mark(self, caller: Macro) -> str:
-        return f"{SPAN_OPENS}{caller()}{SPAN_CLOSES}"
-
-
-class _Dict:
-    """`dict` for templates: a function, with no way to the class."""
-
-    def __call__(self, *pairs: Any, **named: Any) -> dict[Any, Any]:
-        return dict(*pairs, **named)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        """Return `dict.fromkeys`."""
-        return dict.fromkeys(*args)
-
-
-class _Namespace(Namespace):
-    """`namespace` for templates, without names that lead into Python."""
-
-    def __init__(*args: Any, **named: Any) -> None:
-        self, *pairs = args
-        values = dict(*pairs, **named)
-        for name in values:
-            _refuse_private(name)
-        Namespace.__init__(self, values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_private(name)
-        super().__setitem__(name, value)
-
-
-def _refuse_private(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(
-            f"a namespace takes no name that begins with _, such as {name!r}"
-        )
-
-
-@functools.cache
-def _environment(*, mark_generation: bool = False) -> jinja2.Environment:
-    generation = _MarkedGeneration if mark_generation else _Generation
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["dict"] = _Dict()
-    environment.globals["namespace"] = _Namespace
-    return environment
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(text: str, mark_generation: bool) -> jinja2.Template:
-    return _environment(mark_generation=mark_generation).from_string(text)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Write JSON unescaped; Jinja's own filter escapes it for HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
