@@ -213,7 +213,10 @@ def _special_id(
             + (f", or `{name}_token` {NONE} to store texts without" if name == "bos" else ""),
             option=f"{name}_token",
         )
-    token_id: int | None = tokenizer.token_to_id(text)
+    try:
+        token_id: int | None = tokenizer.token_to_id(text)
+    except UnicodeEncodeError:  # half a surrogate pair, as JSON can write it
+        token_id = None
     if token_id is None:
         raise UserError(
             f"{name.upper()} should be {text!r}, which is not in its vocabulary",

@@ -292,3 +292,10 @@ def test_an_interrupt_does_not_wait_for_the_training(tmp_path, monkeypatch):
         train_tokenizer(["a", "b"], tmp_path / "tokenizer")
     merged.set()
     assert time.monotonic() - begun < 10
+
+
+def test_half_a_surrogate_pair_is_no_token(folder):
+    config = json.loads((folder / "tokenizer_config.json").read_bytes())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "\ud800"}))
+    with pytest.raises(UserError, match="EOS should be .*, which is not in its vocabulary"):
+        load_tokenizer(folder)
