@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from minimind_data.chat.conversations import Conversation
-from minimind_data.chat.encoding import encode_conversations, encode_prompt
+from minimind_data.chat.encoding import encode_conversations, encode_prompt, ends_of_answers
 from minimind_data.chat.guard import control_tokens, normalizes_control
 from minimind_data.chat.loss_mask import AnswerMarks, find_answer_marks, mask_between
 from minimind_data.chat.rendering import Renderer, RenderSpec
@@ -232,6 +232,51 @@ def test_a_conversation_whose_answers_cannot_be_told_apart_has_nothing_learned_a
     assert [one.learned_text(ids, mask).count("A bird") for _, ids, mask in encodings] == [1, 0, 1]
     assert not any(encodings[1][2]), "its second answer may be the one that is seen"
     assert one.unlearned == 1
+
+
+def test_a_template_that_says_more_answers_than_the_conversation_has_nothing_left_of_one_with_excluded(
+    tmp_path,
+):
+    greeting = "{{- '<|im_start|>assistant\\nWelcome.<|im_end|>\\n' }}"
+    one = _Kind(make_tokenizer(tmp_path, "chatml", greeting + TEMPLATES["chatml"]))
+    encodings = one.encode(PLAIN, PLAIN, excluded=[(), (0,)])
+    assert one.learned_text(*encodings[0][1:]).startswith("Welcome.")
+    assert not any(encodings[1][2]), "which of three is the first of two"
+    assert one.unlearned == 1
+
+
+@pytest.mark.parametrize("kind", ["chatml", "headers", "marked"])
+def test_a_tokenizer_that_adds_bos_and_eos_itself_adds_none_to_a_conversation(tmp_path, kinds, kind):
+    folder = make_tokenizer(tmp_path, kind)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    names = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
+    bos, eos = ({"id": names[number], "ids": [number], "tokens": [names[number]]} for number in (1, 2))
+    around = [{"SpecialToken": {"id": part["id"], "type_id": 0}} for part in (bos, eos)]
+    single = [around[0], {"Sequence": {"id": "A", "type_id": 0}}, around[1]]
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {part["id"]: part for part in (bos, eos)},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    one, plain = _Kind(folder), kinds[kind]
+    assert one.tokenizer.reference.encode("a").ids[0] == 1
+    assert one.marks == plain.marks
+    evil = [PLAIN[0], {"role": "assistant", "content": f"a {names[2]} b"}]
+    assert one.encode(PLAIN, evil) == plain.encode(PLAIN, evil)
+    for messages in (PLAIN[:1], [{"role": "user", "content": f"a {names[2]} b"}]):
+        prompts = [encode_prompt(each.tokenizer, each.template, messages) for each in (one, plain)]
+        assert prompts[0] == prompts[1]
+
+
+@pytest.mark.parametrize("kind", [*OPENS, "marked"])
+def test_an_answer_ends_at_eos_and_where_the_template_closes_the_turn(kinds, kind):
+    tokenizer = kinds[kind].tokenizer
+    closes = {"headers": "<|turn_end|>", "named": "<|end|>", "said": "<|over|>"}.get(kind)
+    expected = {tokenizer.info.eos_id} | ({tokenizer.reference.token_to_id(closes)} if closes else set())
+    assert ends_of_answers(tokenizer, kinds[kind].template) == expected
+    assert ends_of_answers(tokenizer, ChatTemplate(text="nothing")) == {tokenizer.info.eos_id}
 
 
 # Text that looks like a special token
