@@ -4,7 +4,12 @@ import json
 
 import pytest
 
-from minimind_data.chat.conversations import has_different_prompts, read_record
+from minimind_data.chat.conversations import (
+    Conversation,
+    has_different_prompts,
+    kind_shown_by,
+    read_record,
+)
 from minimind_data.chat.messages import BadConversationError
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -87,6 +92,12 @@ def test_an_answer_alone_that_is_not_learned_is_nothing_to_learn():
          said(("user", "q"), ("assistant", "b"), ("user", "r"), ("assistant", "a"))),
         ({"prompt": "q", "completion": "a"}, "prompt and completion", ONE_TURN),
         ({"prompt": [USER], "completion": [ANSWER]}, "prompt and completion", ONE_TURN),
+        ({"prompt": USER, "completion": ANSWER}, "prompt and completion", ONE_TURN),
+        ({"prompt": "Human: q\n\nAssistant: x", "completion": "a"}, "prompt and completion",
+         said(("user", "Human: q\n\nAssistant: x"), ("assistant", "a"))),
+        ({"prompt": "q", "completion": "", "answer": "a"}, "prompt and answer", ONE_TURN),
+        ({"instruction": "", "query": "q", "response": "a"}, "query and response", ONE_TURN),
+        ({"messages": [], "prompt": "q", "completion": "a"}, "prompt and completion", ONE_TURN),
         ({"question": "q", "answer": "a"}, "question and answer", ONE_TURN),
         ({"query": "q", "response": "a", "history": None}, "query and response", ONE_TURN),
         ({"query": "r", "response": "a", "history": [["user", "q"], ["assistant", "b"]]}, "query and response",
@@ -126,6 +137,7 @@ def test_the_forms_of_conversations(record, form, turns):
             None,
             said(("user", "q"), ("assistant", "x"), ("user", "r")),
         ),
+        ({"prompt": USER}, None, said(("user", "q"))),
         ({"prompt": json.dumps([USER])}, None, said(("user", "q"))),
         ({"prompt": "\n\nHuman: q\n\nAssistant:"}, None, said(("user", "q"))),
     ],
@@ -171,6 +183,7 @@ def pair(*before, **fields):
         (pair(USER, system="s"), [SYSTEM, USER]),
         (pair(SYSTEM, USER, system="s"), [SYSTEM, USER]),
         (pair(ANSWER, MORE, prompt="q"), [USER, ANSWER, MORE]),
+        (pair(ANSWER, MORE), [ANSWER, MORE]),
     ],
 )
 def test_a_prompt_beside_whole_sides_says_the_same_or_is_put_before(record, before):
@@ -181,6 +194,8 @@ def test_a_prompt_beside_whole_sides_says_the_same_or_is_put_before(record, befo
 BAD = [
     ("dpo", pair(USER, prompt="other"), "prompt says something else than the turns that chosen begins with"),
     ("dpo", pair(USER, prompt=[USER, ANSWER, MORE]), "prompt says something else"),
+    ("dpo", pair(USER, prompt=[SYSTEM, MORE]), "prompt says something else"),
+    ("dpo", pair(SYSTEM, USER, prompt=[{"role": "system", "content": "t"}]), "prompt says something else"),
     ("dpo", pair(SYSTEM, USER, system="t"), "field 'system' and the system message of chosen say different things"),
     ("dpo", pair(USER, system=5), "system is a number, not a string"),
     ("dpo", pair(USER, history=[["x", "y"]]), "history says something else"),
@@ -189,8 +204,18 @@ BAD = [
     ("dpo", {"prompt": "", "chosen": "x", "rejected": "y"}, "prompt, the user's, has no content"),
     ("dpo", {"prompt": " ", "chosen": "x", "rejected": "y"}, "prompt, the user's, has no content"),
     ("dpo", {"prompt": [], "chosen": "x", "rejected": "y"}, "prompt, the user's, has no content"),
+    ("dpo", {"chosen": "x", "rejected": "y"}, "chosen has no user's turn and the record no field 'prompt'"),
+    ("dpo", {"chosen": [SYSTEM, ANSWER], "rejected": "y"}, "chosen has no user's turn and the record no field 'prompt'"),
+    ("dpo", {"prompt": "q", "chosen": "x", "rejected": [{"role": "assistant", "content": "x"}]}, "chosen and rejected are the same"),
     ("dpo", {"messages": [USER, ANSWER]}, "no field 'chosen' (its fields: messages); `kind` sft reads such records"),
     ("sft", pair(USER), "(its fields: chosen, rejected); `kind` dpo reads such records"),
+    ("sft", [USER, ANSWER], "the record is a list, not an object; write it as"),
+    ("sft", {"messages": [["user", 5], ["assistant", "a"]]}, "message 1 of messages is a list, not an object"),
+    ("sft", {"output": "a"}, "no field 'conversations' or 'messages' (its fields: output)"),
+    ("sft", {"query": "", "output": "a"}, "query, the user's, has no content"),
+    ("sft", {"messages": []}, "messages is an empty list"),
+    ("sft", {"conversations": None, "messages": [], "conversation": {}}, "messages is an empty list"),
+    ("sft", {"messages": None, "conversation": None}, "messages is null, not a list"),
     ("sft", {"text": "a"}, "`kind` pretrain reads texts"),
     ("sft", {"messages": [USER, ANSWER], "history": [["x", "y"]]}, "field 'history' beside 'messages'"),
     ("sft", {"messages": [SYSTEM, USER, ANSWER], "system": "t"}, "say different things"),
@@ -203,6 +228,9 @@ BAD = [
     ("sft", {"instruction": "q", "output": "a", "history": "xy"}, "history is a string, not a list"),
     ("sft", {"instruction": "q"}, "no field 'conversations' or 'messages' (its fields: instruction)"),
     ("sft", {"messages": "[1"}, "messages is a string that is no JSON"),
+    ("sft", {"messages": [USER, SYSTEM]}, "messages has no turn of the assistant's"),
+    ("sft", {"messages": [{**USER, "tools": [{"name": "f"}]}, ANSWER]}, "messages has tools in a message of the user; they belong to the system's"),
+    ("sft", dict.fromkeys("abcdef", 1), "(its fields: a, b, c, d, e); write it as"),
     ("sft", {"messages": [["cook", "soup"]]}, "message 1 of messages is a list, not an object"),
     ("sft", {"messages": [USER, {**ANSWER, "content": float("nan")}]}, "is NaN, which is no number, not a string"),
     ("sft", {"messages": [USER, ANSWER], "tools": [{"x": float("inf")}]}, "tools holds NaN or Infinity"),
@@ -236,3 +264,52 @@ def test_sides_of_which_one_goes_on_have_different_prompts():
         assert has_different_prompts(*record.conversations)
     record = read_record({"chosen": whole, "rejected": [*whole[:3], ANSWER]}, "dpo")
     assert not has_different_prompts(*record.conversations)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "different"),
+    [
+        ([USER, ANSWER], [USER, {**ANSWER, "content": "b"}], False),
+        ([USER, ANSWER], [MORE, ANSWER], True),
+        ([SYSTEM, USER, ANSWER], [USER, ANSWER], True),
+        ([USER, ANSWER], [USER, MORE], True),
+        ([USER, ANSWER, USER, ANSWER], [USER, {**ANSWER, "content": "b"}, MORE, ANSWER], False),
+        ([USER, ANSWER], [{**USER, "content": [{"type": "text", "text": "q"}]}, ANSWER], False),
+    ],
+)
+def test_the_first_difference_between_sides_is_an_answer_or_they_have_different_prompts(
+    one, other, different
+):
+    one, other = Conversation(messages=tuple(one)), Conversation(messages=tuple(other))
+    assert has_different_prompts(one, other) == has_different_prompts(other, one) == different
+    tools = [{"name": "f"}]
+    same = [Conversation(messages=one.messages, tools=each) for each in (None, tools, list(tools))]
+    assert has_different_prompts(same[0], same[1])
+    assert not has_different_prompts(same[1], same[2])
+
+
+def test_answers_are_counted():
+    assert Conversation(messages=(SYSTEM, USER, ANSWER)).num_answers == 1
+    assert Conversation(messages=(USER, ANSWER, MORE, ANSWER, ANSWER)).num_answers == 3
+
+
+def test_beside_whole_sides_other_questions_are_not_read_and_beside_one_side_alone_they_are():
+    reading = read_record(pair(USER, question="other"), "dpo")
+    assert reading.unread == {"question": 1}
+    sides = {"chosen": [USER, ANSWER], "rejected": "no"}
+    assert messages_of({**sides, "question": "q"}, "dpo") == [
+        ONE_TURN,
+        said(("user", "q"), ("assistant", "no")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (["text"], None), (["prompt"], None), (["output"], None), (["chosen"], None), (["prompt", "chosen"], None),
+        (["messages"], "sft"), (["id", "conversation"], "sft"), (["input", "answer"], "sft"),
+        (["chosen", "rejected"], "dpo"), (["chosen", "rejected", "prompt", "messages"], "dpo"),
+    ],
+)  # fmt: skip
+def test_fields_show_the_kind_of_a_record(names, kind):
+    assert kind_shown_by(iter(names)) == kind

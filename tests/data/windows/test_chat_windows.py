@@ -150,6 +150,24 @@ def test_windows_in_which_nothing_is_learned_are_counted_and_said(tmp_path, kind
     assert f"in {wanted} of {len(windows)} windows of 8 tokens nothing is learned" in said[-1]
 
 
+@pytest.mark.parametrize(
+    ("kind", "layout"), [("sft", "pad"), ("sft", "pack"), ("sft", "concat"), ("dpo", "pad")]
+)
+def test_the_second_token_of_a_window_can_be_its_only_target_and_the_first_cannot(tmp_path, kind, layout):
+    shards = [[9, 9, 9, 9]]
+    for place, unlearned in ((0, True), (1, False), (8, False)):
+        folder = tmp_path / f"{place}"
+        dataset, _ = make(
+            folder,
+            kind,
+            shards,
+            mask_of=lambda length: (np.arange(length) == place).astype(np.uint8),  # noqa: B023
+        )
+        windows = open_windows(dataset, layout=layout, seq_len=9, labels=True)
+        assert windows.count_unlearned() == (len(windows) if unlearned else 0)
+        assert windows.any_learned() is not unlearned
+
+
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_whether_anything_is_learned_costs_the_masks_up_to_the_first_target(tmp_path, monkeypatch, kind):
     shards, _ = make(tmp_path / "a", kind, mask_of=lambda length: (np.arange(length) >= 6).astype(np.uint8))
