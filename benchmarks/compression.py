@@ -1,8 +1,8 @@
 """Characters per token of several tokenizers, side by side.
 
-    python benchmarks/compression.py TEXT.jsonl… --tokenizer DIR [--tokenizer DIR …]
+    python benchmarks/compression.py TEXT.jsonl… [--tokenizer DIR …]
 
-The first column is always the default tokenizer. Use text that none of the tokenizers was trained on.
+The first columns are the tokenizers that ship with this project. Use text that none of them was trained on.
 """
 
 import argparse
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from minimind_data.tokenizer.backends import ReferenceEncoder
 from minimind_data.tokenizer.loading import load_tokenizer
+from minimind_data.tokenizer.places import SHIPPED
 
 
 def main() -> None:
@@ -20,9 +21,8 @@ def main() -> None:
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--tokenizer", type=Path, action="append", default=[])
     arguments = parser.parse_args()
-    tokenizers = {"default": load_tokenizer()} | {
-        path.name: load_tokenizer(path) for path in arguments.tokenizer
-    }
+    tokenizers = {name: load_tokenizer(name) for name in SHIPPED}
+    tokenizers |= {path.name: load_tokenizer(path) for path in arguments.tokenizer}
     print(f"{'characters per token':28} {'characters':>10} " + " ".join(f"{name:>10}" for name in tokenizers))
     for path in arguments.texts:
         texts = [json.loads(line)["text"] for line in path.open(encoding="utf-8")]

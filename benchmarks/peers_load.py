@@ -38,7 +38,8 @@ from machine import describe_machine
 from page_cache import drop_pages, share_in_cache
 from processes import CommandFailedError, Memory, hold_to_cores, timed, watched
 
-from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER, load_tokenizer
+from minimind_data.tokenizer.loading import load_tokenizer
+from minimind_data.tokenizer.places import SHIPPED
 
 sys.path.insert(0, str(PEERS))
 from load_task import LoadTask
@@ -273,7 +274,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "input", type=Path, nargs="?", default=Path(__file__).parents[1] / "data" / "sample.jsonl"
     )
-    parser.add_argument("--tokenizer", type=Path, default=DEFAULT_TOKENIZER)
+    parser.add_argument("--tokenizer", type=Path, default=SHIPPED["default"])
     parser.add_argument("--megabytes", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--folder", type=Path)

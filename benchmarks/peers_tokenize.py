@@ -35,7 +35,8 @@ from outputs import Comparison, Documents, Frame, compare
 from processes import CommandFailedError, Memory, hold_to_cores, timed, watched
 from tasks import Task, write_task
 
-from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER, load_tokenizer
+from minimind_data.tokenizer.loading import load_tokenizer
+from minimind_data.tokenizer.places import SHIPPED
 
 _THREADS = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -187,7 +188,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("input", type=Path)
-    parser.add_argument("--tokenizer", type=Path, default=DEFAULT_TOKENIZER)
+    parser.add_argument("--tokenizer", type=Path, default=SHIPPED["default"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--cores", type=int, default=2)

@@ -19,7 +19,7 @@ from minimind_data.errors import UserError
 from minimind_data.inputs.spec import RecordSpec
 from minimind_data.inputs.splits import texts_of
 from minimind_data.reporting import ByteProgress, counted
-from minimind_data.tokenizer.naming import description_of, name_of
+from minimind_data.tokenizer.naming import description_of, name_of, summary_of
 from minimind_data.tokenizer.training import train_tokenizer as run_training
 
 from .flags import in_flags
@@ -94,6 +94,8 @@ def _print_summary(out: Path, summary: Summary) -> None:
         return
     frame = ", documents without BOS" if manifest.stores_no_bos else ""
     print(f"{out}: {size} ({manifest.dtype}{frame})" + (f"\n{read}" if summary.input_bytes else "") + options)
+    if "tokenizer" not in summary.options_taken:
+        print(f"  tokenizer  {summary_of(manifest.tokenizer)}")
     if summary.backend:
         print(
             f"  encoder    {summary.backend.name}; {counted(summary.compared, 'document')} compared with tokenizers"

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from minimind_cli import data
 from minimind_data.build.pipeline import tokenize
 from minimind_data.build.plan import TokenizeOptions
-from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
+from minimind_data.tokenizer.places import SHIPPED
 
 ROOT = Path(__file__).parent.parent
 LOOPS = (ROOT / "docs" / "loops.md").read_text(encoding="utf-8")
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
     """A folder to run the page in: data/mine, and a tokenizer."""
     folder = tmp_path_factory.mktemp("page")
     tokenize([ROOT / "data" / "sample.jsonl"], TokenizeOptions(out=folder / "data" / "mine", workers=1))
-    shutil.copytree(DEFAULT_TOKENIZER, folder / "path" / "to" / "tokenizer")
+    shutil.copytree(SHIPPED["default"], folder / "path" / "to" / "tokenizer")
     return folder
 
 

@@ -77,7 +77,9 @@ class TokenizeOptions(KnowsPassed):
 
     out: Annotated[Path, "Folder of the dataset."] = Path("data")
     tokenizer: Annotated[
-        Path | None, "A tokenizer.json or its folder; by default the one that ships with this program."
+        Path | None,
+        "A tokenizer.json or its folder; minimind3, minimind2 or default, which ship with this program; or the id of a "
+        "model on Hugging Face that has been fetched. By default minimind3.",
     ] = None
     kind: Annotated[
         Kind,

@@ -27,14 +27,14 @@ from minimind_data.inputs.spec import RecordSpec
 from minimind_data.json_fields import FieldError, read_value
 from minimind_data.options import KnowsPassed, flatten, format_size, leaves, names_passed, options_from
 from minimind_data.tokenizer.loading import (
-    DEFAULT_TOKENIZER,
     NONE,
     SpecialTokens,
     Tokenizer,
     cached_tokenizer,
     load_tokenizer,
 )
-from minimind_data.tokenizer.naming import default_sha256, summary_of, text_of_token
+from minimind_data.tokenizer.naming import is_usual, summary_of, text_of_token
+from minimind_data.tokenizer.places import SHIPPED, USUAL, place_of
 
 _TEMPLATE_SHA256 = "chat_template_sha256"
 _RECORDED = {"kind", "format", "split_bytes", "val_fraction", "dedup"}
@@ -130,7 +130,7 @@ class Precedent:
                 )
             elif not is_passed and value != default:
                 taken[name] = _written(name, value)
-        if options.tokenizer is None and self.recipe.tokenizer.sha256 != default_sha256():
+        if options.tokenizer is None and not is_usual(self.recipe.tokenizer):
             taken["tokenizer"] = summary_of(self.recipe.tokenizer)
         values = {name: flat[name] for name in passed - _RECORDED} | there
         try:
@@ -165,7 +165,7 @@ class Precedent:
             UserError: as `load_tokenizer` and `chat_template_of`; or nothing is named, and the copy is missing or changed.
         """
         special = SpecialTokens(bos=options.bos_token, eos=options.eos_token, pad=options.pad_token)
-        folder = None if options.tokenizer is None else _folder_of(options.tokenizer)
+        folder = None if options.tokenizer is None else _folder_of(place_of(options.tokenizer))
         if folder is not None and not self._has_tokenizer(folder):
             return load_tokenizer(options.tokenizer, special), chat_template_of(
                 options.tokenizer, options.chat.chat_template
@@ -181,7 +181,7 @@ class Precedent:
 
     def _folders(self) -> tuple[Path, ...]:
         """Return where the tokenizer that is there may lie."""
-        return self.work.out, self.work.path, self.work.val, DEFAULT_TOKENIZER
+        return self.work.out, self.work.path, self.work.val, *SHIPPED.values()
 
     def _has_tokenizer(self, folder: Path) -> bool:
         path = folder if folder.is_file() else folder / TOKENIZER_NAME
@@ -254,7 +254,7 @@ class Precedent:
             if values[0] == values[1]:
                 continue
             if name == _TEMPLATE_SHA256:
-                source = options.chat.chat_template or options.tokenizer or DEFAULT_TOKENIZER
+                source = options.chat.chat_template or options.tokenizer or USUAL
                 found.append(
                     Contradiction(
                         option="chat_template",

@@ -27,7 +27,7 @@ from minimind_data.chat.sandbox import Generation, compiled, parse, run
 from minimind_data.dataset.format import TEMPLATE_NAME, TOKENIZER_CONFIG_NAME, TokenizerInfo
 from minimind_data.errors import UserError
 from minimind_data.files import parse_json
-from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
+from minimind_data.tokenizer.places import place_of
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
@@ -99,14 +99,14 @@ def chat_template_of(path: Path | str | None, file: Path | None = None) -> ChatT
     `chat_template.jinja` takes precedence over `tokenizer_config.json`. If the latter has several templates, `default` is taken.
 
     Args:
-        path: a folder with a tokenizer in it (a dataset, a run, a Hugging Face folder), a tokenizer.json, or None for the
-            tokenizer that ships with this package.
+        path: a folder with a tokenizer in it (a dataset, a run, a Hugging Face folder), a tokenizer.json, a name or id that
+            `place_of` knows, or None for the usual tokenizer that ships with this package.
         file: a file with another template, which is taken instead of the tokenizer's own.
 
     Raises:
         UserError: a file cannot be read, or the template is no Jinja.
     """
-    path = DEFAULT_TOKENIZER if path is None else Path(path)
+    path = place_of(path)
     folder = path if path.is_dir() else path.parent
     config_path = folder / TOKENIZER_CONFIG_NAME
     try:

@@ -29,6 +29,7 @@ from minimind_data.dataset.format import (
 )
 from minimind_data.errors import UserError
 from minimind_data.files import parse_json
+from minimind_data.tokenizer.places import place_of
 
 
 class Tokenizer:
@@ -106,14 +107,14 @@ def load_tokenizer(path: Path | str | None = None, special: SpecialTokens | None
     """Load a tokenizer.json, and find its BOS, EOS and PAD.
 
     Args:
-        path: the file, or a folder that holds one: a Hugging Face folder or one of our datasets. None takes the default
-            tokenizer that ships with this package.
+        path: the file, or a folder that holds one: a Hugging Face folder or one of our datasets; or a name or id that `place_of`
+            knows. None takes the usual one that ships with this package.
         special: texts that override what tokenizer_config.json says.
 
     Raises:
         UserError: there is no such file, it is no tokenizer, or nothing says which token is BOS, EOS or PAD.
     """
-    path = DEFAULT_TOKENIZER if path is None else Path(path)
+    path = place_of(path)
     file = path / TOKENIZER_NAME if path.is_dir() else path
     try:
         text = file.read_bytes().decode()
@@ -121,7 +122,7 @@ def load_tokenizer(path: Path | str | None = None, special: SpecialTokens | None
         raise UserError(
             "no such file",
             where=file,
-            remedy="`tokenizer` takes a tokenizer.json or the folder of one",
+            remedy="`tokenizer` takes a tokenizer.json, or the folder of one",
             option="tokenizer",
         ) from None
     except UnicodeDecodeError as error:
@@ -288,6 +289,3 @@ def _decisive_parts(json_text: str) -> dict[str, Any]:
 def cached_tokenizer(json_text: str, info: TokenizerInfo) -> Tokenizer:
     """Return a tokenizer from its JSON text, made once per process."""
     return Tokenizer(json_text, _parse(json_text, Path(TOKENIZER_NAME)), info.special_ids)
-
-
-DEFAULT_TOKENIZER = Path(__file__).with_name("default_tokenizer")

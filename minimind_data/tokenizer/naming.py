@@ -10,26 +10,23 @@ from typing import Any
 
 from minimind_data.dataset.format import TOKENIZER_NAME, TokenizerInfo
 from minimind_data.files import sha256_of
-from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
-
-_NAMES = {
-    "d98595c6aef70d95f72748582fb9b4f53d76dd58c1ae1dd702ad7c84e1caf5e4": "MiniMind2's",
-    "71f32c68cf63a15355a8fc171b7594b3d41870fe0ddb54fc6aefa55f73a4a668": "MiniMind-3's",
-}
-"""By the SHA-256 of tokenizer.json."""
+from minimind_data.tokenizer.places import SHIPPED, USUAL
 
 
 @functools.cache
-def default_sha256() -> str:
-    """Return the SHA-256 of the tokenizer.json that ships with this package."""
-    return sha256_of(DEFAULT_TOKENIZER / TOKENIZER_NAME)
+def shipped_sha256(name: str) -> str:
+    """Return the SHA-256 of the tokenizer.json of a tokenizer that ships with this package."""
+    return sha256_of(SHIPPED[name] / TOKENIZER_NAME)
+
+
+def is_usual(info: TokenizerInfo) -> bool:
+    """Tell whether a tokenizer is the one that is taken where nobody says which."""
+    return info.sha256 == shipped_sha256(USUAL)
 
 
 def name_of(info: TokenizerInfo) -> str | None:
-    """Return the name of a tokenizer; None where its checksum is not known."""
-    if info.sha256 == default_sha256():
-        return "the one that ships with this program"
-    return _NAMES.get(info.sha256)
+    """Return the name of a tokenizer that ships with this package; None of any other."""
+    return next((name for name in SHIPPED if info.sha256 == shipped_sha256(name)), None)
 
 
 def summary_of(info: TokenizerInfo) -> str:

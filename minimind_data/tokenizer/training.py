@@ -22,7 +22,7 @@ from minimind_data.dataset.occupancy import (
 )
 from minimind_data.errors import UserError
 from minimind_data.files import write_atomic
-from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
+from minimind_data.tokenizer.places import SHIPPED
 
 PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -82,7 +82,7 @@ def train_tokenizer(texts: Iterable[str], out: Path | str, *, vocab_size: int = 
     out = Path(out)
     file = out if out.suffix == ".json" else out / TOKENIZER_NAME
     config = json.dumps(_CONFIG, indent=1) + "\n"
-    template = (DEFAULT_TOKENIZER / TEMPLATE_NAME).read_text("utf-8")
+    template = (SHIPPED["default"] / TEMPLATE_NAME).read_text("utf-8")
     beside = {file.with_name(TOKENIZER_CONFIG_NAME): config, file.with_name(TEMPLATE_NAME): template}
     _refuse_foreign_files(file, beside)
     tokenizer = tokenizers.Tokenizer(models.BPE())

@@ -13,7 +13,7 @@ import pytest
 
 from minimind_data.dataset import writer
 from minimind_data.options import format_size, parse_size
-from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
+from minimind_data.tokenizer.places import SHIPPED
 from tests.helpers.commands import mm_data
 
 TEXTS = [f"Question {i}? Answer {i}。<|im_end|>" for i in range(200)]
@@ -61,14 +61,14 @@ def test_info(dataset, source):
 
 def test_info_names_the_tokenizer_as_far_as_it_is_known(dataset, tmp_path):
     special = "6,400 entries, BOS <|im_start|> (1), EOS <|im_end|> (2), PAD <|endoftext|> (0), "
-    own = f"  tokenizer    the one that ships with this program, byte-level BPE, {special}"
+    own = f"  tokenizer    minimind3, byte-level BPE, {special}"
     assert own in mm_data("info", dataset).stdout
     assert json.loads(mm_data("info", dataset, "--json").stdout)["tokenizer_name"] is not None
     other = dataset.with_name("other")
     (tmp_path / "changed").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "changed" / name).write_text(
-            (DEFAULT_TOKENIZER / name).read_text("utf-8") + "\n", "utf-8"
+            (SHIPPED["default"] / name).read_text("utf-8") + "\n", "utf-8"
         )
     (tmp_path / "few.jsonl").write_text('{"text": "a text"}\n')
     made = mm_data("tokenize", tmp_path / "few.jsonl", "--out", other, "--tokenizer", tmp_path / "changed")

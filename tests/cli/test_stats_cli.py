@@ -19,7 +19,7 @@ SAMPLE = Path(__file__).parents[2] / "data" / "sample.jsonl"
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stats") / "data"
-    tokenize([SAMPLE], TokenizeOptions(out=folder, workers=1))
+    tokenize([SAMPLE], TokenizeOptions(out=folder, workers=1, tokenizer="default"))
     return folder
 
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
+from minimind_data.tokenizer.places import SHIPPED
 
 CHATML = """{%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\\n' + (message.content or '') + '<|im_end|>' + '\\n' }}
@@ -127,14 +127,14 @@ PLAIN = [
 def make_tokenizer(folder: Path, kind: str, template: str | None = None) -> Path:
     """Write the default tokenizer with some of its special tokens renamed, and a chat template of this kind."""
     folder.mkdir(parents=True, exist_ok=True)
-    told = json.loads((DEFAULT_TOKENIZER / "tokenizer.json").read_text("utf-8"))
+    told = json.loads((SHIPPED["default"] / "tokenizer.json").read_text("utf-8"))
     names = NAMES[kind]
     for token in told["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
     vocab = told["model"]["vocab"]
     told["model"]["vocab"] = {names.get(token, token): token_id for token, token_id in vocab.items()}
     (folder / "tokenizer.json").write_text(json.dumps(told, ensure_ascii=False), "utf-8")
-    config = json.loads((DEFAULT_TOKENIZER / "tokenizer_config.json").read_text("utf-8"))
+    config = json.loads((SHIPPED["default"] / "tokenizer_config.json").read_text("utf-8"))
     config["chat_template"] = TEMPLATES[kind] if template is None else template
     (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
     return folder

@@ -14,7 +14,8 @@ from minimind_data.dataset.verification import verify
 from minimind_data.dataset.writer import ShardWriter
 from minimind_data.errors import UserError
 from minimind_data.files import remove_partials
-from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER, load_tokenizer
+from minimind_data.tokenizer.loading import load_tokenizer
+from minimind_data.tokenizer.places import SHIPPED
 from tests.helpers.builds import TEXTS, options, tree
 
 REFERENCE = load_tokenizer().reference
@@ -288,14 +289,14 @@ def test_one_endless_word_is_named(tmp_path, write_jsonl):
 
 
 def test_a_large_vocabulary_says_so_and_takes_int32(tmp_path, write_jsonl):
-    told = json.loads((DEFAULT_TOKENIZER / "tokenizer.json").read_text())
+    told = json.loads((SHIPPED["default"] / "tokenizer.json").read_text())
     told["added_tokens"] += [
         {**told["added_tokens"][0], "id": 6400 + i, "content": f"<|extra{i}|>"} for i in range(60_000)
     ]
     folder = tmp_path / "tok"
     folder.mkdir()
     (folder / "tokenizer.json").write_text(json.dumps(told))
-    (folder / "tokenizer_config.json").write_text((DEFAULT_TOKENIZER / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text((SHIPPED["default"] / "tokenizer_config.json").read_text())
     said = []
     source = write_jsonl(["before <|extra59999|> after"])
     manifest = tokenize([source], options(tmp_path / "out", tokenizer=folder), say=said.append).manifest

@@ -15,7 +15,7 @@ from minimind_data.errors import UserError
 from minimind_data.files import checked_json
 from minimind_data.inputs.spec import RecordSpec
 from minimind_data.options import names_passed, options_from
-from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
+from minimind_data.tokenizer.places import SHIPPED
 from tests.helpers.builds import tree
 from tests.helpers.chats import make_tokenizer
 from tests.helpers.commands import mm_data
@@ -124,7 +124,7 @@ def test_conversations_go_on_as_conversations(tmp_path):
         (TokenizeOptions(out=out, kind="pretrain"), "kind"),
         (TokenizeOptions(out=out, records=RecordSpec(field="body")), "field"),
         (TokenizeOptions(out=out, tokenizer=folder), "chat_template"),
-        (TokenizeOptions(out=out, tokenizer=DEFAULT_TOKENIZER), "tokenizer"),
+        (TokenizeOptions(out=out, tokenizer=SHIPPED["default"]), "tokenizer"),
     ]
     for options, name in contradictions:
         with pytest.raises(
@@ -158,7 +158,7 @@ def test_a_contradiction_names_both_values_and_the_commands_that_would_do(tmp_pa
 def test_another_tokenizer_is_named_and_not_its_checksum_alone(tmp_path, a):
     folder = make_tokenizer(tmp_path / "tokenizer", "thoughts")
     tokenize([a], TokenizeOptions(out=tmp_path / "out", records=RecordSpec(field="body")))
-    match = r"`tokenizer` is the one that ships with this program \(6,400 entries, .{13}\) there and one of "
+    match = r"`tokenizer` is minimind3 \(6,400 entries, .{13}\) there and one of "
     with pytest.raises(UserError, match=match) as caught:
         tokenize([a], TokenizeOptions(out=tmp_path / "out", tokenizer=folder))
     assert max(map(len, str(caught.value).replace("`", " ").split())) < 200
@@ -168,7 +168,7 @@ def test_another_tokenizer_is_named_and_not_its_checksum_alone(tmp_path, a):
 
 def test_special_tokens_that_were_named_once_need_not_be_named_again(tmp_path, a):
     bare = tmp_path / "tokenizer.json"
-    bare.write_bytes((DEFAULT_TOKENIZER / "tokenizer.json").read_bytes())
+    bare.write_bytes((SHIPPED["default"] / "tokenizer.json").read_bytes())
     out = tmp_path / "out"
     named = {"bos_token": "<|im_end|>", "eos_token": "<|im_start|>", "pad_token": "<|endoftext|>"}
     records = RecordSpec(field="body")

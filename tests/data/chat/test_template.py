@@ -13,7 +13,7 @@ from minimind_data.chat.template import (
     roles_in_parts,
 )
 from minimind_data.errors import UserError
-from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER
+from minimind_data.tokenizer.places import SHIPPED
 from tests.helpers.chats import PLAIN, TEMPLATES, make_tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief. 简短些。\n"}
@@ -61,7 +61,7 @@ OWN = "own"
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("tokenizers")
-    return {OWN: DEFAULT_TOKENIZER} | {kind: make_tokenizer(root / kind, kind) for kind in TEMPLATES}
+    return {OWN: SHIPPED["default"]} | {kind: make_tokenizer(root / kind, kind) for kind in TEMPLATES}
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_parts_are_told_role_by_role():
 
 
 def test_the_default_template_has_turns_like_minimind(folders):
-    template = chat_template_of(None)
+    template = chat_template_of("default")
     assert render_chat(template, PLAIN[:2], add_generation_prompt=True) == (
         "<|im_start|>user\nWhat is an owl?<|im_end|>\n<|im_start|>assistant\nA bird that hunts at night.<|im_end|>\n"
         "<|im_start|>assistant\n"

@@ -136,7 +136,8 @@ def test_the_page_asks_for_nothing(dataset, tmp_path):
         for part in (style, reader.scripts[1])
     ]
     assert policy == (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{digests[0]}'; script-src 'sha256-{digests[1]}'"
+        f"default-src 'none'; img-src data:; style-src 'sha256-{digests[0]}'; script-src 'sha256-{digests[1]}'; "
+        "connect-src 'none'"
     )
 
 

@@ -172,7 +172,7 @@ def test_what_cannot_be_described_is_refused(make_dataset):
 
 
 def test_the_whole_is_one_object_for_json(tmp_path):
-    tokenize([SAMPLE], TokenizeOptions(out=tmp_path / "d", workers=1))
+    tokenize([SAMPLE], TokenizeOptions(out=tmp_path / "d", workers=1, tokenizer="default"))
     found = stats(ShardSet.open(tmp_path / "d"), load_tokenizer(tmp_path / "d"), [340, 512])
     told = found.as_dict()
     assert json.loads(json.dumps(told)) == told

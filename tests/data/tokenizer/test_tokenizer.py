@@ -27,7 +27,8 @@ from minimind_data.tokenizer.backends import (
     first_difference,
 )
 from minimind_data.tokenizer.edge_cases import edge_case_texts
-from minimind_data.tokenizer.loading import DEFAULT_TOKENIZER, SpecialTokens, load_tokenizer
+from minimind_data.tokenizer.loading import SpecialTokens, load_tokenizer
+from minimind_data.tokenizer.places import SHIPPED
 from minimind_data.tokenizer.training import SPECIAL_TOKENS, train_tokenizer
 
 DEFAULT = load_tokenizer()
@@ -134,7 +135,7 @@ def test_first_difference_names_the_text():
 
 @pytest.fixture
 def folder(tmp_path):
-    shutil.copytree(DEFAULT_TOKENIZER, tmp_path / "tok")
+    shutil.copytree(SHIPPED["default"], tmp_path / "tok")
     return tmp_path / "tok"
 
 
@@ -217,7 +218,7 @@ def test_truncation_in_the_file_cuts_no_text(folder):
     (folder / "tokenizer.json").write_text(json.dumps(told))
     tokenizer = load_tokenizer(folder)
     text = "a longer text than three tokens"
-    wanted = DEFAULT.reference.encode(text, add_special_tokens=False).ids
+    wanted = load_tokenizer("default").reference.encode(text, add_special_tokens=False).ids
     for encoder in (ReferenceEncoder(tokenizer), FastokensEncoder(tokenizer)):
         assert encoder.encode_batch([text])[0].tolist() == wanted
 
