@@ -25,6 +25,7 @@ from minimind_train.parallel.interrupt import never
 from minimind_train.parallel.launch import launch_ranks
 from minimind_train.parallel.world import ALONE, World, process_group, torchrun_place
 from minimind_train.progress import Say, say_on_stderr
+from minimind_train.run.excerpts import prompts_of
 from minimind_train.run.initial import InitialWeights, with_initial_weights
 from minimind_train.run.options import RunOptions, kind_of, options_of, recorded, refuse_unknown
 from minimind_train.run.phases import refuse_other_kind
@@ -36,7 +37,6 @@ from minimind_train.run_folder import record as runs
 from minimind_train.run_folder.places import PLACES, with_present_places
 from minimind_train.run_folder.record import WEIGHTS, RunRecord, move
 from minimind_train.training import loop
-from minimind_train.training.excerpts import prompts_of
 
 __all__ = ["begin", "begin_or_resume", "resume"]
 

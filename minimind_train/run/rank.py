@@ -24,6 +24,7 @@ from minimind_train.parallel.world import ALONE, World
 from minimind_train.progress import Say, TrainingProgress
 from minimind_train.run.capacity import refuse_oversized
 from minimind_train.run.data import RunData
+from minimind_train.run.excerpts import Excerpts
 from minimind_train.run.initial import InitialWeights
 from minimind_train.run.introduction import introduction
 from minimind_train.run.learner import build_learner
@@ -37,7 +38,6 @@ from minimind_train.run_folder.saver import Saver, Snapshot
 from minimind_train.run_folder.tensors import tensors_of
 from minimind_train.training import loop
 from minimind_train.training.evaluate import validation
-from minimind_train.training.excerpts import Excerpts
 from minimind_train.training.learner import Compute, Learner
 from minimind_train.training.nonfinite import NonfiniteGuard
 from minimind_train.training.tracking import TrackedRun, Trackers

@@ -1,1 +1,1 @@
-"""The loop, its step, and what happens between steps: measuring, excerpts, tracking, bad steps."""
+"""The loop, its step, and what happens between steps: measuring, tracking, bad steps."""
