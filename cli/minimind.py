@@ -11,6 +11,7 @@ from pathlib import Path
 
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _WEIGHTS = {"pretrain", "full_sft", "dpo", "reason", "ppo_actor", "grpo", "rlhf", "full_dist"}
+_A_BEGINNING = "为什么天空是蓝色的"
 _NO_VALUE = {"use_wandb"}
 _YES_OR_NO = {"0", "1"}
 
@@ -126,6 +127,14 @@ def _weights_to_begin_from(line: _Line, value: str) -> tuple[str, str]:
     return f"--from-weight {shlex.quote(file)}", "or a run's folder"
 
 
+def _adapters(line: _Line, value: str) -> tuple[str, str]:
+    if value == "None":
+        return "", "leave it out"
+    folder = line.theirs.get("save_dir", "out")
+    file = f"{folder}/{value}_{line.number('hidden_size', 768)}.pth"
+    return f"--lora {shlex.quote(file)}", ""
+
+
 _TRAINING: dict[str, _Rule] = {
     "save_dir": _run,
     "save_weight": _run,
@@ -150,11 +159,12 @@ _TRAINING: dict[str, _Rule] = {
 }
 _GENERATION: dict[str, _Rule] = {
     "load_from": lambda line, value: (
-        f"--run {shlex.quote(line.weights_file if value == 'model' else value)}",
+        f"--run {shlex.quote(line.weights_file if Path(value).name == 'model' else value)}",
         "",
     ),
     "save_dir": lambda line, _: (f"--run {shlex.quote(line.weights_file)}", ""),
     "weight": lambda line, _: (f"--run {shlex.quote(line.weights_file)}", ""),
+    "lora_weight": _adapters,
     "use_moe": _only_if("--use-moe", "leave it out"),
     "open_thinking": _only_if("--thinking", "leave it out"),
     "historys": _only_if("--chat", "without --chat nothing is kept"),
@@ -186,6 +196,8 @@ def translation(command: str, words: Sequence[str], flags: Collection[str]) -> s
         rows.append(f"  {text}: {here}{f' ({note})' if here and note else note}")
         if here and here not in ours:
             ours.append(here)
+    if command == "generate":
+        ours += _what_eval_llm_has_by_default(line, ours)
     commands = [f"mm-train {command} {' '.join(ours)}"]
     if data := theirs.get("data_path"):
         commands.insert(
@@ -199,6 +211,15 @@ def translation(command: str, words: Sequence[str], flags: Collection[str]) -> s
             *(f"  {text}" for text in commands),
         ]
     )
+
+
+def _what_eval_llm_has_by_default(line: _Line, ours: Sequence[str]) -> Iterator[str]:
+    """Yield what `mm-train generate` needs and `eval_llm.py` takes without a flag: its weights, and a chat or a text to continue."""
+    flags = {word.partition("=")[0].partition(" ")[0] for word in ours}
+    if "--run" not in flags:
+        yield f"--run {shlex.quote(line.weights_file)}"
+    if not flags & {"--chat", "--prompt"}:
+        yield f"--prompt {_A_BEGINNING}" if "pretrain" in line.weights_file else "--chat"
 
 
 def with_dashes(word: str, flags: Collection[str]) -> str:

@@ -9,17 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
+from minimind_data.options import leaves
 from minimind_data.windows.base import Layout
 from minimind_train.batches.options import WindowOptions
 from minimind_train.generation.options import GenerateOptions
-from minimind_train.model.config import Dtype, RopeScaling
+from minimind_train.model.config import Dtype, ModelConfig, RopeScaling
 from minimind_train.run_folder.options import Axis, parse_step
 from minimind_train.training.options import TrainingOptions
 from minimind_train.weights.options import Target, WeightDtype
 
 from .entry import importing
 from .flags import say_in_flags
-from .options import AsJson, OptionsGiven, option_of, plain
+from .options import AsJson, Changes, OptionsGiven, option_of, plain
 from .talk import talk
 
 _Checkpoint = Annotated[
@@ -30,14 +31,35 @@ _Checkpoint = Annotated[
         help="Step of the checkpoint, or best, the one with the lowest validation loss; by default the newest.",
     ),
 ]
+_Run = Annotated[
+    Path, typer.Option(help="Folder of the run, a Hugging Face folder, or a .pth, such as MiniMind's.")
+]
+_Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|DIR",
+        help="Of a .pth: its tokenizer, a name or folder as in mm-data tokenize; by default the folder NAME_tokenizer "
+        "beside it, else that of its generation of MiniMind.",
+    ),
+]
+_Lora = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="MiniMind's lora_*.pth, whose adapters are merged into the weights."),
+]
+_Shape = Annotated[
+    dict[str, Any],
+    Changes(ModelConfig, without=frozenset({"dropout", *(name for name, _, _ in leaves(RopeScaling))})),
+]
+"""Options of the model that the tensors of a .pth do not tell; a folder says them itself."""
 _OWN_ADDRESSES = {"127.0.0.1", "::1", "localhost"}
 _Device = Annotated[str, option_of(TrainingOptions, "device")]
 
 
 def generate(
-    run: Annotated[Path, typer.Option(help="Folder of the run, or a Hugging Face folder.")],
+    run: _Run,
     options: GenerateOptions,
     scaling: RopeScaling,
+    shape: _Shape,
     options_given: OptionsGiven,
     prompt: Annotated[
         str | None, typer.Option(help="Text to continue; with --chat, a single question to answer.")
@@ -51,10 +73,15 @@ def generate(
         ),
     ] = False,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="With --chat: system prompt.")] = None,
+    tokenizer: _Tokenizer = None,
+    lora: _Lora = None,
     checkpoint: _Checkpoint = None,
     device: _Device = TrainingOptions.device,
 ) -> None:
-    """Generate text with a model, or chat with it."""
+    """Generate text with a model, or chat with it.
+
+    Options of the model's shape are for a .pth, where its tensors do not tell them.
+    """
     if system is not None and not chat:
         raise typer.BadParameter("--system goes with --chat")
     if prompt is None and not chat:
@@ -65,15 +92,20 @@ def generate(
         from minimind_train.generation.chat_session import ChatSession
         from minimind_train.generation.completion import complete
 
-    changes = {name: value for name, value in asdict(scaling).items() if name in options_given}
+    opening = {
+        "checkpoint": checkpoint,
+        "device": device,
+        "changes": _changes(scaling, shape, options_given),
+        "tokenizer": tokenizer,
+        "lora": lora,
+        "say": say_in_flags(),
+    }
     if chat:
-        session = ChatSession.open(
-            run, options, system=system, checkpoint=checkpoint, device=device, changes=changes
-        )
+        session = ChatSession.open(run, options, system=system, **opening)
         talk(session, prompt)
         return
     assert prompt is not None
-    texts = complete(run, prompt, options, checkpoint=checkpoint, device=device, changes=changes)
+    texts = complete(run, prompt, options, **opening)
     try:
         for text in texts:
             print(text, end="", flush=True)
@@ -82,9 +114,10 @@ def generate(
 
 
 def serve(
-    run: Annotated[Path, typer.Option(help="Folder of the run, or a Hugging Face folder.")],
+    run: _Run,
     options: GenerateOptions,
     scaling: RopeScaling,
+    shape: _Shape,
     options_given: OptionsGiven,
     host: Annotated[
         str, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 for all of this machine's.")
@@ -93,21 +126,31 @@ def serve(
         int,
         typer.Option(metavar="N", min=0, max=65535, help="Port to listen on; 0 lets the system pick one."),
     ] = 8000,
+    tokenizer: _Tokenizer = None,
+    lora: _Lora = None,
     checkpoint: _Checkpoint = None,
     device: _Device = TrainingOptions.device,
 ) -> None:
     """Serve a model to clients of OpenAI's API, and to a browser.
 
     One answer at a time, for trying a model out; for many users export it and take vLLM. The options of sampling hold where a
-    request does not say its own.
+    request does not say its own; those of the model's shape are for a .pth, where its tensors do not tell them.
     """
     with importing():
         from minimind_train.generation.server import ServedModel, listen
         from minimind_train.generation.server import serve as serve_model
 
     with listen(host, port) as listener:
-        changes = {name: value for name, value in asdict(scaling).items() if name in options_given}
-        served = ServedModel.open(run, options, checkpoint=checkpoint, device=device, changes=changes)
+        served = ServedModel.open(
+            run,
+            options,
+            checkpoint=checkpoint,
+            device=device,
+            changes=_changes(scaling, shape, options_given),
+            tokenizer=tokenizer,
+            lora=lora,
+            say=say_in_flags(),
+        )
         if host not in _OWN_ADDRESSES:
             print(
                 f"{host} may be reached from elsewhere, and nobody is asked for a password", file=sys.stderr
@@ -122,9 +165,10 @@ def serve(
 
 
 def evaluate(
-    run: Annotated[Path, typer.Option(help="Folder of the run, or a Hugging Face folder.")],
+    run: _Run,
     shards: Annotated[list[Path], typer.Option(metavar="DIR", help="Dataset with the same tokenizer.")],
     scaling: RopeScaling,
+    shape: _Shape,
     options_given: OptionsGiven,
     seq_len: Annotated[
         int | None, option_of(WindowOptions, "seq_len", min=1, default="that of the run")
@@ -139,12 +183,17 @@ def evaluate(
     micro_batch: Annotated[
         int, option_of(TrainingOptions, "micro_batch", min=1, max=2**20)
     ] = TrainingOptions.micro_batch,
+    tokenizer: _Tokenizer = None,
+    lora: _Lora = None,
     checkpoint: _Checkpoint = None,
     device: _Device = TrainingOptions.device,
     dtype: Annotated[Dtype | None, option_of(TrainingOptions, "dtype", default="that of the run")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a model on a dataset: loss, perplexity, bits per byte."""
+    """Evaluate a model on a dataset: loss, perplexity, bits per byte.
+
+    Options of the model's shape are for a .pth, where its tensors do not tell them.
+    """
     if len(shards) > 1:
         raise typer.BadParameter(
             f"--shards is given {len(shards)} times, but one dataset is evaluated at a time; run the command for each"
@@ -163,7 +212,10 @@ def evaluate(
         dtype=dtype,
         seq_len=seq_len,
         layout=layout,
-        changes={name: value for name, value in asdict(scaling).items() if name in options_given},
+        changes=_changes(scaling, shape, options_given),
+        tokenizer=tokenizer,
+        lora=lora,
+        say=say_in_flags(),
     )
     if as_json:
         print(json.dumps(evaluation.as_dict()))
@@ -172,31 +224,55 @@ def evaluate(
 
 
 def export(
-    run: Annotated[Path, typer.Option(help="Folder of the run.")],
+    run: _Run,
     to: Annotated[
         Target,
         typer.Option(
             help="hf: a folder that transformers opens as Qwen3, Qwen3-MoE or Llama; minimind: a .pth that "
-            "MiniMind's code opens; gguf: a file for llama.cpp and ollama; peft: only the adapters of a run with --lora-rank."
+            "MiniMind's code opens; gguf: a file for llama.cpp and ollama; peft, minimind-lora: only the adapters of a run with --lora-rank, "
+            "for peft, or as MiniMind's lora_*.pth."
         ),
     ],
     out: Annotated[
         Path,
         typer.Option(help="A new folder; for minimind and gguf any folder, or the .pth or .gguf itself."),
     ],
+    scaling: RopeScaling,
+    shape: _Shape,
+    options_given: OptionsGiven,
     dtype: Annotated[
         WeightDtype | None,
         typer.Option(
-            help="Dtype of the weights; by default fp16 for minimind and gguf, else fp32. q8_0 is for gguf."
+            help="Dtype of the weights; by default fp16 for MiniMind and gguf, else fp32. q8_0 is for gguf."
         ),
     ] = None,
+    tokenizer: _Tokenizer = None,
+    lora: _Lora = None,
     checkpoint: _Checkpoint = None,
 ) -> None:
-    """Export a model for transformers, llama.cpp, peft or MiniMind."""
+    """Export a model for transformers, llama.cpp, peft or MiniMind.
+
+    Options of the model's shape are for a .pth, where its tensors do not tell them.
+    """
     with importing():
         from minimind_train.weights.exporting import export as export_weights
 
-    export_weights(run, out, to=to, checkpoint=checkpoint, dtype=dtype, say=say_in_flags())
+    export_weights(
+        run,
+        out,
+        to=to,
+        checkpoint=checkpoint,
+        dtype=dtype,
+        changes=_changes(scaling, shape, options_given),
+        tokenizer=tokenizer,
+        lora=lora,
+        say=say_in_flags(),
+    )
+
+
+def _changes(scaling: RopeScaling, shape: dict[str, Any], options_given: OptionsGiven) -> dict[str, Any]:
+    """Return the options of the model that the user passed."""
+    return shape | {name: value for name, value in asdict(scaling).items() if name in options_given}
 
 
 def plot(

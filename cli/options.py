@@ -20,7 +20,7 @@ import sys
 import threading
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, is_dataclass
+from dataclasses import MISSING, dataclass, is_dataclass
 from typing import Annotated, Any, ClassVar, NewType, NoReturn, TextIO, get_args, get_origin, get_type_hints
 
 import typer
@@ -37,6 +37,25 @@ from .flags import Flags, in_flags, use_flags_of
 from .minimind import translation, with_dashes
 
 OptionsGiven = NewType("OptionsGiven", frozenset[str])
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Annotates a parameter that gets those options of a dataclass, by name, that the user passed: each is a flag without a default."""
+
+    kind: type
+    without: frozenset[str] = frozenset()
+    """Options that are no flags."""
+
+    @property
+    def parameters(self) -> list[inspect.Parameter]:
+        """The flags."""
+        return [
+            _flag(name, annotation, None)
+            for name, annotation, _ in leaves(self.kind)
+            if name not in self.without
+        ]
+
 
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
@@ -93,6 +112,8 @@ def command(
             if is_dataclass(kind):
                 assert isinstance(kind, type)
                 parameters += [_flag(*leaf) for leaf in leaves(kind)]
+            elif (changes := _changes_in(kind)) is not None:
+                parameters += changes.parameters
             elif kind is not OptionsGiven:
                 parameters.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
 
@@ -301,9 +322,16 @@ def plain(parser: Callable[[str], Any]) -> Callable[[str], Any]:
     return parse
 
 
+def _changes_in(kind: Any) -> Changes | None:
+    return next((extra for extra in get_args(kind)[1:] if isinstance(extra, Changes)), None)
+
+
 def _argument(kind: Any, name: str, values: dict[str, Any], context: typer.Context) -> Any:
     if kind is OptionsGiven:
         return frozenset(key for key in values if _is_passed(key, context))
+    if (changes := _changes_in(kind)) is not None:
+        names = [parameter.name for parameter in changes.parameters]
+        return {name: values[name] for name in names if _is_passed(name, context)}
     if not is_dataclass(kind):
         return values[name]
     assert isinstance(kind, type)

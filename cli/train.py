@@ -191,10 +191,10 @@ _register(
     DpoOptions,
     "Train a model on pairs of better and worse answers.\n\nDirect preference optimization (DPO). With --resume, continue a run.",
 )
-command(app)(models.generate)
-command(app)(models.serve)
-command(app, "eval")(models.evaluate)
-command(app)(models.export)
+command(app, first=("run", "prompt", "chat", "system", "tokenizer", "lora"))(models.generate)
+command(app, first=("run", "host", "port", "tokenizer", "lora"))(models.serve)
+command(app, "eval", first=("run", "shards", "tokenizer", "lora"))(models.evaluate)
+command(app, first=("run", "to", "out", "dtype", "tokenizer", "lora"))(models.export)
 command(app)(models.plot)
 
 

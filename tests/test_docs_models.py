@@ -42,7 +42,7 @@ def test_the_commands_run(tmp_path, monkeypatch):
                 assert result.exit_code == 0, (line, result.stderr)
     finally:
         torch.set_num_threads(former)
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 8
 
 
 def test_the_sizes_are_those_of_the_presets():

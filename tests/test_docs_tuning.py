@@ -42,5 +42,6 @@ def test_the_commands_run(tmp_path, monkeypatch):
             assert result.exit_code == 0, (line, result.output)
     finally:
         torch.set_num_threads(former)
-    assert len(COMMANDS) == 10
+    assert len(COMMANDS) == 11
     assert (tmp_path / "out" / "adapters" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "out" / "lora_lora_16.pth").is_file()

@@ -65,26 +65,31 @@ class ChatSession:
         checkpoint: CheckpointChoice = None,
         device: str = "auto",
         changes: Mapping[str, Any] = MappingProxyType({}),
+        tokenizer: Path | str | None = None,
+        lora: Path | str | None = None,
         say: Say = say_on_stderr,
     ) -> Self:
-        """Begin a chat with the model of a run, or of a Hugging Face folder, with the template in its folder.
+        """Begin a chat with the model of a run, a Hugging Face folder or MiniMind's `.pth`, with the template of its tokenizer.
 
         Args:
-            run: the folder.
+            run: the folder or file.
             options: of sampling.
             system: text of a system message at the beginning.
             checkpoint: the step of one, or `best`, if it is a run.
             device: where to compute.
-            changes: options of the model that are to differ, such as those of its positions.
-            say: called with a sentence about each damaged checkpoint.
+            changes: options of the model: those that are to differ, such as those of its positions, or that a `.pth` does not tell.
+            tokenizer: of weights that are no run's, where it is not beside them or MiniMind's own.
+            lora: a file of MiniMind's adapters, which are merged into the weights.
+            say: called with a sentence about each damaged checkpoint, and on what a `.pth` was taken for.
 
         Raises:
             UserError: there is no such model, or no template.
         """
-        run = Path(run)
-        trained = open_model(run, step=checkpoint, say=say, changes=changes)
+        trained = open_model(
+            Path(run), step=checkpoint, say=say, changes=changes, tokenizer=tokenizer, lora=lora
+        )
         model = trained.model.to(resolve_device(device))
-        return cls(model, trained.tokenizer, template_of(run), options, system)
+        return cls(model, trained.tokenizer, template_of(trained.tokenizer_folder), options, system)
 
     def clear(self) -> None:
         """Forget all messages but the system message."""

@@ -1,4 +1,4 @@
-"""Continue a text with a trained model, from a run folder or a Hugging Face folder: `mm-train generate` without `--chat`."""
+"""Continue a text with a trained model, from a run folder, a Hugging Face folder or a `.pth`: `mm-train generate` without `--chat`."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,24 +24,28 @@ def complete(
     checkpoint: CheckpointChoice = None,
     device: str = "auto",
     changes: Mapping[str, Any] = MappingProxyType({}),
+    tokenizer: Path | str | None = None,
+    lora: Path | str | None = None,
     say: Say = say_on_stderr,
 ) -> Iterator[str]:
     """Yield what the model of a run generates after BOS, where its tokenizer has one, and `prompt`, piece by piece.
 
     Args:
-        run: the folder of a run, which may still be training, or a Hugging Face folder.
+        run: the folder of a run, which may still be training, a Hugging Face folder, or MiniMind's `.pth`.
         prompt: the text to continue; special tokens in it are recognised.
         options: of sampling.
         checkpoint: the step of one, or `best`; by default the newest whole one.
         device: where to compute.
-        changes: options of the model that are to differ from the run's, such as those of its positions.
-        say: called with a sentence about each damaged checkpoint.
+        changes: options of the model: those that are to differ, such as those of its positions, or that a `.pth` does not tell.
+        tokenizer: of weights that are no run's, where it is not beside them or MiniMind's own.
+        lora: a file of MiniMind's adapters, which are merged into the weights.
+        say: called with a sentence about each damaged checkpoint, and on what a `.pth` was taken for.
 
     Raises:
         UserError: there is no such model or checkpoint.
     """
     _check(prompt)
-    trained = open_model(Path(run), step=checkpoint, say=say, changes=changes)
+    trained = open_model(Path(run), step=checkpoint, say=say, changes=changes, tokenizer=tokenizer, lora=lora)
     return continue_text(trained.model.to(resolve_device(device)), trained.tokenizer, prompt, options)
 
 

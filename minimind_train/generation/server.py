@@ -92,28 +92,33 @@ class ServedModel:
         checkpoint: CheckpointChoice = None,
         device: str = "auto",
         changes: Mapping[str, Any] = MappingProxyType({}),
+        tokenizer: Path | str | None = None,
+        lora: Path | str | None = None,
         say: Say = say_on_stderr,
     ) -> Self:
-        """Return the model of a run, or of a Hugging Face folder, by the name of its folder.
+        """Return the model of a run, a Hugging Face folder or MiniMind's `.pth`, by the name of the folder or file.
 
         Args:
-            run: the folder.
+            run: the folder or file.
             options: of sampling.
             checkpoint: the step of one, or `best`, if it is a run.
             device: where to compute.
-            changes: options of the model that are to differ, such as those of its positions.
-            say: called with a sentence about each damaged checkpoint.
+            changes: options of the model: those that are to differ, such as those of its positions, or that a `.pth` does not tell.
+            tokenizer: of weights that are no run's, where it is not beside them or MiniMind's own.
+            lora: a file of MiniMind's adapters, which are merged into the weights.
+            say: called with a sentence about each damaged checkpoint, and on what a `.pth` was taken for.
 
         Raises:
             UserError: there is no such model.
         """
-        run = Path(run)
-        trained = open_model(run, step=checkpoint, say=say, changes=changes)
+        trained = open_model(
+            Path(run), step=checkpoint, say=say, changes=changes, tokenizer=tokenizer, lora=lora
+        )
         return cls(
-            name=run.resolve().name,
+            name=trained.name,
             model=trained.model.to(resolve_device(device)),
             tokenizer=trained.tokenizer,
-            template=chat_template_of(run),
+            template=chat_template_of(trained.tokenizer_folder),
             options=options,
         )
 

@@ -1,4 +1,4 @@
-"""Evaluating a trained model, of a run or of a Hugging Face folder, on any dataset of its tokenizer: `mm-train eval`.
+"""Evaluating a trained model, of a run, a Hugging Face folder or MiniMind's `.pth`, on any dataset of its tokenizer: `mm-train eval`.
 
 The windows and the objective are those of the run; the evaluation itself is in `training.evaluate`.
 """
@@ -43,34 +43,38 @@ def evaluate(
     seq_len: int | None = None,
     layout: Layout | None = None,
     changes: Mapping[str, Any] = MappingProxyType({}),
+    tokenizer: Path | str | None = None,
+    lora: Path | str | None = None,
     say: Say = say_on_stderr,
 ) -> Evaluation:
     """Evaluate a model as its run does by `val_shards`.
 
     Args:
-        run: the folder of a run, which may still be training, or a Hugging Face folder.
+        run: the folder of a run, which may still be training, a Hugging Face folder, or MiniMind's `.pth`.
         dataset: the folder of a dataset with the model's tokenizer.
         checkpoint: the step of one, or `best`; by default the newest complete one.
         windows: how many, spread evenly; all by default.
         micro_batch: windows in one forward pass.
         device: where to compute.
-        dtype: of matrix products; by default the run's, and `auto` for a Hugging Face folder.
+        dtype: of matrix products; by default the run's, and `auto` for weights that are no run's.
         seq_len: of the windows; by default the run's.
         layout: of the windows; by default the run's.
-        changes: options of the model that differ from the run's, such as those of its positions.
+        changes: options of the model: those that are to differ, such as those of its positions, or that a `.pth` does not tell.
+        tokenizer: of weights that are no run's, where it is not beside them or MiniMind's own.
+        lora: a file of MiniMind's adapters, which are merged into the weights.
         say: takes lines for the user.
 
     Raises:
         UserError: there is no such model, checkpoint or dataset, or the tokenizers differ; the message shows both sides.
     """
     run, dataset = Path(run), Path(dataset)
-    trained = open_model(run, step=checkpoint, say=say, changes=changes)
+    trained = open_model(run, step=checkpoint, say=say, changes=changes, tokenizer=tokenizer, lora=lora)
     shards = ShardSet.open(dataset)
     refuse_other_tokenizer(
         (shards.folder, shards.manifest.tokenizer),
         (run, trained.tokenizer.info),
         why="a model knows the ids of its own alone",
-        remedy=f"tokenize the text again with `tokenizer` {run}",
+        remedy=f"tokenize the text again with `tokenizer` {trained.tokenizer_folder}",
         # A run's is a copy of its dataset's; other programs write the same one in their own way.
         same=lambda: trained.record is None and same_encoding(trained.tokenizer.json, shards.tokenizer_json),
     )

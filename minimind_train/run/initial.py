@@ -17,6 +17,7 @@ from minimind_train.model.transformer import MiniMind
 from minimind_train.progress import Say
 from minimind_train.resume_policy import Resume, names_of
 from minimind_train.run.options import RunOptions
+from minimind_train.weights.foreign import ResumePoint
 from minimind_train.weights.loading import Weights, checksum_of_tensors, load_initial_weights, load_weights
 
 __all__ = ["InitialWeights", "with_initial_weights"]
@@ -47,6 +48,8 @@ def with_initial_weights(
         return options, None
     weights = load_weights(Path(origin), step=options.start.from_step, shape=options.model, say=say)
     _check_tokenizer(origin, weights, shards, say)
+    if weights.resume_point is not None:
+        say(_what_is_not_taken(origin, weights.resume_point, options))
     here, there = flatten(options.model), flatten(weights.config)
     if names_given is None:
         defaults = flatten(type(options)().model)
@@ -123,6 +126,22 @@ class InitialWeights:
     def release(self) -> None:
         """Give their memory back; whoever needs them again loads them again."""
         self._weights = None
+
+
+def _what_is_not_taken(origin: str, point: ResumePoint, options: RunOptions) -> str:
+    """Return a line on what a run leaves of MiniMind's resume file, and how it begins behind the samples that were learned."""
+    samples = point.step * options.training.micro_batch * point.processes
+    of_processes = f" of {point.processes} processes" if point.processes > 1 else ""
+    line = (
+        f"{origin}: MiniMind's run stood in its epoch {point.epoch + 1} after step {point.step}{of_processes}. Its weights are taken; its "
+        "optimizer's moments, its learning rate and its step are not, so this run begins at step 0"
+    )
+    if samples and not (options.data.skip_positions or options.data.resume_from):
+        line += (
+            f". If its batch_size was {options.training.micro_batch}, as `micro_batch` is here, it had learned from {samples:,} samples of "
+            f"that epoch: `skip_positions` 0:{samples} leaves as many out here, where the order is another draw"
+        )
+    return line
 
 
 def _check_tokenizer(origin: str, weights: Weights, shards: Datasets, say: Say) -> None:

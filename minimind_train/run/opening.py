@@ -1,4 +1,4 @@
-"""A run, or the folder of a Hugging Face model, opened from Python: its model, its tokenizer, its options, and what it reads.
+"""A run, the folder of a Hugging Face model or MiniMind's `.pth`, opened from Python: its model, its tokenizer, its options, and what it reads.
 
 trained = open_run("runs/first")
 "".join(trained.complete("The sky is"))
@@ -38,13 +38,16 @@ class OpenRun:
     """A trained model and where it comes from; `open_run` makes it."""
 
     folder: Path
+    """Of the run or model, or the file of its weights."""
     model: MiniMind
     """In evaluation mode, where it is to compute."""
     tokenizer: Tokenizer
     options: RunOptions | None
-    """Of the run; None for the folder of a Hugging Face model, which says none."""
+    """Of the run; None for weights that are no run's."""
     step: int | None
-    """Of the checkpoint; None for the folder of a Hugging Face model."""
+    """Of the checkpoint; None for weights that are no run's."""
+    tokenizer_folder: Path
+    """The folder with the tokenizer and, where there is one, its chat template."""
 
     def complete(self, prompt: str, options: GenerateOptions = DEFAULTS) -> Iterator[str]:
         """Yield what the model generates after a text, piece by piece.
@@ -55,12 +58,12 @@ class OpenRun:
         return continue_text(self.model, self.tokenizer, prompt, options)
 
     def chat(self, options: GenerateOptions = DEFAULTS, *, system: str | None = None) -> ChatSession:
-        """Begin a chat with the model, by the template in its folder.
+        """Begin a chat with the model, by the template of its tokenizer.
 
         Raises:
             UserError: there is none.
         """
-        return ChatSession(self.model, self.tokenizer, template_of(self.folder), options, system)
+        return ChatSession(self.model, self.tokenizer, template_of(self.tokenizer_folder), options, system)
 
     @property
     def windows(self) -> Windows | MixedWindows:
@@ -91,7 +94,10 @@ class OpenRun:
         return Datasets.open(data.shards).windows_and_order(data, seed=seed, say=say_on_stderr)
 
     def __repr__(self) -> str:
-        kind = "Hugging Face model" if self.options is None else f"{self.options.command}, step {self.step}"
+        if self.options is not None:
+            kind = f"{self.options.command}, step {self.step}"
+        else:
+            kind = "file of weights" if self.folder.is_file() else "Hugging Face model"
         num_parameters = sum(weight.numel() for weight in self.model.parameters())
         return f"OpenRun({str(self.folder)!r}: {kind}, {num_parameters / 1e6:,.2f} M parameters, {self.tokenizer!r})"
 
@@ -102,26 +108,31 @@ def open_run(
     checkpoint: CheckpointChoice = None,
     device: str = "auto",
     changes: Mapping[str, Any] = MappingProxyType({}),
+    tokenizer: Path | str | None = None,
+    lora: Path | str | None = None,
     say: Say = say_on_stderr,
 ) -> OpenRun:
-    """Open a run, which may still be training, or the folder of a Hugging Face model.
+    """Open a run, which may still be training, the folder of a Hugging Face model, or a file of weights such as MiniMind's `.pth`.
 
     Args:
-        folder: of either.
+        folder: of the run or model, or the file.
         checkpoint: of a run, the step of one, or `best`; the newest whole one by default.
         device: where the model is to compute.
-        changes: options of the model that are to differ, such as those of its positions.
-        say: called with a sentence about each damaged checkpoint.
+        changes: options of the model: those that are to differ, such as those of its positions, or that a `.pth` does not tell.
+        tokenizer: of weights that are no run's, where it is not beside them or MiniMind's own.
+        lora: a file of MiniMind's adapters, which are merged into the weights.
+        say: called with a sentence about each damaged checkpoint, and on what a `.pth` was taken for.
 
     Raises:
         UserError: there is no such model or checkpoint.
     """
     folder = Path(folder)
-    trained = open_model(folder, step=checkpoint, say=say, changes=changes)
+    trained = open_model(folder, step=checkpoint, say=say, changes=changes, tokenizer=tokenizer, lora=lora)
     return OpenRun(
         folder=folder,
         model=trained.model.to(resolve_device(device)),
         tokenizer=trained.tokenizer,
         options=options_of(trained.record, folder) if trained.record else None,
         step=trained.step,
+        tokenizer_folder=trained.tokenizer_folder,
     )

@@ -7,7 +7,9 @@ what is not a parameter, and compare names and shapes with the model's, because 
 
 import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -21,19 +23,24 @@ from minimind_train.model.transformer import MiniMind
 from minimind_train.weights.hf_config import from_hf
 
 __all__ = [
+    "EMBEDDING_NAME",
+    "HEAD_NAME",
     "HF_CONFIG_NAME",
+    "ResumePoint",
     "is_hf_folder",
     "num_entries",
     "parameters_of_model",
     "read_hf_folder",
     "read_tensors",
+    "read_weights_file",
+    "split_experts",
 ]
 
 HF_CONFIG_NAME = "config.json"
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _FILES = ("model.safetensors", "pytorch_model.bin")
 _NO_PARAMETERS = ("rotary_emb.inv_freq", "freqs_cos", "freqs_sin")
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEAD_NAME, EMBEDDING_NAME = "lm_head.weight", "model.embed_tokens.weight"
 _GATE_UP, _DOWN = ".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"
 
 
@@ -84,11 +91,31 @@ def _weight_files(folder: Path) -> list[Path]:
     raise UserError(f"holds no weights ({', '.join((*_FILES, *_INDEXES))} are looked for)", where=folder)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ResumePoint:
+    """Where a run of MiniMind's stood when it wrote its `*_resume.pth`."""
+
+    epoch: int
+    """Whole epochs before it."""
+    step: int
+    """Micro-batches of each process in this epoch."""
+    processes: int
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file by name: of safetensors, by the suffix, else of what `torch.save` wrote, also MiniMind's resume files.
 
     Raises:
         UserError: there is no such file, or it holds something else.
+    """
+    return read_weights_file(path)[0]
+
+
+def read_weights_file(path: Path) -> tuple[dict[str, Tensor], ResumePoint | None]:
+    """Return the tensors of a file as `read_tensors` does, and where training stood if it is a resume file of MiniMind's.
+
+    Raises:
+        UserError: as `read_tensors`.
     """
     try:
         loaded = (
@@ -105,14 +132,28 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             remedy="such a file could run code, so it is not read; save its state_dict() alone",
         ) from None
     except Exception as error:  # noqa: BLE001 - torch says nowhere what it raises for a file that is cut off or made up
-        raise UserError(f"cannot be read ({str(error).partition(chr(10))[0]})", where=path) from None
+        why = str(error).partition("\n")[0] or "it is empty or cut off"
+        raise UserError(f"cannot be read ({why})", where=path) from None
+    point = None
     if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
+        point = _resume_point(loaded)
         loaded = loaded["model"]
     if not (
         isinstance(loaded, dict) and loaded and all(isinstance(tensor, Tensor) for tensor in loaded.values())
     ):
         raise UserError("is no state_dict, which is a tensor for each name", where=path)
-    return loaded
+    return loaded, point
+
+
+def _resume_point(content: Mapping[str, Any]) -> ResumePoint | None:
+    """Return where training stood, from what `torch.load` gives of a resume file; None where it holds no optimizer or says other things."""
+    epoch, step, processes = (content.get(name) for name in ("epoch", "step", "world_size"))
+    processes = 1 if processes is None else processes
+    if "optimizer" not in content:
+        return None
+    if not (isinstance(epoch, int) and isinstance(step, int) and isinstance(processes, int)):
+        return None
+    return ResumePoint(epoch=epoch, step=step, processes=processes) if min(epoch, step) >= 0 else None
 
 
 def num_entries(tensors: Mapping[str, Tensor], source: Path) -> int:
@@ -121,10 +162,10 @@ def num_entries(tensors: Mapping[str, Tensor], source: Path) -> int:
     Raises:
         UserError: there is no embedding matrix of the name that it has here.
     """
-    embedding = tensors.get(_EMBEDDING)
+    embedding = tensors.get(EMBEDDING_NAME)
     if embedding is None or embedding.ndim != 2:
         raise UserError(
-            f"has no {_EMBEDDING}, so it holds no model of MiniMind's since minimind2, nor one of Hugging "
+            f"has no {EMBEDDING_NAME}, so it holds no model of MiniMind's since minimind2, nor one of Hugging "
             "Face's",
             where=source,
         )
@@ -144,12 +185,12 @@ def parameters_of_model(
     Raises:
         UserError: they belong to another model; the message names the first difference.
     """
-    parameters = _split_experts(
+    parameters = split_experts(
         {name: tensor for name, tensor in tensors.items() if not name.endswith(_NO_PARAMETERS)}, source
     )
-    if config.tie_word_embeddings and _HEAD in parameters:
-        embedding = parameters.get(_EMBEDDING)
-        if embedding is None or not torch.equal(parameters.pop(_HEAD), embedding):
+    if config.tie_word_embeddings and HEAD_NAME in parameters:
+        embedding = parameters.get(EMBEDDING_NAME)
+        if embedding is None or not torch.equal(parameters.pop(HEAD_NAME), embedding):
             raise UserError(
                 "its output matrix is not its embedding matrix",
                 where=source,
@@ -171,8 +212,12 @@ def parameters_of_model(
     return {name: parameters[name].float() for name in expected}
 
 
-def _split_experts(tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
-    """Split the experts, which transformers 5 keeps in one tensor for each layer, gate above up."""
+def split_experts(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """Split the experts, which transformers 5 keeps in one tensor for each layer, gate above up.
+
+    Raises:
+        UserError: they have another shape.
+    """
     split: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.endswith((_GATE_UP, _DOWN)) and (

@@ -5,6 +5,7 @@ these; the weights beside them are those that the run began from.
 """
 
 import hashlib
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,22 +19,29 @@ from minimind_data.dataset.format import TOKENIZER_NAME, TokenizerInfo
 from minimind_data.errors import UserError
 from minimind_data.options import flatten, options_from, options_in_file
 from minimind_data.tokenizer.loading import Tokenizer, load_tokenizer
+from minimind_data.tokenizer.places import SHIPPED, place_of
 from minimind_train.model.config import LoraConfig, ModelConfig, trained_parameters
 from minimind_train.model.lora import add_adapters, merge_adapters
 from minimind_train.model.transformer import MiniMind
 from minimind_train.progress import Say, say_on_stderr
+from minimind_train.resume_policy import Resume, names_of
 from minimind_train.run_folder.checkpoint import STATE_NAME, Checkpoint
 from minimind_train.run_folder.checkpoint_choice import with_checkpoint
 from minimind_train.run_folder.options import CheckpointChoice
 from minimind_train.run_folder.places import with_present_places
 from minimind_train.run_folder.record import RESTORE, RUN_CONFIG_NAME, RunRecord, load_run_tokenizer
+from minimind_train.weights.file_shape import shape_of_file
 from minimind_train.weights.foreign import (
+    ResumePoint,
     is_hf_folder,
     num_entries,
     parameters_of_model,
     read_hf_folder,
     read_tensors,
+    read_weights_file,
+    split_experts,
 )
+from minimind_train.weights.lora_form import merged_with, split_adapters
 from minimind_train.weights.options import StartOptions
 
 
@@ -45,9 +53,17 @@ class TrainedModel:
     """On the CPU, in evaluation mode."""
     tokenizer: Tokenizer
     record: RunRecord | None
-    """The run's record; None for a Hugging Face folder."""
+    """The run's record; None for weights that are no run's."""
     step: int | None
-    """The step of the checkpoint; None for a Hugging Face folder."""
+    """The step of the checkpoint; None for weights that are no run's."""
+    name: str
+    """What people call it: the name of its folder, or of its file without the ending."""
+    tokenizer_folder: Path
+    """The folder with its tokenizer and, where there is one, its chat template."""
+
+
+_SUFFIXES = {".pth", ".pt", ".bin", ".safetensors"}
+"""How names of files with weights end; what torch.save writes is a zip file, whatever it is called."""
 
 
 def open_model(
@@ -56,43 +72,203 @@ def open_model(
     step: CheckpointChoice,
     say: Say,
     changes: Mapping[str, Any] = MappingProxyType({}),
+    tokenizer: Path | str | None = None,
+    lora: Path | str | None = None,
 ) -> TrainedModel:
-    """Open the model of a run or of a Hugging Face folder.
+    """Open the model of a run, of a Hugging Face folder, or of a file of weights such as MiniMind's `.pth`.
 
     Args:
-        path: its folder; a run may still be training.
+        path: of any of these; a run may still be training.
         step: of a run, whose checkpoint; the newest whole one by default, or `best`.
-        say: takes a sentence on each damaged checkpoint.
-        changes: options of the model to change, such as those of its positions.
+        say: takes a sentence on each damaged checkpoint, and on what was taken for granted about a file of weights.
+        changes: options of the model: of a folder those to change, such as those of its positions; of a file those that its tensors
+            do not tell.
+        tokenizer: of weights that are no run's, where it is not in the folder, beside the file, or MiniMind's own.
+        lora: a file of MiniMind's adapters, which are merged into the weights.
 
     Raises:
         UserError: there is no such model, or nothing that says which token ends a text.
     """
-    if not is_hf_folder(path):
-        record = RunRecord.read(path)
-        model, step = _model_and_step_of(path, step, say, changes)
-        tokenizer = load_run_tokenizer(path, record.tokenizer)
-        return TrainedModel(model=model, tokenizer=tokenizer, record=record, step=step)
+    if path.is_file() and (path.suffix in _SUFFIXES or zipfile.is_zipfile(path)):
+        trained = _open_file(path, step=step, say=say, options=changes, tokenizer=tokenizer)
+    elif is_hf_folder(path):
+        trained = _open_hf_folder(path, step=step, say=say, changes=changes, tokenizer=tokenizer)
+    else:
+        trained = _open_run(path, step=step, say=say, changes=changes, tokenizer=tokenizer)
+    if lora is not None:
+        _, adapters = split_adapters(read_tensors(Path(lora)))
+        trained.model.load_state_dict(merged_with(trained.model.state_dict(), adapters, Path(lora)))
+    return trained
+
+
+def _open_run(
+    path: Path,
+    *,
+    step: CheckpointChoice,
+    say: Say,
+    changes: Mapping[str, Any],
+    tokenizer: Path | str | None,
+) -> TrainedModel:
+    if path.suffix in _SUFFIXES and not path.exists():
+        raise UserError("no such file", where=path, remedy="correct the name", option="run")
+    record = RunRecord.read(path)
+    if tokenizer is not None:
+        raise UserError(
+            "is a run, which knows its tokenizer",
+            where=path,
+            remedy="leave `tokenizer` out",
+            option="tokenizer",
+        )
+    model, step = _model_and_step_of(path, step, say, changes)
+    return TrainedModel(
+        model=model,
+        tokenizer=load_run_tokenizer(path, record.tokenizer),
+        record=record,
+        step=step,
+        name=path.resolve().name,
+        tokenizer_folder=path,
+    )
+
+
+def _open_hf_folder(
+    path: Path,
+    *,
+    step: CheckpointChoice,
+    say: Say,
+    changes: Mapping[str, Any],
+    tokenizer: Path | str | None,
+) -> TrainedModel:
+    _refuse_step(path, step, "checkpoint")
+    place = path if tokenizer is None else place_of(tokenizer)
+    try:
+        loaded_tokenizer = load_tokenizer(place)
+    except UserError as error:
+        if tokenizer is not None:
+            raise
+        why = str(error).partition(";")[0]
+        raise UserError(
+            why, remedy="put it into the folder, or into its tokenizer_config.json, or pass `tokenizer`"
+        ) from None
+    weights = load_weights(path, say=say)
+    model = MiniMind(_changed(weights.config, changes, path)).eval()
+    model.load_state_dict(weights.tensors)
+    _refuse_small_vocabulary(model.config, loaded_tokenizer, path)
+    return TrainedModel(
+        model=model,
+        tokenizer=loaded_tokenizer,
+        record=None,
+        step=None,
+        name=path.resolve().name,
+        tokenizer_folder=_folder_of(place),
+    )
+
+
+def _open_file(
+    path: Path,
+    *,
+    step: CheckpointChoice,
+    say: Say,
+    options: Mapping[str, Any],
+    tokenizer: Path | str | None,
+) -> TrainedModel:
+    _refuse_step(path, step, "checkpoint")
+    tensors, _ = read_weights_file(path)
+    tensors = _without_adapters(split_experts(tensors, path), path)
+    shape = shape_of_file(tensors, options, path)
+    parameters = parameters_of_model(tensors, shape.config, path)
+    beside = tokenizer_beside(path)
+    if tokenizer is not None:
+        place, which = place_of(tokenizer), ""
+    elif beside.is_dir():
+        place, which = beside, f"; tokenizer {beside}"
+    else:
+        place, which = SHIPPED[shape.tokenizer], f"; tokenizer {shape.tokenizer}"
+    say(
+        f"{path}: {shape.in_words}{which}; where that is wrong, pass the model's options{' or `tokenizer`' if which else ''}"
+    )
+    loaded_tokenizer = load_tokenizer(place)
+    _refuse_small_vocabulary(shape.config, loaded_tokenizer, path)
+    if tokenizer is None and loaded_tokenizer.info.vocab_size != shape.config.vocab_size:
+        raise UserError(
+            f"has {shape.config.vocab_size:,} entries of a vocabulary, and the tokenizer {shape.tokenizer} "
+            f"{loaded_tokenizer.info.vocab_size:,}",
+            where=path,
+            remedy="pass its own by `tokenizer`",
+            option="tokenizer",
+        )
+    model = MiniMind(shape.config).eval()
+    model.load_state_dict(parameters)
+    return TrainedModel(
+        model=model,
+        tokenizer=loaded_tokenizer,
+        record=None,
+        step=None,
+        name=path.stem,
+        tokenizer_folder=_folder_of(place),
+    )
+
+
+def tokenizer_beside(path: Path) -> Path:
+    """Return the folder in which the tokenizer of a file of weights is, where it is not MiniMind's own."""
+    return path.with_name(f"{path.stem}_tokenizer")
+
+
+def _folder_of(tokenizer: Path) -> Path:
+    return tokenizer if tokenizer.is_dir() else tokenizer.parent
+
+
+def _refuse_small_vocabulary(config: ModelConfig, tokenizer: Tokenizer, path: Path) -> None:
+    if tokenizer.info.vocab_size > config.vocab_size:
+        raise UserError(
+            f"has {config.vocab_size:,} entries of a vocabulary, and the tokenizer {tokenizer.info.vocab_size:,}",
+            where=path,
+            remedy="pass its own by `tokenizer`",
+            option="tokenizer",
+        )
+
+
+def _refuse_step(path: Path, step: CheckpointChoice, option: str) -> None:
     if step is not None:
         raise UserError(
             "is no run, so it has no checkpoint of a step",
             where=path,
-            remedy="leave `checkpoint` out",
-            option="checkpoint",
+            remedy=f"leave `{option}` out",
+            option=option,
         )
+
+
+def _changed(config: ModelConfig, changes: Mapping[str, Any], where: Path) -> ModelConfig:
+    """Return a shape with some options changed, of those with which the same weights still fit.
+
+    Raises:
+        UserError: the weights decide about one of them, or its value is not possible.
+    """
+    there = flatten(config.resolved())
+    for name in sorted(changes.keys() & names_of(ModelConfig, Resume.SHAPE)):
+        if changes[name] != there[name]:
+            raise UserError(
+                f"its {name} is {there[name]}, and `{name}` says {changes[name]}",
+                where=where,
+                remedy=f"the weights decide the shape of the model, so leave `{name}` out",
+                option=name,
+            )
     try:
-        tokenizer = load_tokenizer(path)
-    except UserError as error:
-        why = str(error).partition(";")[0]
-        raise UserError(why, remedy="put it into the folder, or into its tokenizer_config.json") from None
-    weights = load_weights(path, say=say)
-    try:
-        config = options_from(ModelConfig, {**flatten(weights.config), **changes})
+        return options_from(ModelConfig, {**flatten(config), **changes})
     except ValueError as error:
-        raise UserError(f"its model cannot be used like that: {error}", where=path) from None
-    model = MiniMind(config).eval()
-    model.load_state_dict(weights.tensors)
-    return TrainedModel(model=model, tokenizer=tokenizer, record=None, step=None)
+        raise UserError(f"its model cannot be used like that: {error}", where=where) from None
+
+
+def _without_adapters(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a model; adapters of MiniMind's that are among them are merged into it."""
+    weights, adapters = split_adapters(tensors)
+    if adapters and not weights:
+        raise UserError(
+            "holds adapters alone",
+            where=path,
+            remedy="pass the weights that they belong to by `run` and this by `lora`; to train on from both, "
+            "write them as one first, by `mm-train export`",
+        )
+    return merged_with(weights, adapters, path) if adapters else weights
 
 
 class Weights(NamedTuple):
@@ -108,6 +284,8 @@ class Weights(NamedTuple):
     """The step of the checkpoint, where the weights are a run's."""
     tokenizer_json: str | None = None
     """The text of the tokenizer.json beside the weights, where there is one."""
+    resume_point: ResumePoint | None = None
+    """Where MiniMind stood when it wrote them, in a resume file of its."""
 
 
 def load_weights(
@@ -128,13 +306,8 @@ def load_weights(
     Raises:
         UserError: there are no weights, or no checkpoint of that step, or they are of another model than this program's or `shape`.
     """
-    if step is not None and (path.is_file() or is_hf_folder(path)):
-        raise UserError(
-            "is no run, so it has no checkpoint of a step",
-            where=path,
-            remedy="leave `from_step` out",
-            option="from_step",
-        )
+    if path.is_file() or is_hf_folder(path):
+        _refuse_step(path, step, "from_step")
     if path.is_file():
         return _of_file(path, shape)
     if is_hf_folder(path):
@@ -242,10 +415,7 @@ def _model_and_step_of(
 
 def _restore(checkpoint: Checkpoint, changes: Mapping[str, Any], say: Say) -> MiniMind:
     config, lora = model_options(checkpoint)
-    try:
-        config = options_from(ModelConfig, {**flatten(config), **changes})
-    except ValueError as error:
-        raise UserError(f"its model cannot be used like that: {error}", where=checkpoint.folder) from None
+    config = _changed(config, changes, checkpoint.folder)
     checkpoint.refuse_larger_model(trained_parameters(config, lora))
     if not lora.lora_rank:
         model = MiniMind(config).eval()
@@ -283,9 +453,11 @@ def _of_file(path: Path, shape: ModelConfig | None) -> Weights:
         raise UserError(
             "a file of weights does not say of which model", where=path, remedy="pass a folder that does"
         )
-    tensors = read_tensors(path)
+    tensors, point = read_weights_file(path)
+    tensors = _without_adapters(tensors, path)
     config = replace(shape, vocab_size=num_entries(tensors, path)).resolved()
-    return Weights(config=config, tensors=parameters_of_model(tensors, config, path), tokenizer=None)
+    parameters = parameters_of_model(tensors, config, path)
+    return Weights(config=config, tensors=parameters, tokenizer=None, resume_point=point)
 
 
 def _of_hf_folder(path: Path) -> Weights:

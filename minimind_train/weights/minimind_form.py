@@ -56,9 +56,14 @@ class MiniMindForm:
     """How MiniMind's code opens a model."""
 
     generation: str
-    """minimind-3 or minimind2."""
+    """minimind-3 or minimind2; its tokenizer ships under the same name, without a hyphen."""
     options: dict[str, Any]
     """The arguments of its `MiniMindConfig`."""
+
+    @property
+    def tokenizer(self) -> str:
+        """The name of this generation's own tokenizer, which its code reads from its folder model/."""
+        return self.generation.replace("-", "")
 
     @property
     def call(self) -> str:
@@ -66,10 +71,15 @@ class MiniMindForm:
         return f"MiniMindConfig({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
 
 
-def file_name(command: str, config: ModelConfig) -> str:
-    """Return the file name under which MiniMind's scripts look for weights: the phase, the width, and whether there are experts."""
-    suffix = "_moe" if config.use_moe else ""
-    return f"{_WEIGHT_NAMES.get(command, command)}_{config.hidden_size}{suffix}.pth"
+def file_name(name: str, config: ModelConfig) -> str:
+    """Return the file name under which MiniMind's scripts look for weights: the phase, the width, and whether there are experts.
+
+    Args:
+        name: of our phase, or any name that `eval_llm.py` is to call them by; what it says of the width already is not repeated.
+        config: the shape.
+    """
+    ending = f"_{config.hidden_size}{'_moe' if config.use_moe else ''}"
+    return f"{_WEIGHT_NAMES.get(name, name.removesuffix('_resume').removesuffix(ending))}{ending}.pth"
 
 
 def minimind_form(config: ModelConfig) -> MiniMindForm:

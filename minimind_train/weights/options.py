@@ -37,6 +37,6 @@ class StartOptions:
             raise ValueError("`from_step` says which checkpoint of `from_weight`; pass both or neither")
 
 
-Target = Literal["hf", "minimind", "peft", "gguf"]
+Target = Literal["hf", "minimind", "minimind-lora", "peft", "gguf"]
 
 WeightDtype = Literal["fp32", "bf16", "fp16", "q8_0"]

@@ -56,6 +56,12 @@ def typed_instead(command, line):
         ("sft", "--from_weight full_sft --hidden_size 512", "--from-weight out/full_sft_512.pth --hidden-size 512"),
         ("dpo", "--from_weight full_sft --use_moe 1", "--from-weight out/full_sft_768_moe.pth --use-moe"),
         ("pretrain", "--num_workers 8 --beta1 0.9", "--beta1 0.9"),
+        ("generate", "--weight full_sft", "--run out/full_sft_768.pth --chat"),
+        ("generate", "--load_from ./model --weight dpo --hidden_size 512 --prompt hi", "--run out/dpo_512.pth --hidden-size 512 --prompt hi"),
+        ("generate", "--load_from ./minimind-3 --historys 4", "--run ./minimind-3 --chat"),
+        ("generate", "--weight pretrain --use_moe 1", "--run out/pretrain_768_moe.pth --use-moe --prompt 为什么天空是蓝色的"),
+        ("generate", "--save_dir w --lora_weight lora_medical", "--run w/full_sft_768.pth --lora w/lora_medical_768.pth --chat"),
+        ("generate", "--lora_weight None --show_speed 1", "--run out/full_sft_768.pth --chat"),
     ],
 )  # fmt: skip
 def test_each_flag_has_ours_in_its_place(command, line, ours):

@@ -336,7 +336,7 @@ def test_numbers_that_a_dtype_cannot_hold_are_refused(make_run, tmp_path, monkey
     model = model_of(run, step=None, say=Said())
     with torch.no_grad():
         model.model.norm.weight[0] = 1e5
-    monkeypatch.setattr("minimind_train.weights.exporting.model_of", lambda *_, **__: model)
+    monkeypatch.setattr("minimind_train.weights.loading._restore", lambda *_, **__: model)
     with pytest.raises(UserError, match="model.norm.weight holds numbers that fp16 cannot"):
         export(run, tmp_path / "out", to="minimind", say=Said())
     export(run, tmp_path / "out", to="minimind", dtype="fp32", say=Said())
