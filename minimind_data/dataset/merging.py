@@ -6,16 +6,16 @@ sizes are checked. The documents come in the order in which the datasets are nam
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from minimind_data.dataset.checked_reading import carry_set_aside
-from minimind_data.dataset.format import REMAKE, FormatError, Manifest, ShardEntry
+from minimind_data.dataset.format import REMAKE, FormatError, Manifest, ShardEntry, TokenizerInfo
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.dataset.staging import new_folder, place_file, unique_names, write_metadata
 from minimind_data.errors import UserError
-from minimind_data.options import as_paths, differences
+from minimind_data.options import as_paths
 from minimind_data.reporting import Progress, no_progress
 
 
@@ -77,17 +77,33 @@ def _refuse_different(first: ShardSet, other: ShardSet) -> None:
         {
             "kind": dataset.manifest.kind,
             "dtype": dataset.manifest.dtype,
-            **{f"tokenizer {name}": value for name, value in asdict(dataset.manifest.tokenizer).items()},
+            "tokenizer": dataset.manifest.tokenizer,
             "chat template": dataset.manifest.tokenizer_config_sha256 if dataset.manifest.has_masks else None,
         }
         for dataset in (first, other)
     )
-    if different := differences(there, here, there):
+    different = [
+        f"{name} is {_in_words(there[name])} there and {_in_words(here[name])} here"
+        for name in there
+        if there[name] != here[name]
+    ]
+    if different:
         raise UserError(
             f"cannot be merged with {first.folder}: {'; '.join(different)}",
             where=other.folder,
             remedy="merge datasets of one kind that were made with one tokenizer",
         )
+
+
+def _in_words(value: object) -> str:
+    """Return what a manifest says for people, checksums by their first digits."""
+    if isinstance(value, TokenizerInfo):
+        return f"one of {value.vocab_size:,} entries, {value.special_ids_in_words} ({value.sha256[:12]}…)"
+    text = "none" if value is None else str(value)
+    return text if len(text) <= _FEW_DIGITS else f"{text[:_FEW_DIGITS]}…"
+
+
+_FEW_DIGITS = 12
 
 
 def _check_sizes(folder: Path, entry: ShardEntry) -> None:

@@ -70,7 +70,7 @@ def test_a_merge_is_the_same_every_time_linked_or_copied(make_dataset, tmp_path,
 
 def test_datasets_that_do_not_go_together_are_refused_with_both_sides(make_dataset, tmp_path):
     a, b = make_dataset(SHARDS, name="a"), make_dataset([[4]], name="b", vocab_size=70_000)
-    match = "b: cannot be merged with .*a: dtype is 'uint16' there and 'int32' here; tokenizer vocab_size is 6400 there"
+    match = "b: cannot be merged with .*a: dtype is uint16 there and int32 here; tokenizer is one of 6,400 entries, BOS 1"
     with pytest.raises(UserError, match=match):
         merge([a.folder, b.folder], MergeOptions(out=tmp_path / "c"))
     with pytest.raises(UserError, match="at least two datasets"):
