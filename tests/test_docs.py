@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from minimind_cli import data
 from minimind_data.build.pipeline import tokenize
 from minimind_data.build.plan import TokenizeOptions
-from minimind_data.tokenizer.places import SHIPPED
+from minimind_data.tokenizer.places import SHIPPED, USUAL
 
 ROOT = Path(__file__).parent.parent
 LOOPS = (ROOT / "docs" / "loops.md").read_text(encoding="utf-8")
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
     """A folder to run the page in: data/mine, and a tokenizer."""
     folder = tmp_path_factory.mktemp("page")
     tokenize([ROOT / "data" / "sample.jsonl"], TokenizeOptions(out=folder / "data" / "mine", workers=1))
-    shutil.copytree(SHIPPED["default"], folder / "path" / "to" / "tokenizer")
+    shutil.copytree(SHIPPED[USUAL], folder / "path" / "to" / "tokenizer")
     return folder
 
 
@@ -118,7 +118,9 @@ def test_what_is_said_of_conversations(tmp_path, monkeypatch):
     )
     sides = [f"{side}_{name}" for side in ("chosen", "rejected") for name in ("input_ids", "targets")]
     assert sorted(names["pair"]) == sorted(sides)
-    assert names["prompt"] == "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n"
+    assert names["prompt"] == (
+        "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
     told = CliRunner().invoke(data.app, ["tokenize", "--help"]).stdout
     for flag in re.findall(r"`(--[a-z-]+)", page):
         assert flag in told, flag

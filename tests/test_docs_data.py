@@ -16,7 +16,7 @@ from minimind_data.build.pipeline import tokenize
 from minimind_data.build.plan import TokenizeOptions
 from minimind_data.dataset.format import Manifest
 from minimind_data.dataset.shard_set import ShardSet
-from minimind_data.tokenizer.places import SHIPPED
+from minimind_data.tokenizer.places import SHIPPED, USUAL
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [json.loads(line)["text"] for line in (ROOT / "data" / "sample.jsonl").read_text().splitlines()]
@@ -75,7 +75,7 @@ def test_from_text_to_a_dataset(folder):
 
 def test_other_formats(folder):
     dataset("mine", [text.replace("<|im_end|>", "") for text in TEXTS])
-    shutil.copytree(SHIPPED["default"], "path/to/tokenizer")
+    shutil.copytree(SHIPPED[USUAL], "path/to/tokenizer")
     samples = ROOT / "data" / "sample_sft.jsonl"
     tokenize([samples], TokenizeOptions(out=Path("data/sft"), kind="sft", workers=1))
     run_all("formats.md")

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from minimind_cli import data, train
 from minimind_data.build.pipeline import tokenize
 from minimind_data.build.plan import TokenizeOptions
-from minimind_data.tokenizer.places import SHIPPED
+from minimind_data.tokenizer.places import SHIPPED, USUAL
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -178,7 +178,7 @@ def test_the_benchmarks_are_all_told():
 def test_the_commands_run_in_their_order(tmp_path, monkeypatch):
     """The README's, as one types them one after the other; what takes a tokenizer takes another one than the default there."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(SHIPPED["default"], "path/to/minimind2")
+    shutil.copytree(SHIPPED[USUAL], "path/to/minimind2")
     tokenizer = Path("path/to/minimind2/tokenizer.json")
     tokenizer.write_text(tokenizer.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     texts = (ROOT / "data" / "sample.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)

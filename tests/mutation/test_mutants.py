@@ -177,7 +177,8 @@ log = Path({str(tmp_path)!r}, "log")
 def inner():
     Path({str(tmp_path)!r}, "pid.partial").write_text(str(os.getpid()))
     Path({str(tmp_path)!r}, "pid.partial").rename({str(tmp_path / "pid")!r})
-    time.sleep(100)
+    for _ in range(2000):
+        time.sleep(0.05)  # a signal just before a long sleep would be handled after it
 forked(lambda: forked(inner, log, timeout=100), log, timeout=100)
 """
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)

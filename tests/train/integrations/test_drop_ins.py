@@ -15,7 +15,7 @@ from torch.utils.data import DistributedSampler as TorchSampler
 from minimind_data.build.pipeline import tokenize
 from minimind_data.build.plan import TokenizeOptions
 from minimind_data.errors import UserError
-from minimind_data.tokenizer.places import SHIPPED
+from minimind_data.tokenizer.places import SHIPPED, USUAL
 from minimind_train.integrations.minimind import DistributedSampler, PretrainDataset, SkipBatchSampler
 from minimind_train.order.sample_order import SampleOrder
 from tests.helpers.runs import Said
@@ -28,7 +28,7 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return transformers.AutoTokenizer.from_pretrained(str(SHIPPED["default"]))
+    return transformers.AutoTokenizer.from_pretrained(str(SHIPPED[USUAL]))
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +107,13 @@ def test_another_tokenizer_is_refused(folder, tokenizer, small_dataset, text):
         match=r"\(259 entries, .* and the tokenizer that was passed \(6,400 entries, .* have different tokenizers",
     ):
         PretrainDataset(small_dataset, tokenizer)
-    other = transformers.AutoTokenizer.from_pretrained(str(SHIPPED["default"]), pad_token=tokenizer.eos_token)
+    other = transformers.AutoTokenizer.from_pretrained(str(SHIPPED[USUAL]), pad_token=tokenizer.eos_token)
     with pytest.raises(
         UserError,
         match=r"BOS 1, EOS 2, PAD 0, \w{12}…\) and the tokenizer that was passed \(6,400 entries, BOS 1, EOS 2, PAD 2\)",
     ):
         PretrainDataset(folder, other)
-    nowhere = transformers.AutoTokenizer.from_pretrained(str(SHIPPED["default"]))
+    nowhere = transformers.AutoTokenizer.from_pretrained(str(SHIPPED[USUAL]))
     nowhere.name_or_path = "somebody/tokenizer"
     with pytest.raises(
         UserError, match=r"comes from no folder with a tokenizer\.json; make the dataset by `tokenize` with"

@@ -127,7 +127,7 @@ def test_smaller_dtypes_are_near(make_run, tmp_path, dtype, limit):
 def test_the_chat_template_answers_in_llama_cpp(make_run, tmp_path):
     llama = LlamaCpp(export(make_run(), tmp_path, to="gguf", say=Said()))
     prompt = llama.ask("/apply-template", messages=[{"role": "user", "content": "你好"}])["prompt"]
-    assert prompt.endswith("<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n")
+    assert prompt == "<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 
 
 def test_rows_that_q8_0_cannot_hold_are_fp16(make_run, tmp_path):
