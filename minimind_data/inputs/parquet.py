@@ -11,12 +11,15 @@ import functools
 import hashlib
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Literal
 
+import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from minimind_data.chat.conversations import (
     ANSWER_FIELDS,
@@ -30,14 +33,21 @@ from minimind_data.chat.encoding import ChatEncoding
 from minimind_data.chat.messages import BadConversationError
 from minimind_data.dataset.format import Kind
 from minimind_data.errors import UserError
+from minimind_data.inputs import held_record
 from minimind_data.inputs.base import Form, RecordReader, Split
 from minimind_data.inputs.blocks import BadRecord, Block, ConversationCollector
+from minimind_data.inputs.held_record import too_long
+from minimind_data.inputs.parquet_pages import plan_reading
 from minimind_data.inputs.sources import Source
 from minimind_data.inputs.spec import MESSAGES_HINT, RecordSpec, kind_hint, reason, text_getter
 from minimind_data.reporting import kind_of
 
-_BATCH_ROWS = 1024
 _MAX_NAMES = 8
+_PART_BYTES = 2**25
+"""Rows that are made Python's together, about; a longer row is alone."""
+_BYTES_A_VALUE = 8
+_BEGINNING_BYTES = 1000
+_LONG_REMEDY = "divide it"
 
 
 class Parquet(Form):
@@ -255,30 +265,74 @@ class ParquetRows:
         """Of the fields that were read, row by row."""
         return self._digest.hexdigest()
 
-    def batches(self) -> Iterator[tuple[int, list[dict[str, Any]], list[pa.DataType], int]]:
-        """Yield (number of the first row, rows by their fields, types of the fields, bytes of input that they took)."""
+    def batches(self) -> Iterator["_Rows"]:
+        """Yield the rows in order, as many at once as fit into memory however little of it the file takes."""
         source = self._split.source
         groups = range(self._split.start, self._split.stop)
         total_rows = _count_rows(source, groups)
         reported = 0
         with source.reading(as_container=True), source.open() as file:
-            parquet = pq.ParquetFile(file)
-            schema = parquet.schema_arrow
+            schema = pq.ParquetFile(file).schema_arrow
             columns = _columns(schema, source, self._spec, self._kind)
             fields = self._spec.fields if self._kind == "pretrain" else columns
             read = {*columns, *(column.partition(".")[0] for column in columns)}
             self.unread = [name for name in schema.names if name not in read]
-            for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=list(groups), columns=columns):
+            types = [_field_type(schema, field) for field in fields]
+            for batch in self._arrow_batches(file, columns):
                 arrays = [_column(batch, schema, field) for field in fields]
-                rows = list(zip(*map(_values, arrays), strict=True))
-                # The same bytes wherever a batch ends: rows joined by commas.
-                self._digest.update(orjson.dumps(rows, default=repr)[1:-1] + b",")
-                first = self.num_lines + 1
-                self.num_lines += len(rows)
-                done = self._split.num_bytes * self.num_lines // total_rows
-                records = [dict(zip(fields, row, strict=True)) for row in rows]
-                yield first, records, [array.type for array in arrays], done - reported
-                reported = done
+                for start, stop in _parts(arrays, batch.num_rows):
+                    part = [array.slice(start, stop - start) for array in arrays]
+                    first = self.num_lines + 1
+                    self.num_lines += stop - start
+                    done = self._split.num_bytes * self.num_lines // total_rows
+                    yield self._rows(first, fields, part, types, done - reported)
+                    reported = done
+
+    def _arrow_batches(self, file: BinaryIO, columns: list[str]) -> Iterator[Any]:
+        parquet = pq.ParquetFile(file)
+        for group in range(self._split.start, self._split.stop):
+            reading = plan_reading(file, parquet.metadata, group, columns, self._split.source.name)
+            # The dictionaries to keep are chosen when a file is opened.
+            opened = pq.ParquetFile(file, read_dictionary=reading.dictionaries, metadata=parquet.metadata)
+            yield from opened.iter_batches(reading.rows_at_once, row_groups=[group], columns=columns)
+
+    def _rows(
+        self, first: int, fields: Sequence[str], arrays: list[Any], types: list[pa.DataType], num_bytes: int
+    ) -> "_Rows":
+        if len(arrays[0]) == 1 and (size := sum(map(_bytes_of_row, arrays))) > held_record.MAX_RECORD_BYTES:
+            beginning = _beginning(arrays[0])
+            self._digest.update(b"%d bytes: " % size + beginning + b",")
+            return _Rows(first=first, records=[], types=types, num_bytes=num_bytes, too_long=beginning)
+        rows = list(zip(*map(_values, arrays, types), strict=True))
+        # The same bytes wherever a batch ends: rows joined by commas.
+        self._digest.update(orjson.dumps(rows, default=repr)[1:-1] + b",")
+        records = [dict(zip(fields, row, strict=True)) for row in rows]
+        return _Rows(first=first, records=records, types=types, num_bytes=num_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """Rows that follow each other, or one that is too long."""
+
+    first: int
+    """Number of the first, from 1 at the first of the split."""
+    records: list[dict[str, Any]]
+    """By their fields."""
+    types: list[pa.DataType]
+    """Of the fields."""
+    num_bytes: int
+    """Of input that they took."""
+    too_long: bytes | None = None
+    """The beginning of a row that is too long; then there are no records."""
+
+    def bad(self) -> list[BadRecord]:
+        """Return the bad record of a row that is too long."""
+        return [] if self.too_long is None else [too_long(self.first, self.too_long, _LONG_REMEDY)]
+
+    @property
+    def num_rows(self) -> int:
+        """How many they are."""
+        return len(self.records) + (self.too_long is not None)
 
 
 class ParquetTexts(ParquetRows):
@@ -290,11 +344,11 @@ class ParquetTexts(ParquetRows):
     def blocks(self) -> Generator[Block, None, None]:
         """Yield the texts."""
         get_text = text_getter(self._spec)
-        for first, records, _, num_bytes in self.batches():
+        for rows in self.batches():
             texts: list[str] = []
-            bad: list[BadRecord] = []
+            bad = rows.bad()
             empty_texts = 0
-            for number, record in enumerate(records, first):
+            for number, record in enumerate(rows.records, rows.first):
                 text = get_text(record)
                 why = None
                 if not isinstance(text, str) or len(text) > self._spec.max_word_chars:
@@ -309,8 +363,8 @@ class ParquetTexts(ParquetRows):
                 texts=texts,
                 empty_texts=empty_texts,
                 bad=bad,
-                num_bytes=num_bytes,
-                unread=Counter(dict.fromkeys(self.unread, len(records))),
+                num_bytes=rows.num_bytes,
+                unread=Counter(dict.fromkeys(self.unread, rows.num_rows)),
             )
 
 
@@ -323,16 +377,84 @@ class ParquetConversations(ParquetRows):
 
     def blocks(self) -> Generator[Block, None, None]:
         """Yield the conversations as texts."""
-        for first, records, types, num_bytes in self.batches():
-            for number, record in enumerate(records, first):
+        for rows in self.batches():
+            for number, record in enumerate(rows.records, rows.first):
                 self._conversations.add(
                     number,
-                    functools.partial(_json_record, record, types),
+                    functools.partial(_json_record, record, rows.types),
                     functools.partial(_as_json, record),
                 )
-            block = self._conversations.take(num_bytes)
-            block.unread.update(dict.fromkeys(self.unread, len(records)))
+            block = self._conversations.take(rows.num_bytes)
+            block.bad.extend(rows.bad())
+            block.unread.update(dict.fromkeys(self.unread, rows.num_rows))
             yield block
+
+
+def _parts(arrays: list[Any], num_rows: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of rows that are made Python's together: about `_PART_BYTES`, or one row."""
+    sizes = sum(map(_row_bytes, arrays))
+    start, total = 0, 0
+    for stop, size in enumerate(np.broadcast_to(sizes, num_rows).tolist()):
+        if stop > start and total + size > _PART_BYTES:
+            yield start, stop
+            start, total = stop, 0
+        total += size
+    if num_rows:
+        yield start, num_rows
+
+
+def _bytes_of_row(array: Any) -> int:
+    return int(_row_bytes(array)[0])
+
+
+def _row_bytes(array: Any) -> NDArray[np.int64]:
+    """Return how many bytes the values of each row have, as they are without a dictionary: int64 [rows]."""
+    kind = array.type
+    if isinstance(kind, pa.BaseExtensionType):
+        return _row_bytes(array.storage)
+    if pa.types.is_dictionary(kind):
+        numbers = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
+        lengths = _row_bytes(array.dictionary)
+        return lengths[numbers] if len(lengths) else np.zeros(len(array), np.int64)
+    if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
+        views = np.frombuffer(array.buffers()[1], np.int32)  # four for each, and the first is its length
+        return views[4 * array.offset :: 4][: len(array)].astype(np.int64) + _BYTES_A_VALUE
+    if _is_string(kind) or _is_binary(kind):
+        lengths = pc.fill_null(pc.binary_length(array), 0).to_numpy(zero_copy_only=False)
+        return np.asarray(lengths, np.int64) + _BYTES_A_VALUE
+    if _is_list(kind) or pa.types.is_map(kind):
+        return _list_bytes(array)
+    sizes = np.full(len(array), _BYTES_A_VALUE, np.int64)
+    if pa.types.is_struct(kind):
+        for child in array.flatten():
+            sizes += _row_bytes(child)
+    return sizes
+
+
+def _list_bytes(array: Any) -> NDArray[np.int64]:
+    kind = array.type
+    if pa.types.is_fixed_size_list(kind):
+        lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
+        ends, inner = np.cumsum(lengths, dtype=np.int64), _row_bytes(array.flatten())
+    else:
+        offsets = array.offsets.to_numpy().astype(np.int64)
+        lengths, ends = np.diff(offsets), offsets[1:] - offsets[0]
+        children = [array.keys, array.items] if pa.types.is_map(kind) else [array.values]
+        inner = np.zeros(offsets[-1] - offsets[0], np.int64)
+        for child in children:
+            inner += _row_bytes(child.slice(offsets[0], len(inner)))
+    sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(inner)])
+    sizes: NDArray[np.int64] = sums[ends] - sums[ends - lengths] + _BYTES_A_VALUE
+    return sizes
+
+
+def _beginning(array: Any) -> bytes:
+    """Return the beginning of a text that is too long; of anything else, nothing."""
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary.slice(array.indices[0].as_py(), 1)
+    if not (_is_string(array.type) or _is_binary(array.type)):
+        return b""
+    return memoryview(array[0].as_buffer())[:_BEGINNING_BYTES].tobytes()
 
 
 def _as_json(record: dict[str, Any]) -> bytes:
@@ -364,6 +486,8 @@ def _is_text(kind: Any) -> bool:
 def _holds_binary(kind: Any) -> bool:
     if isinstance(kind, pa.BaseExtensionType):
         return _holds_binary(kind.storage_type)
+    if pa.types.is_dictionary(kind):
+        return _holds_binary(kind.value_type)
     if _is_binary(kind):
         return True
     return any(_holds_binary(kind.field(index).type) for index in range(kind.num_fields))
@@ -377,16 +501,23 @@ def _is_json(kind: Any) -> bool:
     return isinstance(kind, pa.BaseExtensionType) and kind.extension_name == "arrow.json"
 
 
-def _values(column: Any) -> list[Any]:
-    """Return a column's values; a string that is no UTF-8 comes as bytes."""
+def _field_type(schema: Any, field: str) -> Any:
+    name, steps = _path(schema, field)
+    kind = schema.field(name).type
+    for step in steps:
+        kind = kind.field(step).type
+    return kind
+
+
+def _values(column: Any, kind: Any) -> list[Any]:
+    """Return the values of a column of this type; a string that is no UTF-8 comes as bytes."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     try:
         values: list[Any] = column.to_pylist()
-        if _holds_binary(column.type):
-            values = [_decoded(value, column.type) for value in values]
+        if _holds_binary(kind):
+            values = [_decoded(value, kind) for value in values]
     except UnicodeDecodeError:
-        kind = column.type
         values = [_decoded(value, kind) for value in column.cast(_with_bytes(kind)).to_pylist()]
     return values
 
