@@ -299,6 +299,18 @@ def test_the_page_talks_to_the_model(server, tmp_path):
         assert not browser.seen("Runtime.exceptionThrown", "Log.entryAdded")
         browser.run("at('clear').click()")
         assert browser.run("document.querySelectorAll('.turn').length") == 0
+
+        # An answer that is cut off by a new conversation is no part of that one.
+        deadline = time.monotonic() + 30
+        browser.run("at('text').value = 'never mind'; at('send').click(); at('clear').click()")
+        while browser.run("at('send').textContent") != "Send" and time.monotonic() < deadline:
+            time.sleep(0.1)
+        browser.run("at('text').value = '4 + 4?'; at('send').click()")
+        while not browser.run(done) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert browser.run("document.querySelector('.turn.assistant').textContent") == answer
+        requests = [event["params"]["request"] for event in browser.seen("Network.requestWillBeSent")]
+        assert json.loads(requests[-1]["postData"])["messages"] == USER
     finally:
         browser.close()
 
