@@ -56,7 +56,7 @@ def tokenize(
     """Turn text into a dataset.
 
     After an interruption, run the same command again: it makes only what is missing. With more inputs, it makes only their shards.
-    Options that shape the dataset and that you leave out are those that it was made with.
+    Options that shape the dataset keep the values that it was made with, unless you pass them.
     """
     try:
         summary = build_dataset(inputs, options, say=_say, progress=ByteProgress)

@@ -1,7 +1,7 @@
-"""The flags of MiniMind's scripts, for those who paste their command lines: which of ours each one is, and with which value.
+"""The flags of MiniMind's scripts, for users who paste their command lines: what each flag and its value are called here.
 
-MiniMind's `trainer/train_*.py` and `eval_llm.py` of August 2026. Where a flag and its value mean the same here, as `--hidden_size 512` does,
-there is nothing to say: flags may have underscores.
+The scripts are `trainer/train_*.py` and `eval_llm.py` of August 2026. A flag that means the same here, such as `--hidden_size 512`, needs
+no translation: flags may have underscores.
 """
 
 import shlex
@@ -18,14 +18,14 @@ _YES_OR_NO = {"0", "1"}
 
 @dataclass(frozen=True, kw_only=True)
 class _Script:
-    """A script of MiniMind's with the same purpose as one of our commands: its defaults, and how its datasets are made."""
+    """A script of MiniMind's that does what one of our commands does: its defaults, and the kind of dataset that it reads."""
 
     weight: str
     """The default of --save_weight, or of --weight."""
     batch_size: int = 0
     accumulation_steps: int = 1
     kind: str = ""
-    """What `mm-data tokenize` needs beside the file."""
+    """The option that `mm-data tokenize` needs besides the file."""
 
 
 _SCRIPTS = {
@@ -45,7 +45,7 @@ class _Line:
     """The value of each flag of MiniMind's, by its name."""
 
     def number(self, name: str, default: int) -> int:
-        """Return a number on the line; what is none counts as not there."""
+        """Return the value of a flag, or the default where it is missing, zero or no number."""
         text = self.theirs.get(name, "")
         return int(text) if text.isdecimal() and int(text) else default
 
@@ -61,20 +61,23 @@ class _Line:
 
     @property
     def dataset_folder(self) -> str:
-        """Where the dataset of --data_path may be."""
+        """A folder for the dataset of --data_path, for a shell."""
         return shlex.quote(f"data/{Path(self.theirs['data_path']).stem}")
 
-    @property
-    def weights_file(self) -> str:
-        """The .pth that `eval_llm.py` loads."""
+    def weights_file(self, weight: str) -> str:
+        """Return the .pth in which MiniMind's scripts keep the weights of this name, for a shell."""
         folder = self.theirs.get("save_dir", "out")
         experts = "_moe" if self.theirs.get("use_moe") == "1" else ""
-        size = self.number("hidden_size", 768)
-        return f"{folder}/{self.theirs.get('weight', self.script.weight)}_{size}{experts}.pth"
+        return shlex.quote(f"{folder}/{weight}_{self.number('hidden_size', 768)}{experts}.pth")
+
+    @property
+    def model_file(self) -> str:
+        """The .pth that `eval_llm.py` loads, for a shell."""
+        return self.weights_file(self.theirs.get("weight", self.script.weight))
 
 
 _Rule = Callable[[_Line, str], tuple[str, str]]
-"""From a line and the flag's value there to (our words, what there is to know)."""
+"""Takes the command line and the value of a flag; returns (our flags, a remark)."""
 
 
 def _only_if(words: str, why_not: str) -> _Rule:
@@ -93,8 +96,8 @@ def _run(line: _Line, _value: str) -> tuple[str, str]:
 def _batch(line: _Line, value: str) -> tuple[str, str]:
     if "accumulation_steps" in line.theirs:
         return f"--micro-batch {value}", ""
-    _, rule = _accumulation(line, value)
-    return f"--micro-batch {value} --global-batch {line.global_batch}", rule
+    global_batch, remark = _accumulation(line, value)
+    return f"--micro-batch {value} {global_batch}", remark
 
 
 def _accumulation(line: _Line, _value: str) -> tuple[str, str]:
@@ -117,14 +120,11 @@ def _length(_line: _Line, value: str) -> tuple[str, str]:
 
 
 def _data(line: _Line, _value: str) -> tuple[str, str]:
-    folder = line.dataset_folder
-    return f"--shards {folder}", "a dataset that is made once"
+    return f"--shards {line.dataset_folder}", "a dataset, which is made once"
 
 
-def _weights_to_begin_from(line: _Line, value: str) -> tuple[str, str]:
-    folder = line.theirs.get("save_dir", "out")
-    file = f"{folder}/{value}_{line.number('hidden_size', 768)}{'_moe' if line.theirs.get('use_moe') == '1' else ''}.pth"
-    return f"--from-weight {shlex.quote(file)}", "or a run's folder"
+def _initial_weights(line: _Line, value: str) -> tuple[str, str]:
+    return f"--from-weight {line.weights_file(value)}", "or a run's folder"
 
 
 def _adapters(line: _Line, value: str) -> tuple[str, str]:
@@ -147,7 +147,7 @@ _TRAINING: dict[str, _Rule] = {
     "max_seq_len": _length,
     "use_moe": _only_if("--use-moe", "leave it out"),
     "data_path": _data,
-    "from_weight": _weights_to_begin_from,
+    "from_weight": _initial_weights,
     "from_resume": _only_if("--resume auto", "leave it out"),
     "use_wandb": lambda _line, _value: (
         "--track swanlab",
@@ -159,15 +159,15 @@ _TRAINING: dict[str, _Rule] = {
 }
 _GENERATION: dict[str, _Rule] = {
     "load_from": lambda line, value: (
-        f"--run {shlex.quote(line.weights_file if Path(value).name == 'model' else value)}",
+        f"--run {line.model_file if Path(value).name == 'model' else shlex.quote(value)}",
         "",
     ),
-    "save_dir": lambda line, _: (f"--run {shlex.quote(line.weights_file)}", ""),
-    "weight": lambda line, _: (f"--run {shlex.quote(line.weights_file)}", ""),
+    "save_dir": lambda line, _: (f"--run {line.model_file}", ""),
+    "weight": lambda line, _: (f"--run {line.model_file}", ""),
     "lora_weight": _adapters,
     "use_moe": _only_if("--use-moe", "leave it out"),
     "open_thinking": _only_if("--thinking", "leave it out"),
-    "historys": _only_if("--chat", "without --chat nothing is kept"),
+    "historys": _only_if("--chat", "without --chat there is no history"),
     "show_speed": _nothing("leave it out"),
 }
 _RULES = {"pretrain": _TRAINING, "sft": _TRAINING, "dpo": _TRAINING, "generate": _GENERATION}
@@ -178,7 +178,7 @@ def translation(command: str, words: Sequence[str], flags: Collection[str]) -> s
 
     Args:
         command: of `mm-train`, such as `sft`.
-        words: what stands behind it.
+        words: what follows it.
         flags: those of the command.
     """
     rules = _RULES.get(command, {})
@@ -217,9 +217,9 @@ def _what_eval_llm_has_by_default(line: _Line, ours: Sequence[str]) -> Iterator[
     """Yield what `mm-train generate` needs and `eval_llm.py` takes without a flag: its weights, and a chat or a text to continue."""
     flags = {word.partition("=")[0].partition(" ")[0] for word in ours}
     if "--run" not in flags:
-        yield f"--run {shlex.quote(line.weights_file)}"
+        yield f"--run {line.model_file}"
     if not flags & {"--chat", "--prompt"}:
-        yield f"--prompt {_A_BEGINNING}" if "pretrain" in line.weights_file else "--chat"
+        yield f"--prompt {_A_BEGINNING}" if "pretrain" in line.model_file else "--chat"
 
 
 def with_dashes(word: str, flags: Collection[str]) -> str:
@@ -265,6 +265,6 @@ def _is_theirs(name: str, value: str, flag: str, flags: Collection[str]) -> bool
 
 
 def _values(words: Sequence[str]) -> dict[str, str]:
-    """Return the word behind each flag, by the flag's name: what `--hidden_size 512` says is needed for the name of a file."""
+    """Return the word after each flag, by the flag's name: file names need those of flags without a rule, such as --hidden_size."""
     pairs = zip(words, [*words[1:], ""], strict=True)
     return {word[2:].replace("-", "_"): value for word, value in pairs if word.startswith("--")}

@@ -120,7 +120,10 @@ def serve(
     shape: _Shape,
     options_given: OptionsGiven,
     host: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 for all of this machine's.")
+        str,
+        typer.Option(
+            metavar="ADDRESS", help="Address to listen on; 0.0.0.0 for all addresses of this machine."
+        ),
     ] = "127.0.0.1",
     port: Annotated[
         int,
@@ -133,8 +136,8 @@ def serve(
 ) -> None:
     """Serve a model to clients of OpenAI's API, and to a browser.
 
-    One answer at a time, for trying a model out; for many users export it and take vLLM. The options of sampling hold where a
-    request does not say its own; those of the model's shape are for a .pth, where its tensors do not tell them.
+    It computes one answer at a time, for trying a model out; for many users, export the model and use vLLM. The sampling options
+    apply where a request does not set its own; those of the model's shape are for a .pth whose tensors do not show it.
     """
     with importing():
         from minimind_train.generation.server import ServedModel, listen
@@ -152,9 +155,7 @@ def serve(
             say=say_in_flags(),
         )
         if host not in _OWN_ADDRESSES:
-            print(
-                f"{host} may be reached from elsewhere, and nobody is asked for a password", file=sys.stderr
-            )
+            print(f"{host} can be reached from other machines, and there is no password", file=sys.stderr)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         print(
             f"{served.name}: chat in a browser at {address}, or with any client of OpenAI's API at {address}/v1; Ctrl-C ends it",

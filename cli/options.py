@@ -58,13 +58,13 @@ class Changes:
 
 
 AsJson = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
+    bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else.")
 ]
 
 _CONTEXT = "typer_context"
 _TYPED = "minimind_cli.typed"
 _OPTIONAL_VALUES = {"--resume": ("always", "auto")}
-"""Flags that may stand alone: what that means, and the value that they may have behind them."""
+"""Flags that may stand alone: what that means, and the value that may follow them."""
 
 _USER_SOURCES = frozenset({"COMMANDLINE", "DEFAULT_MAP"})
 """The sources of options that the user passed, on the command line or in a preset or file named there."""

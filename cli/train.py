@@ -89,7 +89,7 @@ def _register(kind: type[RunOptions], help_text: str) -> None:
             typer.Option(
                 "--resume",
                 metavar="[auto]",
-                help="Resume the run in the folder --run, with its own options. With auto behind it: resume the "
+                help="Resume the run in the folder --run, with its own options. --resume auto: resume the "
                 "run if there is one, else begin it.",
             ),
         ] = None,

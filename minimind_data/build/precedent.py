@@ -1,7 +1,7 @@
 """What a build finds in its folder, finished or not: the options that it was made with, which hold for whoever goes on with it.
 
 A command that goes on with a dataset need not repeat how it was made. What it does not say is taken from what is there, the tokenizer
-included, of which a copy lies in the folder. What it does say must be what is there; else `Precedent.refuse` shows both, and the commands
+included, of which a copy lies in the folder. What it does say must agree with that; else `Precedent.refuse` shows both, and the commands
 that would do.
 """
 
@@ -239,15 +239,19 @@ class Precedent:
             tokenizer: of the build.
         """
         there, here = self.recipe.tokenizer, recipe.tokenizer
-        found = []
+        contradictions = []
         if there.sha256 != here.sha256:
-            found.append(Contradiction(option="tokenizer", there=summary_of(there), here=summary_of(here)))
+            contradictions.append(
+                Contradiction(option="tokenizer", there=summary_of(there), here=summary_of(here))
+            )
         else:
             for name in ("bos", "eos", "pad"):
                 ids = getattr(there, f"{name}_id"), getattr(here, f"{name}_id")
                 if ids[0] != ids[1]:
                     texts = [NONE if one is None else repr(text_of_token(tokenizer.json, one)) for one in ids]
-                    found.append(Contradiction(option=f"{name}_token", there=texts[0], here=texts[1]))
+                    contradictions.append(
+                        Contradiction(option=f"{name}_token", there=texts[0], here=texts[1])
+                    )
         named = {"kind": self.recipe.kind, **self.recipe.options}, {"kind": recipe.kind, **recipe.options}
         for name in named[1] | named[0]:
             values = [one.get(name) for one in named]
@@ -255,7 +259,7 @@ class Precedent:
                 continue
             if name == _TEMPLATE_SHA256:
                 source = options.chat.chat_template or options.tokenizer or USUAL
-                found.append(
+                contradictions.append(
                     Contradiction(
                         option="chat_template",
                         there=f"that in {self.work.out / TOKENIZER_CONFIG_NAME}",
@@ -264,12 +268,12 @@ class Precedent:
                     )
                 )
             else:
-                found.append(
+                contradictions.append(
                     Contradiction(
                         option=name, there=_written(name, values[0]), here=_written(name, values[1])
                     )
                 )
-        return found
+        return contradictions
 
     def refuse(
         self, contradictions: Sequence[Contradiction], inputs: Sequence[str], options: TokenizeOptions

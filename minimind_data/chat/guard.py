@@ -1,4 +1,4 @@
-"""Special tokens as text: those that somebody wrote in a conversation can neither close his turn nor open another.
+"""Special tokens as text: those that somebody wrote in a conversation can neither close its turn nor open another.
 
 `Disguise` replaces the characters that special tokens are made of by characters that no text holds, so that two renderings can be
 compared (see `rendering`). `GuardedTokenizer` encodes the result: it is the same tokenizer, but its special tokens have their names in that

@@ -35,7 +35,7 @@ _PER_RECORD_CHAR = 256
 _STEP = 64
 """What the work of one word of a template costs: it takes as long as making that many bytes of text."""
 PER_ITEM = 80
-"""Bytes of an item of a list, with what it is."""
+"""Bytes of an item of a list, the pointer and the object."""
 MAX_BITS = 4096
 """Of a whole number that is computed with."""
 
@@ -77,7 +77,7 @@ class Allowance:
         self._left += work
 
     def pay_for(self, value: object) -> None:
-        """Take off what it costs to look at a value in full: each place in which something stands, as often as it is named."""
+        """Pay for reading a value in full; what stands in it several times is counted each time."""
         if type(value) is str:
             self.pay(PER_CHAR * len(value))
             return
@@ -99,10 +99,10 @@ class Allowance:
             self.pay(work)
 
     def _extend(self) -> None:
-        """Give a long conversation its due, once.
+        """Add what a long conversation may use besides, once.
 
         Raises:
-            TooMuchWorkError: that does not do.
+            TooMuchWorkError: that is not enough.
         """
         record, self._record = self._record, None
         if record is not None:
@@ -133,7 +133,7 @@ def with_meters(tree: nodes.Template) -> Any:
 
 
 class _Metering(NodeTransformer):
-    """Puts a meter where a template makes, copies or compares something, and where it does a thing again."""
+    """Puts a meter where a template makes, copies or compares something, and where it repeats a body."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         weight = _weight(node)
@@ -256,7 +256,7 @@ def _difference(one: Any, other: Any) -> Any:
     return one - other
 
 
-def _looked_at(value: Any) -> Any:
+def _paid_in_full(value: Any) -> Any:
     ALLOWANCE.get().pay_for(value)
     return value
 
@@ -418,11 +418,11 @@ def metered_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any
 
     @functools.wraps(function)
     def metered(*args: Any, **named: Any) -> Any:
-        given = list(args)
+        arguments = list(args)
         if name in _READS_ALL:
-            given[place] = as_list(given[place])
-        _pay_for_filter(name, given[place], [*given[place + 1 :], *named.values()])
-        return paid(function(*given, **named))
+            arguments[place] = as_list(arguments[place])
+        _pay_for_filter(name, arguments[place], [*arguments[place + 1 :], *named.values()])
+        return paid(function(*arguments, **named))
 
     return metered
 
@@ -454,8 +454,8 @@ METERS: dict[str, Callable[..., Any]] = {
     "a step": _pay_step,
     "sum of parts": _sum,
     "difference of parts": _difference,
-    "as text": _looked_at,
-    "when compared": _looked_at,
+    "as text": _paid_in_full,
+    "when compared": _paid_in_full,
     "as part": _as_part,
 }
 """The filters that `with_meters` puts in; no template can write their names."""

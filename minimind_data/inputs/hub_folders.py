@@ -44,7 +44,7 @@ class HeldOutFile:
 
 @dataclass(frozen=True, kw_only=True)
 class HubFolder:
-    """The files of such a folder."""
+    """The files of a folder as dataset hubs have them."""
 
     data: list[str]
     """Those to train on, as far as their names say, in order."""
@@ -53,7 +53,7 @@ class HubFolder:
 
 
 def hub_folder(folder: str, files: Sequence[str], head_of: Callable[[str], bytes]) -> HubFolder | None:
-    """Sort the files of a folder, if it is or has a folder as dataset hubs have them; else return None.
+    """Sort the files of a folder, if it or a folder in it is one as dataset hubs have them; else return None.
 
     Args:
         folder: a path or a URI, as a user named it.
@@ -72,20 +72,20 @@ def hub_folder(folder: str, files: Sequence[str], head_of: Callable[[str], bytes
         roots.add(top)
     if not roots:
         return None
-    found = HubFolder(data=[], metadata=[], held_out=[])
+    result = HubFolder(data=[], metadata=[], held_out=[])
     for file, name in zip(files, names, strict=True):
         path = PurePosixPath(name)
         if roots.isdisjoint(path.parents):
-            found.data.append(file)
+            result.data.append(file)
         elif path.name in _METADATA or path.name.partition(".")[0].lower() in _METADATA_STEMS:
-            found.metadata.append(file)
+            result.metadata.append(file)
         elif (place := _split_of(path.relative_to(top))) is not None:
             split, pattern = place
             start = str(top) if is_remote else glob.escape(str(top))
-            found.held_out.append(HeldOutFile(location=file, split=split, pattern=f"{start}/{pattern}"))
+            result.held_out.append(HeldOutFile(location=file, split=split, pattern=f"{start}/{pattern}"))
         else:
-            found.data.append(file)
-    return found
+            result.data.append(file)
+    return result
 
 
 def _is_mark(name: str, head: Callable[[], bytes]) -> bool:

@@ -7,7 +7,7 @@ llmc-llama3  The same with 20240801, 7, and uint32 ids.
 
 Where the tokenizer has no BOS, EOS is the dividing id of both: it follows each document in nanogpt and precedes it in llmc.
 
-A reader takes a document with the dividing id inside for several. And if a text itself ends with EOS (in nanogpt) or begins with BOS (in
+A reader takes a document that contains the dividing id for several documents. And if a text itself ends with EOS (in nanogpt) or begins with BOS (in
 llmc; with EOS where there is no BOS), that token is taken for the document's frame when the files are converted back.
 
 Sources: nanoGPT data/openwebtext/prepare.py; llm.c dev/data/data_common.py (`write_datafile`), dev/data/fineweb.py and

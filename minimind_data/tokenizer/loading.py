@@ -80,8 +80,10 @@ BosToken = Annotated[
     str | None,
     "BOS, the token before each text, if it is not the one that tokenizer_config.json names; none stores texts without.",
 ]
-EosToken = Annotated[str | None, "EOS, the token after each text, likewise, but there must be one."]
-PadToken = Annotated[str | None, "PAD, the token that fills windows, likewise, but there must be one."]
+EosToken = Annotated[str | None, "EOS, the token after each text, if it is another one; there must be one."]
+PadToken = Annotated[
+    str | None, "PAD, the token that fills windows, if it is another one; there must be one."
+]
 """Options of what reads a tokenizer.json; `SpecialTokens` takes their values."""
 
 NONE = "none"

@@ -1,8 +1,8 @@
 """An HTTP server over one model, for the clients of OpenAI's API and for a browser: `mm-train serve`.
 
-It answers POST /v1/chat/completions and /v1/completions, whole or as a stream, GET /v1/models and /health, and GET / with a page to chat on.
-One answer is computed at a time, and others wait for it. It batches nothing, keeps no cache between requests and asks nobody who they are:
-for many users export the model and take vLLM.
+It answers POST /v1/chat/completions and /v1/completions, whole or as a stream, GET /v1/models and /health, and GET / with a chat page.
+It computes one answer at a time, while others wait. It has no batching, no cache between requests and no authentication: for many
+users, export the model and use vLLM.
 
 Source: https://platform.openai.com/docs/api-reference/chat
 """
@@ -45,7 +45,7 @@ except ImportError:
 
 __all__ = ["ServedModel", "application", "listen", "serve"]
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+_UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
     "echo": (False,),
@@ -59,22 +59,22 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("auto", "none"),
     "modalities": (["text"],),
 }
-"""Fields of requests for which there is nothing here, and the values that ask for nothing."""
+"""Fields of requests that are not supported, and the values that ask for nothing, which are accepted."""
 
-_OF_NO_CONSEQUENCE = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+_IGNORED_FIELDS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 _MAX_STOPS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """What is served.
+    """A model, and what is needed to answer with it.
 
     Attributes:
         name: what clients call it.
         model: in evaluation mode, where it computes.
         tokenizer: the model's.
         template: how turns of a chat are written; without one there is no chat.
-        options: of sampling, where a request says nothing; each answer has a seed of its own.
+        options: of sampling, for what a request does not set; each answer has a seed of its own.
     """
 
     name: str
@@ -124,7 +124,7 @@ class ServedModel:
 
 
 class _Request(BaseModel):
-    """What requests of both kinds may say."""
+    """The fields that requests of both kinds have."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -142,12 +142,12 @@ class _Request(BaseModel):
         """Return how to sample.
 
         Raises:
-            UserError: an option cannot have that value, or asks for something that is not done here.
+            UserError: an option cannot have that value, or is not supported.
         """
         for name, value in (self.model_extra or {}).items():
-            if name in _OF_NO_CONSEQUENCE or value is None or value in _NEUTRAL.get(name, ()):
+            if name in _IGNORED_FIELDS or value is None or value in _UNSUPPORTED_FIELDS.get(name, ()):
                 continue
-            raise UserError(f"{name} {json.dumps(value)[:60]} is nothing that this server does", option=name)
+            raise UserError(f"{name} {json.dumps(value)[:60]} is not supported by this server", option=name)
         values: dict[str, Any] = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -258,7 +258,7 @@ class _Answer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` with which `stop` begins."""
+    """Return the length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
     return next(size for size in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:size]))
 
 
@@ -269,9 +269,9 @@ class _Form:
     prefix: str
     """Of an answer's id."""
     whole: str
-    """The object that a whole answer is."""
+    """The field `object` of a whole answer."""
     part: str
-    """The object that a piece of a stream is."""
+    """The field `object` of a piece of a stream."""
 
     def choice(self, text: str | None, finish_reason: str | None, *, is_part: bool) -> dict[str, Any]:
         """Return the choice that holds a text."""
@@ -410,7 +410,7 @@ def application(served: ServedModel) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def refuse_shape(_request: Request, error: RequestValidationError) -> JSONResponse:
-        """Say which field of a request has another shape."""
+        """Say which field of a request is not of the right type."""
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part != "body")
         return JSONResponse(_error(f"{place or 'the body'}: {first['msg']}", place or None), 400)
@@ -448,7 +448,7 @@ def _prompt_ids(tokenizer: Tokenizer, prompt: str | list[int] | list[str]) -> li
     """Return the ids of the prompt of a completion; ids are taken as they are, and text gets BOS before it.
 
     Raises:
-        UserError: there are several prompts, or the ids are none of the tokenizer's.
+        UserError: there are several prompts, or an id is not in the vocabulary.
     """
     texts = [prompt] if isinstance(prompt, str) else [each for each in prompt if isinstance(each, str)]
     numbers = [each for each in prompt if isinstance(each, int)]
@@ -474,7 +474,7 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except OSError as error:
         raise UserError(
-            f"{host}:{port}: {error.strerror}", remedy="take another `port` or `host`", option="port"
+            f"{host}:{port}: {error.strerror}", remedy="choose another `port` or `host`", option="port"
         ) from None
 
 

@@ -1,8 +1,8 @@
-"""A model in one .gguf file, which llama.cpp opens and with it ollama, LM Studio and others; written by the package `gguf`.
+"""A model in one .gguf file, for llama.cpp and what is built on it (ollama, LM Studio); written by the package `gguf`.
 
-Qwen3 and Qwen3-MoE keep their matrices as they are. llama.cpp turns neighbouring numbers of a Llama's queries and keys as a pair, where we
-turn the first half of a head with the second, so their rows are put into its order. The tokenizer goes in as tokens and merges, and its
-pre-tokenizer by name alone: a tokenizer that llama.cpp would follow otherwise is refused.
+Qwen3 and Qwen3-MoE keep their matrices as they are. The rotary embedding of a Llama pairs neighbouring dimensions of a head in llama.cpp,
+and the first half of a head with the second here, so the rows of its queries and keys are put into llama.cpp's order. The tokenizer is
+stored as tokens and merges, and its pre-tokenizer by name alone: a tokenizer that llama.cpp would apply differently is refused.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and llama.cpp's `convert_hf_to_gguf.py` and `src/llama-vocab.cpp`.
 """
@@ -42,7 +42,7 @@ _OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm
 
 _NAME_OF_PRE_TOKENIZER = "gpt-2"
 _REGEX_OF_GPT_2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-"""The one pre-tokenizer whose pieces llama.cpp's `gpt-2` cuts as well."""
+"""The one pre-tokenizer that cuts text as llama.cpp's `gpt-2` does."""
 _MUST_BE = {
     "dropout": (None, 0.0),
     "unk_token": (None,),
@@ -51,7 +51,7 @@ _MUST_BE = {
     "byte_fallback": (False,),
     "ignore_merges": (False,),
 }
-"""Settings of the BPE model, and the values with which llama.cpp does the same."""
+"""Settings of the BPE model, and the values with which llama.cpp gives the same ids."""
 _ADDED_MUST_BE_OFF = ("single_word", "lstrip", "rstrip")
 
 
@@ -84,7 +84,7 @@ def write_gguf(
         The names of the matrices that q8_0 cannot hold, because their rows are no multiple of 32; they are fp16.
 
     Raises:
-        UserError: llama.cpp computes something else, or the package `gguf` is missing.
+        UserError: llama.cpp would compute something else, or the package `gguf` is missing.
     """
     try:
         import gguf  # noqa: PLC0415 - an extra
@@ -108,21 +108,21 @@ def write_gguf(
         vocabulary.add_to(writer, gguf.TokenType, info)
         if chat_template is not None:
             writer.add_chat_template(chat_template)
-        wide = []
+        not_quantized = []
         for tensor_name, tensor in _tensors(weights, config):
             array, tensor_kind = tensor.float().numpy(), kind
             if tensor.ndim == 1 or "ffn_gate_inp" in tensor_name:
                 tensor_kind = kinds.F32
             elif kind == kinds.Q8_0 and tensor.shape[-1] % Q8_BLOCK:
                 tensor_kind = kinds.F16
-                wide.append(tensor_name)
+                not_quantized.append(tensor_name)
             writer.add_tensor(tensor_name, gguf.quants.quantize(array, tensor_kind), raw_dtype=tensor_kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     finally:
         writer.close()
-    return wide
+    return not_quantized
 
 
 def _refuse_other_shape(config: ModelConfig) -> None:
@@ -174,16 +174,16 @@ def _tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tup
             if len(experts[their_name]) == config.num_experts:
                 yield their_name, torch.stack(experts.pop(their_name))
             continue
-        turned = not config.qk_norm and inside in {"self_attn.q_proj", "self_attn.k_proj"}
+        is_rotated = not config.qk_norm and inside in {"self_attn.q_proj", "self_attn.k_proj"}
         yield (
             f"blk.{layer}.{_IN_LAYER[inside]}.weight",
-            _paired(tensor, config.head_size) if turned else tensor,
+            _paired(tensor, config.head_size) if is_rotated else tensor,
         )
     assert not experts
 
 
 def _paired(matrix: Tensor, head_size: int) -> Tensor:
-    """Return the rows of a matrix of queries or keys with the two numbers that are turned together side by side."""
+    """Return the rows of a matrix of queries or keys with the two dimensions that are rotated together side by side."""
     halves = matrix.view(-1, 2, head_size // 2, matrix.shape[-1])
     return halves.transpose(1, 2).reshape(matrix.shape)
 
@@ -196,14 +196,14 @@ class _Vocabulary:
         size: of the model's vocabulary; ids that are no tokens get names of their own.
 
     Raises:
-        UserError: llama.cpp would cut some text otherwise.
+        UserError: llama.cpp would turn some text into other ids.
     """
 
     def __init__(self, tokenizer_json: str, size: int) -> None:
         content = json.loads(tokenizer_json)
         if (obstacle := _obstacle(content)) is not None:
             raise UserError(
-                f"`to` gguf: llama.cpp cannot follow this tokenizer, {obstacle}",
+                f"`to` gguf: llama.cpp does not support this tokenizer: {obstacle}",
                 remedy="export it by `to` hf, which takes every tokenizer",
                 option="to",
             )
@@ -215,7 +215,7 @@ class _Vocabulary:
         self._size = size
 
     def add_to(self, writer: Any, kinds: Any, info: TokenizerInfo) -> None:
-        """Give them to a `GGUFWriter`; `kinds` is gguf's enumeration of kinds of tokens."""
+        """Add them to a `GGUFWriter`; `kinds` is gguf's enumeration of kinds of tokens."""
         tokens, types = [], []
         for number in range(self._size):
             added = self._added.get(number)
@@ -239,7 +239,7 @@ class _Vocabulary:
 
 
 def _obstacle(content: Mapping[str, Any]) -> str | None:
-    """Return what a tokenizer.json has that llama.cpp does not do, or None."""
+    """Return what a tokenizer.json has that llama.cpp does not support, or None."""
     model = content["model"]
     if model["type"] != "BPE":
         return f"a model of the type {model['type']}"
