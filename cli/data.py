@@ -165,7 +165,7 @@ def train_tokenizer(
 
     Byte-pair encoding, with MiniMind's special tokens and chat template.
     """
-    size = run_training(texts_of(inputs, records), out, vocab_size=vocab_size)
+    size = run_training(texts_of(inputs, records, say=_say), out, vocab_size=vocab_size)
     print(f"{out}: {size:,} entries")
 
 

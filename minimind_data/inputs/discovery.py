@@ -6,6 +6,7 @@ refused, unless it begins as JSON lines do.
 Sources of the magic numbers: RFC 1952 (gzip), RFC 8878 (zstd), the Apache Parquet format specification.
 """
 
+import codecs
 import contextlib
 import glob
 import os
@@ -39,6 +40,7 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _SUFFIXES = {suffix: name for name, entry in FORMS.items() for suffix in entry.suffixes}
 _GLOB = re.compile(r"[*?\[]")
 _HEAD_BYTES = 4096
+_WIDE_BYTES = 64
 _MAX_STEM_BYTES = 160  # file systems take 255, and what a build appends takes some 50
 
 
@@ -212,11 +214,7 @@ def _form_in(source: Source, head: bytes, choice: FormChoice) -> str:
         (form for form, entry in FORMS.items() if entry.magic and head.startswith(entry.magic)), None
     )
     if by_magic is None:
-        other = next((kind for magic, kind in _OTHER_MAGICS.items() if head.startswith(magic)), None)
-        if other is not None:
-            raise UserError(
-                f"a {other} file", where=name, remedy=f"unpack it, or write it as {titles(joined_by='or')}"
-            )
+        _refuse_other_content(head, name)
     elif source.compression is not None and not FORMS[by_magic].may_be_compressed:
         title = FORMS[by_magic].title
         raise UserError(
@@ -240,6 +238,39 @@ def _form_in(source: Source, head: bytes, choice: FormChoice) -> str:
     if why := entry.objection(head):
         raise UserError(why, where=name)
     return form
+
+
+def _refuse_other_content(head: bytes, name: str) -> None:
+    """Refuse a file that begins as one of a form or an encoding that is not read here.
+
+    Raises:
+        UserError: it does.
+    """
+    other = next((kind for magic, kind in _OTHER_MAGICS.items() if head.startswith(magic)), None)
+    if other is not None:
+        raise UserError(
+            f"a {other} file", where=name, remedy=f"unpack it, or write it as {titles(joined_by='or')}"
+        )
+    if (encoding := _wide_encoding(head)) is not None:
+        raise UserError(
+            f"looks like {encoding}, and text is read as UTF-8",
+            where=name,
+            remedy=f"convert it, as with `iconv -f {encoding} -t UTF-8`",
+        )
+
+
+def _wide_encoding(head: bytes) -> str | None:
+    """Return the encoding of a text that begins so and has two or four bytes a character; None if it has not."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    # Without a mark: ASCII's characters, such as JSON's, have a zero byte on one side.
+    first, second = head[:_WIDE_BYTES:2], head[1:_WIDE_BYTES:2]
+    for encoding, other, zeros in (("UTF-16LE", first, second), ("UTF-16BE", second, first)):
+        if 2 * zeros.count(0) > len(zeros) > 1 and not other.count(0):
+            return encoding
+    return None
 
 
 def _form_by_name(name: str) -> str | None:

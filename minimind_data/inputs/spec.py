@@ -3,6 +3,7 @@
 Nothing is coerced: a number, a null or a list where a string should be makes a bad record, with a reason that names the field.
 """
 
+import codecs
 import json
 import re
 import string
@@ -14,6 +15,8 @@ from minimind_data.chat.conversations import MESSAGES_FIELDS, holds_messages, ki
 from minimind_data.options import KnowsPassed
 from minimind_data.reporting import kind_of
 
+_GB2312_PAIR = re.compile(rb"[\xa1-\xfe]{2}")
+_LOOKED_AT = 4096
 _WORD = re.compile(r"[^\W\d_]+|\d+|\s+|[^\w\s]+|_+")
 
 
@@ -199,8 +202,19 @@ def no_utf8(data: bytes, what: str) -> str | None:
     try:
         data.decode()
     except UnicodeDecodeError as error:
-        return f"byte {error.start + 1} of the {what} (0x{data[error.start]:02x}) is no UTF-8; convert the file to UTF-8"
+        how = ", as with `iconv -f GB18030 -t UTF-8`" if _is_gb18030(data[error.start :][:_LOOKED_AT]) else ""
+        return f"byte {error.start + 1} of the {what} (0x{data[error.start]:02x}) is no UTF-8; convert the file to UTF-8{how}"
     return None
+
+
+def _is_gb18030(data: bytes) -> bool:
+    """Tell whether bytes that are no UTF-8 are most likely Chinese in GB18030, GBK or GB2312: most high bytes stand in pairs."""
+    try:
+        codecs.getincrementaldecoder("gb18030")().decode(data)  # its end may be in the middle of a character
+    except UnicodeDecodeError:
+        return False
+    num_high = sum(byte > 127 for byte in data)
+    return 2 * 2 * len(_GB2312_PAIR.findall(data)) > num_high > 1
 
 
 def lone_surrogate(text: str, what: str) -> str | None:

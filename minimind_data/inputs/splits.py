@@ -12,6 +12,7 @@ from minimind_data.inputs.discovery import find_sources
 from minimind_data.inputs.forms import form_of
 from minimind_data.inputs.sources import Source
 from minimind_data.inputs.spec import RecordSpec, without_kind_hint
+from minimind_data.reporting import Say, say_nothing
 
 _BYTES_AT_A_TIME = 16 * 2**20
 
@@ -43,18 +44,23 @@ def open_reader(split: Split, spec: RecordSpec, chat: ChatEncoding | None = None
     return form_of(split.source, spec, kind).reader(split, chat)
 
 
-def texts_of(inputs: Sequence[Path | str], spec: RecordSpec | None = None) -> Iterator[str]:
+def texts_of(
+    inputs: Sequence[Path | str], spec: RecordSpec | None = None, *, say: Say = say_nothing
+) -> Iterator[str]:
     """Yield the texts of inputs, in order.
 
     Args:
         inputs: files, folders, globs and URIs.
         spec: what makes a text of a record; the field `text` unless said.
+        say: takes sentences about files of a folder that are left out.
 
     Raises:
         UserError: an input or a record cannot be read.
     """
     spec = spec or RecordSpec()
-    sources, _ = find_sources([str(one) for one in inputs])
+    sources, notes = find_sources([str(one) for one in inputs])
+    for note in notes:
+        say(note)
     try:
         planned = plan_splits(sources, _BYTES_AT_A_TIME, spec)
     except UserError as error:

@@ -209,16 +209,16 @@ def measure_lengths(shards: ShardSet, seq_lens: Sequence[int]) -> tuple[Lengths,
 
 
 def _length_blocks(shards: ShardSet) -> Iterator[NDArray[np.int64]]:
-    for shard in _mapped_shards(shards):
+    for _, shard in _mapped_shards(shards):
         shard.refuse_wrong_index(shards.folder)
         for start in range(0, len(shard.lengths), _BLOCK):
             yield shard.lengths[start : start + _BLOCK].astype(np.int64)
 
 
-def _mapped_shards(shards: ShardSet) -> Iterator[Shard]:
-    """Yield the shards that have documents, each mapped only while it is used."""
+def _mapped_shards(shards: ShardSet) -> Iterator[tuple[int, Shard]]:
+    """Yield (index among all shards, shard) for those that have documents, each mapped only while it is used."""
     entries = enumerate(shards.manifest.shards)
-    return (shards.open_shard(index) for index, entry in entries if entry.written.sequences)
+    return ((index, shards.open_shard(index)) for index, entry in entries if entry.written.sequences)
 
 
 def _distinct(lengths: NDArray[np.int64]) -> Iterable[tuple[int, int]]:
@@ -336,7 +336,7 @@ def count_text(shards: ShardSet, tokenizer: Tokenizer, progress: Progress = no_p
     counts = np.zeros(info.vocab_size, np.int64)
     frames = np.zeros(info.vocab_size, np.int64)
     with progress("count", shards.manifest.num_bytes) as report:
-        for index, shard in enumerate(_mapped_shards(shards)):
+        for index, shard in _mapped_shards(shards):
             for start in range(0, len(shard.tokens), _BLOCK):
                 block = shard.tokens[start : start + _BLOCK]
                 shards.check_tokens(block[None], np.array([int(shards.token_starts[index]) + start]))

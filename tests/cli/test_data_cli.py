@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -290,8 +291,20 @@ def test_train_tokenizer_makes_one_that_tokenize_takes(source, tmp_path):
         "train-tokenizer", source, "--out", tmp_path / "tok" / "tokenizer.json", "--vocab-size", 300
     )
     assert "300 entries" in result.stdout
+    assert not result.stderr
     made = mm_data("tokenize", source, "--out", tmp_path / "data", "--tokenizer", tmp_path / "tok")
     assert made.exit_code == 0
+
+
+def test_train_tokenizer_says_what_it_leaves_out(source, tmp_path):
+    folder = tmp_path / "clone"
+    folder.mkdir()
+    shutil.copy(source, folder / "train.jsonl")
+    shutil.copy(source, folder / "test.jsonl")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    result = mm_data("train-tokenizer", folder, "--out", tmp_path / "tok", "--vocab-size", 300)
+    assert result.exit_code == 0
+    assert "left out as the split test: test.jsonl" in result.stderr
 
 
 @pytest.mark.slow

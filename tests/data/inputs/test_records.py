@@ -196,6 +196,21 @@ def test_impossible_specs_are_refused(settings, complaint):
         RecordSpec(**settings)
 
 
+def test_chinese_in_another_encoding_is_known(tmp_path):
+    path = tmp_path / "x.jsonl"
+    line = '{"text": "今天天气很好，我们去公园。"}'
+    for encoding in ("gbk", "gb18030", "gb2312"):
+        path.write_bytes(line.encode(encoding))
+        (bad,) = read(path)[1]
+        assert bad.reason == (
+            "byte 11 of the line (0xbd) is no UTF-8; convert the file to UTF-8, as with `iconv -f GB18030 -t UTF-8`"
+        )
+    for text in ("déjà vu, mais ça va", "naïve café", "Gruß aus Köln"):
+        path.write_bytes(f'{{"text": "{text}"}}'.encode("latin-1"))
+        (bad,) = read(path)[1]
+        assert bad.reason.endswith("is no UTF-8; convert the file to UTF-8")
+
+
 @pytest.mark.parametrize("split_bytes", [1, 7, 30, 2**20])
 def test_text_is_cut_at_its_separator(tmp_path, split_bytes):
     path = tmp_path / "x.txt"

@@ -106,6 +106,19 @@ def test_forms_are_told(tmp_path, name, data, form):
         ("x.gz", gzip.compress(b"PAR1", mtime=0), "a compressed Parquet file; decompress it"),
         ("x.gz", b"\x1f\x8b and no more", "damaged or cut off"),
         ("x.jsonl", b"", "the file is empty"),
+        ("x.jsonl", LINE.decode().encode("utf-16"), "looks like UTF-16, .* `iconv -f UTF-16 -t UTF-8`"),
+        (
+            "x.jsonl",
+            LINE.decode().encode("utf-16-le"),
+            "looks like UTF-16LE, and text is read as UTF-8; convert",
+        ),
+        (
+            "x.txt",
+            "字，a plain text".encode("utf-16-be"),
+            "looks like UTF-16BE, .* `iconv -f UTF-16BE -t UTF-8`",
+        ),
+        ("x.txt", "文本".encode("utf-32"), "looks like UTF-32, .* `iconv -f UTF-32 -t UTF-8`"),
+        ("x.jsonl.gz", gzip.compress(LINE.decode().encode("utf-16-le")), "looks like UTF-16LE"),
     ],
 )
 def test_what_is_no_input_says_why(tmp_path, name, data, complaint):

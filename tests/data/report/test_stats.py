@@ -164,6 +164,16 @@ def test_a_token_outside_the_vocabulary_is_named(tmp_path, write_jsonl):
         count_text(ShardSet.open(tmp_path / "d"), load_tokenizer(tmp_path / "d"))
 
 
+def test_a_token_outside_the_vocabulary_is_named_by_its_shard_where_others_are_empty(make_dataset):
+    shards = make_dataset([[5], [], [3, 4], [], [6]])
+    last = shards.folder / f"{shards.manifest.shards[-1].name}.bin"
+    tokens = np.frombuffer(last.read_bytes(), "<u2").copy()
+    tokens[2] = 6400
+    last.write_bytes(tokens.tobytes())
+    with pytest.raises(FormatError, match=rf"{last.name}: token 6400 at offset 2 is outside"):
+        count_text(ShardSet.open(shards.folder), load_tokenizer())
+
+
 def test_what_cannot_be_described_is_refused(make_dataset):
     with pytest.raises(UserError, match="`seq_len` 1: "):
         measure_lengths(make_dataset(SHARDS), [8, 1])
