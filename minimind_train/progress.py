@@ -27,7 +27,22 @@ def say_on_stderr(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-class TrainingProgress:
+class _ProgressLine:
+    """Something that a line on a terminal shows, where there is one; a context manager, which closes the line."""
+
+    _bar: tqdm | None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class TrainingProgress(_ProgressLine):
     """How far a run is, and the line that shows it; a context manager.
 
     Args:
@@ -80,17 +95,8 @@ class TrainingProgress:
                 self._say(f"step {record['step']}:{position}".replace("  ", " "))
             self._last_details = details
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-class WindowProgress:
+class WindowProgress(_ProgressLine):
     """How far an evaluation is, on a terminal; erased when it is done. A context manager."""
 
     def __init__(self, num_windows: int) -> None:
@@ -100,15 +106,6 @@ class WindowProgress:
         """Show that so many more windows are evaluated."""
         if self._bar is not None:
             self._bar.update(num_windows)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 def _bar(form: str, **options: Any) -> tqdm | None:

@@ -1,7 +1,7 @@
 r"""The loss mask of conversations: which of their tokens are targets.
 
 Where a template marks its answers by {% generation %}, the mask is the one of `transformers`: every token of which a character
-stands inside. Most templates mark nothing. Then the mask is MiniMind's: the tokens behind those that open an answer
+stands inside. Most templates mark nothing. Then the mask is MiniMind's: the tokens after those that open an answer
 (`<|im_start|>assistant\n`), up to and including those that close it (`<|im_end|>\n`), or up to the end where nothing closes it. They are
 looked for as ids, from left to right, as MiniMind's datasets look for them. `AnswerMarks` are the ids that open and close answers; they are
 found by rendering a small conversation and trying which of them single out its answers.
@@ -106,7 +106,7 @@ class _Probe:
         return [text for text in texts if text.startswith(self._control) and text not in before_question]
 
     def closings(self) -> list[str]:
-        """Return texts that may close them: a special token each, with the white space behind it."""
+        """Return texts that may close them: a special token each, with the white space after it."""
         eos = str(self._tokenizer.reference.id_to_token(self._tokenizer.info.eos_id))
         inside = self._text.partition(_ANSWERED[0])[2].partition(_ASKED[1])[0]
         common = _common_prefix(inside, self._text.partition(_ANSWERED[1])[2])

@@ -155,7 +155,7 @@ def is_list_in_text(value: object) -> bool:
 def transcript_of(text: str, where: str) -> list[Turn] | None:
     r"""Return the turns of a text such as `\n\nHuman: …\n\nAssistant: …`, as hh-rlhf writes them; None if it is none.
 
-    Where nothing stands behind the last `Assistant:`, the text is a prompt and ends before it.
+    Where nothing follows the last `Assistant:`, the text is a prompt and ends before it.
 
     Raises:
         BadConversationError: somebody says nothing in it.

@@ -281,7 +281,7 @@ class ShardOrigin:
     input_start: Count
     """The first byte of this part in the decompressed input; in Parquet, the first row group."""
     input_stop: Count
-    """The byte, or the row group, behind the last one."""
+    """The byte, or the row group, after the last one."""
     input_sha256: Digest
     """SHA-256 of those bytes; in Parquet, of the fields that were read."""
     inputs: Count = 1

@@ -92,7 +92,7 @@ def frame_documents(
 def frame_texts(
     ids: NDArray[np.uint32], offsets: NDArray[np.int64], info: TokenizerInfo, dtype: TokenDtype
 ) -> tuple[TokenArray, NDArray[np.int64]]:
-    """Put BOS before and EOS behind every text of a batch, whatever its ids are; this is faster than `frame_documents`.
+    """Put BOS before and EOS after every text of a batch, whatever its ids are; this is faster than `frame_documents`.
 
     Args:
         ids: uint32 [T], the ids of the texts end to end.

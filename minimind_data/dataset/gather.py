@@ -22,7 +22,7 @@ class RowGather:
     Args:
         dtype: of the elements.
         starts: int64 [maps], the address of each map; -1 where a file is not mapped yet.
-        stops: int64 [maps], the address behind the end of each map, or -1.
+        stops: int64 [maps], the address after the end of each map, or -1.
     """
 
     def __init__(self, dtype: np.dtype[Any], starts: NDArray[np.int64], stops: NDArray[np.int64]) -> None:

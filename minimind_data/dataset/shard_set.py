@@ -259,7 +259,7 @@ class ShardSet:
 
         Args:
             starts: int64 [B], the global number of the first token of each row.
-            stops: int64 [B], the number behind its last token; greater than the start.
+            stops: int64 [B], the number after that of its last token; greater than the start.
         """
         firsts, lasts = self.owners(starts), self.owners(stops - 1)
         self._map_all(np.concatenate([firsts, lasts]))

@@ -23,7 +23,7 @@ class FormEntry:
     """Its name in messages."""
     make: Callable[[RecordSpec, Kind], Form]
     suffixes: tuple[str, ...]
-    """Of files' names, apart from a suffix of compression behind it."""
+    """Of files' names, before a suffix of compression."""
     magic: bytes = b""
     """The bytes that every file of this form, and no other, begins with; empty if there are none."""
     likely_start: bytes = b""

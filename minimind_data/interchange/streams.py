@@ -60,7 +60,7 @@ class Stream(TokenFormat):
         """Write what precedes the ids."""
 
     def read(self, files: TokenFiles, options: ReadOptions) -> Iterator[Batch]:
-        """Cut the files, which are one stream of tokens, at the separator; it may be before, behind or between documents.
+        """Cut the files, which are one stream of tokens, at the separator; it may be before, after or between documents.
 
         A document that goes on in the next file belongs to the file in which it begins. Two separators in a row make no empty document:
         the first may end one, and the second begin the next.

@@ -81,12 +81,12 @@ class PadWindows(Windows):
         lengths: NDArray[np.int64],
         rows: NDArray[Any],
     ) -> None:
-        """Fill `rows` [B, width] with the first elements of sequences; what stands behind their ends is undefined."""
+        """Fill `rows` [B, width] with the first elements of sequences; what follows their ends is undefined."""
         if self.width > self.shards.num_tokens:
             for row, start, length in zip(rows, starts, np.minimum(lengths, self.width), strict=True):
                 row[:length] = rows_of(np.array([start]), int(length))[0]
             return
-        # A full row is read for each sequence. The last ones of the dataset have too little behind them: their rows are read from
+        # A full row is read for each sequence. The last ones of the dataset have too little after them: their rows are read from
         # further in front and shifted.
         shift = np.maximum(starts + self.width - self.shards.num_tokens, 0)
         rows[:] = rows_of(starts - shift, self.width)

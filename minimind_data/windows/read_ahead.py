@@ -84,7 +84,7 @@ def _are_scattered(windows: NDArray[np.int64]) -> bool:
 
 
 def _chunks(shard_sets: tuple[ShardSet, ...]) -> Iterator[tuple[Shard, int, int]]:
-    """Yield all of the datasets as (shard, first token, token behind the last), or nothing where they would not fit in memory."""
+    """Yield all of the datasets as (shard, first token, token after the last), or nothing where they would not fit in memory."""
     if 2 * sum(shards.num_tokens * shards.dtype.itemsize for shards in shard_sets) > _available_bytes():
         return
     for shards in shard_sets:

@@ -61,7 +61,7 @@ class StepBatch:
 
     Attributes:
         start: the position before the step. The batch is made of the positions from here to `stop` that are not left out.
-        stop: the position behind its last: the position after the step.
+        stop: the position after its last, which is the one after the step.
         micro_batches: this rank's share, cut into tensors [micro_batch or less, seq_len], of fewer columns where they are trimmed. Where
             shares differ a rank may have one fewer than another, or none.
         padding_batch: where this rank has one fewer, one window that is computed and not learned: ranks that add up gradients must

@@ -167,7 +167,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
         """Go to the position of a saved state.
 
         Raises:
-            UserError: the position belongs to another order of samples, or lies behind the end.
+            UserError: the position belongs to another order of samples, or is beyond the end.
         """
         here = self._state(int(state["position"]))
         different = [name for name in here | state if state.get(name) != here.get(name)]
@@ -178,7 +178,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
             raise UserError(f"the saved position belongs to another order of samples: {sides}")
         position = int(state["position"])
         if self.stop is not None and position > self.stop:
-            raise UserError(f"the saved position {position} lies behind the end of this run at {self.stop}")
+            raise UserError(f"the saved position {position} is beyond the end of this run at {self.stop}")
         self._latest = self._iteration(position)
 
     @property

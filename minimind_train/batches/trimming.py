@@ -1,6 +1,6 @@
-"""Trimming: micro-batches are cut off behind the last token that is learned, before they go through the model.
+"""Trimming: micro-batches are cut off after the last token that is learned, before they go through the model.
 
-Attention looks backwards only, so the columns behind the last learned target of all rows change neither the loss nor a gradient. In layout
+Attention looks backwards only, so the columns after the last learned target of all rows change neither the loss nor a gradient. In layout
 pad, and so in pairs, they are most of what MiniMind computes. Rows of like lengths share a micro-batch, so that one long row does not
 keep the others long.
 

@@ -19,7 +19,7 @@ class SampleRange:
     Attributes:
         order: which window stands at which position.
         start: the first position.
-        stop: the position behind the last.
+        stop: the position after the last.
         skips: positions that are left out.
     """
 
@@ -36,7 +36,7 @@ class SampleRange:
         return self.skips.count(self.start, self.stop)
 
     def position_after(self, num_samples: int) -> int:
-        """Return the position behind so many samples of the range; `start` itself for none."""
+        """Return the position after so many samples of the range; `start` itself for none."""
         return self.skips.after(self.start, num_samples)
 
     def positions(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:

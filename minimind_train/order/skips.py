@@ -73,13 +73,13 @@ class Skips:
             return numbers
         lengths = np.array([stop - first for first, stop in self.ranges], np.int64)
         skipped = np.cumsum(np.concatenate([[0], lengths]))
-        # The number, among kept positions, of the first one behind each range: the start of the range less all that is skipped before.
+        # The number, among kept positions, of the first one after each range: the start of the range less all that is skipped before.
         num_before = np.array([first for first, _ in self.ranges], np.int64) - skipped[:-1]
         positions: NDArray[np.int64] = numbers + skipped[np.searchsorted(num_before, numbers, side="right")]
         return positions
 
     def after(self, start: int, num_samples: int) -> int:
-        """Return the position behind so many kept ones from `start` on; `start` itself for none."""
+        """Return the position after so many kept ones from `start` on; `start` itself for none."""
         if not num_samples:
             return start
         return int(self.kept([self.kept_before(start) + num_samples - 1])[0]) + 1

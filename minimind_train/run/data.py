@@ -172,7 +172,7 @@ class RunData:
         parts = self.windows.parts if isinstance(self.windows, MixedWindows) else [self.windows]
         learned = [part for part, source in zip(parts, self._datasets.sources, strict=True) if source.weight]
         if not any(part.any_learned() for part in learned):
-            why = "all answers begin behind their end, or the datasets mark none"
+            why = "all answers begin beyond their end, or the datasets mark none"
             if not any(part.shards.manifest.has_masks for part in learned):
                 why = "no document has a token besides its EOS"
             raise UserError(

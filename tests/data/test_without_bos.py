@@ -21,6 +21,7 @@ from minimind_data.dataset.shuffling import ShuffleOptions, shuffle
 from minimind_data.dataset.verification import verify
 from minimind_data.errors import UserError
 from minimind_data.interchange.conversion import ConvertOptions, convert
+from minimind_data.interchange.formats import ALIASES, FORMATS
 from minimind_data.report import statistics
 from minimind_data.report.page import write_page
 from minimind_data.report.statistics import stats
@@ -411,9 +412,7 @@ def test_merged_and_shuffled_they_are_the_same_documents(dataset, folder, tmp_pa
 
 
 @pytest.mark.parametrize("one_file", [False, True])
-@pytest.mark.parametrize(
-    "kind", ["megatron", "datatrove", "hf", "parquet", "nanogpt", "llmc", "llmc-llama3", "modded-nanogpt"]
-)
+@pytest.mark.parametrize("kind", [*FORMATS, *ALIASES])
 def test_there_and_back_gives_the_same_documents(folder, write_jsonl, tmp_path, kind, one_file):
     texts = [text for text in TEXTS if text.strip() and not text.endswith("<|im_end|>")]
     inputs = [write_jsonl(texts[:9], "one.jsonl"), write_jsonl(texts[9:], "two.jsonl")]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minimind_data.interchange.conversion import ConvertOptions, convert
+from minimind_data.interchange.formats import ALIASES, FORMATS
 from minimind_train.run import entry
 from minimind_train.run.opening import open_run
 from minimind_train.weights.exporting import export
@@ -194,7 +195,7 @@ def _foreign(form: str) -> Target:
     )
 
 
-FOREIGN = ("megatron", "nanogpt", "llmc", "datatrove", "hf", "parquet", "modded-nanogpt")
+FOREIGN = (*FORMATS, *ALIASES)
 TARGETS: Mapping[str, Target] = {
     "pretrain": _dataset("pretrain"),
     "sft": _dataset("sft"),

@@ -12,10 +12,10 @@ from minimind_data.dataset.format import Manifest
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.errors import UserError
 from minimind_data.interchange.conversion import ConvertOptions, convert
-from minimind_data.interchange.formats import detect
+from minimind_data.interchange.formats import ALIASES, FORMATS, detect
 
 BOS, EOS = 1, 2
-BORDERS = ["megatron", "datatrove", "hf", "parquet"]
+BORDERS = [name for name, token_format in FORMATS.items() if token_format.divider is None]
 DOCUMENTS = [[5, 6, 7], [8], [9, 10, 3, 49], [11] * 30, [12, 13]]
 
 
@@ -32,7 +32,7 @@ def dataset(bring, tmp_path, write_megatron):
 
 
 @pytest.mark.parametrize("one_file", [False, True])
-@pytest.mark.parametrize("kind", [*BORDERS, "nanogpt", "llmc", "llmc-llama3", "modded-nanogpt"])
+@pytest.mark.parametrize("kind", [*FORMATS, *ALIASES])
 def test_there_and_back_gives_the_same_documents(dataset, bring, tmp_path, kind, one_file):
     summary = convert(dataset, ConvertOptions(out=tmp_path / "theirs", one_file=one_file), target_format=kind)
     assert summary.files == (1 if one_file or kind == "nanogpt" else len(ShardSet.open(dataset)))

@@ -176,7 +176,7 @@ def test_sampler_refuses_what_makes_no_sense():
         iter(ResumableBatchSampler(order, 4, world_size=4))
     with pytest.raises(ValueError, match="3 batches, so 4"):
         ResumableBatchSampler(order, 4).state_after(4)
-    with pytest.raises(UserError, match="position 9 lies behind the end of this run at 8"):
+    with pytest.raises(UserError, match="position 9 is beyond the end of this run at 8"):
         ResumableBatchSampler(order, 4, stop=8).load_state_dict(
             ResumableBatchSampler(order, 4, start=9).state_dict()
         )
