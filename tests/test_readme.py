@@ -114,7 +114,7 @@ def test_a_command_is_one_that_the_command_line_takes(page, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("page", PAGES)
 def test_an_option_in_the_text_exists(page):
-    known = set().union(*options().values()) | OF_OTHERS.get(page, set())
+    known = set().union(*options().values()) | OF_OTHERS.get(page.replace(".zh.md", ".md"), set())
     text = re.sub(r"^    .*$", "", FENCED.sub("", text_of(page)), flags=re.MULTILINE)  # those stand above
     spans = [span for span in re.findall(r"`([^`\n]+)`", text) if not span.startswith("python ")]
     assert {flag for span in spans for flag in FLAG.findall(span)} - known == set()
@@ -151,18 +151,53 @@ def test_a_file_that_is_named_is_there(page):
         assert at_root or beside or ("/" not in name and name in everywhere), name
 
 
-def test_the_chinese_one_has_the_same_commands_and_names_the_same_files():
-    english, chinese = (
-        {
-            "commands": [line.split() for line in commands_of(page)],
-            "links": sorted(set(re.findall(r"\]\(([^)]+)\)", text_of(page))) - {"README.md", "README.zh.md"}),
-            "files": sorted(set(re.findall(r"`([\w/.-]+\.py)", text_of(page)))),
-            "options": sorted(set(FLAG.findall(text_of(page)))),
-        }
-        for page in ("README.md", "README.zh.md")
-    )
-    assert len(english["commands"]) >= 20
-    assert chinese == english
+def examples_of(page):
+    """Return the lines of the code blocks of a page, indented or fenced, without comments and with single blanks."""
+    blocks = [
+        indented or fenced
+        for fenced, indented in re.findall(
+            r"^```\w*\n(.*?)^```$|^(    \S[^\n]*)$", text_of(page), re.DOTALL | re.MULTILINE
+        )
+    ]
+    lines = [re.split(r"\s+# ", line)[0].split() for block in blocks for line in block.splitlines()]
+    return [" ".join(words) for words in lines if words and not words[0].startswith("#")]
+
+
+def tables_of(page):
+    """Return, for each row of the tables of a page, the options that it names."""
+    return [sorted(set(FLAG.findall(row))) for row in re.findall(r"^\|.*$", text_of(page), re.MULTILINE)]
+
+
+def shared_by_languages(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", text_of(page))
+    other = Path(page).name if ".zh.md" not in page else Path(page).name.replace(".zh.md", ".md")
+    pages = {re.sub(r"(\.zh)?\.md(#.*)?$", ".md", link) for link in links}
+    return {
+        "examples": examples_of(page),
+        "tables": tables_of(page),
+        "links": sorted(pages - {other, "docs/faq.md"}),
+        "files": sorted(set(re.findall(r"`([\w/.-]+\.py)", text_of(page)))),
+        "options": sorted(set(FLAG.findall(text_of(page)))),
+    }
+
+
+IN_BOTH = [page for page in PAGES if page.endswith(".zh.md") and page.replace(".zh.md", ".md") in PAGES]
+
+
+@pytest.mark.parametrize("page", IN_BOTH)
+def test_a_chinese_page_has_the_same_examples_and_names_the_same_options_and_files(page):
+    of_both = page.replace(".zh.md", ".md")
+    english, chinese = shared_by_languages(of_both), shared_by_languages(page)
+    assert english["options"]
+    for part, expected in english.items():
+        assert chinese[part] == expected, part
+    for one, other in ((page, of_both), (of_both, page)):
+        head = "".join(text_of(one).splitlines(keepends=True)[:4])
+        assert f"]({Path(other).name})" in head, f"{one} does not begin with a link to {other}"
+
+
+def test_there_are_chinese_pages():
+    assert {"README.zh.md", "docs/datasets.zh.md", "docs/conversations.zh.md"} <= set(IN_BOTH)
 
 
 def test_the_benchmarks_are_all_told():
@@ -182,10 +217,10 @@ def test_the_commands_run_in_their_order(tmp_path, monkeypatch):
     tokenizer = Path("path/to/minimind2/tokenizer.json")
     tokenizer.write_text(tokenizer.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     texts = (ROOT / "data" / "sample.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    for name, lines in {"pretrain_hq": texts[:50], "a": texts[:200], "b": texts[200:]}.items():
+    for name, lines in {"pretrain_t2t_mini": texts[:50], "a": texts[:200], "b": texts[200:]}.items():
         Path(f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     for part in ("zh", "en"):
-        tokenize([Path("pretrain_hq.jsonl")], TokenizeOptions(out=Path("data", part), workers=1))
+        tokenize([Path("pretrain_t2t_mini.jsonl")], TokenizeOptions(out=Path("data", part), workers=1))
     for kind in ("sft", "dpo"):
         shutil.copy(ROOT / "data" / f"sample_{kind}.jsonl", f"{kind}.jsonl")
     former = torch.get_num_threads()
