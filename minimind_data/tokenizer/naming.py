@@ -1,7 +1,7 @@
 """A tokenizer as a person names it: where it comes from, of what kind it is, and how large.
 
-Datasets record the checksum of their tokenizer and not where it lay, which would make two datasets of the same tokens differ. So a name is
-known for those tokenizers alone whose checksum is known here.
+Datasets record the checksum of their tokenizer, not its path: two datasets of the same tokens must not differ. So only those tokenizers
+have a name whose checksum is known here.
 """
 
 import functools
@@ -20,7 +20,7 @@ def shipped_sha256(name: str) -> str:
 
 
 def is_usual(info: TokenizerInfo) -> bool:
-    """Tell whether a tokenizer is the one that is taken where nobody says which."""
+    """Tell whether a tokenizer is the one that is used by default."""
     return info.sha256 == shipped_sha256(USUAL)
 
 

@@ -1,4 +1,4 @@
-"""Where a tokenizer is: a file or folder, one that ships with this package, or one of Hugging Face's that lies in the cache of its hub."""
+"""Where a tokenizer is: a file or folder, one that ships with this package, or that of a model on Hugging Face, in the local cache of its hub."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ _FOLDER = Path(__file__).with_name("shipped")
 SHIPPED = {name: _FOLDER / name for name in ("minimind3", "minimind2", "default")}
 """The folders of the tokenizers that ship with this package, by name."""
 USUAL = "minimind3"
-"""The name of the one that is taken where nobody says which."""
+"""The name of the one that is used by default."""
 
 
 def place_of(tokenizer: Path | str | None) -> Path:
@@ -34,7 +34,7 @@ def place_of(tokenizer: Path | str | None) -> Path:
     hub_id = (
         ""
         if str(tokenizer).count("/") != 1
-        else f"; of a model on Hugging Face, fetch them first: `hf download {tokenizer} {TOKENIZER_NAME} {TOKENIZER_CONFIG_NAME}`"
+        else f"; for a model on Hugging Face, fetch its files first: `hf download {tokenizer} {TOKENIZER_NAME} {TOKENIZER_CONFIG_NAME}`"
     )
     raise UserError(
         "no such file",
@@ -42,13 +42,6 @@ def place_of(tokenizer: Path | str | None) -> Path:
         remedy=f"`tokenizer` takes a tokenizer.json, the folder of one, or {', '.join(SHIPPED)}{hub_id}",
         option="tokenizer",
     )
-
-
-def name_in(tokenizer: Path | str | None) -> str | None:
-    """Return the name by which `place_of` knows a tokenizer that ships with this package; None for any other."""
-    if tokenizer is None:
-        return USUAL
-    return str(tokenizer) if str(tokenizer) in SHIPPED and not Path(tokenizer).exists() else None
 
 
 def _in_cache_of_hub(hub_id: str) -> Path | None:

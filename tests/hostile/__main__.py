@@ -1,7 +1,7 @@
-"""Whether anything hostile gets through: `python -m tests.hostile` changes folders by the thousand and lets commands read them.
+"""Finds what hostile files can do: `python -m tests.hostile` changes folders by the thousand and lets commands read them.
 
-Each trial is named by its kind and its seed, and does the same again with `--only KIND --first SEED --trials 1`. The exit status is 1 if one
-raised something else than an error for the user, touched another's files, or took too much time or memory.
+Each trial is named by its kind and its seed, and can be repeated with `--only KIND --first SEED --trials 1`. The exit status is 1 if one
+raised anything but an error for the user, touched files of others, or took too much time or memory.
 """
 
 import argparse

@@ -34,11 +34,11 @@ class Trial:
     changed: str
     command: str
     problem: str | None
-    """What must not be; None where all is well."""
+    """What went wrong; None if nothing did."""
 
 
 class _TookTooLong(BaseException):
-    """Raised by the alarm, so that no handler of exceptions takes it for its own."""
+    """Raised by the alarm, so that no `except Exception` catches it."""
 
 
 def run_trial(name: str, seed: int, home: Path, place: Path) -> Trial:
@@ -84,7 +84,7 @@ def _stamps(home: Path) -> set[tuple[str, int, int]]:
 
 
 def outcome_of(command: object, folder: Path, home: Path) -> tuple[str | None, bool]:
-    """Let a command of a target read a folder; return what it did that must not be, or None, and whether it refused the folder.
+    """Let a command of a target read a folder; return what went wrong, or None, and whether it refused the folder.
 
     Args:
         command: words or a function; see `Target`.
@@ -97,16 +97,14 @@ def outcome_of(command: object, folder: Path, home: Path) -> tuple[str | None, b
     os.chdir(folder.parent)
     try:
         with warnings.catch_warnings(), _limits() as peak:
-            warnings.simplefilter(
-                "ignore"
-            )  # a command prints them and goes on, where the tests take them for errors
+            warnings.simplefilter("ignore")  # a command prints them and goes on; in tests they are errors
             if callable(command):
                 command(folder, new, home)
             else:
                 words = [_filled(word, {"IT": folder, "NEW": new, "BESIDE": home}) for word in command]
                 result = {"mm-data": mm_data, "mm-train": mm_train}[words[0]](*words[1:], input="")
                 if result.exception is not None and not isinstance(result.exception, SystemExit):
-                    return _told(result.exception), False
+                    return _description_of(result.exception), False
                 if result.exit_code not in _STATUSES or "Traceback" in result.output:
                     return f"exit status {result.exit_code}: {result.output[-2000:]}", False
                 if result.exit_code and len(result.output) > 20_000:
@@ -115,9 +113,9 @@ def outcome_of(command: object, folder: Path, home: Path) -> tuple[str | None, b
     except (UserError, OSError):
         refused = True
     except _TookTooLong as error:
-        return f"took too long\n{_told(error)}", False
+        return f"took too long\n{_description_of(error)}", False
     except Exception as error:  # noqa: BLE001 - that is what is looked for
-        return _told(error), False
+        return _description_of(error), False
     finally:
         os.chdir(here)
     if peak["bytes"] > MAX_BYTES:
@@ -125,7 +123,7 @@ def outcome_of(command: object, folder: Path, home: Path) -> tuple[str | None, b
     return None, refused
 
 
-def _told(error: BaseException) -> str:
+def _description_of(error: BaseException) -> str:
     """The last calls of a traceback, and the error."""
     return "".join(traceback.format_exception(error)[-7:])
 
