@@ -252,6 +252,21 @@ def read_checked(
     return content
 
 
+def is_locked(path: Path) -> bool:
+    """Tell whether a process holds a `FolderLock` with this file alone; False where there is no such file."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 class FolderLock:
     """A lock file that one process at a time can hold; the kernel releases it when that process ends, however it ends.
 

@@ -321,9 +321,12 @@ class _Build:
         """Write down the plan, and find the duplicates, which are not to be made."""
         work = self._work
         names = {task.name for task in self._tasks}
-        work.begin(self._recipe, self._sources, names, previous.names if previous else set())
-        for name, content in tokenizer_files(self._tokenizer.json, self._config_json).items():
-            write_atomic(work.path / name, content)
+        with work.planning():
+            self._refuse_other_recipe(previous)  # of a slice that began meanwhile
+            # First, for other slices take the tokenizer from there as soon as there is a plan.
+            for name, content in tokenizer_files(self._tokenizer.json, self._config_json).items():
+                write_atomic(work.path / name, content)
+            work.begin(self._recipe, self._sources, names, previous.names if previous else set())
         if self._options.val_fraction:
             work.val.mkdir(exist_ok=True)
         if self._options.dedup == "exact":

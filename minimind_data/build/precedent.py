@@ -62,7 +62,7 @@ class Contradiction:
 
 @dataclass(frozen=True, kw_only=True)
 class Precedent:
-    """A dataset, or an unfinished build of which some splits are made, in the folder of a build."""
+    """A dataset, or an unfinished build of which some splits are made or being made, in the folder of a build."""
 
     recipe: Recipe
     work: WorkFolder
@@ -88,7 +88,7 @@ class Precedent:
                 recipe=recipe, work=work, is_finished=True, config_sha256=manifest.tokenizer_config_sha256
             )
         plan = work.plan()
-        if plan is None or not work.has_results():
+        if plan is None or not work.is_begun():
             return None
         recipe = plan.recipe
         sha256 = recipe.options.get(_TEMPLATE_SHA256)

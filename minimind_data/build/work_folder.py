@@ -2,7 +2,7 @@
 
 It is in the folder of the dataset from the beginning of a build to its end:
 
-    lock                 is held by the run that works there; slices also hold a lock of their own
+    lock                 is held by the run that works there; slices also hold a lock of their own, and one while they write the plan
     plan.json            the recipe, the inputs, and the names of the shards
     NAME.result.json     the result of a split whose shard is complete
     NAME.hashes          the hashes of the texts of a split, with `dedup`
@@ -42,6 +42,7 @@ from minimind_data.files import (
     FolderLock,
     fsync_folder,
     is_disk_full,
+    is_locked,
     read_checked,
     remove_partials,
     write_checked,
@@ -50,7 +51,7 @@ from minimind_data.inputs.discovery import source_of
 from minimind_data.inputs.forms import FORMS
 from minimind_data.inputs.sources import STDIN, Source, spool
 from minimind_data.json_fields import BESIDE, FieldError, FileName, Rule, read_fields, shown
-from minimind_data.reporting import Progress
+from minimind_data.reporting import Progress, say_nothing
 
 _T = TypeVar("_T")
 
@@ -108,6 +109,8 @@ class WorkFolder:
         self.val = out / VALIDATION_NAME
         self.previous = self.path / _PREVIOUS_NAME
         """Where the manifest of a finished dataset is while its shards are being replaced."""
+        self._own_lock: Path | None = None
+        """Of the slice that this process makes."""
 
     @contextlib.contextmanager
     def locked(self, part: tuple[int, int] | None = None) -> Iterator[None]:
@@ -123,7 +126,8 @@ class WorkFolder:
         busy = f"{self.out}: another run is writing there; wait for it or take another `out`"
         locks = [FolderLock(self.path / _LOCK_NAME, busy, shared=part is not None)]
         if part is not None:
-            locks.append(FolderLock(self.path / f"{_LOCK_NAME}-{part[0]}-of-{part[1]}", busy))
+            self._own_lock = self.path / f"{_LOCK_NAME}-{part[0]}-of-{part[1]}"
+            locks.append(FolderLock(self._own_lock, busy))
         with contextlib.ExitStack() as stack:
             stack.callback(self._remove_if_empty)
             try:
@@ -173,7 +177,7 @@ class WorkFolder:
         names = names | finished
         plan_there = self.plan()
         if plan_there is not None:
-            if plan_there.recipe != recipe and not self.has_results():  # nothing that it has made is kept
+            if plan_there.recipe != recipe and not self.is_begun():  # nothing that it has made is kept
                 _remove_shards(self, plan_there, keep=finished, keep_val=finished)
             else:
                 names = names.union(plan_there.shards)
@@ -202,8 +206,17 @@ class WorkFolder:
                 raise DamagedFileError.of(path, why, self._plan_remedy)
         return plan
 
+    def planning(self) -> FolderLock:
+        """Return a lock that slices hold, one after the other, while they look at the plan and write it."""
+        return FolderLock(self.path / f"{_LOCK_NAME}-plan", "another slice writes the plan", wait=say_nothing)
+
+    def is_begun(self) -> bool:
+        """Tell whether any split is made by the recipe of the plan, or another slice is at work on some; else the plan binds nobody."""
+        slices = self.path.glob(f"{_LOCK_NAME}-*-of-*")
+        return self.has_results() or any(is_locked(path) for path in slices if path != self._own_lock)
+
     def has_results(self) -> bool:
-        """Tell whether any split is made; without one, nothing is made by the recipe of the plan."""
+        """Tell whether any split is made."""
         return any(self.path.glob(f"*{_RESULT_SUFFIX}"))
 
     def options_of(self, plan: Plan) -> TokenizeOptions:

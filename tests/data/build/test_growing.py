@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from minimind_data.build import pipeline
 from minimind_data.build.dedup import duplicates, hashes_of, in_validation
 from minimind_data.build.pipeline import commit, tokenize
 from minimind_data.dataset.shard_set import ShardSet
@@ -233,6 +234,65 @@ def test_slices_run_side_by_side_and_nothing_else_does(tmp_path, a):
     tokenize([a], options(out, task=(1, 2)), say=while_slicing)
     commit(out)
     tokenize([a], options(tmp_path / "whole"))
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_a_slice_with_other_options_is_refused_before_any_split_is_made(tmp_path, a, monkeypatch):
+    out = tmp_path / "out"
+    refusals = []
+
+    def while_slicing(sentence):
+        if sentence.startswith("encoding with"):
+            assert not list((out / ".mm-build").glob("*.result.json"))
+            plan = (out / ".mm-build" / "plan.json").read_bytes()
+            for name, value in (("eos_token", "<|im_start|>"), ("max_word_chars", 1000), ("dedup", "exact")):
+                other = options(out, task=(2, 2), **{name: value})
+                with pytest.raises(UserError, match=f"an unfinished build with other options: `{name}`"):
+                    tokenize([a], other)
+                # One that begins at the same moment learns of it when it comes to the plan.
+                with monkeypatch.context() as patch:
+                    patch.setattr(pipeline, "Precedent", Late(pipeline.Precedent))
+                    with pytest.raises(UserError, match="with other options"):
+                        tokenize([a], other)
+                refusals.append(name)
+                assert (out / ".mm-build" / "plan.json").read_bytes() == plan
+
+    tokenize([a], options(out, task=(1, 2)), say=while_slicing)
+    assert len(refusals) == 3
+    tokenize([a], options(out, task=(2, 2)))
+    commit(out)
+    tokenize([a], options(tmp_path / "whole"))
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+class Late:
+    """A precedent that is not there yet when it is looked for the first two times."""
+
+    def __init__(self, precedent):
+        self.looks, self._precedent = 0, precedent
+
+    def of(self, *arguments):
+        self.looks += 1
+        return None if self.looks < 3 else self._precedent.of(*arguments)
+
+
+def test_a_slice_that_made_nothing_binds_nobody(tmp_path, a):
+    out = tmp_path / "out"
+
+    class Stopped(BaseException):
+        pass
+
+    def stop(sentence):
+        if sentence.startswith("encoding with"):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        tokenize([a], options(out, task=(1, 2)), say=stop)
+    assert (out / ".mm-build" / "plan.json").exists()
+    for number in (1, 2):
+        tokenize([a], options(out, task=(number, 2), eos_token="<|im_start|>"))
+    commit(out)
+    tokenize([a], options(tmp_path / "whole", eos_token="<|im_start|>"))
     assert tree(out) == tree(tmp_path / "whole")
 
 
