@@ -12,7 +12,7 @@ from minimind_data.build.pipeline import commit as commit_slices
 from minimind_data.build.pipeline import tokenize as build_dataset
 from minimind_data.build.plan import TokenizeOptions
 from minimind_data.build.publish import Summary
-from minimind_data.dataset.format import SET_ASIDE_NAME, TOKENIZER_NAME, VALIDATION_NAME, Manifest
+from minimind_data.dataset.format import SET_ASIDE_NAME, TOKENIZER_NAME, VALIDATION_NAME, Kind, Manifest
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.dataset.verification import verify as verify_dataset
 from minimind_data.errors import UserError
@@ -23,7 +23,7 @@ from minimind_data.tokenizer.naming import description_of, name_of, summary_of
 from minimind_data.tokenizer.training import train_tokenizer as run_training
 
 from .flags import in_flags
-from .options import AsJson, command, make_app
+from .options import AsJson, command, make_app, option_of
 
 app = make_app(
     "Turn text into memory-mapped shards, and inspect them.",
@@ -159,13 +159,15 @@ def train_tokenizer(
     ],
     out: Annotated[Path, typer.Option(help="The tokenizer.json to write, or a folder for it.")],
     records: RecordSpec,
+    kind: Annotated[Kind, option_of(TokenizeOptions, "kind")] = TokenizeOptions.kind,
     vocab_size: Annotated[int, typer.Option(help="Vocabulary size, including the 36 special tokens.")] = 6400,
 ) -> None:
-    """Train a tokenizer on text.
+    """Train a tokenizer on text or conversations.
 
-    Byte-pair encoding, with MiniMind's special tokens and chat template.
+    Byte-pair encoding, with MiniMind's special tokens and a chat template. Of conversations it learns the texts that this template
+    makes, roles and tools included, without the special tokens.
     """
-    size = run_training(texts_of(inputs, records, say=_say), out, vocab_size=vocab_size)
+    size = run_training(texts_of(inputs, records, kind, say=_say), out, vocab_size=vocab_size)
     print(f"{out}: {size:,} entries")
 
 

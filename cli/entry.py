@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
+_NO_WINDOWS = "error: Windows itself is not supported; use WSL2: `wsl --install` in PowerShell, then install and run this in its Linux"
 _STATUS = 128 + signal.SIGINT
 
 
@@ -25,6 +26,11 @@ def train() -> None:
 
 
 def _run(module: str) -> None:
+    if (
+        sys.platform == "win32"
+    ):  # before anything is imported: what the packages need of the system is not there
+        print(_NO_WINDOWS, file=sys.stderr)
+        sys.exit(1)
     try:
         with importing():
             main = importlib.import_module(f"{__package__}.{module}").main

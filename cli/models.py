@@ -73,6 +73,21 @@ def generate(
         ),
     ] = False,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="With --chat: system prompt.")] = None,
+    thinking: Annotated[
+        bool | None,
+        typer.Option(
+            "--thinking/--no-thinking",
+            help="With --chat: let answers begin with reasoning or not (open_thinking, enable_thinking); by default as the chat "
+            "template has it.",
+        ),
+    ] = None,
+    tools: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --chat: JSON list of schemas of functions that the model may call; its calls are printed, nothing runs them.",
+        ),
+    ] = None,
     tokenizer: _Tokenizer = None,
     lora: _Lora = None,
     checkpoint: _Checkpoint = None,
@@ -82,13 +97,15 @@ def generate(
 
     Options of the model's shape are for a .pth, where its tensors do not tell them.
     """
-    if system is not None and not chat:
-        raise typer.BadParameter("--system goes with --chat")
+    for flag, value in {"--system": system, "--thinking": thinking, "--tools": tools}.items():
+        if value is not None and not chat:
+            raise typer.BadParameter(f"{flag} goes with --chat")
     if prompt is None and not chat:
         raise typer.BadParameter(
             "--prompt is missing, the text to continue; to chat with the model pass --chat"
         )
     with importing():
+        from minimind_data.chat.tools import read_tools
         from minimind_train.generation.chat_session import ChatSession
         from minimind_train.generation.completion import complete
 
@@ -101,7 +118,8 @@ def generate(
         "say": say_in_flags(),
     }
     if chat:
-        session = ChatSession.open(run, options, system=system, **opening)
+        functions = None if tools is None else read_tools(tools)
+        session = ChatSession.open(run, options, system=system, tools=functions, thinking=thinking, **opening)
         talk(session, prompt)
         return
     assert prompt is not None

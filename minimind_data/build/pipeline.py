@@ -21,7 +21,6 @@ from minimind_data.build.ownership import Outputs, refuse_foreign_files, refuse_
 from minimind_data.build.plan import (
     TokenizeOptions,
     chat_encoding_of,
-    check_forms,
     idle_options,
     plan_tasks,
     sample_texts,
@@ -61,6 +60,7 @@ from minimind_data.dataset.format import (
 from minimind_data.errors import UserError
 from minimind_data.files import sha256_of, user_error_on_full_disk, write_atomic
 from minimind_data.inputs.discovery import check_is_file, find_sources
+from minimind_data.inputs.forms import check_forms
 from minimind_data.inputs.hashes import InputHashes
 from minimind_data.inputs.sources import STDIN, Source
 from minimind_data.reporting import Progress, Report, Say, no_progress, say_nothing
@@ -225,7 +225,7 @@ class _Build:
         request: _Request,
         options_taken: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        check_forms(sources, options)
+        check_forms(sources, options.kind)
         self._sources = sources
         self._options = options
         self._tokenizer = tokenizer

@@ -17,7 +17,14 @@ from minimind_data.dataset.format import TEMPLATE_NAME, TOKENIZER_CONFIG_NAME, K
 from minimind_data.dataset.staging import unique_names
 from minimind_data.errors import UserError
 from minimind_data.inputs.discovery import stem_of
-from minimind_data.inputs.forms import AUTO, FORMS, FormChoice, form_of, titles
+from minimind_data.inputs.forms import (
+    AUTO,
+    FORMS,
+    WITH_CONVERSATIONS,
+    FormChoice,
+    form_of,
+    titles,
+)
 from minimind_data.inputs.sources import Source
 from minimind_data.inputs.spec import RecordSpec
 from minimind_data.inputs.splits import open_reader, plan_splits
@@ -30,8 +37,6 @@ _MIN_SPLIT_BYTES = 1024
 _SAMPLE_SPLITS = 4
 _SAMPLE_TEXTS_PER_SPLIT = 8
 _SAMPLE_MAX_CHARS = 2**14
-
-_WITH_CONVERSATIONS = titles(lambda form: form.holds_conversations)
 
 
 def _read_with(option: str) -> str:
@@ -152,9 +157,7 @@ class TokenizeOptions(KnowsPassed):
                 f"`field`, `template` and `separator` are for texts; `kind` {self.kind} has fields of its own"
             )
         if self.format != AUTO and not FORMS[self.format].holds_conversations:
-            raise ValueError(
-                f"`kind` {self.kind} reads {_WITH_CONVERSATIONS}, not {FORMS[self.format].title}"
-            )
+            raise ValueError(f"`kind` {self.kind} reads {WITH_CONVERSATIONS}, not {FORMS[self.format].title}")
 
 
 def plan_tasks(sources: Sequence[Source], options: TokenizeOptions) -> list[SplitTask]:
@@ -217,23 +220,6 @@ def chat_encoding_of(
         rendering=RenderSpec.of(tokenizer, template, options.chat),
         marks=find_answer_marks(tokenizer, template),
     )
-
-
-def check_forms(sources: Sequence[Source], options: TokenizeOptions) -> None:
-    """Check that the inputs have a form that can hold the records of this kind.
-
-    Raises:
-        UserError: conversations are to be read from a source that can hold texts alone.
-    """
-    for source in sources:
-        form = FORMS[source.form]
-        if options.kind != "pretrain" and not form.holds_conversations:
-            raise UserError(
-                f"is {form.title}, where `kind` {options.kind} reads {_WITH_CONVERSATIONS}",
-                where=source.name,
-                remedy="write its conversations as such, or say `format` jsonl where they are JSON lines by another name",
-                option="kind",
-            )
 
 
 def sample_texts(tasks: list[SplitTask], options: TokenizeOptions, chat: ChatEncoding | None) -> list[str]:

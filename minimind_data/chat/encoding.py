@@ -22,7 +22,7 @@ from minimind_data.chat.loss_mask import (
     mask_of_spans,
 )
 from minimind_data.chat.rendering import RenderedConversation, RenderSpec, renderer_of
-from minimind_data.chat.template import ChatTemplate, RenderError
+from minimind_data.chat.template import THINKING_NAMES, ChatTemplate, RenderError, names_read_by
 from minimind_data.dataset.format import MaskArray
 from minimind_data.errors import UserError
 from minimind_data.tokenizer.backends import Ids, Offsets
@@ -46,6 +46,8 @@ def encode_prompt(
     template: ChatTemplate,
     messages: Sequence[dict[str, Any]],
     tools: Sequence[dict[str, Any]] | None = None,
+    *,
+    thinking: bool | None = None,
 ) -> list[int]:
     """Return the ids of a conversation and of what the assistant's next turn begins with.
 
@@ -54,11 +56,22 @@ def encode_prompt(
         template: of the chat.
         messages: so far.
         tools: JSON schemas of functions that the assistant may call.
+        thinking: whether the assistant's next turn begins with reasoning; None leaves that to the template.
 
     Raises:
-        UserError: the template refuses the conversation, or text in it cannot be kept apart from special tokens.
+        UserError: the template refuses the conversation, knows no tools or no such choice, or text in it cannot be kept apart from
+            special tokens.
     """
-    renderer = renderer_of(RenderSpec.of(tokenizer, template))
+    names = names_read_by(template)
+    if tools and "tools" not in names:
+        raise UserError("the chat template knows no tools", remedy="leave `tools` out", option="tools")
+    if thinking is not None and names.isdisjoint(THINKING_NAMES):
+        raise UserError(
+            f"the chat template reads neither {' nor '.join(THINKING_NAMES)}, so it cannot be told whether to think",
+            remedy="leave `thinking` out",
+            option="thinking",
+        )
+    renderer = renderer_of(RenderSpec.of(tokenizer, template, thinking=thinking))
     try:
         conversation = Conversation(messages=tuple(messages), tools=list(tools) if tools else None)
         rendered = renderer.render(conversation, add_generation_prompt=True)

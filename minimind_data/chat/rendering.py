@@ -36,6 +36,7 @@ from minimind_data.chat.conversations import Conversation
 from minimind_data.chat.guard import THOUGHTS, Disguise, control_tokens, normalizes_control
 from minimind_data.chat.sandbox import SPAN_CLOSES, SPAN_OPENS
 from minimind_data.chat.template import (
+    THINKING_NAMES,
     ChatTemplate,
     Message,
     RenderError,
@@ -129,9 +130,18 @@ class RenderSpec:
     """Share of the texts that keep empty <think> blocks."""
     today: str | None = None
     """The date for templates that write today's, YYYY-MM-DD."""
+    thinking: bool | None = None
+    """Whether the assistant's next turn is to begin with reasoning; None leaves that to the template."""
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, template: ChatTemplate, options: ChatOptions | None = None) -> Self:
+    def of(
+        cls,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        options: ChatOptions | None = None,
+        *,
+        thinking: bool | None = None,
+    ) -> Self:
         """Return how a tokenizer and its template render; without options, as a question to a model is rendered."""
         options = options or ChatOptions()
         return cls(
@@ -140,6 +150,7 @@ class RenderSpec:
             guards_all=normalizes_control(tokenizer),
             empty_think_ratio=options.empty_think_ratio,
             today=options.chat_date,
+            thinking=thinking,
         )
 
 
@@ -169,6 +180,7 @@ class Renderer:
         self._twins = None if self._disguise is None else Twins(self._disguise, spec.template)
         self._expected: dict[tuple[Any, ...], list[str] | None] = {}
         self._has_spans = spec.template.marks_generation
+        self._variables = {} if spec.thinking is None else dict.fromkeys(THINKING_NAMES, spec.thinking)
         self._now: Callable[[], datetime] = datetime.now
         if spec.today is not None:
             midnight = datetime.combine(date.fromisoformat(spec.today), time())
@@ -305,6 +317,7 @@ class Renderer:
             add_generation_prompt=add_generation_prompt,
             now=self._now,
             mark_generation=self._has_spans,
+            **self._variables,
         )
         if self._spec.empty_think_ratio < 1 and _EMPTY_THINK in text:
             undisguised = self._disguise.show(text) if self._disguise else text

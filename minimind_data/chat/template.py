@@ -37,6 +37,9 @@ _MAX_DATE_FORM = 100
 
 Message = Mapping[str, Any]
 
+THINKING_NAMES = ("open_thinking", "enable_thinking")
+"""The variables by which templates let an answer begin with reasoning: MiniMind's, and Qwen's, which many others took over."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChatTemplate:

@@ -3,11 +3,12 @@
 To add a form, write a subclass of `base.Form` in a module of its own, and add a row here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from minimind_data.dataset.format import Kind
+from minimind_data.errors import UserError
 from minimind_data.inputs.base import Form
 from minimind_data.inputs.jsonl import JsonLines, why_no_lines
 from minimind_data.inputs.sources import Source
@@ -96,3 +97,32 @@ def form_of(source: Source, spec: RecordSpec, kind: Kind = "pretrain") -> Form:
         kind: what the records are.
     """
     return FORMS[source.form].make(spec, kind)
+
+
+WITH_CONVERSATIONS = titles(lambda form: form.holds_conversations)
+
+
+def check_forms(
+    sources: Sequence[Source],
+    kind: Kind,
+    remedy: str = "write its conversations as such, or say `format` jsonl where they are JSON lines by another name",
+) -> None:
+    """Check that sources have a form that can hold the records of a kind.
+
+    Args:
+        sources: what is to be read.
+        kind: what the records are.
+        remedy: what to do about a source that cannot.
+
+    Raises:
+        UserError: conversations are to be read from a source that can hold texts alone.
+    """
+    for source in sources:
+        form = FORMS[source.form]
+        if kind != "pretrain" and not form.holds_conversations:
+            raise UserError(
+                f"is {form.title}, where `kind` {kind} reads {WITH_CONVERSATIONS}",
+                where=source.name,
+                remedy=remedy,
+                option="kind",
+            )

@@ -180,13 +180,6 @@ def kind_hint(names: Iterable[str]) -> str:
     return "" if shown is None else _KIND_HINT.format(shown)
 
 
-def without_kind_hint(sentence: str) -> str:
-    """Return what `reason` or the like says for a reader that has no `kind`."""
-    for hint in (MESSAGES_HINT, *(_KIND_HINT.format(kind) for kind in ("sft", "dpo"))):
-        sentence = sentence.replace(hint, "")
-    return sentence
-
-
 def long_word(text: str, max_word_chars: int) -> str | None:
     """Say that a run of letters, of digits, of signs or of white space in a text is longer than allowed; None if none is."""
     if len(text) <= max_word_chars:

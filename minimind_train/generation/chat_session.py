@@ -4,7 +4,7 @@
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -32,6 +32,11 @@ class ChatSession:
         template: of the chat.
         options: of sampling; every answer has a seed of its own, so the same question may get different answers.
         system: text of a system message at the beginning.
+        tools: JSON schemas of functions that the model may call; nothing here calls them.
+        thinking: whether answers begin with reasoning; None leaves that to the template.
+
+    Raises:
+        UserError: the template knows no tools, or no such choice.
 
     Attributes:
         messages: of the user and of the model so far, after the system message.
@@ -44,16 +49,24 @@ class ChatSession:
         template: ChatTemplate,
         options: GenerateOptions,
         system: str | None = None,
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        thinking: bool | None = None,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._template = template
         self._options = options
+        self._tools = tools
+        self._thinking = thinking
         self._ends = ends_of_answers(tokenizer, template)
         self._first = [{"role": "system", "content": system}] if system else []
         self._turns = 0
         self.messages: list[dict[str, Any]] = []
         self.clear()
+        self._encode(
+            [{"role": "user", "content": "?"}]
+        )  # what the template cannot do is said before the first question
 
     @classmethod
     def open(
@@ -62,6 +75,8 @@ class ChatSession:
         options: GenerateOptions = DEFAULTS,
         *,
         system: str | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+        thinking: bool | None = None,
         checkpoint: CheckpointChoice = None,
         device: str = "auto",
         changes: Mapping[str, Any] = MappingProxyType({}),
@@ -75,6 +90,8 @@ class ChatSession:
             run: the folder or file.
             options: of sampling.
             system: text of a system message at the beginning.
+            tools: JSON schemas of functions that the model may call; `minimind_data.chat.tools` reads them from a file.
+            thinking: whether answers begin with reasoning; None leaves that to the template.
             checkpoint: the step of one, or `best`, if it is a run.
             device: where to compute.
             changes: options of the model: those that are to differ, such as those of its positions, or that a `.pth` does not tell.
@@ -83,13 +100,14 @@ class ChatSession:
             say: called with a sentence about each damaged checkpoint, and on what a `.pth` was taken for.
 
         Raises:
-            UserError: there is no such model, or no template.
+            UserError: there is no such model, no template, or it knows no tools or no reasoning where these are asked for.
         """
         trained = open_model(
             Path(run), step=checkpoint, say=say, changes=changes, tokenizer=tokenizer, lora=lora
         )
         model = trained.model.to(resolve_device(device))
-        return cls(model, trained.tokenizer, template_of(trained.tokenizer_folder), options, system)
+        template = template_of(trained.tokenizer_folder)
+        return cls(model, trained.tokenizer, template, options, system, tools=tools, thinking=thinking)
 
     def clear(self) -> None:
         """Forget all messages but the system message."""
@@ -132,11 +150,16 @@ class ChatSession:
     def _prompt_ids(self) -> list[int]:
         longest = self._model.config.longest_sequence
         while True:
-            prompt_ids = encode_prompt(self._tokenizer, self._template, self.messages)
+            prompt_ids = self._encode(self.messages)
             oldest = len(self._first)
             if len(prompt_ids) <= longest or len(self.messages) <= oldest + 1:
                 return prompt_ids
             del self.messages[oldest : oldest + 2]
+
+    def _encode(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        return encode_prompt(
+            self._tokenizer, self._template, messages, tools=self._tools, thinking=self._thinking
+        )
 
 
 def template_of(run: Path) -> ChatTemplate:

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Self
 
 from minimind_data.chat.encoding import encode_prompt, ends_of_answers
-from minimind_data.chat.template import ChatTemplate, chat_template_of
+from minimind_data.chat.template import THINKING_NAMES, ChatTemplate, chat_template_of
 from minimind_data.errors import UserError
 from minimind_data.html import fill, read_template
 from minimind_data.tokenizer.loading import Tokenizer
@@ -61,6 +61,9 @@ _UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
 }
 """Fields of requests that are not supported, and the values that ask for nothing, which are accepted."""
 
+_ONLY_THINKING = (
+    f"chat_template_kwargs may hold {' or '.join(THINKING_NAMES)}, true or false, and nothing else"
+)
 _IGNORED_FIELDS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 _MAX_STOPS = 4
 
@@ -181,11 +184,27 @@ class _Request(BaseModel):
 class _ChatRequest(_Request):
     messages: list[dict[str, Any]] = Field(min_length=1)
     tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     max_completion_tokens: int | None = None
 
     def options(self, defaults: GenerateOptions, seed: int) -> GenerateOptions:
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return super(_ChatRequest, self.model_copy(update={"max_tokens": limit})).options(defaults, seed)
+
+    @property
+    def thinking(self) -> bool | None:
+        """Whether the answer is to begin with reasoning; None where nothing is said.
+
+        Raises:
+            UserError: the template is to be given something else.
+        """
+        said = self.chat_template_kwargs or {}
+        values = list(said.values())
+        if not said.keys() <= set(THINKING_NAMES) or not all(value is values[0] for value in values):
+            raise UserError(_ONLY_THINKING, option="chat_template_kwargs")
+        if values and not isinstance(values[0], bool):
+            raise UserError(_ONLY_THINKING, option="chat_template_kwargs")
+        return values[0] if values else None
 
 
 class _CompletionRequest(_Request):
@@ -308,7 +327,9 @@ class _Responder:
             )
         options = body.options(served.options, self._next_seed())
         messages = [_with_text(number, message) for number, message in enumerate(body.messages)]
-        prompt_ids = encode_prompt(served.tokenizer, served.template, messages, tools=body.tools)
+        prompt_ids = encode_prompt(
+            served.tokenizer, served.template, messages, tools=body.tools, thinking=body.thinking
+        )
         ends = ends_of_answers(served.tokenizer, served.template)
         answer = _Answer(served, prompt_ids, options, ends=ends, stops=body.stops)
         return await self._respond(_CHAT, body, answer, request)

@@ -21,7 +21,9 @@ def resolve_device(name: str) -> torch.device:
         UserError: there is no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     refusal = UserError(
         f"`device` {name}: this machine, or this build of torch, has none",
         remedy="try `device` auto",

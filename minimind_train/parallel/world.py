@@ -104,8 +104,8 @@ class World:
         if place.local_rank < num_devices:
             torch.cuda.set_device(place.local_rank)  # before anything uses the first device
         device = resolve_device(name)
-        if device.type == "cpu":
-            return device
+        if device.type == "cpu" or (name == "auto" and device.type != "cuda"):
+            return torch.device("cpu")  # an Apple GPU is one, and gradients are not exchanged on it
         if ":" in name or device.type != "cuda":
             raise UserError(
                 f"`device` {name}: {place.size} processes learn together each on a CUDA device of its own, or "

@@ -99,3 +99,28 @@ def test_in_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(run):
     terminal.wait_for("> ", at)
     terminal.type(b"\x04")
     assert terminal.process.wait(60) == 0, terminal.shown
+
+
+def test_tools_and_thinking_reach_the_model(run, tmp_path):
+    tools = tmp_path / "tools.json"
+    tools.write_text('[{"type": "function", "function": {"name": "weather"}}]')
+    plain = chat(run, "--prompt", "Hello?").stdout
+    for words in (("--tools", tools), ("--thinking",)):
+        result = chat(run, "--prompt", "Hello?", *words)
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout != plain
+    assert chat(run, "--prompt", "Hello?", "--no-thinking").stdout == plain
+
+
+def test_a_file_that_holds_no_tools_is_named(run, tmp_path):
+    (tmp_path / "tools.json").write_text("{}")
+    result = chat(run, "--prompt", "Hello?", "--tools", tmp_path / "tools.json")
+    assert result.exit_code == 1
+    assert "function 1 has no name" in result.stderr
+
+
+@pytest.mark.parametrize("words", [("--thinking",), ("--no-thinking",), ("--tools", "tools.json")])
+def test_what_is_for_chats_goes_with_chat(run, words):
+    result = mm_train("generate", "--run", run, "--prompt", "y", *words)
+    assert result.exit_code == 2
+    assert "goes with --chat" in " ".join(result.stderr.split())

@@ -300,3 +300,33 @@ def test_half_a_surrogate_pair_is_no_token(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "\ud800"}))
     with pytest.raises(UserError, match="EOS should be .*, which is not in its vocabulary"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_conversations_are_learned_as_the_template_writes_them(kind, tmp_path):
+    answer = [{"role": "user", "content": "zebra?"}, {"role": "assistant", "content": "quagga. <|im_end|>"}]
+    other = [*answer[:1], {"role": "assistant", "content": "okapi."}]
+    record = {"conversations": answer} if kind == "sft" else {"chosen": answer, "rejected": other}
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    texts = list(texts_of([path], kind=kind))
+    assert [each.count("<|im_start|>user\nzebra?<|im_end|>\n<|im_start|>assistant\n") for each in texts] == [
+        1
+    ] * len(texts)
+    assert len(texts) == (1 if kind == "sft" else 2)
+    train_tokenizer(texts * 20, tmp_path / "tok", vocab_size=400)
+    trained = tokenizers.Tokenizer.from_file(str(tmp_path / "tok" / "tokenizer.json"))
+    assert trained.encode("quagga", add_special_tokens=False).tokens == ["quagga"]
+    assert sum("im_" in entry for entry in trained.get_vocab()) == 2
+
+
+def test_a_record_of_another_kind_names_the_option(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(
+        '{"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    )
+    with pytest.raises(UserError, match=r"x\.jsonl:1: no field 'text'.* let `kind` sft read such records"):
+        list(texts_of([path]))
+    (tmp_path / "y.txt").write_text("text")
+    with pytest.raises(UserError, match=r"y\.txt: is text, where `kind` sft reads JSON lines and Parquet"):
+        list(texts_of([tmp_path / "y.txt"], kind="sft"))

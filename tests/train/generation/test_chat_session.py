@@ -3,12 +3,13 @@
 import pytest
 
 from minimind_data.chat.encoding import encode_prompt
-from minimind_data.chat.template import chat_template_of
+from minimind_data.chat.template import ChatTemplate, chat_template_of
 from minimind_data.errors import UserError
 from minimind_train.generation import chat_session
 from minimind_train.generation.chat_session import ChatSession
 from minimind_train.generation.options import GenerateOptions
 from minimind_train.weights.loading import open_model
+from tests.helpers.chats import CHATML
 from tests.helpers.runs import Said
 
 OPTIONS = GenerateOptions(max_new_tokens=8)
@@ -111,3 +112,47 @@ def test_the_same_seed_gives_the_same_conversation(talk):
 def test_a_folder_without_a_template(whole_run):
     with pytest.raises(UserError, match=r"has no chat template, .* or leave `chat` out"):
         ChatSession.open(whole_run, OPTIONS, say=Said())
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+def test_thinking_opens_the_block_and_no_thinking_closes_it(talk, script, opened):
+    asked = script("a", "a", "a")
+    for thinking in (True, False, None):
+        "".join(talk(thinking=thinking).answer("1 + 1?"))
+    opened_block, closed_block, usual = (opened.tokenizer.reference.decode(ids, False) for ids, _, _ in asked)
+    assert opened_block.endswith("<|im_start|>assistant\n<think>\n")
+    assert closed_block.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert usual == closed_block
+
+
+def test_a_template_with_qwens_name_for_thinking_is_told_too(opened):
+    text = "{{- enable_thinking is defined and enable_thinking and 'think' or 'answer' }}"
+    ids = [
+        encode_prompt(
+            opened.tokenizer, ChatTemplate(text=text), [{"role": "user", "content": "?"}], thinking=t
+        )
+        for t in (True, False)
+    ]
+    assert [opened.tokenizer.reference.decode(each) for each in ids] == ["think", "answer"]
+
+
+def test_tools_stand_in_the_system_turn(talk, script, opened):
+    asked = script("a")
+    "".join(talk(tools=[TOOL]).answer("Rain?"))
+    prompt = opened.tokenizer.reference.decode(asked[0][0], skip_special_tokens=False)
+    assert prompt.startswith("<|im_start|>system\n# Tools")
+    assert '"name": "weather"' in prompt
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"tools": [TOOL]}, "the chat template knows no tools"),
+        ({"thinking": True}, "reads neither open_thinking nor enable_thinking"),
+    ],
+)
+def test_what_the_template_cannot_do_is_said_at_once(opened, options, complaint):
+    with pytest.raises(UserError, match=complaint):
+        ChatSession(opened.model, opened.tokenizer, ChatTemplate(text=CHATML), OPTIONS, **options)

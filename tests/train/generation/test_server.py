@@ -326,3 +326,38 @@ def test_the_page_in_docs_speaks_to_it(server, capsys):
     with server.client as client:
         answer = client.chat.completions.create(model="sft", messages=USER)
     assert capsys.readouterr().out == answer.choices[0].message.content
+
+
+def text_asked(server, client, **more):
+    """What the model was asked, by the number of tokens that the server counts."""
+    kwargs = more.pop("chat_template_kwargs", None)
+    extra = {} if kwargs is None else {"extra_body": {"chat_template_kwargs": kwargs}}
+    answer = client.chat.completions.create(model="run", messages=USER, max_tokens=1, **extra, **more)
+    return answer.usage.prompt_tokens
+
+
+@pytest.mark.parametrize("name", ["open_thinking", "enable_thinking"])
+def test_thinking_is_asked_for_as_of_vllm(server, client, name):
+    from minimind_data.chat.encoding import encode_prompt
+
+    served = server.served
+    for value in (True, False):
+        prompt = encode_prompt(served.tokenizer, served.template, USER, thinking=value)
+        assert text_asked(server, client, chat_template_kwargs={name: value}) == len(prompt)
+    assert text_asked(server, client, chat_template_kwargs={}) == text_asked(server, client)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"open_thinking": "yes"},
+        {"bos_token": "x"},
+        {"open_thinking": True, "enable_thinking": False},
+        {"open_thinking": 1},
+    ],
+)
+def test_other_variables_of_the_template_are_refused(client, kwargs):
+    with pytest.raises(openai.BadRequestError, match="chat_template_kwargs may hold open_thinking or"):
+        client.chat.completions.create(
+            model="run", messages=USER, extra_body={"chat_template_kwargs": kwargs}
+        )
