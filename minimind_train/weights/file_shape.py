@@ -83,9 +83,9 @@ def shape_of_file(tensors: Mapping[str, Tensor], options: Mapping[str, Any], sou
     queries, keys = _rows("self_attn.q_proj", first, source), _rows("self_attn.k_proj", first, source)
     assumed = []
     if qk_norm:
-        head_size = max(1, *first["self_attn.q_norm.weight"], 1)
+        head_size = max([1, *first["self_attn.q_norm.weight"]])
     elif "head_dim" in options:
-        head_size = int(options["head_dim"])
+        head_size = max(1, int(options["head_dim"]))
     else:
         if "num_attention_heads" not in options:
             assumed.append("num_attention_heads")

@@ -139,10 +139,25 @@ def read_weights_file(path: Path) -> tuple[dict[str, Tensor], ResumePoint | None
         point = _resume_point(loaded)
         loaded = loaded["model"]
     if not (
-        isinstance(loaded, dict) and loaded and all(isinstance(tensor, Tensor) for tensor in loaded.values())
+        isinstance(loaded, dict)
+        and loaded
+        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in loaded.items())
     ):
         raise UserError("is no state_dict, which is a tensor for each name", where=path)
+    for name, tensor in loaded.items():
+        if not name.endswith(_NO_PARAMETERS) and not _is_plain(tensor):
+            raise UserError(
+                f"{name} is no plain tensor of real numbers",
+                where=path,
+                remedy="save the weights again, as dense float32, float16 or bfloat16",
+            )
     return loaded, point
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Tell whether a tensor is dense, and holds real numbers that are there."""
+    is_dense = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized)
+    return is_dense and not tensor.is_meta and not tensor.is_complex()
 
 
 def _resume_point(content: Mapping[str, Any]) -> ResumePoint | None:
@@ -163,7 +178,7 @@ def num_entries(tensors: Mapping[str, Tensor], source: Path) -> int:
         UserError: there is no embedding matrix of the name that it has here.
     """
     embedding = tensors.get(EMBEDDING_NAME)
-    if embedding is None or embedding.ndim != 2:
+    if embedding is None or embedding.ndim != 2 or not embedding.shape[0]:
         raise UserError(
             f"has no {EMBEDDING_NAME}, so it holds no model of MiniMind's since minimind2, nor one of Hugging "
             "Face's",

@@ -139,7 +139,7 @@ _RUN_COMMANDS = [
 _OF_RUNS = [
     *[
         ["mm-train", "export", "--run", "IT", "--to", form, "--out", "NEW"]
-        for form in ("hf", "minimind", "peft")
+        for form in ("hf", "minimind", "peft", "minimind-lora")
     ],
     ["mm-train", "plot", "IT", "--out", "NEW.html"],
     ["mm-data", "locate", "--run", "IT", "--position", "3"],
@@ -207,6 +207,7 @@ TARGETS: Mapping[str, Target] = {
         commands=_for_data(
             [
                 *_RUN_COMMANDS,
+                *([["mm-train", "export", "--run", "IT", "--to", form, "--out", "NEW"] for form in ("hf", "minimind", "gguf")]),
                 [
                     "mm-train", "pretrain", "--shards", "BESIDE/pretrain", "--from-weight", "IT", "--run", "NEW", "--steps", "1",
                     "--seq-len", "16", "--global-batch", "2", "--device", "cpu", "--threads", "1",

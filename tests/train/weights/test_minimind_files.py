@@ -151,11 +151,35 @@ def test_what_is_no_model_is_refused_in_a_sentence(tmp_path):
         torch.save(damaged, tmp_path / "it.pth")
         with pytest.raises(UserError, match=complaint):
             open_model(tmp_path / "it.pth", step=None, say=Said())
+    with pytest.raises(UserError, match="`head_dim` must be from 1"):
+        open_model(save(model_like(TWO), tmp_path / "it.pth"), step=None, say=Said(), changes={"head_dim": 0})
     (tmp_path / "empty.pth").touch()
     with pytest.raises(UserError, match="empty.pth: cannot be read .it is empty or cut off."):
         open_model(tmp_path / "empty.pth", step=None, say=Said())
     with pytest.raises(UserError, match="gone.pth: no such file"):
         open_model(tmp_path / "gone.pth", step=None, say=Said())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda tensor: tensor.to_sparse(),
+        lambda tensor: tensor.to(torch.complex64),
+        lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+        lambda tensor: torch.empty(tensor.shape, device="meta"),
+        lambda tensor: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    ],
+    ids=["sparse", "complex", "quantized", "meta", "nested"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensors_that_are_no_plain_matrices_are_refused(make, tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors = model_like(THREE).state_dict()
+    torch.save({**tensors, name: make(tensors[name])}, tmp_path / "it.pth")
+    with pytest.raises(UserError, match=f"{name} is no plain tensor of real numbers"):
+        open_model(tmp_path / "it.pth", step=None, say=Said())
+    with pytest.raises(UserError, match=f"{name} is no plain tensor of real numbers"):
+        load_weights(tmp_path / "it.pth", shape=THREE)
 
 
 def test_every_use_takes_such_a_file(tmp_path, texts):
