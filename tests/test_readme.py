@@ -145,7 +145,7 @@ def test_a_file_that_is_named_is_there(page):
         for path in (ROOT / folder).rglob("*.*")
     }
     for name in re.findall(r"`([\w./-]+\.py)`", text_of(page)):
-        if name.startswith(("trainer/", "scripts/", "eval_llm", "convert_model")):  # MiniMind's
+        if name.startswith(("trainer/", "scripts/", "eval_llm")):  # MiniMind's
             continue
         at_root, beside = (ROOT / name).exists(), ((ROOT / page).parent / name).exists()
         assert at_root or beside or ("/" not in name and name in everywhere), name
@@ -175,7 +175,7 @@ def shared_by_languages(page):
     return {
         "examples": examples_of(page),
         "tables": tables_of(page),
-        "links": sorted(pages - {other, "docs/faq.md"}),
+        "links": sorted(pages - {other}),
         "files": sorted(set(re.findall(r"`([\w/.-]+\.py)", text_of(page)))),
         "options": sorted(set(FLAG.findall(text_of(page)))),
     }
