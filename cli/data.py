@@ -164,8 +164,8 @@ def train_tokenizer(
 ) -> None:
     """Train a tokenizer on text or conversations.
 
-    Byte-pair encoding, with MiniMind's special tokens and a chat template. Of conversations it learns the texts that this template
-    makes, roles and tools included, without the special tokens.
+    Byte-pair encoding, with minimind-3's special tokens and the chat template of the tokenizer `default`. Of conversations it learns
+    the texts that this template makes, roles and tools included, without the special tokens.
     """
     size = run_training(texts_of(inputs, records, kind, say=_say), out, vocab_size=vocab_size)
     print(f"{out}: {size:,} entries")

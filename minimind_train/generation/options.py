@@ -7,7 +7,7 @@ from typing import Annotated
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """How the next token is chosen. The defaults are MiniMind's, except for the length."""
+    """How the next token is chosen. The defaults are MiniMind's, except for the length and `top_p`."""
 
     max_new_tokens: Annotated[int, "Maximum new tokens; the text may end earlier."] = 512
     temperature: Annotated[

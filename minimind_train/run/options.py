@@ -66,7 +66,7 @@ class PretrainOptions(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SftOptions(RunOptions):
-    """The options of supervised fine-tuning; the defaults are MiniMind's."""
+    """The options of supervised fine-tuning; epochs, batch and learning rate are MiniMind's."""
 
     command: ClassVar[str] = "sft"
     dataset_kind: ClassVar[Kind] = "sft"
@@ -87,7 +87,7 @@ class SftOptions(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DpoOptions(RunOptions):
-    """The options of direct preference optimization; the defaults are MiniMind's."""
+    """The options of direct preference optimization; epochs, batch and learning rate are MiniMind's."""
 
     command: ClassVar[str] = "dpo"
     dataset_kind: ClassVar[Kind] = "dpo"

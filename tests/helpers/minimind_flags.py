@@ -48,3 +48,45 @@ THEIRS = {
     "scripts/convert_model.py": [],
 }
 """The flags of each script; those of training that are the same everywhere stand at pre-training."""
+
+DEFAULTS = {
+    "pretrain": {
+        "max_seq_len": 340,
+        "epochs": 2,
+        "batch_size": 32,
+        "accumulation_steps": 8,
+        "learning_rate": 5e-4,
+        "log_interval": 100,
+        "save_interval": 1000,
+    },
+    "sft": {
+        "max_seq_len": 768,
+        "epochs": 2,
+        "batch_size": 16,
+        "accumulation_steps": 1,
+        "learning_rate": 1e-5,
+        "log_interval": 100,
+        "save_interval": 1000,
+    },
+    "lora": {
+        "max_seq_len": 340,
+        "epochs": 10,
+        "batch_size": 32,
+        "accumulation_steps": 1,
+        "learning_rate": 1e-4,
+        "log_interval": 10,
+        "save_interval": 1000,
+    },
+    "dpo": {
+        "max_seq_len": 1024,
+        "epochs": 1,
+        "batch_size": 4,
+        "accumulation_steps": 1,
+        "learning_rate": 4e-8,
+        "log_interval": 100,
+        "save_interval": 100,
+    },
+}
+"""What the training scripts do where no flag says otherwise."""
+GENERATION_DEFAULTS = {"max_new_tokens": 8192, "temperature": 0.85, "top_p": 0.95}
+"""The same of eval_llm.py."""
