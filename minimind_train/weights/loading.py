@@ -457,19 +457,25 @@ def _of_file(path: Path, shape: ModelConfig | None) -> Weights:
     tensors = _without_adapters(tensors, path)
     config = replace(shape, vocab_size=num_entries(tensors, path)).resolved()
     parameters = parameters_of_model(tensors, config, path)
-    return Weights(config=config, tensors=parameters, tokenizer=None, resume_point=point)
+    info, text = _tokenizer_in(tokenizer_beside(path))
+    return Weights(config=config, tensors=parameters, tokenizer=info, tokenizer_json=text, resume_point=point)
 
 
 def _of_hf_folder(path: Path) -> Weights:
     config, tensors = read_hf_folder(path)
-    text = _text_of(path / TOKENIZER_NAME)
-    info: TokenizerInfo | None = None
-    if text is not None:
-        try:
-            info = load_tokenizer(path).info
-        except UserError:
-            info = None  # the vocabulary is current_options all the same, only BOS, EOS or PAD are not
+    info, text = _tokenizer_in(path)
     return Weights(config=config, tensors=tensors, tokenizer=info, tokenizer_json=text)
+
+
+def _tokenizer_in(folder: Path) -> tuple[TokenizerInfo | None, str | None]:
+    """Return what is known of the tokenizer in a folder, and the text of its tokenizer.json; None where there is none."""
+    text = _text_of(folder / TOKENIZER_NAME)
+    if text is None:
+        return None, None
+    try:
+        return load_tokenizer(folder).info, text
+    except UserError:
+        return None, text  # the vocabulary is known all the same, only BOS, EOS or PAD are not
 
 
 def _text_of(path: Path) -> str | None:

@@ -110,6 +110,11 @@ def test_minimind_s_file_gives_back_the_run(options, make_run, begin_from, tmp_p
     assert not (tmp_path / "begun").exists()
     begun, said = begin_from(path, **SHAPE, **options, **STILL)
     assert_same(begun, run)
+    assert "tokenizer" not in said.text  # it lies beside the file
+    shutil.rmtree(path.with_name(f"{path.stem}_tokenizer"))
+    shutil.rmtree(begun)
+    begun, said = begin_from(path, **SHAPE, **options, **STILL)
+    assert_same(begun, run)
     assert f"{path}: says nothing of its tokenizer; it must be that of" in said.text
 
 
@@ -121,7 +126,7 @@ def test_half_precision_and_minimind_s_resume_file_are_read(make_run, tmp_path):
     for file in (path, tmp_path / "resume.pth"):
         found = load_weights(file, shape=shape)
         assert found.config.vocab_size == 259
-        assert found.tokenizer is None
+        assert found.tokenizer == (load_weights(run).tokenizer if file == path else None)
         for name, tensor in load_weights(run).tensors.items():
             assert torch.equal(found.tensors[name], tensor.half().float()), name
 

@@ -253,6 +253,8 @@ def test_another_tokenizer_lies_beside_the_file_and_is_found_there(tmp_path, tex
     opened = open_model(file, step=None, say=said)
     assert opened.tokenizer.json == (SHIPPED["default"] / "tokenizer.json").read_text("utf-8")
     assert f"; tokenizer {beside};" in said[-1]
+    with pytest.raises(UserError, match="have different tokenizers"):
+        entry.begin(config_of(tmp_path / "more", texts, from_weight=str(file), **shape), Said())
     file.unlink()
     export(tmp_path / "run", tmp_path / "out", to="minimind", say=Said())  # the same files may stay
     file.unlink()
