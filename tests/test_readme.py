@@ -175,7 +175,7 @@ def shared_by_languages(page):
     return {
         "examples": examples_of(page),
         "tables": tables_of(page),
-        "links": sorted(pages - {other}),
+        "links": sorted(pages - {other, "options.md", "docs/options.md"}),  # that page is in Chinese alone
         "files": sorted(set(re.findall(r"`([\w/.-]+\.py)", text_of(page)))),
         "options": sorted(set(FLAG.findall(text_of(page)))),
     }
