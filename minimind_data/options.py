@@ -9,7 +9,7 @@ The command line makes its flags from these dataclasses, so defaults and help te
 A dataclass that is `KnowsPassed` can tell the options that its caller passed from those that have their defaults.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, get_type_hints
@@ -194,12 +194,3 @@ def flatten(options: "DataclassInstance") -> dict[str, Any]:
         else:
             flat[field.name] = value
     return flat
-
-
-def differences(there: dict[str, Any], here: dict[str, Any], names: Iterable[str]) -> list[str]:
-    """Return a clause for each of `names` that has different values in two sets of options, with both values."""
-    return [
-        f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
-        for name in names
-        if there.get(name) != here.get(name)
-    ]

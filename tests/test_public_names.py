@@ -1,6 +1,7 @@
 """A module that says what is public says all of it, and nothing that it has not."""
 
 import ast
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,12 @@ def test_tests_take_what_they_share_from_helpers_and_nothing_from_each_other():
                 if package not in allowed:
                     foreign.add((str(path.relative_to(ROOT)), node.module))
     assert foreign == set()
+
+
+def test_pytest_goes_into_every_folder_of_tests(request):
+    """By default it leaves out folders called build, dist or venv, wherever they are."""
+    left_out = request.config.getini("norecursedirs")
+    folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
+    names = {part for folder in folders for part in folder.relative_to(ROOT).parts}
+    assert "build" in names
+    assert not [name for name in names if any(fnmatch(name, pattern) for pattern in left_out)]
