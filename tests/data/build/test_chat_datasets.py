@@ -55,7 +55,8 @@ def write(path: Path, records) -> Path:
 
 def options(out: Path, kind="sft", **changes) -> TokenizeOptions:
     return options_from(
-        TokenizeOptions, {"out": out, "kind": kind, "workers": 1, "split_bytes": 4096, **changes}
+        TokenizeOptions,
+        {"out": out, "kind": kind, "workers": 1, "split_bytes": 4096, "tokenizer": "default", **changes},
     )
 
 
@@ -89,7 +90,7 @@ def source(tmp_path, kind):
 
 def test_sequences_are_the_rendered_conversations_and_nothing_around_them(source, tmp_path, kind):
     summary = tokenize([source], options(tmp_path / "out", kind))
-    template, reference = chat_template_of(None), load_tokenizer().reference
+    template, reference = chat_template_of("default"), load_tokenizer("default").reference
     sides = [("conversations",), ("chosen", "rejected")][kind == "dpo"]
     wanted = [
         reference.encode(render_chat(template, record[side]), add_special_tokens=False).ids
@@ -196,7 +197,7 @@ def test_both_sides_of_a_pair_fall_to_one_part(tmp_path):
     summary = tokenize([source], options(tmp_path / "out", "dpo", val_fraction=0.3))
     parts = [sequences(folder) for folder in (tmp_path / "out", tmp_path / "out" / "val")]
     assert sum(map(len, parts)) == 2 * len(DPO)
-    decode = load_tokenizer().decode
+    decode = load_tokenizer("default").decode
     for part in parts:
         assert len(part) > 20
         for chosen, rejected in zip(part[::2], part[1::2], strict=True):
@@ -354,7 +355,7 @@ def test_special_tokens_in_texts_are_text_unless_allowed(tmp_path):
     (unsafe, unsafe_mask), same = sequences(tmp_path / "open")
     assert other == same
     assert (safe.count(1), unsafe.count(1)) == (2, 3)
-    decode = load_tokenizer().decode
+    decode = load_tokenizer("default").decode
     assert decode(safe) == decode(unsafe)
     learned = [
         decode([token for token, bit in zip(ids, mask, strict=True) if bit])
@@ -399,7 +400,11 @@ def test_what_a_build_of_conversations_must_know(tmp_path):
     with pytest.raises(UserError, match="pass `chat_date` YYYY-MM-DD"):
         tokenize([source], options(tmp_path / "out", tokenizer=dated))
     tokenize([source], options(tmp_path / "out", tokenizer=dated, chat_date="2025-02-01"))
-    assert load_tokenizer().decode(sequences(tmp_path / "out")[0][0]).startswith("2025-02-01<|im_start|>")
+    assert (
+        load_tokenizer("default")
+        .decode(sequences(tmp_path / "out")[0][0])
+        .startswith("2025-02-01<|im_start|>")
+    )
     text = tmp_path / "text.txt"
     text.write_text("words")
     with pytest.raises(UserError, match=r"text\.txt: is text, where `kind` sft reads JSON lines and Parquet"):
@@ -428,7 +433,7 @@ def test_merged_conversations_keep_their_masks(source, tmp_path, kind):
     merge([tmp_path / "a", tmp_path / "b"], MergeOptions(out=tmp_path / "c"))
     assert sequences(tmp_path / "c") == sequences(tmp_path / "a") + sequences(tmp_path / "b")
     assert not verify(tmp_path / "c").problems
-    assert chat_template_of(tmp_path / "c") == chat_template_of(None)
+    assert chat_template_of(tmp_path / "c") == chat_template_of("default")
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"text": "a text"}\n')
     tokenize([texts], options(tmp_path / "text", "pretrain"))
@@ -454,7 +459,7 @@ def test_a_shuffle_keeps_masks_and_pairs(source, tmp_path, kind, monkeypatch):
     assert len(made.shards) > 5
     assert all(entry.written.bytes <= 1000 for entry in made.shards)
     assert not verify(tmp_path / "b").problems
-    assert chat_template_of(tmp_path / "b") == chat_template_of(None)
+    assert chat_template_of(tmp_path / "b") == chat_template_of("default")
     assert sum(entry.origin.different_prompts for entry in made.shards) == (kind == "dpo")
     monkeypatch.setattr(shuffle_module, "_FETCH_BYTES", 12)  # between the sides of a pair, too
     monkeypatch.setattr(shuffle_module.order, "__defaults__", (2,))  # of documents at once
