@@ -175,13 +175,17 @@ class Precedent:
             raise self._lost(TOKENIZER_NAME)
         tokenizer = self._tokenizer_in(home, special)
         if folder is None and options.chat.chat_template is None:
-            return tokenizer, self._template(home)
+            # A build that was stopped while it published may have the one file beside the shards and not yet the other.
+            homes = [home] if self.is_finished else filter(self._has_tokenizer, self._folders())
+            templates = (self._template(one) for one in homes)
+            return tokenizer, next((one for one in templates if one is not None), None)
         template = chat_template_of(options.tokenizer or home, options.chat.chat_template)
         return tokenizer, self._template(home) if template is None else template
 
     def _folders(self) -> tuple[Path, ...]:
         """Return where the tokenizer that is there may lie."""
-        return self.work.out, self.work.path, self.work.val, *SHIPPED.values()
+        own = (self.work.out, self.work.path) if self.is_finished else (self.work.path, self.work.out)
+        return *own, self.work.val, *SHIPPED.values()
 
     def _has_tokenizer(self, folder: Path) -> bool:
         path = folder if folder.is_file() else folder / TOKENIZER_NAME

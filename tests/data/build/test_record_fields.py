@@ -44,7 +44,7 @@ def write(path: Path, records) -> Path:
 
 
 def build(sources, out: Path, kind="sft", **changes):
-    given = {"out": out, "kind": kind, "workers": 1, **changes}
+    given = {"out": out, "kind": kind, "workers": 1, "tokenizer": "default", **changes}
     return tokenize(sources, options_from(TokenizeOptions, given)).manifest
 
 
