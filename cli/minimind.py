@@ -34,6 +34,8 @@ _SCRIPTS = {
     "dpo": _Script(weight="dpo", batch_size=4, kind=" --kind dpo"),
     "generate": _Script(weight="full_sft"),
 }
+_LORA = _Script(weight="lora_medical", batch_size=32, kind=" --kind sft")
+"""train_lora.py, which is `sft` here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +114,17 @@ def _interval(flag: str) -> _Rule:
     return rule
 
 
-def _length(_line: _Line, value: str) -> tuple[str, str]:
+def _length(line: _Line, value: str) -> tuple[str, str]:
     if not value.isdecimal():
         return f"--seq-len {value}", ""
     targets = int(value) - 1
-    return f"--seq-len {targets}", f"{value} tokens have {targets} targets, and --seq-len counts targets"
+    layout = (
+        "; MiniMind's samples also need --layout pad" if line.script is _SCRIPTS["pretrain"] else ""
+    )  # the default of the others
+    return (
+        f"--seq-len {targets}",
+        f"{value} tokens have {targets} targets, and --seq-len counts targets{layout}",
+    )
 
 
 def _data(line: _Line, _value: str) -> tuple[str, str]:
@@ -186,7 +194,8 @@ def translation(command: str, words: Sequence[str], flags: Collection[str]) -> s
     theirs = {name: value for name, value, _ in pieces if name}
     if not theirs:
         return None
-    line = _Line(script=_SCRIPTS[command], theirs={**_values(words), **theirs})
+    script = _LORA if "lora_name" in theirs else _SCRIPTS[command]
+    line = _Line(script=script, theirs={**_values(words), **theirs})
     rows, ours = [], []
     for name, value, text in pieces:
         if not name:
@@ -198,6 +207,8 @@ def translation(command: str, words: Sequence[str], flags: Collection[str]) -> s
             ours.append(here)
     if command == "generate":
         ours += _what_eval_llm_has_by_default(line, ours)
+    if script is _LORA:
+        ours += _what_train_lora_has_by_default(line, ours)
     commands = [f"mm-train {command} {' '.join(ours)}"]
     if data := theirs.get("data_path"):
         commands.insert(
@@ -215,11 +226,31 @@ def translation(command: str, words: Sequence[str], flags: Collection[str]) -> s
 
 def _what_eval_llm_has_by_default(line: _Line, ours: Sequence[str]) -> Iterator[str]:
     """Yield what `mm-train generate` needs and `eval_llm.py` takes without a flag: its weights, and a chat or a text to continue."""
-    flags = {word.partition("=")[0].partition(" ")[0] for word in ours}
+    flags = _flags_of(ours)
     if "--run" not in flags:
         yield f"--run {line.model_file}"
     if not flags & {"--chat", "--prompt"}:
         yield f"--prompt {_A_BEGINNING}" if "pretrain" in line.model_file else "--chat"
+
+
+def _what_train_lora_has_by_default(line: _Line, ours: Sequence[str]) -> Iterator[str]:
+    """Yield the settings of `train_lora.py` that are not the defaults of `mm-train sft`, where no flag says otherwise."""
+    weights, _ = _initial_weights(line, "full_sft")
+    settings = (
+        "--epochs 10",
+        "--learning-rate 1e-4",
+        "--seq-len 339",
+        f"--micro-batch {line.script.batch_size}",
+        f"--global-batch {line.global_batch}",
+        weights,
+    )
+    flags = _flags_of(ours)
+    yield from (setting for setting in settings if setting.partition(" ")[0] not in flags)
+
+
+def _flags_of(words: Sequence[str]) -> set[str]:
+    """Return the flags in pieces of a command line, some of which are a flag with its value, or several."""
+    return {word.partition("=")[0] for piece in words for word in piece.split() if word.startswith("--")}
 
 
 def with_dashes(word: str, flags: Collection[str]) -> str:

@@ -51,7 +51,8 @@ def typed_instead(command, line):
         ("pretrain", "--save_dir ../out --save_weight mine", "--run ../out/mine"),
         ("pretrain", "--save_dir ../out", "--run ../out/pretrain"),
         ("sft", "--save_weight 'my own'", "--run 'runs/my own'"),
-        ("sft", "--lora_name medical", "--run runs/medical --lora-rank 16"),
+        ("sft", "--lora_name medical", "--run runs/medical --lora-rank 16 --epochs 10 --learning-rate 1e-4 --seq-len 339 --micro-batch 32 --global-batch 32 --from-weight out/full_sft_768.pth"),
+        ("sft", "--lora_name mine --accumulation_steps 2 --epochs 3 --max_seq_len 512 --from_weight dpo", "--run runs/mine --lora-rank 16 --global-batch 64 --epochs 3 --seq-len 511 --from-weight out/dpo_768.pth --learning-rate 1e-4 --micro-batch 32"),
         ("sft", "--from_weight pretrain", "--from-weight out/pretrain_768.pth"),
         ("sft", "--from_weight full_sft --hidden_size 512", "--from-weight out/full_sft_512.pth --hidden-size 512"),
         ("dpo", "--from_weight full_sft --use_moe 1", "--from-weight out/full_sft_768_moe.pth --use-moe"),
@@ -66,6 +67,11 @@ def typed_instead(command, line):
 )  # fmt: skip
 def test_each_flag_has_ours_in_its_place(command, line, ours):
     assert typed_instead(command, line) == shlex.split(ours)
+
+
+def test_a_length_of_pre_training_comes_with_the_layout_that_it_is_meant_for():
+    assert "--layout pad" in mm_train("pretrain", "--max_seq_len", "340").output
+    assert "--layout pad" not in mm_train("sft", "--max_seq_len", "768").output
 
 
 def test_how_the_dataset_is_made_stands_before_the_command():
