@@ -12,7 +12,7 @@ TRAINING = ("pretrain", "sft", "dpo")
 WEIGHTS = ("generate", "serve", "eval", "export")
 HEAD = """# 全部命令行选项
 
-[常见问题](faq.zh.md) · [从文本到数据集](datasets.zh.md) · [MiniMind 的参数对照](from-minimind.md)
+[常见问题](faq.zh.md) · [从文本到数据集](datasets.zh.md) · [MiniMind 的参数对照](from-minimind.zh.md)
 
 这一页由 `python -m tests.helpers.options_page` 从程序生成，请不要手改。★ 是最常用的十几个。
 默认值和取值范围请看 `--help`（例如 `mm-train pretrain --help`），帮助和报错都是英文，便于搜索。
