@@ -285,7 +285,7 @@ def test_a_forgotten_kind_is_named_whatever_the_options_say(tmp_path, form, reco
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
-def test_a_tokenizer_is_trained_on_texts_and_no_kind_is_named(tmp_path, form):
+def test_a_tokenizer_is_trained_on_texts_unless_a_kind_is_named(tmp_path, form):
     source = tmp_path / f"x.{form}"
     if form == "jsonl":
         write(source, [{"messages": MESSAGES}])
@@ -294,7 +294,7 @@ def test_a_tokenizer_is_trained_on_texts_and_no_kind_is_named(tmp_path, form):
     result = mm_data("train-tokenizer", source, "--out", tmp_path / "out")
     assert result.exit_code == 1
     assert "'text' (its " in result.stderr
-    assert "with --field\n" in result.stderr
+    assert "with --field, or let --kind sft read such records\n" in result.stderr
 
 
 @pytest.mark.parametrize(
