@@ -197,7 +197,20 @@ def test_a_chinese_page_has_the_same_examples_and_names_the_same_options_and_fil
 
 
 def test_there_are_chinese_pages():
-    assert {"README.zh.md", "docs/datasets.zh.md", "docs/conversations.zh.md"} <= set(IN_BOTH)
+    names = [
+        "faq",
+        "from-minimind",
+        "datasets",
+        "conversations",
+        "recipe",
+        "tuning",
+        "runs",
+        "windows",
+        "devices",
+        "speed",
+        "models",
+    ]
+    assert {"README.zh.md", *(f"docs/{name}.zh.md" for name in names)} <= set(IN_BOTH)
 
 
 def test_the_benchmarks_are_all_told():
