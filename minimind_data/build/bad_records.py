@@ -6,14 +6,16 @@ on workers or on what an earlier run had made.
 """
 
 import base64
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import orjson
 
 from minimind_data.errors import UserError
+from minimind_data.files import whole_file
 from minimind_data.inputs.base import Split
 from minimind_data.inputs.blocks import BadRecord
 from minimind_data.inputs.forms import form_of
@@ -130,3 +132,32 @@ def set_aside_line(bad: BadRecord) -> bytes:
     except UnicodeDecodeError:
         data = {"data_base64": base64.b64encode(bad.data).decode()}
     return orjson.dumps({"line": bad.line, "reason": reason, **data}, option=orjson.OPT_APPEND_NEWLINE)
+
+
+class SetAsideFile(contextlib.ExitStack):
+    """Writes the bad records of a split as they come, for they may be many; the file is there once its block ends, if there are any.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        first: the first of them.
+        num_bad: how many there are.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._file: BinaryIO | None = None
+        self.first: BadRecord | None = None
+        self.num_bad = 0
+
+    def add(self, records: Sequence[BadRecord]) -> None:
+        """Write the records that follow."""
+        if not records:
+            return
+        if self._file is None:
+            self.first = records[0]
+            self._file = self.enter_context(whole_file(self._path))
+        self._file.writelines(map(set_aside_line, records))
+        self.num_bad += len(records)

@@ -5,7 +5,8 @@
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from minimind_data.dataset.format import (
     dtype_for,
 )
 from minimind_data.errors import UserError
-from minimind_data.files import sha256_of, sha256_of_bytes, write_atomic
+from minimind_data.files import sha256_of, sha256_of_bytes, whole_file, write_atomic
 from minimind_data.inputs.forms import form_of
 from minimind_data.inputs.spec import RecordSpec
 from minimind_data.reporting import Say
@@ -41,8 +42,8 @@ class DatasetMetadata:
     manifest: Manifest
     validation: Manifest | None
     """The manifest of the validation part; None where that has no document."""
-    set_aside: bytes
-    """The content of the file of bad records; empty where there are none."""
+    set_aside: Callable[[], Iterator[bytes]]
+    """Yields the lines of the file of bad records; none where there is none. They may be more than memory holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,10 @@ def assemble(
         raise too_many_error(*first_bad_record(work, splits, previous), counts)
     if not shards:
         raise UserError("no record has any text, so there is nothing to tokenize", where=inputs[0].path)
-    set_aside = _bad_records(work, tasks, results, previous)
+
+    def set_aside() -> Iterator[bytes]:
+        return _bad_records(work, tasks, results, previous)
+
     manifest = Manifest(
         kind=recipe.kind,
         dtype=dtype_for(recipe.tokenizer.vocab_size),
@@ -112,7 +116,7 @@ def assemble(
         empty_texts=sum(result.origin.empty_texts for result in results),
         set_aside=sum(result.origin.set_aside for result in results),
         duplicates=sum(result.origin.duplicates for result in results),
-        set_aside_sha256=sha256_of_bytes(set_aside) if set_aside else None,
+        set_aside_sha256=_sha256_of_all(set_aside()),
         tokenizer_config_sha256=None if config_json is None else sha256_of_bytes(config_json.encode()),
     )
     validation = replace(
@@ -134,17 +138,24 @@ def _bad_records(
     tasks: Sequence[SplitTask],
     results: Sequence[SplitResult],
     previous: FinishedDataset | None,
-) -> bytes:
-    """Return the bad records of all splits as JSON lines, in which lines are counted from the beginning of their file."""
-    lines: list[bytes] = []
+) -> Iterator[bytes]:
+    """Yield the bad records of all splits as JSON lines, in which lines are counted from the beginning of their file."""
     for task, result, first_line in zip(tasks, results, first_lines(tasks, results), strict=True):
         for record in _bad_records_of(work, task, result, previous):
             if task.split.more:
                 entry = {**record, "path": task.split.sources[record["line"] - 1].name, "line": 1}
             else:
                 entry = {**record, "path": task.split.path, "line": record["line"] + first_line}
-            lines.append(orjson.dumps({"path": entry.pop("path"), **entry}, option=orjson.OPT_APPEND_NEWLINE))
-    return b"".join(lines)
+            yield orjson.dumps({"path": entry.pop("path"), **entry}, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _sha256_of_all(lines: Iterator[bytes]) -> str | None:
+    """Return the SHA-256 of lines together; None if there is none."""
+    digest, is_empty = hashlib.sha256(), True
+    for line in lines:
+        digest.update(line)
+        is_empty = False
+    return None if is_empty else digest.hexdigest()
 
 
 def tokenizer_files(tokenizer_json: str, config_json: str | None) -> dict[str, str]:
@@ -155,15 +166,17 @@ def tokenizer_files(tokenizer_json: str, config_json: str | None) -> dict[str, s
 
 def _bad_records_of(
     work: WorkFolder, task: SplitTask, result: SplitResult, previous: FinishedDataset | None
-) -> list[dict[str, Any]]:
-    """Return the bad records of a split, in which lines are counted from its beginning."""
+) -> Iterator[dict[str, Any]]:
+    """Yield the bad records of a split, in which lines are counted from its beginning."""
     if not result.num_bad:
-        return []
+        return
     path = set_aside_path(work.path, task.name)
     if path.exists():
-        return [orjson.loads(line) for line in path.read_bytes().splitlines()]
-    assert previous is not None
-    return previous.bad_records(task, result)
+        with path.open("rb") as file:
+            yield from map(orjson.loads, file)
+    else:
+        assert previous is not None
+        yield from previous.bad_records(task, result)
 
 
 def first_bad_record(
@@ -177,7 +190,7 @@ def first_bad_record(
         previous: the finished dataset that was there before, if there was one.
     """
     task, result = next((task, result) for task, result in splits if result.num_bad)
-    record = _bad_records_of(work, task, result, previous)[0]
+    record = next(_bad_records_of(work, task, result, previous))
     place = form_of(task.split.source, RecordSpec()).place(task.split, record["line"])
     return place, str(record["reason"])
 
@@ -190,8 +203,9 @@ def publish(
     for folder in (work.out, work.val) if metadata.validation is not None else (work.out,):
         for name, content in tokenizer_files(tokenizer_json, config_json).items():
             write_atomic(folder / name, content)
-    if metadata.set_aside:
-        write_atomic(work.out / SET_ASIDE_NAME, metadata.set_aside)
+    if metadata.manifest.set_aside_sha256 is not None:
+        with whole_file(work.out / SET_ASIDE_NAME) as file:
+            file.writelines(metadata.set_aside())
     else:
         (work.out / SET_ASIDE_NAME).unlink(missing_ok=True)
     if metadata.validation is not None:

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minimind_data.build.bad_records import (
+    SetAsideFile,
     are_too_many,
     bad_record_error,
-    set_aside_line,
     set_aside_path,
     too_many_error,
 )
@@ -41,7 +41,7 @@ from minimind_data.dataset.writer import ShardWriter
 from minimind_data.files import sha256_of_bytes, user_error_on_full_disk, write_atomic
 from minimind_data.hashing import STRIDE
 from minimind_data.inputs.base import Split
-from minimind_data.inputs.blocks import BadRecord, Block
+from minimind_data.inputs.blocks import Block
 from minimind_data.inputs.forms import form_of
 from minimind_data.inputs.spec import RecordSpec
 from minimind_data.inputs.splits import open_reader
@@ -186,13 +186,14 @@ def build_split(job: Job, task: SplitTask, report: Report) -> SplitResult:
 def _build(job: Job, task: SplitTask, backend: str, difference: str | None, report: Report) -> SplitResult:
     reader = open_reader(task.split, job.records, job.chat)
     encoder = _encoder(job.tokenizer_json, job.tokenizer, backend)
-    bad: list[BadRecord] = []
+    set_aside = SetAsideFile(set_aside_path(job.work_folder, task.name))
     empty_texts = compared = num_texts = num_records = different_prompts = unlearned = 0
     # Where duplicates are left out, they are counted when the split is done.
     watches_bad = task.is_first and task.drop is None
     unread: Counter[str] = Counter()
     forms: Counter[str] = Counter()
     with (
+        set_aside,
         _Writers(job, task.name) as writers,
         # Closed here, and not wherever an error that holds them is forgotten, which may be in a thread of their own.
         contextlib.closing(ahead(_without(reader.blocks(), task.drop))) as blocks,
@@ -201,11 +202,12 @@ def _build(job: Job, task: SplitTask, backend: str, difference: str | None, repo
         for block, ids, offsets in encoded_blocks:
             if block.bad and job.on_bad_record == "stop":
                 raise bad_record_error(task.split, job.records, block.bad[0])
-            bad += block.bad
+            set_aside.add(block.bad)
             num_records += len(block.texts) // block.texts_each + block.empty_texts + len(block.bad)
-            if watches_bad and are_too_many(len(bad), num_records, job.max_bad_share):
-                place = form_of(task.split.source, job.records).place(task.split, bad[0].line)
-                raise too_many_error(place, bad[0].reason, (len(bad), num_records))
+            if watches_bad and are_too_many(set_aside.num_bad, num_records, job.max_bad_share):
+                assert set_aside.first is not None
+                place = form_of(task.split.source, job.records).place(task.split, set_aside.first.line)
+                raise too_many_error(place, set_aside.first.reason, (set_aside.num_bad, num_records))
             empty_texts += block.empty_texts
             if backend != "tokenizers":
                 compared += _compare(job, block.texts, ids, offsets, num_texts)
@@ -218,8 +220,6 @@ def _build(job: Job, task: SplitTask, backend: str, difference: str | None, repo
             writers.append(block, tokens, lengths, mask)
             report(block.num_bytes, len(tokens))
         shard, val_shard = writers.commit()
-    if bad:
-        write_atomic(set_aside_path(job.work_folder, task.name), b"".join(map(set_aside_line, bad)))
     return SplitResult(
         name=task.name,
         origin=ShardOrigin(
@@ -230,7 +230,7 @@ def _build(job: Job, task: SplitTask, backend: str, difference: str | None, repo
             inputs=1 + len(task.split.more),
             lines=reader.num_lines,
             empty_texts=empty_texts,
-            set_aside=len(bad),
+            set_aside=set_aside.num_bad,
             duplicates=0 if task.drop is None else len(task.drop),
             duplicates_sha256=task.duplicates_sha256,
             different_prompts=different_prompts,

@@ -1,6 +1,8 @@
 """A build that sets bad records aside goes on only while they are few, whatever the workers and whatever happened on the way."""
 
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -179,3 +181,34 @@ def test_a_build_that_stops_leaves_no_thread(tmp_path):
         tokenize([source], options(tmp_path / "out", split_bytes=2**30))
     assert caught.value.__traceback__ is not None  # which holds all that was at work
     assert threading.active_count() == before
+
+
+MANY = """
+import resource, sys
+from pathlib import Path
+from minimind_data.build.pipeline import tokenize
+from minimind_data.build.plan import TokenizeOptions
+
+def build(out, source):
+    options = TokenizeOptions(out=Path(out), workers=1, backend="tokenizers", on_bad_record="set-aside", max_bad_share=1.0)
+    return tokenize([source], options).manifest.set_aside
+
+few, many, out = sys.argv[1:]
+build(f"{out}-few", few)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(build(out, many))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_many_bad_records_take_little_memory(tmp_path):
+    few, many = tmp_path / "few.jsonl", tmp_path / "many.jsonl"
+    for path, count in ((few, 1), (many, 200)):
+        with path.open("w") as file:
+            file.write('{"text": "a"}\n')
+            file.writelines([f"{'no JSON ' * 2**17}\n"] * count)
+    command = [sys.executable, "-c", MANY, few, many, tmp_path / "out"]
+    child = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert child.stdout.split()[0] == "200"
+    assert (tmp_path / "out" / "set-aside.jsonl").stat().st_size > 200 * 2**20
+    assert int(child.stdout.split()[1]) < 150
