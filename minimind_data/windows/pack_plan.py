@@ -32,6 +32,7 @@ from minimind_data.errors import UserError
 from minimind_data.files import (
     FolderLock,
     fsync_folder,
+    naming,
     partial_name,
     remove_partials,
     user_error_on_full_disk,
@@ -194,7 +195,7 @@ def _make(folder: Path, shards: ShardSet, width: int, long_documents: LongDocume
                 f"{shards.folder}: planning which of {shards.num_documents:,} documents share a window of {width:,} tokens"
             )
             try:
-                with partial_name(path).open("w+b") as file:
+                with naming(path), partial_name(path).open("w+b") as file:
                     _write(file, shards, width, long_documents, folder)
                     file.flush()
                     os.fsync(file.fileno())

@@ -29,6 +29,7 @@ from minimind_data.errors import UserError
 from minimind_data.files import (
     FolderLock,
     fsync_folder,
+    naming,
     read_checked,
     sha256_of,
     user_error_on_full_disk,
@@ -198,7 +199,7 @@ def _make(
             remedy="begin from other weights, or compute them with `dtype` fp32",
             option="dtype",
         )
-    with unfinished.open("rb") as file:
+    with naming(unfinished), unfinished.open("rb") as file:
         os.fsync(file.fileno())
     unfinished.replace(path)
     fsync_folder(path.parent)

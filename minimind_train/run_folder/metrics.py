@@ -4,8 +4,10 @@ A line reaches the kernel before the next step begins, so a kill costs at most t
 goes back to its checkpoint, and so does the file: lines of later steps are removed before the first new one is written.
 """
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -45,19 +47,25 @@ class MetricsLog:
     def write(self, record: dict[str, Any]) -> None:
         """Append one line; the `step` of `record` is greater than those before it, and all its numbers are finite."""
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        try:
+        with self._named_errors():
             written = self._file.write(line)
-        except OSError as error:
-            raise UserError(
-                error.strerror or str(error), where=self._path, remedy="mend that and go on with `resume`"
-            ) from error
         if written != len(line):
             raise UserError("the disk is full", where=self._path, remedy="make room and go on with `resume`")
         self.num_lines += 1
 
     def sync(self) -> None:
         """Flush the lines to the disk, so that a checkpoint is never ahead of its metrics."""
-        os.fsync(self._file.fileno())
+        with self._named_errors():
+            os.fsync(self._file.fileno())
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                error.strerror or str(error), where=self._path, remedy="mend that and go on with `resume`"
+            ) from error
 
     def __enter__(self) -> Self:
         return self

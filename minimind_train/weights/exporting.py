@@ -23,7 +23,7 @@ from minimind_data.dataset.format import TEMPLATE_NAME, TOKENIZER_CONFIG_NAME, T
 from minimind_data.dataset.occupancy import has_content, refuse_replacing
 from minimind_data.dataset.staging import new_folder
 from minimind_data.errors import UserError
-from minimind_data.files import parse_json, user_error_on_full_disk, whole_file, write_atomic
+from minimind_data.files import naming, parse_json, user_error_on_full_disk, whole_file, write_atomic
 from minimind_data.options import options_in_file
 from minimind_data.reporting import counted
 from minimind_data.tokenizer.loading import Tokenizer, same_encoding
@@ -385,7 +385,7 @@ def _save_weights(weights: dict[str, Tensor], path: Path, *, rights_of: Path) ->
 def _flush(folder: Path) -> None:
     """Flush every file of a folder to the disk."""
     for path in folder.iterdir():
-        with path.open("rb") as file:
+        with naming(path), path.open("rb") as file:
             os.fsync(file.fileno())
 
 

@@ -13,16 +13,20 @@ _CHANGES = ("replace", "rename", "unlink", "fsync", "mkdir", "rmdir", "link", "o
 """Functions of `os`."""
 
 
+class Killed(BaseException):
+    """Raised by every operation from a certain one on, as if the process were gone."""
+
+
 class Disk:
     """Counts the operations on files below a folder, of which one fails.
 
     Args:
         folder: operations on other files are neither counted nor fail.
         fail_at: number of the operation that fails, counted from 1; 0 lets all succeed.
-        error_number: how it fails.
+        error_number: how it fails; None lets that one and all after it raise `Killed`.
     """
 
-    def __init__(self, folder: Path, fail_at: int, error_number: int) -> None:
+    def __init__(self, folder: Path, fail_at: int, error_number: int | None) -> None:
         self.operations = 0
         self._folder = os.fspath(folder)
         self._fail_at, self._error_number = fail_at, error_number
@@ -35,7 +39,10 @@ class Disk:
             ):
                 return real(*arguments, **named)
             self.operations += 1
-            if self.operations == self._fail_at:
+            if self._error_number is None:
+                if self.operations >= self._fail_at:
+                    raise Killed
+            elif self.operations == self._fail_at:
                 error = self._error_number, os.strerror(self._error_number)
                 raise OSError(*error, os.fspath(place)) if names_files else OSError(*error)
             return real(*arguments, **named)
