@@ -317,7 +317,7 @@ def test_the_page_talks_to_the_model(server, tmp_path):
 
 def test_the_page_in_docs_speaks_to_it(server, capsys):
     page = (Path(__file__).parents[3] / "docs" / "after.md").read_text("utf-8")
-    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    code, *_ = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     address = "http://127.0.0.1:8000"
     assert address in code
     names = {}
