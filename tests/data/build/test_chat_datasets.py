@@ -437,7 +437,11 @@ def test_merged_conversations_keep_their_masks(source, tmp_path, kind):
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"text": "a text"}\n')
     tokenize([texts], options(tmp_path / "text", "pretrain"))
-    with pytest.raises(UserError, match="cannot be merged with"):
+    sha256 = Manifest.read(tmp_path / "a").tokenizer_config_sha256
+    complaint = (
+        f"kind is {kind} there and pretrain here; chat template is {sha256[:12]}… there and none here;"
+    )
+    with pytest.raises(UserError, match=complaint):
         merge([tmp_path / "a", tmp_path / "text"], MergeOptions(out=tmp_path / "d"))
 
 

@@ -1,5 +1,6 @@
 """merge and shuffle: every document is there once, in an order that can be told in advance."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -66,6 +67,19 @@ def test_a_merge_is_the_same_every_time_linked_or_copied(make_dataset, tmp_path,
     assert (tmp_path / "elsewhere" / "text-00000.bin").stat().st_nlink == 1
     merge(folders[::-1], MergeOptions(out=tmp_path / "turned"))
     assert Manifest.read(tmp_path / "turned").fingerprint != Manifest.read(tmp_path / "linked").fingerprint
+
+
+def test_merging_reports_every_shard_once(make_dataset, tmp_path):
+    folders = [make_dataset(SHARDS, name="a").folder, make_dataset([[7, 8], [3]], name="b").folder]
+    steps, reports = [], []
+
+    def progress(title, num_bytes):
+        steps.append((title, num_bytes))
+        return contextlib.nullcontext(lambda *done: reports.append(done))
+
+    manifest = merge(folders, MergeOptions(out=tmp_path / "out"), progress=progress)
+    assert steps == [("merge", manifest.num_bytes)]
+    assert reports == [(entry.written.bytes, entry.written.tokens) for entry in manifest.shards]
 
 
 def test_datasets_that_do_not_go_together_are_refused_with_both_sides(make_dataset, tmp_path):
