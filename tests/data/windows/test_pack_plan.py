@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from minimind_data.dataset.format import FormatError
-from minimind_data.dataset.plan_file import PACK_FOLDER_NAME
+from minimind_data.dataset.plan_file import PACK_FOLDER_NAME, PlanFile
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.dataset.verification import verify
 from minimind_data.errors import UserError
@@ -288,3 +288,23 @@ def test_a_damaged_index_is_named(shards, wrong):
         FormatError, match=r"text-00000\.idx: damaged \(its lengths do not sum up to 16 tokens\)"
     ):
         open_plan(shards, 19, "cut")
+
+
+@pytest.mark.parametrize(("bytes_of_a_number", "is_read"), [(8, True), (2, False), (7, False), (16, False)])
+def test_numbers_of_documents_may_take_8_bytes_and_no_other_size(shards, bytes_of_a_number, is_read):
+    """As in a dataset of more than 2^32 documents; a plan of this one is written anew in that width, checksum and all."""
+    open_plan(shards, 19, "fragment")
+    (path,) = (shards.folder / PACK_FOLDER_NAME).iterdir()
+    plan = PlanFile.read(path, shards.manifest)
+    documents, offsets, fragments = plan.documents.tolist(), plan.offsets.tolist(), plan.fragments.tolist()
+    wide = b"".join(number.to_bytes(bytes_of_a_number, "little") for number in documents)
+    content = bytes(128) + plan.offsets.tobytes() + wide + plan.fragments.tobytes()
+    header = plan.header._replace(document_bytes=bytes_of_a_number)
+    path.write_bytes(header.pack(np.frombuffer(content, np.uint8)) + content[128:])
+    again = PackPlan.read(path, shards)
+    if not is_read:
+        assert again is None
+        return
+    assert again.documents.tolist() == documents
+    assert (again.offsets.tolist(), again.fragments.tolist()) == (offsets, fragments)
+    assert PlanFile.read(path, shards.manifest).problem() is None
