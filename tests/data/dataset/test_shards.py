@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from minimind_data.dataset.format import FormatError, IndexHeader, Manifest
 from minimind_data.dataset.shard_set import ShardSet
 from minimind_data.windows.opening import open_windows
+from tests.helpers.datasets import write_dataset
 
 SHARDS = [[5, 9, 2], [40], [3, 3, 3, 3], [17, 2]]
 
@@ -213,3 +214,14 @@ def test_an_index_that_points_outside_its_shard_is_named(make_dataset):
     assert windows.fetch(np.array([0, 3]))["input_ids"].shape == (2, 4)
     with pytest.raises(FormatError, match=r"text-00000.idx: damaged \(sequence 1 lies outside the shard\)"):
         windows.fetch(np.array([0, 1]))
+
+
+def test_every_learned_token_is_counted_in_blocks_of_any_size(tmp_path, monkeypatch):
+    masks = [[1, 0, 1], [1], [0, 0, 0, 1], [1, 1, 1, 1, 1]]
+    sequences = [(np.arange(len(mask)), np.array(mask, np.uint8)) for mask in masks]
+    shards = write_dataset(tmp_path / "sft", [sequences[:2], sequences[2:]], kind="sft")
+    for size in (1, 2, 3, 4, 100):
+        monkeypatch.setattr("minimind_data.dataset.shard_set._TOKENS_PER_COUNT", size)
+        assert shards.count_learned() == 9
+    text = write_dataset(tmp_path / "text", [[[1, 5, 2]], [[1, 2]]])
+    assert text.count_learned() == 5
