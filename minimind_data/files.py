@@ -325,12 +325,14 @@ class FolderLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._descriptor is not None
-        # Where other processes still share the lock, the last of them removes the file; one that cannot be removed locks nobody out.
-        with contextlib.suppress(OSError):
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._path.unlink(missing_ok=True)
-        os.close(self._descriptor)
-        self._descriptor = None
+        try:
+            # Where other processes still share the lock, the last of them removes the file; one that cannot be removed locks nobody out.
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._path.unlink(missing_ok=True)
+        finally:  # also where Ctrl-C comes just here: this process would lock itself out
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def _wait_for(self, descriptor: int, say: Say) -> None:
         try:
